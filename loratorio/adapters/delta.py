@@ -1,0 +1,166 @@
+"""What a LoRA does to one layer.
+
+Every kind of LoRA file comes down to one of two forms: a low-rank product, or a dense change of weight and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoratorioError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """ΔW = scale · up · down.
+
+    Attributes:
+        down: (r, in) for a linear layer, (r, in, kh, kw) for a convolution.
+        up: (out, r), or (out, r, 1, 1) for a convolution.
+        scale: alpha / r and whatever else the file says; the LoRA's strength is not part of it.
+        mid: (r, r, kh, kw) of a Tucker-decomposed convolution, whose down is (r, in, 1, 1).
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    mid: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.up.shape[1])
+
+    def folded(self) -> LowRank:
+        """The same delta without `mid`, which is folded into `down`; up is (out, r)."""
+        up = self.up.flatten(1)
+        if self.mid is None:
+            return LowRank(self.down, up, self.scale)
+        dtype = torch.promote_types(self.mid.dtype, torch.float32)
+        down = torch.einsum("rskl,si->rikl", self.mid.to(dtype), self.down.flatten(1).to(dtype))
+        return LowRank(down, up, self.scale)
+
+    def dense(self) -> Tensor:
+        """ΔW as one tensor, (out, in) or (out, in, kh, kw), at least float32."""
+        plain = self.folded()
+        dtype = torch.promote_types(plain.up.dtype, torch.float32)
+        weight = plain.up.to(dtype) @ plain.down.flatten(1).to(dtype) * self.scale
+        return weight.reshape(weight.shape[0], *plain.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """ΔW and Δb in full: the form of LoHa, LoKr, DoRA, full diffs, norms and biases.
+
+    Attributes:
+        weight: shaped as the layer's weight, or None.
+        bias: shaped as the layer's bias, or None.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+Delta = LowRank | Dense
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA of a generation.
+
+    Attributes:
+        name: as in the prompt.
+        deltas: per layer name, what it adds to that layer; several deltas of a layer add up.
+        strength: multiplies every delta; may be negative or zero. A host whose LoRA kind is not linear in its strength
+            (DoRA) hands over deltas made at that strength, and a strength of 1.
+    """
+
+    name: str
+    deltas: Mapping[str, Sequence[Delta]] = field(repr=False)
+    strength: float = 1.0
+
+    def check_finite(self) -> None:
+        """Raise LoratorioError naming the layer if any tensor holds NaN or infinity."""
+        for layer, deltas in self.deltas.items():
+            for delta in deltas:
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(delta)):
+                    raise LoratorioError(
+                        f"LoRA {self.name} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
+                    )
+
+
+def _tensors(delta: Delta) -> list[Tensor]:
+    found = [delta.down, delta.up, delta.mid] if isinstance(delta, LowRank) else [delta.weight, delta.bias]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def fit(delta: Delta, layer: nn.Module) -> Delta:
+    """`delta` in the shapes that `layer` computes with: Linear 2-dimensional, Conv2d 4-dimensional, no `mid`.
+
+    Raises:
+        ValueError: the delta is for a layer of other shape or kind; the message has both shapes.
+    """
+    if isinstance(layer, nn.Linear):
+        weight_shape = torch.Size((layer.out_features, layer.in_features))
+    elif isinstance(layer, nn.Conv2d):
+        channels = layer.in_channels // layer.groups
+        weight_shape = torch.Size((layer.out_channels, channels, *layer.kernel_size))
+    elif isinstance(layer, nn.LayerNorm):
+        weight_shape = torch.Size(layer.normalized_shape)
+    elif isinstance(layer, nn.GroupNorm):
+        weight_shape = torch.Size((layer.num_channels,))
+    else:
+        raise ValueError(f"a layer of type {type(layer).__name__} cannot take a LoRA")
+    if isinstance(delta, LowRank):
+        fitted = _fit_low_rank(delta, weight_shape)
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        # The product of a grouped convolution's low-rank matrices is its weight's change; the two steps are not.
+        return (
+            Dense(fitted.dense().reshape(weight_shape)) if grouped and isinstance(fitted, LowRank) else fitted
+        )
+    weight, bias = delta.weight, delta.bias
+    if weight is not None:
+        if weight.numel() != weight_shape.numel():
+            raise ValueError(f"its weight is {_shape(weight)}, the model's {_shape(weight_shape)}")
+        weight = weight.reshape(weight_shape)
+    if bias is not None:
+        if bias.numel() != weight_shape[0]:
+            raise ValueError(f"its bias is {_shape(bias)}, the model's ({weight_shape[0]},)")
+        bias = bias.reshape(weight_shape[:1])
+    return Dense(weight, bias)
+
+
+def _fit_low_rank(delta: LowRank, weight_shape: torch.Size) -> Delta:
+    if len(weight_shape) < 2:
+        raise ValueError(f"it is low-rank, but the model's weight is {_shape(weight_shape)}")
+    if delta.up[0, 0].numel() != 1:
+        return _dense_of_wide_up(delta, weight_shape)
+    plain = delta.folded()
+    fits = (
+        plain.up.shape[0] == weight_shape[0]
+        and plain.down.shape[0] == plain.up.shape[1]
+        and plain.down[0].numel() == weight_shape[1:].numel()
+    )
+    if not fits:
+        raise ValueError(
+            f"its matrices are {_shape(delta.up)} and {_shape(delta.down)}, the model's weight {_shape(weight_shape)}"
+        )
+    return LowRank(plain.down.reshape(-1, *weight_shape[1:]), plain.up, plain.scale)
+
+
+def _dense_of_wide_up(delta: LowRank, weight_shape: torch.Size) -> Dense:
+    """A convolution whose kernel sits in `up`, its down being 1×1: (out, r, kh, kw) and (r, in, 1, 1)."""
+    if delta.mid is not None or delta.down[0, 0].numel() != 1 or delta.down.shape[0] != delta.up.shape[1]:
+        raise ValueError(f"its matrices {_shape(delta.up)} and {_shape(delta.down)} do not belong together")
+    dtype = torch.promote_types(delta.up.dtype, torch.float32)
+    weight = torch.einsum("orkl,ri->oikl", delta.up.to(dtype), delta.down.flatten(1).to(dtype)) * delta.scale
+    if weight.shape != weight_shape:
+        raise ValueError(f"its product is {_shape(weight)}, the model's weight {_shape(weight_shape)}")
+    return Dense(weight)
+
+
+def _shape(of: Tensor | torch.Size) -> str:
+    return "×".join(str(side) for side in (of.shape if isinstance(of, Tensor) else of))

@@ -1,0 +1,218 @@
+"""One denoising step: which rows to run, through the host's model, composed and handed back.
+
+The engine knows no host. A host calls `Engine.step` with the step and with a function that runs its model on rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapters.bank import Bank
+from .compose.methods import METHODS, Branch, Cast, Composition, Method, Mix, Predictions, Situation
+from .errors import LoratorioError
+from .settings import Settings
+
+
+class Row(NamedTuple):
+    """One row of a model call.
+
+    Attributes:
+        mix: which LoRAs act on it; the host gives it the text conditioning of the same mix.
+        cond: whether it is a conditional row.
+        slot: its number among the step's conditional rows, or among its unconditional rows.
+    """
+
+    mix: Mix
+    cond: bool
+    slot: int
+
+
+Predict = Callable[[Sequence[Row]], Tensor]
+"""Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order.
+Called with the bank routed. May raise torch's out-of-memory errors: the engine then asks for fewer rows at a time."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a host's sampler stands.
+
+    Attributes:
+        index, total: this step, from 0, and how many there are.
+        latents: the noisy latent z of every conditional row, (Bc, C, H, W) or (Bc, C, T, H, W).
+        uncond_count: number of unconditional rows Bu; 0 where the step has none.
+        owners: image of every conditional row; a prompt with AND has several for an image. Empty: row i is image i.
+        denoised: predictions are denoised latents D, and e = (z − D)/σ; else they are the noise e itself.
+    """
+
+    index: int
+    total: int
+    latents: Tensor
+    uncond_count: int
+    owners: tuple[int, ...] = ()
+    denoised: bool = True
+
+
+@dataclass
+class WeightHistory:
+    """Ω over the sampling, for the weight maps.
+
+    Attributes:
+        steps: indices of the recorded steps.
+        weights: per recorded step, (N, Bc, H, W) float16 on the CPU.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+    def record(self, index: int, weights: Tensor) -> None:
+        if (
+            self.steps and self.steps[-1] == index
+        ):  # a sampler that evaluates a step twice: the last one counts
+            self.steps.pop()
+            self.weights.pop()
+        self.steps.append(index)
+        self.weights.append(weights.to("cpu", torch.float16))
+
+
+class Engine:
+    """Composes the steps of one generation. Make one per sampling, drop it afterwards.
+
+    Args:
+        settings: the knobs.
+        bank: the generation's LoRAs, attached to the model by the host for as long as it samples.
+        cast: which of them are composed; by default all.
+        row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out.
+    """
+
+    def __init__(self, settings: Settings, bank: Bank, cast: Cast | None = None, row_limit: int = 0) -> None:
+        self.settings = settings
+        self.bank = bank
+        self.cast = cast or Cast.of(len(bank.adapters))
+        if not self.cast.solos:
+            raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
+        self.row_limit = row_limit
+        self.history = WeightHistory()
+
+    def branches(self, index: int, total: int, has_uncond: bool) -> list[Branch]:
+        """The branches that a step will run, e.g. for a host that prepares text conditioning or counts its memory."""
+        method = self._method(index, total)
+        return method.branches(Situation(self.cast, self.settings, index, total, has_uncond))
+
+    def step(self, step: Step, predict: Predict) -> Composition:
+        """Run the rows this step needs and compose them.
+
+        Returns:
+            The composed conditional and unconditional predictions of the same kind as the model's, float32.
+
+        Raises:
+            LoratorioError: not even a single row fits into memory.
+        """
+        situation = Situation(self.cast, self.settings, step.index, step.total, step.uncond_count > 0)
+        method = self._method(step.index, step.total)
+        branches = method.branches(situation)
+        rows = list(_rows(branches, len(step.latents), step.uncond_count))
+        predicted = self._predict(rows, predict)
+        composition = method.compose(situation, _predictions(step, branches, predicted))
+        if composition.weights is not None and self.settings.weight_maps:
+            self.history.record(step.index, composition.weights)
+        return _unfolded(composition, step)
+
+    def _method(self, index: int, total: int) -> Method:
+        return METHODS[self.settings.method if self.settings.active_at(index, total) else "merge"]
+
+    def _predict(self, rows: Sequence[Row], predict: Predict) -> Tensor:
+        """All rows in as few calls as the limit and the memory allow, in order."""
+        done: list[Tensor] = []
+        start = 0
+        while start < len(rows):
+            part = rows[start : start + (self.row_limit or len(rows))]
+            try:
+                with self.bank.routed([row.mix for row in part]):
+                    done.append(predict(part))
+            except (RuntimeError, MemoryError) as problem:
+                if not is_out_of_memory(problem):
+                    raise
+                if len(part) == 1:
+                    raise LoratorioError(
+                        "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
+                    ) from problem
+                self.row_limit = len(part) // 2
+                # The failed call's tensors hang on the traceback; without it the cache can be emptied.
+                problem.__traceback__ = None
+                _empty_cache()
+                continue
+            start += len(part)
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether this is the device's, or the CPU allocator's, way to say that memory ran out."""
+    if isinstance(problem, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(problem).lower()
+    return isinstance(problem, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _rows(branches: Sequence[Branch], cond_count: int, uncond_count: int) -> Iterator[Row]:
+    """Every row of every branch, rows of one mix standing together so that the bank can batch them."""
+    mixes = dict.fromkeys(branch.mix for branch in branches)
+    for mix in mixes:
+        for cond, count in ((True, cond_count), (False, uncond_count)):
+            if Branch(mix, cond) in branches:
+                yield from (Row(mix, cond, slot) for slot in range(count))
+
+
+def _predictions(step: Step, branches: Sequence[Branch], predicted: Tensor) -> Predictions:
+    """Sort the rows' predictions by branch, with frames folded into the batch: (B·T, C, H, W)."""
+    cond_count, frames = len(step.latents), _frames(step.latents)
+    order = list(_rows(branches, cond_count, step.uncond_count))
+    by_branch: dict[Branch, Tensor] = {}
+    start = 0
+    for branch in dict.fromkeys(Branch(row.mix, row.cond) for row in order):
+        stop = start + (cond_count if branch.cond else step.uncond_count)
+        by_branch[branch] = _folded(predicted[start:stop])
+        start = stop
+    latents = _folded(step.latents)
+    noise = {
+        # Only direction matters for the similarity: z − D stands for (z − D)/σ.
+        branch.mix: latents.to(torch.float32) - prediction.to(torch.float32) if step.denoised else prediction
+        for branch, prediction in by_branch.items()
+        if branch.cond
+    }
+    owners = torch.tensor(step.owners or range(cond_count), dtype=torch.int64)
+    if frames > 1:
+        owners = (owners[:, None] * frames + torch.arange(frames)).flatten()
+    return Predictions(by_branch, noise, owners)
+
+
+def _frames(latents: Tensor) -> int:
+    return latents.shape[2] if latents.ndim == 5 else 1
+
+
+def _folded(latents: Tensor) -> Tensor:
+    """(B, C, T, H, W) to (B·T, C, H, W); four dimensions stay."""
+    return latents.movedim(2, 1).flatten(0, 1) if latents.ndim == 5 else latents
+
+
+def _unfolded(composition: Composition, step: Step) -> Composition:
+    if step.latents.ndim != 5:
+        return composition
+    frames = _frames(step.latents)
+
+    def unfold(prediction: Tensor) -> Tensor:
+        return prediction.reshape(-1, frames, *prediction.shape[1:]).movedim(1, 2)
+
+    uncond = None if composition.uncond is None else unfold(composition.uncond)
+    return Composition(unfold(composition.cond), uncond, composition.weights)

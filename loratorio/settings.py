@@ -1,0 +1,187 @@
+"""Every knob, once: its name, default, range, label and help. Panel, API, infotext, X/Y/Z plot, CLI and docs are made from this."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, cast
+
+from .compose.methods import METHODS
+from .errors import LoratorioError
+
+Kind = Literal["bool", "int", "float", "choice"]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob as every surface shows it.
+
+    Attributes:
+        name: in Python, API and (with dashes) on the command line.
+        label: in the panel. help: its tooltip, in plain words.
+        minimum, maximum, step: of a number; the range is closed. soft_maximum: where a slider ends; typed numbers may go on.
+        choices: names and labels of a choice.
+    """
+
+    name: str
+    kind: Kind
+    default: bool | int | float | str
+    label: str
+    help: str
+    minimum: float = 0
+    maximum: float = 1
+    step: float = 1
+    choices: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def infotext_key(self) -> str:
+        """Under this name the value stands in a picture's infotext."""
+        return "LoRAtorio" if self.name == "enabled" else f"LoRAtorio {self.label.lower()}"
+
+    @property
+    def option(self) -> str:
+        """On the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> bool | int | float | str:
+        """`value` as this knob's own type. Raises LoratorioError with a sentence when it cannot be."""
+        if self.kind == "bool":
+            return self._check_bool(value)
+        if self.kind == "choice":
+            return self._check_choice(value)
+        return self._check_number(value)
+
+    def _check_bool(self, value: Any) -> bool:
+        words = {
+            "true": True,
+            "false": False,
+            "yes": True,
+            "no": False,
+            "on": True,
+            "off": False,
+            "1": True,
+            "0": False,
+        }
+        if isinstance(value, str) and value.strip().lower() in words:
+            return words[value.strip().lower()]
+        if isinstance(value, (bool, int)) and value in (0, 1):
+            return bool(value)
+        raise LoratorioError(f"{self.name} must be true or false, not {value!r}.")
+
+    def _check_choice(self, value: Any) -> str:
+        text = str(value).strip().lower()
+        for name, label in self.choices:
+            if text in (name.lower(), label.lower()):
+                return name
+        names = [name for name, _ in self.choices]
+        near = difflib.get_close_matches(text, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise LoratorioError(f"{self.name} must be one of {', '.join(names)}, not {value!r}{hint}")
+
+    def _check_number(self, value: Any) -> int | float:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        whole = self.kind == "int"
+        if not math.isfinite(number) or (whole and number != int(number)):
+            raise LoratorioError(f"{self.name} must be a {'whole ' if whole else ''}number, not {value!r}.")
+        if not self.minimum <= number <= self.maximum:
+            raise LoratorioError(
+                f"{self.name} must be from {self.minimum:g} to {self.maximum:g}, not {value}."
+            )
+        return int(number) if whole else number
+
+
+def knob(kind: Kind, default: bool | int | float | str, label: str, help: str, **limits: Any) -> Any:
+    """A dataclass field that carries its `Knob` (whose name is filled in from the field's)."""
+    return field(default=default, metadata={"knob": (kind, default, label, help, limits)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The knobs of one generation, checked: making one with a bad value raises LoratorioError."""
+
+    enabled: bool = knob(
+        "bool",
+        False,
+        "Enable",
+        "Compose the prompt's LoRAs instead of merging them. Off: the picture is the WebUI's own.",
+    )
+    method: str = knob(
+        "choice", "loratorio", "Method", "How the LoRAs are brought together. LoRAtorio: patch by patch, the LoRA that knows it.",
+        choices=tuple((method.name, method.label) for method in METHODS.values()),
+    )  # fmt: skip
+    patch_size: int = knob(
+        "int", 2, "Patch size", "Side of a patch in latent pixels (one is 8 picture pixels). Smaller: finer borders between LoRAs.",
+        minimum=1, maximum=64,
+    )  # fmt: skip
+    temperature: float = knob(
+        "float", 0.01, "Temperature", "How decided the choice is. Low: one LoRA a patch. High: all LoRAs equally everywhere.",
+        minimum=0.0001, maximum=10, step=0.0001,
+    )  # fmt: skip
+    top_k: int = knob(
+        "int", 0, "Top-k", "How many LoRAs may share a patch. 0: all of them.", minimum=0, maximum=100
+    )
+    recentre: float = knob(
+        "float", 0.5, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
+        step=0.05,
+    )  # fmt: skip
+    start: float = knob(
+        "float",
+        0.0,
+        "Active from",
+        "Part of the steps after which composing begins; before it the LoRAs are merged.",
+        step=0.05,
+    )
+    end: float = knob(
+        "float",
+        1.0,
+        "Active to",
+        "Part of the steps after which composing ends; after it the LoRAs are merged.",
+        step=0.05,
+    )
+    weight_maps: bool = knob(
+        "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used."
+    )
+
+    def __post_init__(self) -> None:
+        for each in KNOBS:
+            object.__setattr__(self, each.name, each.check(getattr(self, each.name)))
+        if self.start > self.end:
+            raise LoratorioError(
+                f"start ({self.start:g}) is after end ({self.end:g}): composing would never happen. Swap them."
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from knob names and values, the rest at their defaults. Unknown names are a LoratorioError."""
+        return cls().with_values(values)
+
+    def with_values(self, values: Mapping[str, Any]) -> Settings:
+        """A copy with some knobs changed. Unknown names are a LoratorioError that says which come near."""
+        for name in values:
+            if name not in KNOB_BY_NAME:
+                near = difflib.get_close_matches(str(name), KNOB_BY_NAME, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the knobs are {', '.join(KNOB_BY_NAME)}."
+                raise LoratorioError(f"There is no knob {str(name)!r}; {hint}")
+        return replace(self, **values)
+
+    def active_at(self, index: int, total: int) -> bool:
+        """Whether step `index` (from 0) of `total` lies in the part of the steps that is composed."""
+        return self.start * total <= index < self.end * total
+
+
+def _knob_of(name: str, metadata: Mapping[str, Any]) -> Knob:
+    kind, default, label, help_text, limits = metadata["knob"]
+    if kind == "float":
+        limits = {"step": 0.01, **limits}
+    return Knob(name=name, kind=cast(Kind, kind), default=default, label=label, help=help_text, **limits)
+
+
+KNOBS: tuple[Knob, ...] = tuple(_knob_of(each.name, each.metadata) for each in fields(Settings))
+"""All knobs, in the order in which they are shown."""
+
+KNOB_BY_NAME: dict[str, Knob] = {each.name: each for each in KNOBS}
