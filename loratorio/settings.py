@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
-from .compose.methods import METHODS
+from .compose.catalogue import CATALOGUE
 from .errors import LoratorioError
 
 Kind = Literal["bool", "int", "float", "choice"]
@@ -112,7 +112,7 @@ class Settings:
     )
     method: str = knob(
         "choice", "loratorio", "Method", "How the LoRAs are brought together. LoRAtorio: patch by patch, the LoRA that knows it.",
-        choices=tuple((method.name, method.label) for method in METHODS.values()),
+        choices=tuple((entry.name, entry.label) for entry in CATALOGUE.values()),
     )  # fmt: skip
     patch_size: int = knob(
         "int", 2, "Patch size", "Side of a patch in latent pixels (one is 8 picture pixels). Smaller: finer borders between LoRAs.",

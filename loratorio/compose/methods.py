@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .catalogue import CATALOGUE, Entry
 from .guidance import compose, recentre
 from .weights import spatial_weights
 
@@ -114,11 +115,14 @@ class Composition:
 
 
 class Method(ABC):
-    """One way to compose. Stateless: what it needs to know stands in the `Situation`."""
+    """One way to compose. Stateless: what it needs to know stands in the `Situation`. Its label and source: `catalogue.py`."""
 
     name: ClassVar[str]
-    label: ClassVar[str]
-    source: ClassVar[str]
+
+    @property
+    def entry(self) -> Entry:
+        """How the method is shown, and where it comes from."""
+        return CATALOGUE[self.name]
 
     @abstractmethod
     def branches(self, now: Situation) -> list[Branch]:
@@ -154,8 +158,6 @@ class Merge(_OneMix):
     """W + Σᵢ sᵢ·ΔWᵢ: what the WebUIs do without this extension."""
 
     name = "merge"
-    label = "Merge"
-    source = "the hosts' own way"
 
     def mix(self, now: Situation) -> Mix:
         return now.cast.merged
@@ -165,8 +167,6 @@ class Switch(_OneMix):
     """LoRA-Switch: one LoRA at a time, the next one every five steps."""
 
     name = "switch"
-    label = "Switch"
-    source = "arXiv 2402.16843"
     steps_per_lora = 5
 
     def mix(self, now: Situation) -> Mix:
@@ -177,8 +177,6 @@ class Composite(Method):
     """LoRA-Composite: the mean of every LoRA's guided prediction."""
 
     name = "composite"
-    label = "Composite"
-    source = "arXiv 2402.16843"
 
     def branches(self, now: Situation) -> list[Branch]:
         return both(now.cast.solos, now)
@@ -196,8 +194,6 @@ class Loratorio(Method):
     """LoRAtorio: patch by patch, the LoRAs that diverge from the base; the unconditional score re-centred on the base."""
 
     name = "loratorio"
-    label = "LoRAtorio"
-    source = "arXiv 2508.11624"
 
     def branches(self, now: Situation) -> list[Branch]:
         solos, base = now.cast.solos, now.cast.base
@@ -234,4 +230,4 @@ class Loratorio(Method):
 
 
 METHODS: dict[str, Method] = {method.name: method for method in (Loratorio(), Merge(), Composite(), Switch())}
-"""Every way to compose, by name, in the order in which a user sees them."""
+"""Every way to compose, by name, in the catalogue's order."""
