@@ -1,0 +1,32 @@
+"""AUTOMATIC1111's WebUI 1.8 to 1.10.
+
+Where it hooks in: `process_before_every_sampling` hands over the pass's sampler, whose `launch_sampling` encloses the
+sampling loop and nothing else. Inside, the LoRAs are taken off the model, each row gets its own from the bank, and the
+sampler's model wrapper answers with composed rows. One `finally` puts everything back.
+"""
+
+from __future__ import annotations
+
+from ..base import Job
+from .sampling import ComposedSampling
+
+
+class A1111:
+    """The WebUI as `scripts/loratorio_script.py` sees it (see `loratorio.hosts.base.WebUIHost`)."""
+
+    name = "AUTOMATIC1111"
+
+    def process_batch(self, job: Job) -> None:
+        """Nothing to do: the WebUI makes its own conditioning first, ours is made when sampling asks for it."""
+
+    def before_sampling(self, job: Job) -> None:
+        sampler = job.p.sampler
+        launch = sampler.launch_sampling
+
+        def launch_composed(steps, func):  # type: ignore[no-untyped-def]
+            return launch(steps, lambda: ComposedSampling(job, sampler).run(func))
+
+        sampler.launch_sampling = launch_composed
+
+
+HOST = A1111()

@@ -1,0 +1,188 @@
+"""The LoRAs that the WebUI has activated: which ones, which text states they give, and what each adds to the UNet.
+
+The WebUI's own Lora extension (`networks`) reads the files and knows every kind of LoRA; here its modules are turned
+into deltas.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.delta import Adapter, Delta, Dense, LowRank, fit
+from ...errors import LoratorioError
+
+Network = Any  # networks.Network of the WebUI's Lora extension
+
+UNET = "diffusion_model"
+"""The names of the UNet's layers begin so in the WebUI; all others are the text encoder's."""
+
+
+def lora_extension() -> Any:
+    """The module `networks` of the built-in Lora extension. Raises LoratorioError when it is disabled."""
+    try:
+        import networks
+    except ImportError:
+        raise LoratorioError(
+            "The WebUI's built-in extension Lora is disabled. Switch it on in the tab Extensions: LoRAtorio needs it to read LoRAs."
+        ) from None
+    return networks
+
+
+def unet_layers(sd_model: Any) -> dict[str, nn.Module]:
+    """The UNet's layers by the WebUI's names for them."""
+    mapping: Mapping[str, nn.Module] = sd_model.network_layer_mapping
+    return {name: layer for name, layer in mapping.items() if name.startswith(UNET)}
+
+
+@contextmanager
+def activated(loras: Sequence[Network]) -> Iterator[None]:
+    """While this lasts, the WebUI believes that the prompt names just these LoRAs.
+
+    It merges them into a layer's weights when the layer is next used, or takes them out again.
+    """
+    loaded: list[Network] = lora_extension().loaded_networks
+    before = list(loaded)
+    loaded[:] = loras
+    try:
+        yield
+    finally:
+        loaded[:] = before
+
+
+@contextmanager
+def bundled_embeddings(loras: Sequence[Network], every: Sequence[Network]) -> Iterator[None]:
+    """While this lasts, of the textual inversions that come inside `every` LoRA only those of `loras` are known."""
+    from modules import sd_hijack, shared
+
+    database = sd_hijack.model_hijack.embedding_db
+    others = [lora for lora in every if lora not in loras]
+    hidden = [
+        embedding for lora in others for embedding in lora.bundle_embeddings.values() if embedding.loaded
+    ]
+    for embedding in hidden:
+        database.register_embedding_by_name(None, shared.sd_model, embedding.name)
+    try:
+        yield
+    finally:
+        for embedding in hidden:
+            database.register_embedding(embedding, shared.sd_model)
+
+
+def changes_text(lora: Network) -> bool:
+    """Whether text conditioning depends on this LoRA."""
+    has_layers = any(not name.startswith(UNET) for name in lora.modules)
+    return bool(has_layers and lora.te_multiplier) or any(
+        embedding.loaded for embedding in lora.bundle_embeddings.values()
+    )
+
+
+def identity(lora: Network) -> tuple[Any, ...]:
+    """Equal for two activations of one LoRA that give the same deltas and the same text."""
+    return lora.name, lora.mtime, lora.te_multiplier, lora.unet_multiplier, lora.dyn_dim
+
+
+def restore_base(layers: Mapping[str, nn.Module]) -> None:
+    """Take whatever LoRAs the WebUI has merged into these layers out of their weights, now rather than when they run."""
+    extension = lora_extension()
+    takes_lora = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+    with activated(()), torch.no_grad():
+        for layer in layers.values():
+            if isinstance(layer, takes_lora):
+                extension.network_apply_weights(layer)
+
+
+def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: bool = False) -> Adapter:
+    """What `lora` adds to the UNet at the strength that the prompt gives it.
+
+    Args:
+        layers: the UNet's layers, with the base weights in them (see `restore_base`).
+        skip_misfits: leave out what is for another model, as the WebUI does for a refiner.
+
+    Raises:
+        LoratorioError: a part of the LoRA is not for this model, or is of a kind that has no delta.
+    """
+    deltas: dict[str, list[Delta]] = {}
+    for name, module in lora.modules.items():
+        if not name.startswith(UNET):
+            continue
+        layer = layers.get(name)
+        if layer is None or not lora.unet_multiplier:
+            if layer is None and not skip_misfits:
+                raise _not_for_this_model(lora, name, "the model has no such layer")
+            continue
+        try:
+            delta = _delta(module, layer)
+            fit(delta, layer)
+        except (RuntimeError, ValueError, NotImplementedError) as problem:
+            if skip_misfits:
+                continue
+            raise _not_for_this_model(lora, name, str(problem)) from problem
+        deltas[name] = [delta]
+    return Adapter(lora.name, deltas)
+
+
+def _not_for_this_model(lora: Network, name: str, why: str) -> LoratorioError:
+    return LoratorioError(
+        f"LoRA {lora.name} cannot be applied to the layer {name}: {why}. It may be made for another kind of model: "
+        "remove it from the prompt, or untick LoRAtorio."
+    )
+
+
+def _delta(module: Any, layer: nn.Module) -> Delta:
+    """One layer's part of a LoRA, its strength included."""
+    if _is_plain_low_rank(module):
+        return _low_rank(module, layer)
+    return _dense(module, layer)
+
+
+def _is_plain_low_rank(module: Any) -> bool:
+    low_rank = (
+        getattr(module, "up_model", None) is not None and getattr(module, "down_model", None) is not None
+    )
+    return low_rank and module.dora_scale is None and module.bias is None
+
+
+def _low_rank(module: Any, layer: nn.Module) -> LowRank:
+    down, up = module.down_model.weight, module.up_model.weight
+    mid = None if module.mid_model is None else module.mid_model.weight
+    rank = module.network.dyn_dim
+    if rank is not None and mid is None:
+        down, up = down[:rank], up[:, :rank]
+    if isinstance(layer, nn.Conv2d):
+        down = _for_inpainting(down, layer)
+    return LowRank(down, up, float(module.calc_scale() * module.multiplier()), mid)
+
+
+def _dense(module: Any, layer: Any) -> Dense:
+    """ΔW as the WebUI computes it, but always in float32: a CPU has no half-precision product, and more is exact."""
+    base = getattr(layer, "fp16_weight", None)  # fp8 storage keeps the exact weight here
+    base = layer.weight if base is None else base
+    weight, bias = _in_float32(module).calc_updown(base.detach().to(torch.float32))
+    if isinstance(layer, nn.Conv2d):
+        weight = _for_inpainting(weight, layer)
+    stored = torch.float32 if base.dtype.itemsize < 2 else base.dtype
+    return Dense(weight.to("cpu", stored), None if bias is None else bias.to("cpu", stored))
+
+
+def _for_inpainting(weight: Tensor, layer: nn.Conv2d) -> Tensor:
+    """An inpainting model's first convolution has 5 more input channels (mask, masked picture): no change for them."""
+    if layer.in_channels == 9 and weight.ndim == 4 and weight.shape[1] == 4:
+        return nn.functional.pad(weight, (0, 0, 0, 0, 0, 5))
+    return weight
+
+
+def _in_float32(module: Any) -> Any:
+    """The WebUI's LoRA module with its tensors in float32; `module` stays as it is."""
+    twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            setattr(twin, name, value.to(torch.float32))
+        elif isinstance(value, nn.Module) and name not in ("sd_module", "lin_module"):
+            setattr(twin, name, copy.deepcopy(value).to(torch.float32))
+    return twin

@@ -1,0 +1,55 @@
+"""What else is at work in the WebUI, and whether LoRAtorio can compose beside it.
+
+Read from the extensions' sources (2025): Dynamic Prompts changes the prompts before LoRAs are parsed, and Neutral Prompt
+combines a step's finished rows; both go together with composing and need nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .loras import Network
+
+NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
+
+
+def obstacle(p: Any, loras: Sequence[Network]) -> str | None:
+    """The sentence that says why this pass is left to the WebUI's own merging; None if it can be composed."""
+    from modules import shared
+
+    if not loras:
+        return NO_LORA
+    model = shared.sd_model
+    if getattr(model, "is_sd3", False):
+        return _merged_because("Stable Diffusion 3 is not supported here")
+    if model.cond_stage_key == "edit":
+        return _merged_because("an InstructPix2Pix checkpoint guides by two scales at once")
+    if _control_net_is_active(model):
+        return _merged_because("ControlNet is active, which takes the model's rows apart by itself")
+    if p.extra_generation_params.get("RP Active"):
+        return _merged_because("Regional Prompter is active, which gives LoRAs to regions by itself")
+    if _unet_is_replaced():
+        return _merged_because("another UNet (such as TensorRT) is selected in the settings")
+    return None
+
+
+def remarks(p: Any) -> Iterator[str]:
+    """Sentences on what will not be composed although the pass is."""
+    if any(key.startswith("ADetailer") for key in p.extra_generation_params):
+        yield "The picture was composed; ADetailer's own passes over it merge the LoRAs as usual."
+
+
+def _merged_because(why: str) -> str:
+    return f"LoRAtorio merged the LoRAs as the WebUI does without it: {why}."
+
+
+def _control_net_is_active(model: Any) -> bool:
+    """ControlNet replaces the UNet's forward while it has an active unit, and keeps the old one under this name."""
+    return hasattr(model.model.diffusion_model, "_original_forward")
+
+
+def _unet_is_replaced() -> bool:
+    from modules import sd_unet
+
+    return getattr(sd_unet, "current_unet", None) is not None

@@ -1,0 +1,165 @@
+"""The rows of one denoising step: what goes into the WebUI's model for any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compose.methods import Mix
+from ...engine import Row, Step
+from .conditioning import TextConditioning
+
+Text = Any
+"""Text conditioning of rows: a tensor (rows, tokens, width), or a dict of tensors for SDXL."""
+
+
+@dataclass
+class StepRows:
+    """What the WebUI's denoiser was about to run, and how to make the same for any mix.
+
+    Attributes:
+        params: the callback's CFGDenoiserParams, after every extension has seen it.
+        denoiser: the WebUI's CFGDenoiser.
+        owners: image of each conditional row.
+        images: number of images, which is the number of unconditional rows.
+        skips_uncond: whether the WebUI leaves the unconditional rows out of this step.
+    """
+
+    params: Any
+    denoiser: Any
+    texts: TextConditioning
+    owners: tuple[int, ...]
+    images: int
+    skips_uncond: bool
+    own_text: tuple[Text, Text]
+    _padded: dict[Mix, tuple[Text, Text]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, params: Any, denoiser: Any, sampler_args: dict[str, Any], texts: TextConditioning
+    ) -> StepRows:
+        from modules import prompt_parser
+
+        parts, cond = prompt_parser.reconstruct_multicond_batch(sampler_args["cond"], denoiser.step)
+        uncond = prompt_parser.reconstruct_cond_batch(sampler_args["uncond"], denoiser.step)
+        owners = tuple(image for image, rows in enumerate(parts) for _ in rows)
+        skips = _skips_uncond(denoiser, params.sigma, sampler_args["s_min_uncond"])
+        return cls(params, denoiser, texts, owners, len(parts), skips, (cond, uncond))
+
+    def trouble(self) -> str | None:
+        """Why these rows cannot be composed, if so."""
+        if len(self.params.x) != len(self.owners) + self.images:
+            return (
+                "Another extension adds rows to the sampler's steps, which LoRAtorio cannot compose: "
+                "the LoRAs were merged as usual."
+            )
+        asked = self.params.text_cond, self.params.text_uncond
+        if not self.texts.is_shared and not all(map(_equal, asked, self.own_text)):
+            return (
+                "Another extension changes the text conditioning while sampling, which LoRAtorio cannot do for each "
+                "LoRA: the LoRAs were merged as usual."
+            )
+        return None
+
+    def step(self) -> Step:
+        from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
+
+        denoiser, total = self.denoiser, max(1, self.denoiser.steps)
+        # The denoiser counts evaluations, of which Heun and its like make two a step.
+        index = int(denoiser.step * total / max(1, denoiser.total_steps))
+        return Step(
+            index=min(index, total - 1),
+            total=total,
+            latents=self.params.x[: len(self.owners)],
+            uncond_count=0 if self.skips_uncond else self.images,
+            owners=self.owners,
+            denoised=not isinstance(denoiser, CFGDenoiserTimesteps),
+        )
+
+    def tokens(self, row: Row) -> int:
+        """Length of the row's text conditioning."""
+        return int(self._text(row.mix)[0 if row.cond else 1].shape[1])
+
+    def inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The model's x, sigma and conditioning for these rows, whose text is of one length."""
+        from modules import shared
+        from modules.sd_samplers_cfg_denoiser import catenate_conds, subscript_cond
+
+        params = self.params
+        numbers = [row.slot if row.cond else len(self.owners) + row.slot for row in rows]
+        index = torch.tensor(numbers, device=params.x.device)
+        text = catenate_conds(
+            [
+                subscript_cond(self._text(row.mix)[0 if row.cond else 1], row.slot, row.slot + 1)
+                for row in rows
+            ]
+        )
+        image = params.image_cond[index.to(params.image_cond.device)]
+        if shared.sd_model.model.conditioning_key == "crossattn-adm":
+            cond = {"c_crossattn": [text], "c_adm": image}
+        elif isinstance(text, dict):
+            cond = {**text, "c_concat": [image]}
+        else:
+            cond = {"c_crossattn": [text], "c_concat": [image]}
+        return params.x[index], params.sigma[index], cond
+
+    def _text(self, mix: Mix) -> tuple[Text, Text]:
+        """The step's conditional and unconditional text under `mix`, padded as the WebUI would."""
+        if mix not in self._padded:
+            self._padded[mix] = self._pad(*self._unpadded(mix))
+        return self._padded[mix]
+
+    def _unpadded(self, mix: Mix) -> tuple[Text, Text]:
+        from modules import prompt_parser
+
+        if self.texts.is_shared:
+            return self.params.text_cond, self.params.text_uncond
+        prompts, step = self.texts.of(mix), self.denoiser.step
+        cond = prompt_parser.reconstruct_multicond_batch(prompts.cond, step)[1]
+        return cond, prompt_parser.reconstruct_cond_batch(prompts.uncond, step)
+
+    def _pad(self, cond: Text, uncond: Text) -> tuple[Text, Text]:
+        from modules.shared import opts
+
+        if cond.shape[1] == uncond.shape[1]:
+            return cond, uncond
+        # Padding writes into SDXL's dicts.
+        cond, uncond = _shallow(cond), _shallow(uncond)
+        if getattr(opts, "pad_cond_uncond_v0", False):
+            padded: tuple[Text, Text] = self.denoiser.pad_cond_uncond_v0(cond, uncond)
+        elif opts.pad_cond_uncond:
+            padded = self.denoiser.pad_cond_uncond(cond, uncond)
+        else:
+            padded = cond, uncond
+        return padded
+
+
+def _skips_uncond(denoiser: Any, sigma: Tensor, s_min_uncond: float) -> bool:
+    """Whether the WebUI is about to drop the unconditional rows: "skip early CFG" or negative guidance minimum sigma.
+
+    The WebUI decides after its callback and tells nobody, so its two rules stand here again. If they ever differ, it
+    asks for rows that were not composed, and the job stops (see `ComposedSampling._answer`).
+    """
+    from modules.shared import opts
+
+    early = getattr(opts, "skip_early_cond", 0.0)
+    if early != 0 and denoiser.step / denoiser.total_steps <= early:
+        return True
+    on_turn = denoiser.step % 2 or getattr(opts, "s_min_uncond_all", False)
+    return bool(on_turn and s_min_uncond > 0 and sigma[0] < s_min_uncond)
+
+
+def _equal(one: Text, other: Text) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+
+
+def _shallow(text: Text) -> Text:
+    from modules.prompt_parser import DictWithShape
+
+    return DictWithShape(text) if isinstance(text, dict) else text
