@@ -1,0 +1,34 @@
+"""The knobs of a generation from what the WebUI hands to the script: the page's values, or an API call's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import LoratorioError
+from ..settings import KNOBS, Settings
+from . import options, xyz
+
+
+def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
+    """The settings that `args` ask for, with what an X/Y/Z plot set on the processing object `p` on top.
+
+    Args:
+        args: one value per knob in the order of `KNOBS` (missing ones and None: the settings page's defaults), or one mapping
+            of knob names first, after which nothing else counts: the WebUI fills the rest with the panel's defaults.
+
+    Raises:
+        LoratorioError: an unknown knob, a bad value, too many values.
+    """
+    return options.defaults().with_values({**_values(args), **xyz.chosen(p)})
+
+
+def _values(args: Sequence[Any]) -> dict[str, Any]:
+    if args and isinstance(args[0], Mapping):
+        return dict(args[0])
+    if len(args) > len(KNOBS):
+        raise LoratorioError(
+            f"LoRAtorio takes {len(KNOBS)} arguments ({', '.join(knob.name for knob in KNOBS)}), but {len(args)} came. "
+            "One object of knob names as the only argument is easier."
+        )
+    return {knob.name: value for knob, value in zip(KNOBS, args, strict=False) if value is not None}

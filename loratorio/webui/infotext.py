@@ -1,0 +1,102 @@
+"""The knobs in a picture's infotext, one readable field each, and back from there into the panel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LoratorioError
+from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+
+if TYPE_CHECKING:
+    from ..hosts.base import ComposedPass
+
+LORAS_KEY = "LoRAtorio LoRAs"
+HIRES_LORAS_KEY = "LoRAtorio hires LoRAs"
+
+Params = Mapping[str, Any]
+"""An infotext as the WebUI parsed it: field names and values, all text."""
+
+
+def params(
+    settings: Settings,
+    loras: Iterable[tuple[str, float]],
+    hires_loras: Iterable[tuple[str, float]] = (),
+) -> dict[str, str]:
+    """The fields for `p.extra_generation_params`: every knob, and the LoRAs that were composed with their strengths.
+
+    Nothing when the box is unticked. The WebUI quotes the values itself where they need it; its rule mistakes a value
+    that starts with a quotation mark, but quotes any that has a colon, and so every list of LoRAs is safe, whatever a
+    LoRA is called.
+    """
+    if not settings.enabled:
+        return {}
+    fields = {knob.infotext_key: text(knob, getattr(settings, knob.name)) for knob in KNOBS}
+    for key, composed in ((LORAS_KEY, list(loras)), (HIRES_LORAS_KEY, list(hires_loras))):
+        if composed:
+            fields[key] = ", ".join(f"{name}:{number(strength)}" for name, strength in composed)
+    return fields
+
+
+def of_passes(settings: Settings, passes: Sequence[ComposedPass]) -> dict[str, str]:
+    """`params` of what was sampled last: the first pass of the last batch and, if it had other LoRAs, the hires pass."""
+    last: dict[bool, list[tuple[str, float]]] = {False: [], True: []}
+    for each in passes:
+        last[each.hires] = list(zip(each.loras, each.strengths, strict=True))
+        if not each.hires:
+            last[True] = []
+    return params(settings, last[False], last[True] if last[True] != last[False] else ())
+
+
+def text(knob: Knob, value: Any) -> str:
+    """A knob's value as the infotext shows it; `knob.check` reads it back exactly."""
+    if knob.kind == "choice":
+        return dict(knob.choices)[value]
+    return str(value) if knob.kind == "bool" else number(value)
+
+
+def number(value: float) -> str:
+    """The shortest text that is read back as exactly this number."""
+    value = float(value)
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def value_from(knob: Knob, params: Params) -> Any:
+    """What the panel's component shows after pasting `params`; None leaves it as it is.
+
+    A picture made without LoRAtorio unticks the box. Text without a line of parameters is only a prompt and changes
+    nothing. A picture of an older version lacks the newer knobs: they go to their defaults.
+    """
+    if knob.name != "enabled" and KNOB_BY_NAME["enabled"].infotext_key not in params:
+        return None
+    if "Steps" not in params and knob.infotext_key not in params:
+        return None
+    try:
+        value = knob.check(params.get(knob.infotext_key, knob.default))
+    except LoratorioError as problem:
+        print(f"LoRAtorio: pasting: {problem}")
+        return None
+    return dict(knob.choices)[str(value)] if knob.kind == "choice" else value
+
+
+def _paster(knob: Knob) -> Callable[[Params], Any]:
+    def paste(params: Params) -> Any:
+        return value_from(knob, params)
+
+    return paste
+
+
+PASTERS: dict[str, Callable[[Params], Any]] = {knob.name: _paster(knob) for knob in KNOBS}
+
+
+def paste_fields(components: Sequence[Any]) -> list[tuple[Any, Callable[[Params], Any]]]:
+    """For `self.infotext_fields`: each component of the panel with what an infotext makes of it."""
+    return [(component, PASTERS[knob.name]) for component, knob in zip(components, KNOBS, strict=True)]
+
+
+def paste_field_names() -> list[Callable[[Params], Any]]:
+    """For `self.paste_field_names`: what "send to img2img" takes along from tab to tab.
+
+    The WebUI compares these with the second half of the paste fields; that they are functions, not names, is no matter to it.
+    """
+    return list(PASTERS.values())

@@ -1,0 +1,78 @@
+"""The panel: an accordion with its own tick box, a component per knob, and a line that follows the prompt."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+from . import gradio_compat as compat
+from . import options
+
+TITLE = "LoRAtorio"
+
+ROWS = (("method", "temperature"), ("patch_size", "top_k"), ("recentre", "weight_maps"), ("start", "end"))
+"""Knobs that stand side by side. One that is not named here gets its place below them."""
+
+NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
+"""What the line says before javascript/loratorio.js has read the prompt; the same sentence is there."""
+
+
+def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
+    """Make the panel where the page is being built.
+
+    Returns:
+        the components in the order of `KNOBS`: what the WebUI hands to the script, and an API call's positional arguments.
+    """
+    tab = "img2img" if is_img2img else "txt2img"
+    settings = options.defaults() if defaults is None else defaults
+    box, inside = compat.ticked_accordion(settings.enabled, TITLE, f"loratorio_{tab}")
+    components: dict[str, Any] = {"enabled": box}
+    with inside:
+        gr.HTML(_line(tab), elem_id=f"loratorio_{tab}_line")
+        for row in rows():
+            with gr.Row(elem_classes=["loratorio-row"]):
+                for knob in row:
+                    components[knob.name] = _component(knob, getattr(settings, knob.name), tab)
+    for component in components.values():
+        # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
+        component.do_not_save_to_config = True
+    return [components[knob.name] for knob in KNOBS]
+
+
+def rows() -> list[list[Knob]]:
+    """The knobs but for the tick box, as they stand below each other."""
+    named = [[KNOB_BY_NAME[name] for name in row] for row in ROWS]
+    placed = {knob.name for row in named for knob in row} | {"enabled"}
+    rest = [knob for knob in KNOBS if knob.name not in placed]
+    return named + [rest[i : i + 2] for i in range(0, len(rest), 2)]
+
+
+def _line(tab: str) -> str:
+    """What the tick box does, and the line about the prompt's LoRAs that javascript/loratorio.js keeps true."""
+    help_text = escape(KNOB_BY_NAME["enabled"].help)
+    return (
+        f'<p class="loratorio-help">{help_text}</p>'
+        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" aria-live="polite">{escape(NONE_YET)}</p>'
+    )
+
+
+def _component(knob: Knob, value: Any, tab: str) -> Any:
+    shared = {
+        "label": knob.label,
+        "elem_id": f"loratorio_{tab}_{knob.name}",
+        "interactive": True,
+        **compat.tooltip(knob.help),
+    }
+    if knob.kind == "bool":
+        return gr.Checkbox(value, **shared)
+    if knob.kind == "choice":
+        labels = dict(knob.choices)
+        return gr.Dropdown(list(labels.values()), value=labels[value], **shared)
+    limits = {"minimum": knob.minimum, "maximum": knob.maximum, "step": knob.step}
+    if (knob.maximum - knob.minimum) / knob.step > 1000:
+        # Too fine for a slider: a pixel of it would be many steps.
+        return gr.Number(value, **limits, **shared)
+    return gr.Slider(value=value, **limits, **shared)

@@ -1,0 +1,102 @@
+"""Axes of the X/Y/Z plot: one for every knob."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from ..errors import LoratorioError
+from ..settings import KNOBS, Knob
+from .infotext import number
+
+PREFIX = "[LoRAtorio] "
+_FIELD = "loratorio_xyz"
+
+
+def chosen(p: Any) -> dict[str, Any]:
+    """The knobs that the X/Y/Z plot has set for the picture of `p`."""
+    return dict(getattr(p, _FIELD, None) or {})
+
+
+def register() -> None:
+    """Have the axes added before the page is built, when the X/Y/Z script is surely loaded."""
+    from modules import script_callbacks
+
+    script_callbacks.on_before_ui(add_axes)
+
+
+def add_axes() -> None:
+    """Add the axes to the loaded X/Y/Z script, once. Without that script there is nothing to do."""
+    script = _loaded_script()
+    if script is None:
+        return
+    present = {option.label for option in script.axis_options}
+    script.axis_options.extend(axis for knob in KNOBS if (axis := _axis(script, knob)).label not in present)
+
+
+def _loaded_script() -> ModuleType | None:
+    """The module of the WebUI's X/Y/Z script; the hosts name it `xyz_grid.py` or `scripts.xyz_grid`."""
+    scripts = sys.modules.get("modules.scripts")
+    for data in getattr(scripts, "scripts_data", ()):
+        name = getattr(data.script_class, "__module__", "")
+        if name.removesuffix(".py").rpartition(".")[2] == "xyz_grid" and hasattr(data.module, "axis_options"):
+            module: ModuleType = data.module
+            return module
+    return None
+
+
+def _axis(script: ModuleType, knob: Knob) -> Any:
+    label = PREFIX + knob.label
+    if knob.kind == "bool":
+        return script.AxisOption(
+            label, str, _apply(knob), confirm=_confirm(knob), choices=lambda: ["True", "False"]
+        )
+    if knob.kind == "choice":
+        labels = [label for _, label in knob.choices]
+        return script.AxisOption(label, str, _apply(knob), confirm=_confirm(knob), choices=lambda: labels)
+    if knob.kind == "int":
+        return script.AxisOption(label, int, _apply(knob), confirm=_confirm(knob))
+    return script.AxisOption(label, float, _apply(knob), confirm=_confirm(knob), prepare=_expand(script))
+
+
+def _apply(knob: Knob) -> Callable[[Any, Any, Any], None]:
+    """What the plot calls before each picture. It hands a shallow copy of one `p`, so the mapping is made anew each time."""
+
+    def apply(p: Any, value: Any, values: Any) -> None:
+        # A plot over our knobs with the box unticked would be the same picture again and again.
+        setattr(p, _FIELD, {"enabled": True, **chosen(p), knob.name: value})
+
+    return apply
+
+
+def _confirm(knob: Knob) -> Callable[[Any, Sequence[Any]], None]:
+    """What the plot calls before the first picture: the place to stop with a sentence."""
+
+    def confirm(p: Any, values: Sequence[Any]) -> None:
+        for value in values:
+            try:
+                knob.check(value)
+            except LoratorioError as problem:
+                raise RuntimeError(f"X/Y/Z plot, {PREFIX}{knob.label}: {problem}") from problem
+
+    return confirm
+
+
+def _expand(script: ModuleType) -> Callable[[str], list[str]]:
+    """Ranges as in "0-1 (+0.1)", ended where they say: the plot's own expansion of those goes one step too far."""
+
+    def expand(text: str) -> list[str]:
+        values: list[str] = []
+        for part in script.csv_string_to_list_strip(text):
+            match = script.re_range_float.fullmatch(part)
+            if match is None:
+                values.append(part)
+                continue
+            start, end, step = (float(each) if each else 1.0 for each in match.groups())
+            count = int((end - start) / step + 1e-6) if step else 0
+            values += [number(round(start + i * step, 10)) for i in range(count + 1)]
+        return values
+
+    return expand
