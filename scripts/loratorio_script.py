@@ -15,7 +15,10 @@ if ROOT not in sys.path:
 from loratorio.errors import LoratorioError  # noqa: E402
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.base import Job, refuse  # noqa: E402
-from loratorio.settings import KNOBS, Settings  # noqa: E402
+from loratorio.webui import api, infotext, options, panel, xyz  # noqa: E402
+
+options.register()
+xyz.register()
 
 
 class LoratorioScript(scripts.Script):
@@ -32,16 +35,9 @@ class LoratorioScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        with gr.Accordion("LoRAtorio", open=False):
-            components = []
-            for knob in KNOBS:
-                if knob.kind == "bool":
-                    components.append(gr.Checkbox(value=knob.default, label=knob.label))
-                elif knob.kind == "choice":
-                    components.append(gr.Dropdown(choices=[name for name, _ in knob.choices], value=knob.default, label=knob.label))
-                else:
-                    components.append(gr.Slider(minimum=knob.minimum, maximum=knob.maximum, step=knob.step, value=knob.default, label=knob.label))
-        self.infotext_fields = [(component, knob.infotext_key) for component, knob in zip(components, KNOBS)]
+        components = panel.build(is_img2img)
+        self.infotext_fields = infotext.paste_fields(components)
+        self.paste_field_names = infotext.paste_field_names()
         return components
 
     def before_process(self, p, *args):
@@ -50,8 +46,7 @@ class LoratorioScript(scripts.Script):
     def process(self, p, *args):
         self.job = None
         try:
-            values = args[0] if args and isinstance(args[0], dict) else {knob.name: value for knob, value in zip(KNOBS, args)}
-            settings = Settings.from_mapping(values)
+            settings = api.settings_from_args(args, p)
             if settings.enabled:
                 self.job = Job(p, settings, tell=lambda sentence: self.tell(p, sentence))
         except LoratorioError as problem:
@@ -72,7 +67,4 @@ class LoratorioScript(scripts.Script):
 
     def postprocess_batch(self, p, *args, **kwargs):
         if self.job is not None and self.job.passes:
-            done = self.job.passes[-1]
-            for knob in KNOBS:
-                p.extra_generation_params[knob.infotext_key] = getattr(self.job.settings, knob.name)
-            p.extra_generation_params["LoRAtorio LoRAs"] = ", ".join(f"{name} {strength:g}" for name, strength in zip(done.loras, done.strengths))
+            p.extra_generation_params.update(infotext.of_passes(self.job.settings, self.job.passes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -14,7 +15,7 @@ from . import options
 TITLE = "LoRAtorio"
 
 ROWS = (("method", "temperature"), ("patch_size", "top_k"), ("recentre", "weight_maps"), ("start", "end"))
-"""Knobs that stand side by side. One that is not named here gets its place below them."""
+"""Knobs that stand side by side. The ones that are not named here are folded away below them."""
 
 NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
 """What the line says before javascript/loratorio.js has read the prompt; the same sentence is there."""
@@ -32,22 +33,28 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
     components: dict[str, Any] = {"enabled": box}
     with inside:
         gr.HTML(_line(tab), elem_id=f"loratorio_{tab}_line")
-        for row in rows():
-            with gr.Row(elem_classes=["loratorio-row"]):
-                for knob in row:
-                    components[knob.name] = _component(knob, getattr(settings, knob.name), tab)
+        for row in ROWS:
+            components |= _row([KNOB_BY_NAME[name] for name in row], settings, tab)
+        rest = further()
+        if rest:
+            with gr.Accordion("More", open=False, elem_id=f"loratorio_{tab}_more"):
+                for i in range(0, len(rest), 2):
+                    components |= _row(rest[i : i + 2], settings, tab)
     for component in components.values():
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
         component.do_not_save_to_config = True
     return [components[knob.name] for knob in KNOBS]
 
 
-def rows() -> list[list[Knob]]:
-    """The knobs but for the tick box, as they stand below each other."""
-    named = [[KNOB_BY_NAME[name] for name in row] for row in ROWS]
-    placed = {knob.name for row in named for knob in row} | {"enabled"}
-    rest = [knob for knob in KNOBS if knob.name not in placed]
-    return named + [rest[i : i + 2] for i in range(0, len(rest), 2)]
+def further() -> list[Knob]:
+    """The knobs that most pictures do without."""
+    named = {"enabled", *(name for row in ROWS for name in row)}
+    return [knob for knob in KNOBS if knob.name not in named]
+
+
+def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
+    with gr.Row():
+        return {knob.name: _component(knob, getattr(settings, knob.name), tab) for knob in knobs}
 
 
 def _line(tab: str) -> str:
