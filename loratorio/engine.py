@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from .adapters.bank import Bank
-from .compose.methods import METHODS, Branch, Cast, Composition, Method, Mix, Predictions, Situation
+from .compose.guidance import rescaled_cond
+from .compose.methods import (
+    METHODS,
+    Branch,
+    Cast,
+    Chosen,
+    Composition,
+    Method,
+    Mix,
+    Predictions,
+    Situation,
+)
 from .errors import LoratorioError
 from .settings import Settings
 
@@ -47,6 +58,7 @@ class Step:
         uncond_count: number of unconditional rows Bu; 0 where the step has none.
         owners: image of every conditional row; a prompt with AND has several for an image. Empty: row i is image i.
         denoised: predictions are denoised latents D, and e = (z − D)/σ; else they are the noise e itself.
+        guidance: the CFG scale s that the sampler guides with, for guidance rescale; None where the host cannot tell.
     """
 
     index: int
@@ -55,6 +67,7 @@ class Step:
     uncond_count: int
     owners: tuple[int, ...] = ()
     denoised: bool = True
+    guidance: float | None = None
 
 
 @dataclass
@@ -79,6 +92,13 @@ class WeightHistory:
         self.weights.append(weights.to("cpu", torch.float16))
 
 
+POOL_ROWS = 8
+"""How many rows a model call has, unless the host says otherwise, when a pool's candidates are scored."""
+
+POOL_PLANS = 4
+"""How many such calls' LoRAs stay on the device."""
+
+
 class Engine:
     """Composes the steps of one generation. Make one per sampling, drop it afterwards.
 
@@ -86,7 +106,8 @@ class Engine:
         settings: the knobs.
         bank: the generation's LoRAs, attached to the model by the host for as long as it samples.
         cast: which of them are composed; by default all.
-        row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out.
+        row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out. With a pool, whose
+            scoring runs many LoRAs, 0 means `POOL_ROWS`.
     """
 
     def __init__(self, settings: Settings, bank: Bank, cast: Cast | None = None, row_limit: int = 0) -> None:
@@ -97,6 +118,11 @@ class Engine:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
         self.row_limit = row_limit
         self.history = WeightHistory()
+        self._sessions: dict[str, Method] = {}
+        if any(self.cast.pooled):
+            # Candidates that are only scored leave the device again with the next ones.
+            self.row_limit = row_limit or POOL_ROWS
+            bank.plan_limit = POOL_PLANS
 
     def branches(self, index: int, total: int, has_uncond: bool) -> list[Branch]:
         """The branches that a step will run, e.g. for a host that prepares text conditioning or counts its memory."""
@@ -115,15 +141,35 @@ class Engine:
         situation = Situation(self.cast, self.settings, step.index, step.total, step.uncond_count > 0)
         method = self._method(step.index, step.total)
         branches = method.branches(situation)
-        rows = list(_rows(branches, len(step.latents), step.uncond_count))
-        predicted = self._predict(rows, predict)
-        composition = method.compose(situation, _predictions(step, branches, predicted))
+        predictions = self._predictions(step, branches, predict)
+        further = method.further(situation, predictions)
+        if further:
+            predictions = _joined(predictions, self._predictions(step, further, predict))
+        composition = self._rescaled(method.compose(situation, predictions), predictions, step)
         if composition.weights is not None and self.settings.weight_maps:
             self.history.record(step.index, composition.weights)
         return _unfolded(composition, step)
 
     def _method(self, index: int, total: int) -> Method:
-        return METHODS[self.settings.method if self.settings.active_at(index, total) else "merge"]
+        """The method of this step, in its own object for this generation."""
+        method = METHODS[self.settings.method] if self.settings.active_at(index, total) else Chosen()
+        if method.name not in self._sessions:
+            self._sessions[method.name] = method.begin(self.cast, self.bank)
+        return self._sessions[method.name]
+
+    def _predictions(self, step: Step, branches: Sequence[Branch], predict: Predict) -> Predictions:
+        rows = list(_rows(branches, len(step.latents), step.uncond_count))
+        return _predictions(step, branches, self._predict(rows, predict))
+
+    def _rescaled(self, composition: Composition, predictions: Predictions, step: Step) -> Composition:
+        """Guidance rescale, on what the sampler guides: D where it has D, else e."""
+        strength, scale, uncond = self.settings.rescale, step.guidance, composition.uncond
+        if not strength or not scale or scale == 1 or uncond is None:
+            return composition
+        # The sampler adds up the parts of a prompt with AND itself; each is rescaled on its own.
+        own_uncond = uncond[predictions.owners.to(uncond.device)]
+        cond = rescaled_cond(composition.cond, own_uncond, scale, strength)
+        return Composition(cond, uncond, composition.weights)
 
     def _predict(self, rows: Sequence[Row], predict: Predict) -> Tensor:
         """All rows in as few calls as the limit and the memory allow, in order."""
@@ -195,6 +241,14 @@ def _predictions(step: Step, branches: Sequence[Branch], predicted: Tensor) -> P
     if frames > 1:
         owners = (owners[:, None] * frames + torch.arange(frames)).flatten()
     return Predictions(by_branch, noise, owners)
+
+
+def _joined(first: Predictions, second: Predictions) -> Predictions:
+    return Predictions(
+        {**first.by_branch, **second.by_branch},
+        {**first.noise_by_mix, **second.noise_by_mix},
+        first.owners,
+    )
 
 
 def _frames(latents: Tensor) -> int:

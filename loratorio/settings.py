@@ -122,12 +122,29 @@ class Settings:
         "float", 0.01, "Temperature", "How decided the choice is. Low: one LoRA a patch. High: all LoRAs equally everywhere.",
         minimum=0.0001, maximum=10, step=0.0001,
     )  # fmt: skip
+    adaptive: bool = knob(
+        "bool", False, "Adaptive temperature", "The temperature follows how far the LoRAs lie apart, which is little in the first steps.",
+    )  # fmt: skip
     top_k: int = knob(
         "int", 0, "Top-k", "How many LoRAs may share a patch. 0: all of them.", minimum=0, maximum=100
     )
+    blend: str = knob(
+        "choice", "patches", "Patch borders", "How weights change between patches: at once, interpolated, or from overlapping patches.",
+        choices=(("patches", "Hard"), ("smooth", "Interpolated"), ("overlap", "Overlapping")),
+    )  # fmt: skip
     recentre: float = knob(
         "float", 0.5, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
         step=0.05,
+    )  # fmt: skip
+    rescale: float = knob(
+        "float", 0.0, "Guidance rescale", "Against over-saturation: how far the guided contrast is brought back to the unguided.",
+        step=0.05,
+    )  # fmt: skip
+    pool_size: int = knob(
+        "int", 4, "Pool size", "How many of a pool's LoRAs are used between two scorings of all of them.", minimum=1, maximum=100,
+    )  # fmt: skip
+    pool_interval: int = knob(
+        "int", 5, "Pool interval", "A pool's LoRAs are all scored on the first two steps and then every so many.", minimum=1, maximum=1000,
     )  # fmt: skip
     start: float = knob(
         "float",

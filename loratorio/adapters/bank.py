@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,13 @@ class _LowRankStack:
     up: Tensor
 
 
+class Change(NamedTuple):
+    """What one LoRA adds to one layer's weight: ΔW at its strength, float32, and the rank that it is stored with."""
+
+    weight: Tensor
+    rank: int
+
+
 _Fitted = dict[str, list[tuple[int, list[Delta]]]]
 
 
@@ -48,10 +55,15 @@ class Bank:
     """Row routing for a fixed list of LoRAs.
 
     Use: ``with bank.attached(layers), bank.routed(mixes): model(rows)``. Outside of `routed` the hooks do nothing.
+
+    Attributes:
+        plan_limit: for how many combinations of mixes the stacked deltas are kept on the model's device.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = tuple(adapters)
+        # A step that is cut into single rows uses one plan per LoRA and one for all together.
+        self.plan_limit = 2 * len(self.adapters) + 4
         self._deltas: _Fitted = {}
         self._segments: tuple[_Segment, ...] = ()
         self._row_count = 0
@@ -91,6 +103,16 @@ class Bank:
         finally:
             self._segments, self._row_count = before
 
+    def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
+        """Layer by layer, what each LoRA (by number) adds to the layer's weight. Nothing while the bank is not attached."""
+        for name in self._deltas:
+            by_number = {}
+            for number, deltas in self._deltas[name]:
+                change = _change(deltas, self.adapters[number].strength)
+                if change is not None:
+                    by_number[number] = change
+            yield name, by_number
+
     def _fitted(self, layers: Mapping[str, nn.Module]) -> _Fitted:
         fitted: _Fitted = {}
         for number, adapter in enumerate(self.adapters):
@@ -117,8 +139,7 @@ class Bank:
     def _recall(self, mixes: tuple[Mix, ...]) -> None:
         """Make the plan of these mixes the current (last) one, and drop plans that have long not been used."""
         self._plans[mixes] = self._plans.pop(mixes, {})
-        # A step that is cut into single rows uses one plan per LoRA and one for all together.
-        while len(self._plans) > 2 * len(self.adapters) + 4:
+        while len(self._plans) > self.plan_limit:
             self._plans.popitem(last=False)
 
     def _planned(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -148,10 +169,12 @@ class Bank:
         # Under autocast a layer's output is in the dtype that it computed in.
         rows = rows.to(output.dtype)
         touching = {number for number, _ in self._deltas[name]}
+        # A mix may differ between layers (a method that chooses one LoRA for each).
+        here = [(_at(segment.mix, name), segment) for segment in self._segments]
         active = [
-            _Segment(segment.mix, segment.start * per_row, segment.stop * per_row)
-            for segment in self._segments
-            if any(segment.mix[number] for number in touching)
+            _Segment(mix, segment.start * per_row, segment.stop * per_row)
+            for mix, segment in here
+            if any(mix[number] for number in touching)
         ]
         for run in _adjacent_runs(active):
             stack = self._low_rank(name, tuple(segment.mix for segment in run), output)
@@ -217,11 +240,30 @@ class Bank:
         return dense
 
 
+def _at(mix: Mix, layer: str) -> Mix:
+    """The mix of one layer: a mix that is not the same everywhere says so by a method `at`."""
+    own: Mix = mix.at(layer) if hasattr(mix, "at") else mix
+    return own
+
+
 def _plus(total: Tensor | None, part: Tensor | None, factor: float, device: torch.device) -> Tensor | None:
     if part is None:
         return total
     scaled = part.to(device, torch.float32) * factor
     return scaled if total is None else total + scaled
+
+
+def _change(deltas: Sequence[Delta], strength: float) -> Change | None:
+    total: Tensor | None = None
+    rank = 0
+    for delta in deltas:
+        weight = delta.dense() if isinstance(delta, LowRank) else delta.weight
+        if weight is not None:
+            total = _plus(
+                total, weight.flatten(1) if weight.ndim > 1 else weight[:, None], strength, weight.device
+            )
+            rank += delta.rank if isinstance(delta, LowRank) else min(weight.shape[0], weight[0].numel())
+    return None if total is None else Change(total, rank)
 
 
 def _segments(mixes: Sequence[Mix]) -> Iterator[_Segment]:

@@ -1,4 +1,4 @@
-"""Composed scores and re-centred classifier-free guidance (LoRAtorio, arXiv 2508.11624).
+"""Composed scores and re-centred classifier-free guidance (LoRAtorio, arXiv 2508.11624), and guidance rescale (2305.08891).
 
 Works on noise e and on denoised latents D alike: the weights sum to 1 over the LoRAs.
 """
@@ -37,14 +37,41 @@ def recentre(base_uncond: Tensor, adapter_unconds: Tensor, weights: Tensor, stre
     Returns:
         (B, C, H, W) float32; exactly one of the two terms when λ is 0 or 1.
     """
-    if strength == 1:
+    composed = compose(adapter_unconds, weights) if strength < 1 else None
+    return anchor(base_uncond, composed, strength)
+
+
+def anchor(base_uncond: Tensor, composed_uncond: Tensor | None, strength: float) -> Tensor:
+    """λ·e₀(∅) + (1−λ)·ẽ(∅), (B, C, H, W) float32, for an ẽ(∅) that is composed already; it is not needed at λ = 1."""
+    if strength == 1 or composed_uncond is None:
         return base_uncond.to(torch.float32)
-    composed = compose(adapter_unconds, weights)
     if strength == 0:
-        return composed
-    return composed.lerp_(base_uncond.to(torch.float32), strength)
+        return composed_uncond
+    return composed_uncond.lerp(base_uncond.to(torch.float32), strength)
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, e = ẽ(∅) + s·(ẽ(c) − ẽ(∅)); tensors of one shape, s the CFG scale."""
     return uncond + scale * (cond - uncond)
+
+
+def rescale(guided: Tensor, cond: Tensor, strength: float) -> Tensor:
+    """Guidance rescale against over-saturation: φ·g·std(ẽ(c))/std(g) + (1−φ)·g, per image (arXiv 2305.08891, section 3.4).
+
+    Args:
+        guided: the guided prediction g, (B, C, H, W).
+        cond: the conditional prediction, same shape; its contrast is the wanted one.
+        strength: φ, from 0 (no change) to 1.
+    """
+    dims = tuple(range(1, guided.ndim))
+    spread = guided.std(dim=dims, keepdim=True)
+    ratio = torch.where(spread > 0, cond.std(dim=dims, keepdim=True) / spread, torch.ones_like(spread))
+    return guided * (strength * ratio + (1 - strength))
+
+
+def rescaled_cond(cond: Tensor, uncond: Tensor, scale: float, strength: float) -> Tensor:
+    """The conditional prediction with which a sampler's own guidance (`guide` at `scale`) ends at the rescaled result.
+
+    cond, uncond: (B, C, H, W), row by row; `scale` must not be 0.
+    """
+    return uncond + (rescale(guide(cond, uncond, scale), cond, strength) - uncond) / scale

@@ -1,0 +1,95 @@
+"""K-LoRA: in every layer one LoRA, chosen by its largest weights; content early, style late (arXiv 2502.18461)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import Cast, Change, Changes, LayeredMix, Method, Mix, Situation
+from .single import OneMix
+
+ALPHA, BETA = 1.5, 0.5
+_LARGEST = (
+    2**20
+)  # of a bigger layer's elements an even sample is taken, which is all that the sum of its largest needs
+
+
+class KLoRA(OneMix):
+    """K-LoRA, for two LoRAs or more.
+
+    Taken from the paper and its code (HVision-NKU/K-LoRA): in each layer the LoRA whose K largest |ΔW| sum higher, with K = r₁·r₂; the
+    style's sum grows with time by α·t/T + β (α = 1.5, β = 0.5); γ evens out the two LoRAs' total sums.
+    Left open there: more than two LoRAs (here K = (∏r)^(2/N), every sum divided by its LoRA's own total, and the largest wins), which
+    one is the style (here those with that role, else the last in the prompt), and layers other than attention (here the same rule).
+    The text encoder's part of the LoRAs is merged.
+    """
+
+    name = "klora"
+
+    def begin(self, cast: Cast, changes: Changes) -> Method:
+        return _Chosen(changes)
+
+    def mix(self, now: Situation) -> Mix:
+        return now.cast.merged
+
+
+class _Chosen(KLoRA):
+    """One generation's scores: they depend on the weights alone, and are made once."""
+
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
+        self._scores: dict[str, dict[int, float]] = {}
+
+    def mix(self, now: Situation) -> Mix:
+        if not self._scores:
+            self._scores = scores(self._changes, now.cast.number_of_solo)
+        growth = ALPHA * now.index / max(1, now.total) + BETA
+        cast = now.cast
+        styles = cast.styles if any(cast.styles) else (*[False] * (len(cast.solos) - 1), True)
+        factor = {
+            number: growth if style else 1.0
+            for number, style in zip(cast.number_of_solo, styles, strict=True)
+        }
+        solo = dict(zip(cast.number_of_solo, cast.solos, strict=True))
+        by_layer = {}
+        for layer, sums in self._scores.items():
+            by_layer[layer] = solo[max(sums, key=lambda number: sums[number] * factor[number])]
+        return LayeredMix.of(cast.merged, by_layer)
+
+
+def scores(changes: Changes, numbers: tuple[int, ...]) -> dict[str, dict[int, float]]:
+    """Per layer and LoRA: the sum of its K largest |ΔW|, divided by the sum of all its |ΔW| over all layers."""
+    sums: dict[str, dict[int, float]] = {}
+    totals = dict.fromkeys(numbers, 0.0)
+    for layer, by_number in changes.changes():
+        present = {number: change for number, change in by_number.items() if number in totals}
+        if not present:
+            continue
+        count = _count(list(present.values()))
+        sums[layer] = {}
+        for number, change in present.items():
+            top, total = top_and_total(change[0], count)
+            sums[layer][number] = top
+            totals[number] += total
+    return {
+        layer: {number: top / totals[number] if totals[number] else 0.0 for number, top in by_number.items()}
+        for layer, by_number in sums.items()
+    }
+
+
+def _count(changes: list[Change]) -> int:
+    """K = (∏r)^(2/N): r₁·r₂ for two."""
+    logarithm = sum(math.log(max(1, rank)) for _, rank in changes)
+    return max(1, round(math.exp(2 * logarithm / len(changes))))
+
+
+def top_and_total(weight: Tensor, count: int) -> tuple[float, float]:
+    """The sum of the `count` largest magnitudes of a tensor, and of all of them."""
+    magnitudes = weight.flatten().abs().to(torch.float32)
+    stride = -(-len(magnitudes) // _LARGEST)
+    sample = magnitudes[::stride]
+    kept = min(len(sample), max(1, round(count / stride)))
+    top = float(sample.topk(kept).values.sum()) * (len(magnitudes) / len(sample) if stride > 1 else 1)
+    return top, float(magnitudes.sum())

@@ -1,0 +1,66 @@
+"""What the methods that weigh LoRAs against the base have in common: the rows, and the re-centred unconditional score."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..guidance import anchor
+from .base import Branch, Composition, Method, Mix, Predictions, Situation
+
+
+def rows(solos: Sequence[Mix], base: Mix, now: Situation) -> list[Branch]:
+    """Rows of the base and of these LoRAs, without those whose weight or factor is known to be 1 or 0 beforehand."""
+    strength = now.tuning.recentre
+    # With one LoRA its weight is 1 whatever the base says, so the base's conditional rows are not run.
+    branches = [Branch(base, True)] if len(solos) > 1 else []
+    branches += [Branch(mix, True) for mix in solos]
+    if now.has_uncond:
+        branches += [Branch(base, False)] if strength > 0 else []
+        branches += [Branch(mix, False) for mix in solos] if strength < 1 else []
+    return branches
+
+
+class Weighted(Method):
+    """ẽ is a weighted sum of the LoRAs' predictions, by weights measured on the conditional branch against the base."""
+
+    def branches(self, now: Situation) -> list[Branch]:
+        return rows(now.cast.solos, now.cast.base, now)
+
+    def compose(self, now: Situation, predictions: Predictions) -> Composition:
+        solos, strength = now.cast.solos, now.tuning.recentre
+        weights = self.weights(now, predictions)
+        cond = self.combine(torch.stack([predictions.cond(mix) for mix in solos]), weights)
+        shown = self.shown(weights)
+        if not now.has_uncond:
+            return Composition(cond, None, shown)
+        composed: Tensor | None = None
+        if strength < 1:
+            unconds = torch.stack([predictions.uncond(mix) for mix in solos])
+            composed = self.combine(unconds, predictions.per_image(weights, unconds.shape[1]))
+        # At λ = 0 the base was not asked; its term is multiplied by 0.
+        base = predictions.uncond(now.cast.base) if strength > 0 else None
+        if base is None:
+            assert composed is not None
+            return Composition(cond, composed, shown)
+        return Composition(cond, anchor(base, composed, strength), shown)
+
+    @abstractmethod
+    def weights(self, now: Situation, predictions: Predictions) -> Tensor:
+        """Weights of the conditional rows, (N, Bc, …) float32, summing to 1 over N."""
+
+    @abstractmethod
+    def combine(self, predictions: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of (N, B, C, H, W) by the weights of the same rows, (B, C, H, W) float32."""
+
+    def shown(self, weights: Tensor) -> Tensor | None:
+        """Ω↑ for the weight maps, (N, Bc, H, W), where the weights are of that kind."""
+        return None
+
+
+def stacked_noise(now: Situation, predictions: Predictions) -> Tensor:
+    """Each solo's conditional noise, (N, Bc, C, H, W)."""
+    return torch.stack([predictions.noise_by_mix[mix] for mix in now.cast.solos])

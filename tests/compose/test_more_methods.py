@@ -1,0 +1,345 @@
+"""The methods beside LoRAtorio, Merge, Composite and Switch: rows, exact cases, what they remember, pools and styles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from loratorio.adapters.bank import Bank
+from loratorio.adapters.delta import Adapter, LowRank
+from loratorio.compose.importance import importance, without_words
+from loratorio.compose.methods import METHODS, Cast, Composition, LayeredMix, Mix
+from loratorio.compose.methods.cmlora import dominance, refresh_steps
+from loratorio.compose.methods.frequency import join_bands, split_bands
+from loratorio.compose.methods.klora import scores
+from loratorio.engine import Engine, Row, Step
+from loratorio.settings import Settings
+
+SHAPE = (4, 6, 5)
+
+
+class FakeModel:
+    """Predicts, per mix and step, a fixed random tensor, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Row]] = []
+        self.index = 0
+
+    def predict(self, rows: Sequence[Row]) -> Tensor:
+        self.asked.append(list(rows))
+        return torch.stack([self.opinion(row.mix, row.cond, row.slot) for row in rows])
+
+    def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+        seed = hash((tuple(mix), cond, slot, self.index)) % 2**31
+        return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def bank(count: int) -> Bank:
+    return Bank([Adapter(f"lora{i}", {}) for i in range(count)])
+
+
+def run(
+    engine: Engine, model: FakeModel, index: int = 0, total: int = 20, batch: int = 2, uncond: bool = True
+) -> Composition:
+    model.index = index
+    latents = torch.zeros(batch, *SHAPE)
+    return engine.step(Step(index, total, latents, batch if uncond else 0, denoised=False), model.predict)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("uncond", [True, False])
+def test_every_method_composes_and_asks_for_each_row_once(method: str, count: int, uncond: bool) -> None:
+    model = FakeModel()
+    engine = Engine(Settings(method=method), bank(count))
+    for index in range(4):
+        branches = engine.branches(index, 20, uncond)
+        assert len(set(branches)) == len(branches)
+        result = run(engine, model, index, uncond=uncond)
+        assert result.cond.shape == (2, *SHAPE)
+        assert result.cond.dtype == torch.float32
+        assert (result.uncond is not None) == uncond
+        assert len(model.asked[-1]) == 2 * len(branches)
+
+
+@pytest.mark.parametrize("method", ["cmlora", "frequency", "w_composite", "composite"])
+def test_equal_opinions_stay_what_they_are(method: str) -> None:
+    class OneMind(FakeModel):
+        def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+            return super().opinion((), cond, slot)
+
+    model = OneMind()
+    engine = Engine(Settings(method=method, recentre=0.3), bank(3))
+    for index in range(5):
+        result = run(engine, model, index)
+        model.index = index
+        torch.testing.assert_close(result.cond[1], model.opinion((), True, 1), rtol=1e-4, atol=1e-5)
+        assert result.uncond is not None
+        torch.testing.assert_close(result.uncond[0], model.opinion((), False, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_cmlora_pays_for_all_loras_only_at_refreshes() -> None:
+    model = FakeModel()
+    engine = Engine(Settings(method="cmlora"), bank(3))
+    total = 16
+    for index in range(total):
+        run(engine, model, index, total, batch=1)
+    rows = [len(asked) for asked in model.asked]
+    assert rows == [6 if index in refresh_steps(total) else 2 for index in range(total)]
+    assert refresh_steps(16) == {0, 2, 4, 6, 9, 12, 14}
+
+
+def test_cmlora_lets_dominance_go_round_and_fall_to_an_equal_share() -> None:
+    assert dominance(3, 0) == 2.5
+    assert dominance(3, 1) == 2.0
+    assert dominance(2, 9) == 1.0
+    model = FakeModel()
+    engine = Engine(Settings(method="cmlora"), bank(3))
+    alone = []
+    for index in range(9):
+        run(engine, model, index, 16, batch=1)
+        if len(model.asked[-1]) == 2:
+            alone.append(model.asked[-1][0].mix)
+    assert len(set(alone[:3])) == 3
+
+
+def test_a_generation_forgets_the_one_before() -> None:
+    first, second = FakeModel(), FakeModel()
+    for model in (first, second):
+        engine = Engine(Settings(method="cmlora"), bank(2))
+        results = [run(engine, model, index).cond for index in range(4)]
+        model.results = results  # type: ignore[attr-defined]
+    for a, b in zip(first.results, second.results, strict=True):  # type: ignore[attr-defined]
+        torch.testing.assert_close(a, b)
+
+
+def test_planning_changes_nothing() -> None:
+    engine = Engine(Settings(method="cmlora"), bank(3))
+    run(engine, FakeModel(), 0, 16)
+    plan = [engine.branches(index, 16, True) for index in range(16)]
+    assert plan == [engine.branches(index, 16, True) for index in range(16)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    height=st.integers(1, 9), width=st.integers(1, 9), levels=st.integers(1, 3), seed=st.integers(0, 2**31)
+)
+def test_wavelet_bands_join_to_the_picture(height: int, width: int, levels: int, seed: int) -> None:
+    picture = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    bands = split_bands(picture, levels)
+    assert len(bands) == 3 * levels + 1
+    torch.testing.assert_close(join_bands(bands, height, width), picture, rtol=1e-4, atol=1e-5)
+
+
+def test_frequency_gives_each_band_to_the_lora_that_acts_there() -> None:
+    base = torch.randn(1, 4, 8, 8)
+    coarse, fine = torch.ones(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
+    fine[..., ::2] = -1
+
+    def predict(rows: Sequence[Row]) -> Tensor:
+        by_mix = {(0.0, 0.0): base, (1.0, 0.0): base + coarse, (0.0, 1.0): base + fine}
+        return torch.cat([by_mix[row.mix] for row in rows])
+
+    engine = Engine(Settings(method="frequency"), bank(2))
+    result = engine.step(Step(0, 1, torch.zeros(1, 4, 8, 8), 0, denoised=False), predict)
+    torch.testing.assert_close(result.cond, base + coarse + fine, rtol=1e-4, atol=1e-5)
+
+
+def test_w_composite_weighs_by_importance() -> None:
+    cast = Cast.of(3, importance={0: 2.0, 1: 0.0, 2: 2.0})
+    model = FakeModel()
+    result = run(Engine(Settings(method="w_composite"), bank(3), cast), model)
+    wanted = (model.opinion(cast.solos[0], True, 0) + model.opinion(cast.solos[2], True, 0)) / 2
+    torch.testing.assert_close(result.cond[0], wanted)
+
+
+def test_importance_is_the_distance_that_the_trigger_words_make() -> None:
+    prompt = torch.randn(4, 8)
+    assert importance(prompt, [prompt, prompt]) == [1.0, 1.0]
+    first, second = importance(prompt, [prompt + 2 * torch.randn(4, 8), prompt + 0.1 * torch.randn(4, 8)])
+    assert first > 1 > second
+    assert first + second == pytest.approx(2)
+
+
+def test_trigger_words_leave_the_prompt_tidy() -> None:
+    assert without_words("a Zib star, red, zib", ["zib"]) == "a star, red"
+    assert without_words("a star", ["", "  "]) == "a star"
+
+
+@pytest.mark.parametrize(
+    ("plain", "anchored"), [("merge", "merge_anchored"), ("composite", "composite_anchored")]
+)
+def test_anchored_methods_differ_only_in_the_unconditional_score(plain: str, anchored: str) -> None:
+    model = FakeModel()
+    own = run(Engine(Settings(method=plain), bank(2)), model)
+    for strength in (0.0, 0.25, 1.0):
+        result = run(Engine(Settings(method=anchored, recentre=strength), bank(2)), model)
+        torch.testing.assert_close(result.cond, own.cond)
+        assert own.uncond is not None
+        base = torch.stack([model.opinion((0.0, 0.0), False, slot) for slot in range(2)])
+        assert result.uncond is not None
+        torch.testing.assert_close(result.uncond, strength * base + (1 - strength) * own.uncond)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def low_rank(size: float, seed: int) -> LowRank:
+    random = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(2, 6, generator=random) * size, torch.randn(6, 2, generator=random))
+
+
+def two_loras() -> tuple[TwoLayers, Bank]:
+    """The first LoRA is strong in `first`, the second in `second`."""
+    model = TwoLayers().requires_grad_(False)
+    loras = [
+        Adapter("content", {"first": [low_rank(1.0, 1)], "second": [low_rank(0.1, 2)]}),
+        Adapter("style", {"first": [low_rank(0.1, 3)], "second": [low_rank(1.0, 4)]}, strength=0.5),
+    ]
+    return model, Bank(loras)
+
+
+def layers(model: TwoLayers) -> Mapping[str, nn.Module]:
+    return {"first": model.first, "second": model.second}
+
+
+def test_klora_takes_from_every_layer_the_lora_that_is_stronger_there() -> None:
+    model, loras = two_loras()
+    rows = torch.randn(2, 6)
+    with loras.attached(layers(model)):
+        engine = Engine(Settings(method="klora"), loras)
+        branches = engine.branches(10, 20, True)
+        assert len(branches) == 2
+        with loras.routed([branches[0].mix] * 2):
+            composed = model(rows)
+    first, second = (
+        layer.weight + delta.dense() * strength
+        for layer, delta, strength in (
+            (model.first, loras.adapters[0].deltas["first"][0], 1.0),
+            (model.second, loras.adapters[1].deltas["second"][0], 0.5),
+        )
+    )
+    hidden = nn.functional.linear(rows, first, model.first.bias)
+    torch.testing.assert_close(composed, nn.functional.linear(hidden, second, model.second.bias))
+
+
+def test_klora_turns_to_the_style_as_time_goes_on() -> None:
+    """Two LoRAs of equal shape everywhere: content wins while the style's factor is under 1, style after."""
+    model = TwoLayers()
+    same = {name: [low_rank(1.0, 7)] for name in ("first", "second")}
+    loras = Bank([Adapter("content", same), Adapter("style", same)])
+    with loras.attached(layers(model)):
+        engine = Engine(Settings(method="klora"), loras)
+        chosen = []
+        for index in (0, 6, 8, 19):
+            mix = engine.branches(index, 20, False)[0].mix
+            assert isinstance(mix, LayeredMix)
+            chosen.append(mix.at("first").index(1.0))
+        assert chosen == [0, 0, 1, 1]
+        swapped = Engine(Settings(method="klora"), loras, Cast.of(2, styles=[0]))
+        mix = swapped.branches(0, 20, False)[0].mix
+        assert isinstance(mix, LayeredMix)
+        assert mix.at("first").index(1.0) == 1
+
+
+def test_klora_keeps_the_loras_that_always_act() -> None:
+    model, loras = two_loras()
+    loras = Bank([*loras.adapters, Adapter("lcm", {"first": [low_rank(3.0, 9)]})])
+    with loras.attached(layers(model)):
+        mix = Engine(Settings(method="klora"), loras, Cast.of(3, always=[2])).branches(0, 20, False)[0].mix
+        assert isinstance(mix, LayeredMix)
+        assert mix.at("first") == (1.0, 0.0, 1.0)
+        assert mix == (1.0, 1.0, 1.0)
+        assert mix.at("not touched") == (1.0, 1.0, 1.0)
+
+
+def test_klora_scores_do_not_depend_on_a_loras_overall_size() -> None:
+    class Fixed:
+        def __init__(self, size: float) -> None:
+            self.size = size
+
+        def changes(self) -> Iterator[tuple[str, Mapping[int, tuple[Tensor, int]]]]:
+            for layer in ("a", "b"):
+                random = torch.Generator().manual_seed(ord(layer))
+                yield layer, {0: (torch.randn(8, 8, generator=random) * self.size, 2)}
+
+    small, large = scores(Fixed(1.0), (0,)), scores(Fixed(5.0), (0,))
+    for layer in small:
+        assert small[layer][0] == pytest.approx(large[layer][0])
+
+
+def test_a_style_acts_everywhere_with_its_mean_weight() -> None:
+    model = FakeModel()
+    plain = run(Engine(Settings(), bank(3)), model)
+    styled = run(Engine(Settings(), bank(3), Cast.of(3, styles=[1])), model)
+    assert plain.weights is not None
+    assert styled.weights is not None
+    torch.testing.assert_close(
+        styled.weights[1], plain.weights[1].mean(dim=(1, 2), keepdim=True).expand_as(plain.weights[1])
+    )
+    torch.testing.assert_close(styled.weights.sum(dim=0), torch.ones(2, *SHAPE[1:]))
+    ratio = plain.weights[0] / (plain.weights[0] + plain.weights[2])
+    torch.testing.assert_close(
+        styled.weights[0] / (styled.weights[0] + styled.weights[2]), ratio, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_styles_alone_share_by_their_means() -> None:
+    result = run(Engine(Settings(), bank(2), Cast.of(2, styles=[0, 1])), FakeModel())
+    assert result.weights is not None
+    assert float(result.weights.std(dim=(2, 3)).max()) < 1e-6
+    torch.testing.assert_close(result.weights.sum(dim=0), torch.ones(2, *SHAPE[1:]))
+
+
+def test_a_pool_runs_only_its_winners_between_scorings() -> None:
+    model = FakeModel()
+    cast = Cast.of(12, pooled=range(1, 12))
+    knobs = Settings(pool_size=3, pool_interval=5)
+    engine = Engine(knobs, bank(12), cast)
+    per_step = []
+    for index in range(10):
+        before = len(model.asked)
+        run(engine, model, index, batch=1)
+        asked = [row for call in model.asked[before:] for row in call]
+        assert max(len(call) for call in model.asked[before:]) <= 8
+        per_step.append(asked)
+    for index, asked in enumerate(per_step):
+        mixes = {row.mix for row in asked}
+        assert cast.solos[0] in mixes  # named in the prompt
+        if index in (0, 1, 5):
+            assert len(asked) == 13 + 1 + 4
+        else:
+            assert len(asked) == 2 * (1 + 4)
+
+
+def test_a_pool_that_scores_and_keeps_everything_is_plain_loratorio() -> None:
+    knobs = Settings(pool_size=100, pool_interval=1)
+    model = FakeModel()
+    plain = run(Engine(knobs, bank(4)), model, 3)
+    pooled = run(Engine(knobs, bank(4), Cast.of(4, pooled=range(4))), model, 3)
+    torch.testing.assert_close(pooled.cond, plain.cond)
+    assert pooled.uncond is not None
+    assert plain.uncond is not None
+    torch.testing.assert_close(pooled.uncond, plain.uncond)
+
+
+def test_steps_that_are_not_composed_leave_the_pool_out() -> None:
+    engine = Engine(Settings(start=0.5), bank(4), Cast.of(4, pooled=[1, 2, 3]))
+    assert {branch.mix for branch in engine.branches(0, 20, True)} == {(1.0, 0.0, 0.0, 0.0)}
+
+
+def test_only_the_loras_in_use_stay_on_the_device() -> None:
+    loras = bank(100)
+    Engine(Settings(), loras, Cast.of(100, pooled=range(100)))
+    assert loras.plan_limit <= 4
