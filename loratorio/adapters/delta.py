@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoratorioError
+
+RMS_NORM: type[nn.Module] = getattr(nn, "RMSNorm", nn.LayerNorm)
+"""torch's RMSNorm, which torch before 2.4 does not have."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,7 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
     Raises:
         ValueError: the delta is for a layer of other shape or kind; the message has both shapes.
     """
-    if isinstance(layer, nn.Linear):
-        weight_shape = torch.Size((layer.out_features, layer.in_features))
-    elif isinstance(layer, nn.Conv2d):
-        channels = layer.in_channels // layer.groups
-        weight_shape = torch.Size((layer.out_channels, channels, *layer.kernel_size))
-    elif isinstance(layer, nn.LayerNorm):
-        weight_shape = torch.Size(layer.normalized_shape)
-    elif isinstance(layer, nn.GroupNorm):
-        weight_shape = torch.Size((layer.num_channels,))
-    else:
-        raise ValueError(f"a layer of type {type(layer).__name__} cannot take a LoRA")
+    weight_shape = _weight_shape(layer)
     if isinstance(delta, LowRank):
         fitted = _fit_low_rank(delta, weight_shape)
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
@@ -131,6 +125,25 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
             raise ValueError(f"its bias is {_shape(bias)}, the model's ({weight_shape[0]},)")
         bias = bias.reshape(weight_shape[:1])
     return Dense(weight, bias)
+
+
+def _weight_shape(layer: Any) -> torch.Size:
+    """The shape of the weight that `layer` computes with, which is not always the one that it stores."""
+    if isinstance(layer, nn.Conv2d):
+        channels = layer.in_channels // layer.groups
+        return torch.Size((layer.out_channels, channels, *layer.kernel_size))
+    if isinstance(layer, nn.GroupNorm):
+        return torch.Size((layer.num_channels,))
+    if isinstance(layer, (nn.LayerNorm, RMS_NORM)):
+        return torch.Size(layer.normalized_shape)
+    if isinstance(layer, nn.Linear) or hasattr(layer, "in_features"):
+        return torch.Size((layer.out_features, layer.in_features))
+    if type(layer).__name__.startswith("Linear"):
+        # Low-bit layers of some hosts: 4-bit weights know their shape, GGUF's show it as their own.
+        weight = layer.weight
+        stored = getattr(getattr(weight, "quant_state", None), "shape", None)
+        return torch.Size(weight.shape if stored is None else stored)
+    raise ValueError(f"a layer of type {type(layer).__name__} cannot take a LoRA")
 
 
 def _fit_low_rank(delta: LowRank, weight_shape: torch.Size) -> Delta:
