@@ -114,7 +114,7 @@ class Engine:
         self.settings = settings
         self.bank = bank
         self.cast = cast or Cast.of(len(bank.adapters))
-        if not self.cast.solos:
+        if not bank.adapters:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
         self.row_limit = row_limit
         self.history = WeightHistory()
@@ -152,7 +152,8 @@ class Engine:
 
     def _method(self, index: int, total: int) -> Method:
         """The method of this step, in its own object for this generation."""
-        method = METHODS[self.settings.method] if self.settings.active_at(index, total) else Chosen()
+        composed = self.settings.active_at(index, total) and self.cast.solos
+        method = METHODS[self.settings.method] if composed else Chosen()
         if method.name not in self._sessions:
             self._sessions[method.name] = method.begin(self.cast, self.bank)
         return self._sessions[method.name]

@@ -1,0 +1,100 @@
+"""Which files a pool names, and that it never leaves the LoRA folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from loratorio.errors import LoratorioError
+from loratorio.pool import load_candidates, pool_files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    loras = tmp_path / "Lora"
+    for name in ("cat", "dog", "hats/red", "hats/blue", "hats/old/tall"):
+        file = loras / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+    (loras / "hats" / "notes.txt").write_text("no LoRA")
+    (loras / "hats" / "bad.ckpt").write_bytes(b"x")
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    return loras
+
+
+def names(files: list[Path]) -> list[str]:
+    return sorted(file.stem for file in files)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("hats", ["blue", "red", "tall"]),
+        ("hats/", ["blue", "red", "tall"]),
+        ("hats/*", ["blue", "red"]),
+        ("**/*", ["blue", "cat", "dog", "red", "tall"]),
+        ("*", ["cat", "dog"]),
+        ("cat", ["cat"]),
+        ("tall", ["tall"]),
+        ("hats/old/tall.safetensors", ["tall"]),
+        ("cat, dog,hats/r*", ["cat", "dog", "red"]),
+        ("hats\\old", ["tall"]),
+        (".", ["blue", "cat", "dog", "red", "tall"]),
+    ],
+)
+def test_what_a_pool_names(folder: Path, pattern: str, expected: list[str]) -> None:
+    assert names(pool_files(pattern, folder)) == expected
+
+
+def test_loras_of_the_prompt_are_left_out(folder: Path) -> None:
+    assert names(pool_files("hats", folder, known=["Red"])) == ["blue", "tall"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["../*", "..", "/etc", "hats/../../secret", "C:\\loras", "hats/../../*", "cat,../secret"]
+)
+def test_a_pool_stays_inside_the_folder(folder: Path, pattern: str) -> None:
+    with pytest.raises(LoratorioError, match="inside the LoRA folder"):
+        pool_files(pattern, folder)
+
+
+def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    try:
+        os.symlink(tmp_path / "secret.safetensors", folder / "hats" / "link.safetensors")
+        os.symlink(tmp_path, folder / "up")
+    except OSError:
+        pytest.skip("this system makes no symbolic links")
+    assert names(pool_files("hats", folder)) == ["blue", "red", "tall"]
+    assert "secret" not in names(pool_files("**/*", folder))
+    assert "secret" not in names(pool_files("up", folder))
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "empty/*", "cat,nothing"])
+def test_a_pattern_that_fits_nothing(folder: Path, pattern: str) -> None:
+    with pytest.raises(LoratorioError, match="No LoRA fits"):
+        pool_files(pattern, folder)
+
+
+def test_an_empty_pattern(folder: Path) -> None:
+    with pytest.raises(LoratorioError, match="needs a folder"):
+        pool_files(" , ", folder)
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(LoratorioError, match="no LoRA folder"):
+        pool_files("*", tmp_path / "none")
+
+
+def test_unreadable_files_are_skipped_by_name(folder: Path) -> None:
+    def load(file: Path) -> str:
+        if file.stem == "red":
+            raise LoratorioError("LoRA red is damaged.")
+        return file.stem
+
+    candidates = load_candidates(pool_files("hats", folder), load)
+    assert sorted(candidates.loaded) == ["blue", "tall"]
+    assert candidates.skipped == (("red", "LoRA red is damaged."),)
+    assert "red" in candidates.note
+    assert load_candidates([], load).note == ""

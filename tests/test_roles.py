@@ -1,0 +1,100 @@
+"""Roles: what a tag says, what a file looks like, and the cast that comes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loratorio.adapters.bank import Bank
+from loratorio.adapters.delta import Adapter
+from loratorio.engine import Engine, Step
+from loratorio.errors import LoratorioError
+from loratorio.roles import Player, cast_of, looks_like_speed_lora, parts_of, recognised_note
+from loratorio.settings import Settings
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lcm-lora-sdv1-5",
+        "LCM_LoRA_Weights_SD15",
+        "sdxl_lightning_4step_lora",
+        "Hyper-SD15-8steps-CFG-lora",
+        "hyper-flux-8steps",
+        "sd_xl_turbo_lora_v1",
+        "FLUX.1-Turbo-Alpha",
+        "dmd2_sdxl_4step_lora",
+        "speed/SDXL-Lightning-8steps",
+    ],
+)
+def test_speed_loras_are_known_by_name(name: str) -> None:
+    assert looks_like_speed_lora(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "calcmovies",
+        "lightning_bolt",
+        "hyperrealism_v2",
+        "porsche_turbo",
+        "add_detail",
+        "hyper detailer",
+        "robot",
+        "lcmx",
+    ],
+)
+def test_other_loras_are_not(name: str) -> None:
+    assert not looks_like_speed_lora(name)
+
+
+def test_speed_loras_are_known_by_metadata() -> None:
+    assert looks_like_speed_lora("pytorch_lora_weights", {"modelspec.title": "LCM LoRA for SD 1.5"})
+    assert looks_like_speed_lora("a", {"ss_output_name": "sdxl_lightning_2step"})
+    assert not looks_like_speed_lora("a", {"ss_output_name": "my_dog"})
+
+
+def test_the_tag_has_the_last_word() -> None:
+    parts = parts_of(
+        [
+            Player("lcm-lora"),
+            Player("lcm-dog", {"role": "content"}),
+            Player("ink", {"role": " Style "}),
+            Player("cat", {"role": "always"}),
+        ]
+    )
+    assert [part.role for part in parts] == ["always", "content", "style", "always"]
+    assert [part.recognised for part in parts] == [True, False, False, False]
+    note = recognised_note(parts)
+    assert "lcm-lora" in note
+    assert "role=content" in note
+    assert recognised_note(parts[1:]) == ""
+
+
+def test_an_unknown_role_is_a_sentence() -> None:
+    with pytest.raises(LoratorioError, match=r"role of LoRA ink .* did you mean style"):
+        parts_of([Player("ink", {"role": "styl"})])
+
+
+def test_cast() -> None:
+    players = [
+        Player("lcm-lora"),
+        Player("robot"),
+        Player("ink", {"role": "style"}),
+        Player("hat", pooled=True),
+    ]
+    cast = cast_of(players)
+    assert cast.base == (1.0, 0.0, 0.0, 0.0)
+    assert cast.solos == ((1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, 1.0))
+    assert cast.styles == (False, True, False)
+    assert cast.pooled == (False, False, True)
+    assert cast.number_of_solo == (1, 2, 3)
+    assert cast.chosen == (1.0, 1.0, 1.0, 0.0)
+
+
+def test_speed_loras_alone_are_simply_merged() -> None:
+    loras = Bank([Adapter("lcm-lora", {})])
+    engine = Engine(Settings(), loras, cast_of([Player("lcm-lora")]))
+    assert [branch.mix for branch in engine.branches(0, 4, True)] == [(1.0,), (1.0,)]
+    result = engine.step(Step(0, 4, torch.zeros(1, 4, 2, 2), 1), lambda rows: torch.ones(len(rows), 4, 2, 2))
+    assert bool((result.cond == 1).all())
