@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoratorioError
 
-RMS_NORM: type[nn.Module] = getattr(nn, "RMSNorm", nn.LayerNorm)
+RMS_NORM: Any = getattr(nn, "RMSNorm", nn.LayerNorm)
 """torch's RMSNorm, which torch before 2.4 does not have."""
 
 
@@ -71,6 +72,13 @@ class Dense:
 Delta = LowRank | Dense
 
 
+class Fitted(NamedTuple):
+    """All that one LoRA does to one layer, in the shapes that the layer computes with (see `fit`)."""
+
+    low_rank: LowRank | None
+    dense: Dense | None
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One LoRA of a generation.
@@ -125,6 +133,29 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
             raise ValueError(f"its bias is {_shape(bias)}, the model's ({weight_shape[0]},)")
         bias = bias.reshape(weight_shape[:1])
     return Dense(weight, bias)
+
+
+def fit_all(deltas: Sequence[Delta], layer: nn.Module) -> Fitted:
+    """The sum of `deltas`, fitted to `layer`; raises ValueError as `fit` does."""
+    fitted = [fit(delta, layer) for delta in deltas]
+    low_rank = [delta for delta in fitted if isinstance(delta, LowRank)]
+    dense = [delta for delta in fitted if isinstance(delta, Dense)]
+    return Fitted(
+        reduce(_low_rank_sum, low_rank) if low_rank else None, reduce(_dense_sum, dense) if dense else None
+    )
+
+
+def _low_rank_sum(one: LowRank, other: LowRank) -> LowRank:
+    """One product of both: their ranks side by side."""
+    downs = [each.down.to(torch.float32) * each.scale for each in (one, other)]
+    return LowRank(torch.cat(downs), torch.cat([one.up, other.up], dim=1))
+
+
+def _dense_sum(one: Dense, other: Dense) -> Dense:
+    def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return b if a is None else a if b is None else a.to(torch.float32) + b
+
+    return Dense(plus(one.weight, other.weight), plus(one.bias, other.bias))
 
 
 def _weight_shape(layer: Any) -> torch.Size:
