@@ -8,6 +8,7 @@ the sampler's steps and not what is in the picture.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def looks_like_speed_lora(name: str, metadata: Mapping[str, str] | None = None) 
 
 
 def parts_of(players: Sequence[Player]) -> list[Part]:
-    """The role of every LoRA: what its tag says, else *always* for a speed LoRA, else *content*.
+    """The role of every LoRA: what its tag says, else *always* for a speed LoRA that the prompt names, else *content*.
 
     Raises:
         LoratorioError: a tag names a role that does not exist.
@@ -98,11 +99,34 @@ def parts_of(players: Sequence[Player]) -> list[Part]:
     for player in players:
         if OPTION in player.options:
             parts.append(Part(player.name, read_role(player.options[OPTION], player.name)))
-        elif looks_like_speed_lora(player.name, player.metadata):
+        elif not player.pooled and looks_like_speed_lora(player.name, player.metadata):
             parts.append(Part(player.name, "always", recognised=True))
         else:
             parts.append(Part(player.name, "content"))
     return parts
+
+
+def trigger_words(metadata: Mapping[str, str], prompt: str) -> list[str]:
+    """The words of `prompt` that call a LoRA, as its file's metadata tells: the trigger phrase, else the tags it was trained on.
+
+    Of the training tags only those count that were on at least half of its pictures.
+    """
+    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    words = [each.strip() for each in phrase.split(",")] if phrase else _common_tags(metadata)
+    return [word for word in words if word and word.lower() in prompt.lower()]
+
+
+def _common_tags(metadata: Mapping[str, str]) -> list[str]:
+    try:
+        by_folder = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts: dict[str, int] = {}
+        for tags in by_folder.values():
+            for tag, count in tags.items():
+                counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+    except (ValueError, AttributeError, TypeError):
+        return []
+    most = max(counts.values(), default=0)
+    return [tag for tag, count in counts.items() if 2 * count >= most]
 
 
 def cast_of(players: Sequence[Player], importance: Mapping[int, float] | None = None) -> Cast:

@@ -18,10 +18,12 @@ from ...engine import Engine, Predict, Row, Step, WeightHistory
 from ...errors import LoratorioError
 from ...settings import Settings
 from .checkpoint import Checkpoint
-from .lora_files import LoadedLora, find_lora, load_lora
 from .prompt import PromptLora, split_loras
 from .sampling import Course, denoise, find_sampler
+from .team import gather
 from .text import TextConditioner
+
+_MIXES_AT_ONCE = 16
 
 Progress = Callable[[int, int], None]
 """Told (steps done, all steps)."""
@@ -61,7 +63,8 @@ class Outcome:
         images: one per image of the batch; `seeds` theirs.
         loras: of the prompt, in order.
         history: Ω over the sampling if the weight maps were asked for; N of it are `composed`.
-        composed: names of the composed LoRAs.
+        composed: names of the composed LoRAs, a pool's candidates among them.
+        notes: sentences for the user, on LoRAs that were left out or recognised.
     """
 
     request: Request
@@ -70,6 +73,7 @@ class Outcome:
     loras: list[PromptLora]
     composed: list[str]
     history: WeightHistory
+    notes: tuple[str, ...] = ()
 
 
 def generate(
@@ -82,20 +86,25 @@ def generate(
     """
     text, tags = split_loras(request.prompt)
     check(request, tags, checkpoint.latent_scale)
-    loras = [_load(tag, lora_dir, checkpoint) for tag in tags]
-    settings = request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
-    bank = Bank([lora.unet for lora in loras])
-    engine = Engine(settings, bank) if loras else None
+    team = gather(tags, lora_dir, checkpoint)
+    settings = (
+        request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
+    )
+    bank = Bank([lora.unet for lora in team.loras])
     with torch.inference_mode():
-        latents = _sample(checkpoint, request, text, loras, bank, engine, progress)
+        texts = team.conditioner(checkpoint, _prompts(request, text))
+        cast = team.weighed(text, checkpoint) if settings.method == "w_composite" else team.cast
+        engine = Engine(settings, bank, cast) if team.loras else None
+        latents = _sample(checkpoint, request, text, bank, engine, texts, progress)
         images = _decode(checkpoint, latents)
     return Outcome(
         request,
         images,
         [request.seed + i for i in range(request.batch)],
-        tags,
-        [lora.name for lora in loras],
+        list(team.tags),
+        team.composed,
         engine.history if engine else WeightHistory(),
+        team.notes,
     )
 
 
@@ -114,7 +123,8 @@ def check(request: Request, tags: Sequence[PromptLora], latent_scale: int = 8) -
             f"patch_size is {request.settings.patch_size}, but the latent of a {request.width}×{request.height} picture is only "
             f"{request.width // latent_scale}×{request.height // latent_scale}: choose {largest} or less."
         )
-    if tags and request.settings.top_k > len(tags):
+    pooled = any(tag.pool for tag in tags)
+    if tags and not pooled and request.settings.top_k > len(tags):
         raise LoratorioError(
             f"top_k is {request.settings.top_k}, but the prompt has {len(tags)} LoRA{'s' if len(tags) > 1 else ''}: "
             "choose fewer, or 0 for all."
@@ -130,19 +140,13 @@ def check(request: Request, tags: Sequence[PromptLora], latent_scale: int = 8) -
             raise LoratorioError(f"{what} must be from {lowest:g} to {highest:g}, not {number:g}.")
 
 
-def _load(tag: PromptLora, lora_dir: Path | None, checkpoint: Checkpoint) -> LoadedLora:
-    if lora_dir is None:
-        raise LoratorioError(f"The prompt names LoRA {tag.name}, but there is no LoRA folder: give --lora-dir.")
-    return load_lora(find_lora(lora_dir, tag.name), tag.name, checkpoint, tag.te, tag.unet)
-
-
 def _sample(
     checkpoint: Checkpoint,
     request: Request,
     text: str,
-    loras: Sequence[LoadedLora],
     bank: Bank,
     engine: Engine | None,
+    texts: TextConditioner,
     progress: Progress | None,
 ) -> Tensor:
     """Clean latents (B, C, H/8, W/8), float32."""
@@ -155,7 +159,7 @@ def _sample(
     course = Course.of(find_sampler(request.sampler), checkpoint.schedule, request.steps, strength, device)
     with bank.attached(dict(checkpoint.unet.named_modules())):
         # Only now: some methods look at the attached LoRAs before they say which mixes they need.
-        texts = _texts(checkpoint, request, text, loras, engine, course.steps)
+        _prepare(texts, request, text, engine, course.steps)
         return denoise(
             course,
             course.start(noise, picture),
@@ -167,23 +171,22 @@ def _sample(
         )
 
 
-def _texts(
-    checkpoint: Checkpoint,
-    request: Request,
-    text: str,
-    loras: Sequence[LoadedLora],
-    engine: Engine | None,
-    steps: int,
-) -> TextConditioner:
+def _prompts(request: Request, text: str) -> list[str]:
+    return [text] if request.cfg == 1 else [text, request.negative]
+
+
+def _prepare(
+    conditioner: TextConditioner, request: Request, text: str, engine: Engine | None, steps: int
+) -> None:
     """The conditioning of both prompts under every mix that the steps will ask for."""
-    banks = [Bank([lora.text[i] for lora in loras]) for i in range(len(checkpoint.text_encoders))]
-    prompts = [text] if request.cfg == 1 else [text, request.negative]
-    conditioner = TextConditioner(checkpoint, banks, prompts)
     branches: dict[Branch, None] = {}
     for index in range(steps):
-        branches.update(dict.fromkeys(engine.branches(index, steps, request.cfg != 1) if engine else [Branch((), True)]))
-    conditioner.prepare(prompts, list(dict.fromkeys(branch.mix for branch in branches)))
-    return conditioner
+        branches.update(
+            dict.fromkeys(engine.branches(index, steps, request.cfg != 1) if engine else [Branch((), True)])
+        )
+    mixes = list(dict.fromkeys(branch.mix for branch in branches))
+    for start in range(0, len(mixes), _MIXES_AT_ONCE):  # a pool has many
+        conditioner.prepare(_prompts(request, text), mixes[start : start + _MIXES_AT_ONCE])
 
 
 def _model(checkpoint: Checkpoint, request: Request, text: str, texts: TextConditioner) -> Any:
@@ -219,7 +222,9 @@ def _plain_step(step: Step, predict: Predict) -> Composition:
 def _encode(checkpoint: Checkpoint, request: Request) -> Tensor:
     """The initial picture's latents, once per image of the batch."""
     assert request.init_image is not None
-    picture = request.init_image.convert("RGB").resize((request.width, request.height), Image.Resampling.LANCZOS)
+    picture = request.init_image.convert("RGB").resize(
+        (request.width, request.height), Image.Resampling.LANCZOS
+    )
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
     with _VaeDtype(checkpoint) as dtype:
         latents = checkpoint.vae.encode(pixels.to(checkpoint.device, dtype)).latent_dist.mode()  # type: ignore[operator]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from ...errors import LoratorioError
 
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
-_MARKS = re.compile(r"\\[\\()\[\]]|\(|\[|\]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
+_MARKS = re.compile(
+    r"\\[\\()\[\]]|\(|\[|\]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL
+)
 _EMPHASIS = 1.1
 
 
@@ -19,13 +21,15 @@ class PromptLora:
 
     Attributes:
         te, unet: strength in the text encoder and in the UNet.
-        options: further ``word=value`` parts, unread.
+        options: further ``word=value`` parts, such as ``role=style``; unread here.
+        pool: it is a ``<pool:…>`` tag, whose name is a folder, a glob or a list.
     """
 
     name: str
     te: float = 1.0
     unet: float = 1.0
     options: Mapping[str, str] = field(default_factory=dict)
+    pool: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,24 +49,28 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
     """
     loras: list[PromptLora] = []
     for kind, content in _TAG.findall(prompt):
-        if kind.lower() not in ("lora", "lyco"):
-            raise LoratorioError(f"<{kind}:{content}> is not known here: only <lora:name:strength> tags are.")
-        lora = _read_tag(content)
+        if kind.lower() not in ("lora", "lyco", "pool"):
+            raise LoratorioError(
+                f"<{kind}:{content}> is not known here: only <lora:name:strength> and <pool:folder> tags are."
+            )
+        lora = _read_tag(content, pool=kind.lower() == "pool")
         if any(lora.name == other.name for other in loras):
-            raise LoratorioError(f"LoRA {lora.name} is in the prompt twice. Keep one, with the strength that you want.")
+            raise LoratorioError(
+                f"LoRA {lora.name} is in the prompt twice. Keep one, with the strength that you want."
+            )
         loras.append(lora)
     return re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip(), loras
 
 
-def _read_tag(content: str) -> PromptLora:
+def _read_tag(content: str, pool: bool) -> PromptLora:
     name, *parts = (part.strip() for part in content.split(":"))
     if not name:
-        raise LoratorioError(f"<lora:{content}> names no LoRA.")
+        raise LoratorioError(f"<{'pool' if pool else 'lora'}:{content}> names no LoRA.")
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     positional = [part for part in parts if "=" not in part]
     te = _strength(name, options.pop("te", positional[0] if positional else "1"))
     unet = options.pop("unet", positional[1] if len(positional) > 1 else None)
-    return PromptLora(name, te, te if unet is None else _strength(name, unet), options)
+    return PromptLora(name, te, te if unet is None else _strength(name, unet), options, pool)
 
 
 def _strength(name: str, text: str) -> float:

@@ -55,7 +55,12 @@ SAMPLERS: dict[str, Sampler] = {
             "ddim",
             "DDIM",
             DDIMScheduler,
-            {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False},
+            {
+                "timestep_spacing": "leading",
+                "steps_offset": 1,
+                "clip_sample": False,
+                "set_alpha_to_one": False,
+            },
         ),
     )
 }
@@ -85,7 +90,9 @@ class Course:
     steps: int
 
     @classmethod
-    def of(cls, sampler: Sampler, schedule: Mapping[str, Any], steps: int, strength: float, device: Any) -> Course:
+    def of(
+        cls, sampler: Sampler, schedule: Mapping[str, Any], steps: int, strength: float, device: Any
+    ) -> Course:
         """`strength` 1 walks all steps; less, as for img2img, only the last part of them, at least one."""
         scheduler = sampler.make(schedule)
         scheduler.set_timesteps(steps, device=device)
@@ -166,7 +173,9 @@ def denoise(
         )
         composition = compose(step, predict)
         guided = (
-            composition.cond if composition.uncond is None else guide(composition.cond, composition.uncond, cfg)
+            composition.cond
+            if composition.uncond is None
+            else guide(composition.cond, composition.uncond, cfg)
         )
         if v_model:
             guided = (alpha * scaled - guided) / sigma
