@@ -1,0 +1,207 @@
+"""What differs between the members of the Forge family: where LoRA patches stand, and how a weight is read and merged."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...adapters.delta import LowRank
+
+Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
+Patch = Sequence[Any]  # [strength, value, strength of the model, offset, function, …]
+
+
+class LoraFile(NamedTuple):
+    """A LoRA as the prompt asks for it: strengths in the UNet and in the text encoder."""
+
+    name: str
+    path: str
+    unet: float
+    text: float
+
+
+class Sampling(NamedTuple):
+    """The host's own functions around a model call (see its sampling_function)."""
+
+    compile_conditions: Callable[..., Any]
+    compile_weighted_conditions: Callable[..., Any]
+    get_area_and_mult: Callable[..., Any]
+    can_concat_cond: Callable[..., bool]
+    cond_cat: Callable[..., dict[str, Any]]
+    compute_cond_mark: Callable[..., Tensor]
+    compute_cond_indices: Callable[..., tuple[list[int], list[int]]]
+    Condition: type
+
+
+class Flavour:
+    """A member of the family that has the `backend` package: what Forge (2025) and Forge Neo share."""
+
+    name = "Forge"
+
+    def applied(self, sd_model: Any) -> list[LoraFile]:
+        """The LoRAs that the host has put onto the model, in the prompt's order."""
+        import networks
+
+        names = {each.network_on_disk.filename: each.mentioned_name for each in networks.loaded_networks}
+        targets = ast.literal_eval(sd_model.current_lora_hash)
+        return [
+            LoraFile(names.get(path) or Path(path).stem, path, float(unet), float(text))
+            for path, unet, text, *_ in targets
+        ]
+
+    def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
+        """Clones of `unet` and `clip` with this LoRA's patches; what it does not touch is returned as it is."""
+        import networks
+
+        tensors = dict(networks.load_lora_state_dict(lora.path))
+        loaded: tuple[Patcher, Any] = networks.load_lora_for_models(
+            unet, clip, self._renamed(tensors), lora.unet, lora.text, filename=lora.path, online_mode=False
+        )
+        return loaded
+
+    def _renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+    def patches(self, patcher: Patcher) -> Iterator[tuple[str, Sequence[Patch]]]:
+        """Names of weights, and what the patcher would merge into them."""
+        for patches in patcher.lora_patches.values():
+            yield from patches.items()
+
+    def without_loras(self, unet: Patcher, sd_model: Any) -> Patcher:
+        """A clone of `unet` with the patches of the prompt's LoRAs left out; those of other extensions stay."""
+        loras = sd_model.forge_objects_after_applying_lora.unet.lora_patches
+        originals = sd_model.forge_objects_original.unet.lora_patches
+        clone = unet.clone()
+        clone.lora_patches = {
+            key: value for key, value in unet.lora_patches.items() if key not in loras or key in originals
+        }
+        return clone
+
+    def low_rank(self, value: Any) -> LowRank | None:
+        """A patch value as its low-rank matrices, or None where it is of another kind."""
+        if isinstance(value, tuple) and len(value) == 2 and value[0] == "lora":
+            return _plain_low_rank(value[1])
+        return None
+
+    def base_weight(self, patcher: Patcher, key: str) -> Tensor:
+        """The model's own weight in float32, on its device, whatever is merged or quantised at the moment."""
+        from backend import utils
+
+        weight = patcher.model.lora_loader.backup.get(key)
+        return self._dequantised(utils.get_attr(patcher.model, key) if weight is None else weight)
+
+    def _dequantised(self, weight: Tensor) -> Tensor:
+        if hasattr(weight, "bnb_quantized"):
+            from backend.operations_bnb import functional_dequantize_4bit
+
+            weight = functional_dequantize_4bit(weight)
+        elif getattr(weight, "gguf_cls", None) is not None:
+            from backend.operations_gguf import dequantize_tensor
+
+            weight = dequantize_tensor(weight)
+        elif hasattr(weight, "dequantize") and type(weight) not in (Tensor, torch.nn.Parameter):
+            weight = weight.dequantize()
+        return weight.detach().to(torch.float32)
+
+    def merged(self, patches: Sequence[Patch], weight: Tensor, key: str) -> Tensor:
+        """`weight` with these patches merged. `weight` itself may be overwritten."""
+        from backend.patcher.lora import merge_lora_to_weight
+
+        result: Tensor = merge_lora_to_weight(list(patches), weight, key, computation_dtype=torch.float32)
+        return result
+
+    def obstacle(self, sd_model: Any) -> str | None:
+        """Why this model's LoRAs cannot be composed, or None."""
+        return None
+
+    def free_memory(self, device: torch.device) -> float:
+        """Bytes that a model call may use."""
+        from backend import memory_management
+
+        return float(memory_management.get_free_memory(device))
+
+    def sampling(self) -> Sampling:
+        from backend.sampling import condition, sampling_function
+
+        return Sampling(
+            condition.compile_conditions,
+            condition.compile_weighted_conditions,
+            sampling_function.get_area_and_mult,
+            sampling_function.can_concat_cond,
+            sampling_function.cond_cat,
+            sampling_function.compute_cond_mark,
+            sampling_function.compute_cond_indices,
+            condition.Condition,
+        )
+
+
+class Neo(Flavour):
+    """Forge Neo: ComfyUI's patcher, and LoRAs as objects of its `weight_adapter` package."""
+
+    name = "Forge Neo"
+
+    def _renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from backend.state_dict import state_dict_prefix_replace
+
+        if any(key.startswith("lora_unet__") for key in tensors):
+            renamed: dict[str, Tensor] = state_dict_prefix_replace(tensors, {"lora_unet__": "lora_unet_"})
+            return renamed
+        return tensors
+
+    def patches(self, patcher: Patcher) -> Iterator[tuple[str, Sequence[Patch]]]:
+        yield from patcher.patches.items()
+
+    def without_loras(self, unet: Patcher, sd_model: Any) -> Patcher:
+        loras: Mapping[str, Sequence[Patch]] = sd_model.forge_objects_after_applying_lora.unet.patches
+        original = sd_model.forge_objects_original.unet
+        clone = unet.clone()
+        # The prompt's LoRAs come first in each list; what other extensions added stands behind them.
+        added = {key: patches[len(loras.get(key, ())) :] for key, patches in unet.patches.items()}
+        clone.patches = {key: list(patches) for key, patches in original.patches.items()}
+        for key, patches in added.items():
+            if patches:
+                clone.patches[key] = clone.patches.get(key, []) + patches
+        # The host merges anew when, and only when, this id changes; that of the original stands for its own patches.
+        clone.patches_uuid = uuid.uuid4() if any(added.values()) else original.patches_uuid
+        return clone
+
+    def low_rank(self, value: Any) -> LowRank | None:
+        if getattr(value, "name", None) == "lora":
+            return _plain_low_rank(value.weights)
+        return None
+
+    def base_weight(self, patcher: Patcher, key: str) -> Tensor:
+        from backend import utils
+
+        backup = patcher.backup.get(key)
+        return self._dequantised(utils.get_attr(patcher.model, key) if backup is None else backup.weight)
+
+    def obstacle(self, sd_model: Any) -> str | None:
+        from backend.args import dynamic_args
+
+        if dynamic_args.nunchaku:
+            return "LoRAtorio cannot compose the LoRAs of a Nunchaku (SVDQ) model, whose own code applies them: they are merged."
+        return None
+
+
+def _plain_low_rank(weights: Sequence[Any]) -> LowRank | None:
+    """(up, down, alpha, mid, DoRA scale, new shape) as low-rank matrices, unless it is more than that."""
+    up, down, alpha, mid, *more = weights
+    if any(each is not None for each in more):
+        return None
+    scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+    return LowRank(down, up, scale, mid)
+
+
+def flavour() -> Flavour:
+    """The member of the family that this code runs inside."""
+    if importlib.util.find_spec("modules_forge.packages") is not None:
+        return Neo()
+    return Flavour()

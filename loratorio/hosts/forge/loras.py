@@ -1,0 +1,118 @@
+"""The host's LoRA patches as deltas, and as text encoders with one LoRA each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.delta import Adapter, Delta, Dense, LowRank
+from ...errors import LoratorioError
+from .flavours import Flavour, LoraFile, Patch, Patcher
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One LoRA of the prompt, read by the host.
+
+    Attributes:
+        file: its name and strengths.
+        adapter: what it adds to the UNet, strength included.
+        clip: the host's text encoder with this LoRA alone; None if it leaves text as it is.
+    """
+
+    file: LoraFile
+    adapter: Adapter
+    clip: Any
+
+
+def read(file: LoraFile, sd_model: Any, flavour: Flavour) -> Lora:
+    """Let the host read a LoRA.
+
+    Raises:
+        LoratorioError: it fits nothing in this model, or changes what is no layer's weight or bias.
+    """
+    original = sd_model.forge_objects_original
+    unet, clip = flavour.load(original.unet, original.clip, file)
+    if unet is original.unet and clip is original.clip:
+        raise LoratorioError(
+            f"LoRA {file.name} fits nothing in this model: it was made for another kind of model. "
+            "Remove it from the prompt, or untick LoRAtorio."
+        )
+    adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
+    adapter.check_finite()
+    return Lora(file, adapter, None if clip is original.clip else clip)
+
+
+def layers_of(adapters: list[Adapter], unet: Patcher) -> dict[str, nn.Module]:
+    """The layers that these adapters change, by name."""
+    return {name: unet.model.get_submodule(name) for adapter in adapters for name in adapter.deltas}
+
+
+def size_in_bytes(adapter: Adapter, dtype: torch.dtype) -> int:
+    """Memory that an adapter needs on the model's device."""
+    tensors = [
+        tensor
+        for deltas in adapter.deltas.values()
+        for delta in deltas
+        for tensor in vars(delta).values()
+        if isinstance(tensor, Tensor)
+    ]
+    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+
+
+def _deltas(file: LoraFile, unet: Patcher, flavour: Flavour) -> dict[str, list[Delta]]:
+    deltas: dict[str, list[Delta]] = {}
+    for key, patches in flavour.patches(unet):
+        layer, _, parameter = key.rpartition(".")
+        if parameter not in ("weight", "bias"):
+            raise LoratorioError(
+                f"LoRA {file.name} changes {key}, which is no layer's weight: LoRAtorio cannot compose it. "
+                "Remove it from the prompt, or untick LoRAtorio."
+            )
+        low_rank, others = [], []
+        for patch in patches:
+            plain = _low_rank(patch, unet, key, flavour)
+            low_rank.append(plain) if plain else others.append(patch)
+        found = deltas.setdefault(layer, [])
+        found += low_rank
+        if others:
+            change = _dense(others, unet, key, flavour)
+            found.append(Dense(weight=change) if parameter == "weight" else Dense(bias=change))
+    return deltas
+
+
+def _low_rank(patch: Patch, unet: Patcher, key: str, flavour: Flavour) -> LowRank | None:
+    """A patch of plain low-rank matrices, its strength included; None where it takes more than that."""
+    strength, value, model_strength, offset, function = patch[:5]
+    plain = flavour.low_rank(value)
+    if plain is None or function is not None or model_strength != 1.0:
+        return None
+    plain = replace(plain, scale=plain.scale * float(strength))
+    if offset is None:
+        return plain
+    if plain.mid is not None or plain.down.ndim != 2:
+        return None
+    # The host keeps this layer's weight fused with others': outside of the slice nothing changes.
+    dimension, start, length = offset
+    full = flavour.base_weight(unet, key).shape[dimension]
+    before, after = start, full - start - length
+    if dimension == 0:
+        return replace(plain, up=nn.functional.pad(plain.up, (0, 0, before, after)))
+    return replace(plain, down=nn.functional.pad(plain.down, (before, after)))
+
+
+def _dense(patches: list[Patch], unet: Patcher, key: str, flavour: Flavour) -> Tensor:
+    """What the host's merging changes in a weight, in the dtype that the model computes in."""
+    with torch.no_grad():
+        base = flavour.base_weight(unet, key)
+        # Merging works in place, and an extension may hold patches that are larger than the weight.
+        change = flavour.merged(patches, base.clone(), key).to(torch.float32)
+        if change.shape != base.shape:
+            raise LoratorioError(
+                f"A LoRA changes {key} from {tuple(base.shape)} to {tuple(change.shape)}: LoRAtorio cannot compose LoRAs that "
+                "give a layer another shape. Remove it from the prompt, or untick LoRAtorio."
+            )
+        return (change - base).to("cpu", unet.model.computation_dtype)

@@ -1,0 +1,248 @@
+"""The rows of one evaluation of the model: what the host is about to run, and the same under other mixes of LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...compose.methods import Branch, Composition, Mix
+from ...engine import Row, Step
+from ...errors import LoratorioError
+from .conditioning import TextConditioning
+from .flavours import Sampling
+
+MARK = "loratorio_block"
+"""The name of a condition that travels with a block of rows through the host's batching, so that the block is known again.
+Conditional blocks are numbered 0, 1, … (several where the prompt has AND), unconditional ones −1, −2, …"""
+
+COND, UNCOND = 0, 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that go through the model together: a block of every image's row, or one image's row of it.
+
+    Has the fields of the host's own `cond_obj`, which its `can_concat_cond` compares.
+    """
+
+    numbers: tuple[int, ...]
+    kind: int
+    input_x: Tensor
+    sigma: Tensor
+    conditioning: dict[str, Any]
+    control: Any
+    patches: Any
+
+
+class Call(NamedTuple):
+    """One model call: which of the wanted rows, and the host's arguments for them."""
+
+    numbers: tuple[int, ...]
+    x: Tensor
+    sigma: Tensor
+    c: dict[str, Any]
+    cond_or_uncond: list[int]
+
+
+class StepRows:
+    """One evaluation of the model as the host would run it.
+
+    Args:
+        denoiser_step: the host's own count, by which it reads prompt schedules.
+        cond, uncond: the host's compiled conditions, with all LoRAs' text; one entry per AND part.
+        x: the noisy latents, (B, C, H, W) or (B, C, T, H, W). sigma: (B,).
+    """
+
+    def __init__(
+        self,
+        functions: Sampling,
+        texts: TextConditioning,
+        denoiser_step: int,
+        cond: list[Any],
+        uncond: list[Any] | None,
+        x: Tensor,
+        sigma: Tensor,
+    ) -> None:
+        self._functions = functions
+        self._texts = texts
+        self._denoiser_step = denoiser_step
+        self._host = {True: list(cond), False: list(uncond or ())}
+        self.x = x
+        self.sigma = sigma
+        self._active = {kind: self._now(entries) for kind, entries in self._host.items()}
+        self._blocks: dict[Branch, list[Any]] = {}
+
+    @property
+    def has_uncond(self) -> bool:
+        return bool(self._active[False])
+
+    def _now(self, entries: list[Any]) -> list[int]:
+        """Numbers of the conditions that hold at this σ."""
+        return [number for number, entry in enumerate(entries) if self._block(entry) is not None]
+
+    def _block(self, entry: Any) -> Any:
+        """The host's rows for a condition, or None where it does not hold at this σ."""
+        block = self._functions.get_area_and_mult(entry, self.x, self.sigma)
+        if block is not None and block.input_x.shape != self.x.shape:
+            raise LoratorioError(
+                "Another extension gives a prompt an area of its own, which LoRAtorio cannot compose. "
+                "Untick LoRAtorio, or switch the other extension off."
+            )
+        return block
+
+    def step(self, index: int, total: int) -> Step:
+        images, parts = len(self.x), len(self._active[True])
+        return Step(
+            index=index,
+            total=total,
+            latents=torch.cat([self.x] * parts),
+            uncond_count=images * len(self._active[False]),
+            owners=tuple(range(images)) * parts,
+        )
+
+    def count(self, branches: Sequence[Branch]) -> int:
+        """Number of model rows of these branches."""
+        return sum(len(self.x) * len(self._active[branch.cond]) for branch in branches)
+
+    # -- the host's side ------------------------------------------------------------------------------------------
+
+    def marked(self) -> tuple[list[Any], list[Any] | None]:
+        """The host's conditions, each with its number."""
+        cond = [self._with(entry, self._mark(number)) for number, entry in enumerate(self._host[True])]
+        uncond = [
+            self._with(entry, self._mark(-1 - number)) for number, entry in enumerate(self._host[False])
+        ]
+        return cond, uncond or None
+
+    def _mark(self, number: int) -> dict[str, Any]:
+        return {MARK: self._functions.Condition(torch.tensor([number], device=self.x.device))}
+
+    @staticmethod
+    def _with(entry: Any, conditions: dict[str, Any]) -> Any:
+        return {**entry, "model_conds": {**entry["model_conds"], **conditions}}
+
+    def pick(self, composition: Composition, marks: Tensor) -> Tensor:
+        """The composed rows of the blocks with these marks."""
+        images = len(self.x)
+        return torch.cat([self._picked(composition, int(mark)) for mark in marks[::images].tolist()])
+
+    def _picked(self, composition: Composition, mark: int) -> Tensor:
+        source = composition.cond if mark >= 0 else composition.uncond
+        assert source is not None
+        place = self._active[mark >= 0].index(mark if mark >= 0 else -1 - mark)
+        return source[place * len(self.x) : (place + 1) * len(self.x)]
+
+    # -- the model's side -----------------------------------------------------------------------------------------
+
+    def calls(self, wanted: Sequence[Row], options: dict[str, Any]) -> list[Call]:
+        """Model calls for these rows: as few as the host's rules for batching conditions allow."""
+        batches: list[list[Piece]] = []
+        for piece in self._pieces(wanted):
+            for batch in batches:
+                if self._functions.can_concat_cond(piece, batch[0]):
+                    batch.append(piece)
+                    break
+            else:
+                batches.append([piece])
+        return [self._call(batch, options) for batch in batches]
+
+    def _pieces(self, wanted: Sequence[Row]) -> Iterator[Piece]:
+        images, number = len(self.x), 0
+        while number < len(wanted):
+            row = wanted[number]
+            block = wanted[number : number + images]
+            whole = [Row(row.mix, row.cond, row.slot + i) for i in range(images)]
+            if row.slot % images == 0 and list(block) == whole:
+                yield self._piece(row, number, slice(0, images))
+                number += images
+            else:
+                image = row.slot % images
+                yield self._piece(row, number, slice(image, image + 1))
+                number += 1
+
+    def _piece(self, row: Row, number: int, images: slice) -> Piece:
+        block = self._blocks_of(row.mix, row.cond)[row.slot // len(self.x)]
+        count = images.stop - images.start
+        conditioning = block.conditioning
+        if count < len(self.x):
+            conditioning = {name: _sliced(condition, images) for name, condition in conditioning.items()}
+        return Piece(
+            numbers=tuple(range(number, number + count)),
+            kind=COND if row.cond else UNCOND,
+            input_x=block.input_x[images],
+            sigma=self.sigma[images],
+            conditioning=conditioning,
+            control=block.control,
+            patches=block.patches,
+        )
+
+    def _blocks_of(self, mix: Mix, cond: bool) -> list[Any]:
+        """The host's rows for every condition that holds now, with the text of `mix`."""
+        branch = Branch(mix, cond)
+        if branch not in self._blocks:
+            entries = self._entries(mix, cond)
+            self._blocks[branch] = [self._block(entries[number]) for number in self._active[cond]]
+        return self._blocks[branch]
+
+    def _entries(self, mix: Mix, cond: bool) -> list[Any]:
+        """The host's conditions with the text of `mix` in the place of their own, and everything else kept."""
+        host, prompts = self._host[cond], self._texts.of(mix)
+        if prompts is None:
+            return host
+        from modules import prompt_parser
+
+        if cond:
+            weights, text = prompt_parser.reconstruct_multicond_batch(prompts.cond, self._denoiser_step)
+            own = self._functions.compile_weighted_conditions(text, weights)
+        else:
+            text = prompt_parser.reconstruct_cond_batch(prompts.uncond, self._denoiser_step)
+            own = self._functions.compile_conditions(text)
+        if len(own) != len(host):
+            raise LoratorioError(
+                "Another extension changes the parts of the prompt while sampling, which LoRAtorio cannot follow. "
+                "Untick LoRAtorio, or switch the other extension off."
+            )
+        return [self._with(entry, other["model_conds"]) for entry, other in zip(host, own, strict=True)]
+
+    def _call(self, pieces: list[Piece], options: dict[str, Any]) -> Call:
+        kinds = [piece.kind for piece in pieces]
+        x = torch.cat([piece.input_x for piece in pieces])
+        sigma = torch.cat([piece.sigma for piece in pieces])
+        c = self._functions.cond_cat([piece.conditioning for piece in pieces])
+        c["transformer_options"] = self._options(options, kinds, pieces[0].sigma)
+        self._add_control(c, x, sigma, pieces[0].control, len(pieces))
+        numbers = tuple(number for piece in pieces for number in piece.numbers)
+        return Call(numbers, x, sigma, c, kinds)
+
+    def _options(self, options: dict[str, Any], kinds: list[int], sigma: Tensor) -> dict[str, Any]:
+        """The host's transformer options for a batch with these blocks."""
+        cond, uncond = self._functions.compute_cond_indices(cond_or_uncond=kinds, sigmas=sigma)
+        return {
+            **options,
+            "cond_or_uncond": list(kinds),
+            "sigmas": sigma,
+            "cond_mark": self._functions.compute_cond_mark(cond_or_uncond=kinds, sigmas=sigma),
+            "cond_indices": cond,
+            "uncond_indices": uncond,
+        }
+
+    @staticmethod
+    def _add_control(c: dict[str, Any], x: Tensor, sigma: Tensor, control: Any, blocks: int) -> None:
+        """The host's ControlNets for these rows, as its own sampling function asks them."""
+        net = control
+        while net is not None:
+            net.transformer_options = c["transformer_options"]
+            net = net.previous_controlnet
+        if control is not None:
+            c["control"] = control.get_control(x, sigma, c.copy(), blocks)
+            c["control_model"] = control
+
+
+def _sliced(condition: Any, images: slice) -> Any:
+    """One image's part of a host's condition; a constant is for every image."""
+    value = condition.cond
+    return condition._copy_with(value[images]) if isinstance(value, Tensor) else condition

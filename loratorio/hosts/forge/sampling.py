@@ -1,0 +1,232 @@
+"""One sampling pass of a Forge, composed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...adapters.bank import Bank
+from ...compose.methods import Cast, Composition, Mix
+from ...engine import Engine, Row
+from ...errors import LoratorioError
+from ..base import ComposedPass, Job
+from .conditioning import TextConditioning
+from .flavours import Flavour, Patcher
+from .loras import Lora, layers_of, read, size_in_bytes
+from .rows import MARK, StepRows
+
+Result = TypeVar("Result")
+
+
+class PreCfg:
+    """The `sampler_pre_cfg_function` that the clone carries. Hosts deep-copy it with the patcher: it stays the same one."""
+
+    def __init__(self, see: Callable[..., tuple[Any, ...]]) -> None:
+        self.see: Callable[..., tuple[Any, ...]] | None = see
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        return self.see(*args) if self.see else args
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreCfg:
+        return self
+
+
+class ComposedSampling:
+    """Composes what `job.p.sampler` is about to sample. Make one per pass, `install` it, and the pass does the rest."""
+
+    def __init__(self, job: Job, flavour: Flavour) -> None:
+        self._job = job
+        self._p = job.p
+        self._flavour = flavour
+        self._functions = flavour.sampling()
+        self._evaluations = 0
+        self._rows: StepRows | None = None
+        self._composition: Composition | None = None
+
+    def install(self) -> None:
+        """Put a clone without LoRAs in the place of the pass's UNet, and enclose the sampling loop.
+
+        Where the LoRAs cannot be composed, nothing is changed and the job is told why.
+        """
+        sd_model = self._p.sd_model
+        files = self._flavour.applied(sd_model)
+        why_not = self._flavour.obstacle(sd_model)
+        if not files:
+            why_not = "The prompt has no LoRA, so there is nothing to compose."
+        if why_not:
+            self._job.note(why_not)
+            return
+        self._loras = [self._read(file) for file in files]
+        bank = Bank([lora.adapter for lora in self._loras])
+        self._engine = Engine(self._job.settings, bank, Cast.of(len(self._loras)))
+        self._texts = TextConditioning(self._p, self._loras, self._mixes(), self._flavour)
+        self._enclose(self._replace_unet())
+
+    def _read(self, file: Any) -> Lora:
+        """The LoRA; kept for the job's other batches, since some kinds take seconds to read."""
+        sd_model = self._p.sd_model
+        key = ("lora", file, id(sd_model.forge_objects_original.unet.model))
+        if key not in self._job.scratch:
+            self._job.scratch[key] = read(file, sd_model, self._flavour)
+        lora: Lora = self._job.scratch[key]
+        return lora
+
+    def _mixes(self) -> list[Mix]:
+        """Every mix that some step of the pass asks the model for."""
+        fine = 1000
+        branches = [branch for index in range(fine) for branch in self._engine.branches(index, fine, True)]
+        return list(dict.fromkeys(branch.mix for branch in branches))
+
+    def _replace_unet(self) -> Patcher:
+        """Give the model a clone of its UNet patcher without LoRAs. Returns the clone's predecessor."""
+        objects = self._p.sd_model.forge_objects
+        before = objects.unet
+        unet = self._flavour.without_loras(before, self._p.sd_model)
+        hooks = unet.model_options.get("sampler_pre_cfg_function", [])
+        self._hook = PreCfg(self._see)
+        # A host may call us twice for one pass, our clone of the first time being in place.
+        kept = [hook for hook in hooks if not isinstance(hook, PreCfg)]
+        unet.model_options["sampler_pre_cfg_function"] = [*kept, self._hook]
+        dtype = unet.model.computation_dtype
+        unet.add_extra_preserved_memory_during_sampling(
+            sum(size_in_bytes(lora.adapter, dtype) for lora in self._loras)
+        )
+        self._unet = objects.unet = unet
+        return before
+
+    def _enclose(self, unet_before: Patcher) -> None:
+        sampler = self._p.sampler
+        # Set on the instance, under which the class's own stays: when called twice, this one is replaced.
+        launch = type(sampler).launch_sampling.__get__(sampler)
+
+        def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
+            result: Result = launch(steps, lambda: self._run(func, unet_before))
+            return result
+
+        sampler.launch_sampling = launch_composed
+
+    def _run(self, func: Callable[[], Result], unet_before: Patcher) -> Result:
+        denoiser = self._p.sampler.model_wrap_cfg
+        first = denoiser.step
+        adapters = [lora.adapter for lora in self._loras]
+        try:
+            with self._engine.bank.attached(layers_of(adapters, self._unet)):
+                result = func()
+        finally:
+            self._hook.see = self._rows = None
+            objects = self._p.sd_model.forge_objects
+            if objects.unet is self._unet:
+                objects.unet = unet_before
+        if self._evaluations != denoiser.step - first:
+            if not self._refined():
+                raise LoratorioError(_BYPASSED)
+            self._job.note("The refiner's steps were not composed: it has the LoRAs merged.")
+        self._job.passes.append(self._account())
+        return result
+
+    def _refined(self) -> bool:
+        return self._p.sd_model.forge_objects.unet.model is not self._unet.model or bool(
+            self._p.extra_generation_params.get("Refiner")
+        )
+
+    # -- what lasts for an evaluation of the model ----------------------------------------------------------------
+
+    def _see(
+        self,
+        model: Any,
+        cond: list[Any],
+        uncond: list[Any] | None,
+        x: Tensor,
+        sigma: Tensor,
+        options: dict[str, Any],
+    ) -> tuple[Any, ...]:
+        """The host is about to run these conditions on `x`: mark them, and answer in the place of the model."""
+        denoiser = self._p.sampler.model_wrap_cfg
+        rows = StepRows(self._functions, self._texts, denoiser.step, cond, uncond, x, sigma)
+        self._rows = rows
+        self._composition = None
+        self._evaluations += 1
+        # Seen from here a second-order sampler evaluates twice a step.
+        per_step = max(1, (denoiser.total_steps or 1) // (denoiser.steps or 1))
+        self._step = rows.step(denoiser.step // per_step, max(denoiser.steps or 1, 1))
+        inner = options.get("model_function_wrapper")
+        answer = partial(self._answer, model, inner)
+        return model, *rows.marked(), x, sigma, {**options, "model_function_wrapper": answer}
+
+    def _answer(self, model: Any, inner: Any, apply_model: Any, args: dict[str, Any]) -> Tensor:
+        """The composed rows of the blocks that the host asks for; all of the step's at its first call."""
+        c = dict(args["c"])
+        marks = c.pop(MARK, None)
+        rows = self._rows
+        if (
+            rows is None
+            or marks is None
+            or args["input"].shape[0] != len(marks)
+            or args["input"].shape[1:] != rows.x.shape[1:]
+        ):
+            raise LoratorioError(_BYPASSED)
+        if self._composition is None:
+            self._limit_rows(model, rows)
+
+            def run(batch: Tensor, sigma: Tensor, c: dict[str, Any], cond_or_uncond: list[int]) -> Tensor:
+                if inner is None:
+                    return apply_model(batch, sigma, **c)  # type: ignore[no-any-return]
+                call = {"input": batch, "timestep": sigma, "c": c, "cond_or_uncond": cond_or_uncond}
+                return inner(apply_model, call)  # type: ignore[no-any-return]
+
+            predict = partial(self._predict, rows, c["transformer_options"], run)
+            self._composition = self._engine.step(self._step, predict)
+        return rows.pick(self._composition, marks).to(args["input"].dtype)
+
+    def _predict(
+        self, rows: StepRows, options: dict[str, Any], run: Callable[..., Tensor], wanted: Sequence[Row]
+    ) -> Tensor:
+        """The host's model on any rows of the step; conditions that cannot share a batch go in calls of their own."""
+        calls = rows.calls(wanted, options)
+        predicted: dict[int, Tensor] = {}
+        for call in calls:
+            with self._routed(wanted, call.numbers, len(calls) == 1):
+                output = run(call.x, call.sigma, call.c, call.cond_or_uncond)
+            predicted.update(zip(call.numbers, output, strict=True))
+        return torch.stack([predicted[number] for number in range(len(wanted))])
+
+    @contextmanager
+    def _routed(self, wanted: Sequence[Row], numbers: Sequence[int], already: bool) -> Iterator[None]:
+        if already:
+            yield
+            return
+        with self._engine.bank.routed([wanted[number].mix for number in numbers]):
+            yield
+
+    def _limit_rows(self, model: Any, rows: StepRows) -> None:
+        """As many rows a call as fit into what the host says is free, and no more than memory has allowed before."""
+        images = len(rows.x)
+        wanted = rows.count(self._engine.branches(self._step.index, self._step.total, rows.has_uncond))
+        free = self._flavour.free_memory(rows.x.device)
+        fitting = wanted
+        while fitting > 1 and model.memory_required([fitting, *rows.x.shape[1:]]) >= free:
+            fitting = fitting // 2
+        if fitting > images:
+            fitting -= fitting % images
+        limit = self._engine.row_limit
+        self._engine.row_limit = min(limit, fitting) if limit else (fitting if fitting < wanted else 0)
+
+    def _account(self) -> ComposedPass:
+        return ComposedPass(
+            loras=tuple(lora.file.name for lora in self._loras),
+            strengths=tuple(lora.file.unet for lora in self._loras),
+            batch=self._p.iteration,
+            hires=bool(getattr(self._p, "is_hr_pass", False)),
+            history=self._engine.history,
+        )
+
+
+_BYPASSED = (
+    "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
+    "Untick LoRAtorio, or switch the other extension off."
+)
