@@ -1,0 +1,227 @@
+"""The panel in a real Gradio 3.41.2 page and in a Gradio 4.40 page: tick, move, generate, paste, see."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from loratorio.settings import KNOBS, Settings
+from loratorio.webui import infotext
+
+from .host_infotext import written
+
+pytestmark = pytest.mark.timeout(300)
+
+HOSTILE = "<img src=x onerror=window.hit=1"  # a prompt's LoRA name cannot have a > or a :
+NONE_YET = "No LoRA in the prompt yet"
+
+
+class Tab:
+    """What a user does in one of the tabs."""
+
+    def __init__(self, page: Any, name: str) -> None:
+        self.page, self.name = page, name
+
+    def open(self) -> Tab:
+        self.page.locator(".tab-nav > button", has_text=self.name).click()
+        if not self.find("_method").is_visible():
+            self.page.locator(
+                f"#loratorio_{self.name} button.label-wrap, #loratorio_{self.name} .label-wrap"
+            ).first.click()
+        if not self.find("_rescale").is_visible():
+            self.page.locator(f"#loratorio_{self.name}_more .label-wrap").click()
+        return self
+
+    def find(self, suffix: str) -> Any:
+        return self.page.locator(f"#loratorio_{self.name}{suffix}")
+
+    def tick(self) -> None:
+        self.find("-checkbox input").check()
+
+    def prompt(self, value: str) -> None:
+        self.page.fill(f"#{self.name}_prompt textarea", value)
+
+    def line(self) -> str:
+        return " ".join(self.find("_loras").inner_text().split())
+
+    def choose(self, knob: str, label: str) -> None:
+        self.find(f"_{knob} input").first.click()
+        self.find(f"_{knob} li[aria-label='{label}']").click()
+
+    def number(self, knob: str, value: float) -> None:
+        box = self.find(f"_{knob} input[type=number]")
+        box.fill(str(value))
+        box.blur()
+
+    def generate(self) -> tuple[dict[str, Any], str]:
+        """The knobs that arrived in Python, and the infotext."""
+        result = self.page.locator(f"#{self.name}_result textarea, #{self.name}_result input")
+        before = result.input_value()
+        self.page.click(f"#{self.name}_generate")
+        self.page.wait_for_function(
+            "([id, before]) => { const now = document.querySelector(id).value; return now && now !== before; }",
+            arg=[f"#{self.name}_result :is(textarea, input)", before],
+        )
+        return json.loads(result.input_value()), self.page.input_value(f"#{self.name}_infotext textarea")
+
+    def paste(self, infotext: str) -> None:
+        self.page.fill(f"#{self.name}_source textarea", infotext)
+        self.page.click(f"#{self.name}_paste")
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    return {knob.name: getattr(settings, knob.name) for knob in KNOBS}
+
+
+@pytest.mark.parametrize("name", ["txt2img", "img2img"])
+def test_tick_move_generate(page: Any, name: str) -> None:
+    tab = Tab(page, name).open()
+    tab.tick()
+    tab.choose("method", "Composite")
+    tab.number("patch_size", 4)
+    tab.number("temperature", 0.0123)
+    tab.number("recentre", 0.35)
+    tab.find("_weight_maps input").check()
+    tab.prompt("a fox <lora:fox:0.8>")
+    knobs, _ = tab.generate()
+    chosen = Settings(
+        enabled=True, method="composite", patch_size=4, temperature=0.0123, recentre=0.35, weight_maps=True
+    )
+    assert knobs == as_dict(chosen)
+
+
+def test_slider_moves_with_the_keyboard(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.find("_patch_size input[type=range]").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert tab.generate()[0]["patch_size"] == Settings().patch_size + 3
+
+
+def test_untouched_panel_is_the_defaults(page: Any) -> None:
+    assert Tab(page, "txt2img").open().generate()[0] == as_dict(Settings())
+
+
+def test_line_follows_typing(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    assert NONE_YET in tab.line()
+    tab.prompt("a fox <lora:fox:0.80>")
+    assert tab.line() == "One LoRA fox 0.8 With a single LoRA, only re-centring changes the picture."
+    tab.prompt("a fox <lora:fox:0.8> in <lora:ink:1:0.6> <lora:dog>")
+    assert tab.line() == "Will compose fox 0.8 ink 0.6 text 1 dog 1"
+    tab.prompt("a fox <lora:fox:te=0.5:unet=0.7>\n# <lora:ink:1>")
+    assert tab.line().startswith("One LoRA fox 0.7 text 0.5")
+    tab.prompt("a fox")
+    assert NONE_YET in tab.line()
+
+
+def test_tabs_have_lines_of_their_own(page: Any) -> None:
+    Tab(page, "txt2img").open().prompt("<lora:fox:1><lora:ink:1>")
+    other = Tab(page, "img2img").open()
+    assert NONE_YET in other.line()
+    other.prompt("<lora:dog:0.3>")
+    assert other.line().startswith("One LoRA dog 0.3")
+
+
+def test_hostile_names_are_text(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.prompt(f"<lora:{HOSTILE}:1> <lora:__proto__:0.5> <lora:&amp;\"'`:0.1>")
+    line = tab.line()
+    assert HOSTILE in line
+    assert "__proto__ 0.5" in line
+    assert "&amp;\"'` 0.1" in line
+    assert tab.find("_loras img").count() == 0
+    assert page.evaluate("window.hit") is None
+
+
+def test_paste_brings_everything_back(page: Any) -> None:
+    """Every knob away from its default, through the infotext, into the other tab's panel, and out again."""
+    settings = Settings.from_mapping({knob.name: elsewhere(knob) for knob in KNOBS})
+    prompt = "a fox <lora:fox:0.8> <lora:ink:0.65>"
+    picture = written(prompt, infotext.params(settings, [("fox", 0.8), ("ink", 0.65)]))
+    tab = Tab(page, "img2img").open()
+    tab.paste(picture)
+    # The line follows what the page itself writes into the prompt, too.
+    page.wait_for_function("document.querySelector('#loratorio_img2img_loras').innerText.includes('ink')")
+    assert tab.line() == "Will compose fox 0.8 ink 0.65"
+    knobs, again = tab.generate()
+    assert knobs == as_dict(settings)
+    assert again == picture
+
+
+def test_paste_of_a_plain_picture_unticks(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.number("patch_size", 7)
+    tab.paste(written("a fox", {}))
+    page.wait_for_function("!document.querySelector('#loratorio_txt2img-checkbox input').checked")
+    assert tab.generate()[0] == as_dict(Settings(patch_size=7))
+
+
+def test_send_to_img2img(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.choose("method", "Switch")
+    tab.number("top_k", 2)
+    tab.prompt("<lora:fox:1> <lora:ink:1>")
+    page.click("#send")
+    page.wait_for_function("document.querySelector('#img2img_prompt textarea').value.includes('ink')")
+    other = Tab(page, "img2img").open()
+    assert other.generate()[0] == as_dict(Settings(enabled=True, method="switch", top_k=2))
+    assert other.line() == "Will compose fox 1 ink 1"
+
+
+def test_a_bad_pair_of_knobs_is_a_sentence(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.number("start", 0.8)
+    tab.number("end", 0.2)
+    page.click("#txt2img_generate")
+    page.wait_for_function(
+        "document.querySelector('#txt2img_result :is(textarea, input)').value.startsWith('error')"
+    )
+    assert "start (0.8) is after end (0.2)" in page.input_value("#txt2img_result :is(textarea, input)")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_cut_off(page: Any, width: int) -> None:
+    """Every knob is inside the page, whatever its width and however long a LoRA's name."""
+    page.set_viewport_size({"width": width, "height": 900})
+    tab = Tab(page, "txt2img").open()
+    tab.prompt(
+        "<lora:"
+        + "a_very_long_name" * 12
+        + ":0.8> "
+        + " ".join(f"<lora:number {i}:0.{i}>" for i in range(1, 30))
+    )
+    for knob in KNOBS:
+        box = tab.find("-checkbox" if knob.name == "enabled" else f"_{knob.name}").bounding_box()
+        assert box is not None, knob.name
+        assert box["x"] >= 0, knob.name
+        assert box["x"] + box["width"] <= width, knob.name
+        assert box["width"] > 100, knob.name
+    line = tab.find("_loras")
+    assert line.evaluate("each => each.scrollWidth <= each.clientWidth")
+    assert line.bounding_box()["height"] < 200
+
+
+def test_line_costs_nothing_at_rest(page: Any) -> None:
+    """An update of the page that changes nothing for us does not touch the page, or it would call itself for ever."""
+    Tab(page, "txt2img").open().prompt("<lora:fox:1>")
+    page.wait_for_timeout(600)
+    before = page.evaluate("window.updates")
+    page.wait_for_timeout(1200)
+    assert page.evaluate("window.updates") == before
+
+
+def elsewhere(knob: Any) -> Any:
+    """A value of the knob that is not its default, and on a slider's step."""
+    if knob.kind == "bool":
+        return not knob.default
+    if knob.kind == "choice":
+        return next(name for name, _ in reversed(knob.choices) if name != knob.default)
+    special = {"start": 0.25, "end": 0.85, "temperature": 0.0371, "patch_size": 5}
+    if knob.name in special:
+        return special[knob.name]
+    return knob.check(knob.default + 3 * knob.step)

@@ -1,0 +1,244 @@
+"""Infotext, API arguments, X/Y/Z axes and the settings page, without a page."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratorio.errors import LoratorioError
+from loratorio.settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+from loratorio.webui import api, infotext, options, xyz
+
+from .host_infotext import read, written
+
+
+def values_of(knob: Knob) -> st.SearchStrategy[Any]:
+    if knob.kind == "bool":
+        return st.booleans()
+    if knob.kind == "choice":
+        return st.sampled_from([name for name, _ in knob.choices])
+    if knob.kind == "int":
+        return st.integers(math.ceil(knob.minimum), math.floor(knob.maximum))
+    return st.floats(knob.minimum, knob.maximum)
+
+
+@st.composite
+def settings(draw: st.DrawFn) -> Settings:
+    values = {knob.name: draw(values_of(knob)) for knob in KNOBS}
+    values["start"], values["end"] = sorted((values["start"], values["end"]))
+    return Settings.from_mapping({**values, "enabled": True})
+
+
+# What a file may be called, as far as a prompt can name it.
+names = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters=":>\r\n"), min_size=1, max_size=30
+)
+
+
+@given(settings(), st.lists(st.tuples(names, st.floats(-4, 4)), max_size=5))
+def test_every_knob_comes_back_exactly(chosen: Settings, loras: list[tuple[str, float]]) -> None:
+    text = written("a fox", infotext.params(chosen, loras))
+    fields = read(text)
+    assert fields["Seed"] == "1"
+    assert fields["Prompt"] == "a fox"
+    shown = {knob.name: infotext.value_from(knob, fields) for knob in KNOBS}
+    assert Settings.from_mapping(shown) == chosen
+
+
+@given(st.lists(st.tuples(names, st.floats(-4, 4)), min_size=1, max_size=5))
+def test_lora_names_survive_the_hosts_quoting(loras: list[tuple[str, float]]) -> None:
+    fields = read(written("", infotext.params(Settings(enabled=True), loras, loras)))
+    expected = ", ".join(f"{name}:{infotext.number(strength)}" for name, strength in loras)
+    assert fields[infotext.LORAS_KEY] == expected
+    assert fields[infotext.HIRES_LORAS_KEY] == expected
+
+
+def test_readable() -> None:
+    fields = infotext.params(Settings(enabled=True), [("fox", 0.8), ("ink", 1.0)])
+    assert fields["LoRAtorio"] == "True"
+    assert fields["LoRAtorio method"] == "LoRAtorio"
+    assert fields["LoRAtorio temperature"] == infotext.number(Settings().temperature)
+    assert fields["LoRAtorio LoRAs"] == "fox:0.8, ink:1"
+    assert len(fields) == len(KNOBS) + 1
+
+
+def test_keys_are_ones_that_the_hosts_can_read() -> None:
+    keys = [knob.infotext_key for knob in KNOBS]
+    assert len(set(keys)) == len(keys)
+    fields = read(written("", dict.fromkeys(keys, "x")))
+    assert all(fields[key] == "x" for key in keys)
+
+
+def test_unticked_leaves_no_trace() -> None:
+    assert infotext.params(Settings(), [("fox", 1.0)]) == {}
+
+
+def test_hires_pass_is_named_only_if_it_differs() -> None:
+    def sampled(names: tuple[str, ...], hires: bool) -> Any:
+        return SimpleNamespace(loras=names, strengths=(1.0,) * len(names), hires=hires)
+
+    on = Settings(enabled=True)
+    same = infotext.of_passes(on, [sampled(("fox",), False), sampled(("fox",), True)])
+    assert infotext.HIRES_LORAS_KEY not in same
+    other = infotext.of_passes(on, [sampled(("fox",), False), sampled(("ink",), True)])
+    assert other[infotext.HIRES_LORAS_KEY] == "ink:1"
+    second_batch = infotext.of_passes(
+        on, [sampled(("fox",), False), sampled(("ink",), True), sampled(("dog",), False)]
+    )
+    assert infotext.HIRES_LORAS_KEY not in second_batch
+    assert second_batch[infotext.LORAS_KEY] == "dog:1"
+
+
+def test_pasting() -> None:
+    def shown(text: str) -> dict[str, Any]:
+        return {knob.name: infotext.value_from(knob, read(text)) for knob in KNOBS}
+
+    assert set(shown("only a prompt").values()) == {None}
+    plain = shown(written("a fox", {}))
+    assert plain.pop("enabled") is False
+    assert set(plain.values()) == {None}
+    # A picture from before most of the knobs were there.
+    old = shown(written("a fox", {"LoRAtorio": "True", "LoRAtorio method": "composite"}))
+    assert old["enabled"] is True
+    assert old["method"] == "Composite"
+    assert old["recentre"] == Settings().recentre
+    broken = shown(written("a fox", {"LoRAtorio": "True", "LoRAtorio temperature": "warm"}))
+    assert broken["temperature"] is None
+
+
+def test_arguments_by_position_and_by_name() -> None:
+    assert api.settings_from_args([]) == Settings()
+    assert api.settings_from_args([True, "switch"]) == Settings(enabled=True, method="switch")
+    assert api.settings_from_args([True, None, 3]) == Settings(enabled=True, patch_size=3)
+    named = {"enabled": True, "method": "LoRAtorio", "temperature": 0.05}
+    # The WebUI puts the panel's defaults behind the arguments that came.
+    filled = [named, *(knob.default for knob in KNOBS[1:])]
+    assert api.settings_from_args(filled) == Settings(enabled=True, temperature=0.05)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([{"temprature": 1}], "temperature"),
+        ([{"enabled": "maybe"}], "enabled must be true or false"),
+        ([{"method": "lora-torio"}], "did you mean loratorio"),
+        ([{"patch_size": 1.5}], "patch_size must be a whole number"),
+        ([{"temperature": 99}], "temperature must be from"),
+        ([{"start": 0.9, "end": 0.1}], "start"),
+        ([True, "loratorio", "big"], "patch_size"),
+        ([True] * 99, "arguments"),
+        ([[1, 2]], "enabled must be true or false"),
+    ],
+)
+def test_bad_arguments_are_sentences(args: list[Any], sentence: str) -> None:
+    with pytest.raises(LoratorioError, match=sentence):
+        api.settings_from_args(args)
+
+
+@pytest.fixture
+def webui(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Just enough of a WebUI's modules for the axes and the settings page."""
+    modules, scripts, shared = (ModuleType(name) for name in ("modules", "modules.scripts", "modules.shared"))
+    grid = ModuleType("scripts.xyz_grid")
+    grid.__dict__.update(
+        axis_options=[],
+        AxisOption=lambda label, kind, apply, confirm=None, choices=None, prepare=None: SimpleNamespace(
+            label=label, type=kind, apply=apply, confirm=confirm, choices=choices, prepare=prepare
+        ),
+        csv_string_to_list_strip=lambda text: [part.strip() for part in text.split(",")],
+        re_range_float=re.compile(
+            r"\s*([+-]?\s*\d+(?:.\d*)?)\s*-\s*([+-]?\s*\d+(?:.\d*)?)(?:\s*\(([+-]\d+(?:.\d*)?)\s*\))?\s*"
+        ),
+    )
+    script_class = type("Script", (), {"__module__": "scripts.xyz_grid"})
+    scripts.scripts_data = [SimpleNamespace(script_class=script_class, module=grid)]
+    shared.opts = SimpleNamespace(data={})
+    for module in (modules, scripts, shared):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return SimpleNamespace(grid=grid, stored=shared.opts.data)
+
+
+def axis(webui: SimpleNamespace, name: str) -> Any:
+    label = xyz.PREFIX + KNOB_BY_NAME[name].label
+    return next(each for each in webui.grid.axis_options if each.label == label)
+
+
+def test_an_axis_for_every_knob_once(webui: SimpleNamespace) -> None:
+    xyz.add_axes()
+    xyz.add_axes()
+    assert [each.label for each in webui.grid.axis_options] == [xyz.PREFIX + knob.label for knob in KNOBS]
+
+
+def test_axes_set_knobs_for_their_picture_only(webui: SimpleNamespace) -> None:
+    xyz.add_axes()
+    plain = SimpleNamespace()
+    first = SimpleNamespace(**vars(plain))
+    axis(webui, "method").apply(first, "Composite", [])
+    second = SimpleNamespace(**vars(first))
+    axis(webui, "temperature").apply(second, 0.3, [])
+    off = SimpleNamespace(**vars(first))
+    axis(webui, "enabled").apply(off, "False", [])
+    args = [False, "merge", 4]
+    assert api.settings_from_args(args, plain) == Settings(method="merge", patch_size=4)
+    assert api.settings_from_args(args, first) == Settings(enabled=True, method="composite", patch_size=4)
+    assert api.settings_from_args(args, second) == Settings(
+        enabled=True, method="composite", patch_size=4, temperature=0.3
+    )
+    assert not api.settings_from_args(args, off).enabled
+
+
+def test_axes_refuse_bad_values_before_the_first_picture(webui: SimpleNamespace) -> None:
+    xyz.add_axes()
+    axis(webui, "temperature").confirm(None, [0.1, 0.2])
+    with pytest.raises(RuntimeError, match="temperature must be from"):
+        axis(webui, "temperature").confirm(None, [0.1, 20.0])
+    with pytest.raises(RuntimeError, match="did you mean composite"):
+        axis(webui, "method").confirm(None, ["composit"])
+
+
+def test_ranges_end_where_they_say(webui: SimpleNamespace) -> None:
+    xyz.add_axes()
+    expand = axis(webui, "recentre").prepare
+    assert [float(each) for each in expand("0-1 (+0.1)")] == [i / 10 for i in range(11)]
+    assert expand("0.5, 0-1, 1-0 (-0.5), 0-1 [3]") == ["0.5", "0", "1", "1", "0.5", "0", "0-1 [3]"]
+
+
+def test_no_xyz_script_is_no_error(webui: SimpleNamespace) -> None:
+    sys.modules["modules.scripts"].scripts_data.clear()
+    xyz.add_axes()
+
+
+def test_settings_page_gives_the_defaults(webui: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    webui.stored |= {"loratorio_method": "Composite", "loratorio_temperature": 0.2, "loratorio_top_k": -3}
+    assert options.defaults() == Settings(method="composite", temperature=0.2)
+    assert "top_k" in capsys.readouterr().out
+    assert api.settings_from_args([{"enabled": True}]).method == "composite"
+    webui.stored |= {"loratorio_start": 0.9, "loratorio_end": 0.1}
+    assert options.defaults() == Settings()
+
+
+def test_importing_needs_no_torch() -> None:
+    """The panel's part of a WebUI's start-up: what it imports is light."""
+    code = (
+        "import sys; import loratorio.webui.api, loratorio.webui.infotext, loratorio.webui.options, loratorio.webui.xyz; "
+        "print([name for name in ('torch', 'numpy', 'gradio') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_catalogue_and_methods_are_the_same_list() -> None:
+    pytest.importorskip("torch")
+    from loratorio.compose.catalogue import CATALOGUE
+    from loratorio.compose.methods import METHODS
+
+    assert list(CATALOGUE) == list(METHODS)
+    assert all(method.entry.name == name for name, method in METHODS.items())
