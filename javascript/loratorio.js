@@ -7,6 +7,7 @@
     // The same sentence stands in loratorio/webui/panel.py, for the moment before this file has run.
     const NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own.";
     const ONE_ONLY = "With a single LoRA, only re-centring changes the picture.";
+    const NONE_FOLDED = "no LoRA yet";
     const STYLES_TOO = "LoRAs of the chosen styles come on top.";
 
     /** The prompt as the WebUI reads it: without what stands behind a # where its option for comments is on. */
@@ -103,6 +104,19 @@
             }
         }
         line.replaceChildren(...parts);
+        const all = loras.map(lora => `${lora.name} ${lora.unet}`);
+        folded(tab).textContent = all.length ? all.join(" · ") : NONE_FOLDED;
+    }
+
+    /** The place for the same in few words in the panel's title, where it is seen while the panel is folded. */
+    function folded(tab) {
+        const title = gradioApp().querySelector(`#loratorio_${tab} .label-wrap`);
+        let place = title?.querySelector(".loratorio-folded");
+        if (!place) {
+            place = element("span", "loratorio-folded", "");
+            title?.insertBefore(place, title.lastElementChild);
+        }
+        return place;
     }
 
     /** Have `changed` called for what is typed into a textarea and for what the page writes into it (paste, send to, styles). */
