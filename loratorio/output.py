@@ -81,7 +81,5 @@ def _sentence(problem: OSError, folder: Path) -> str:
         free = ""
         with contextlib.suppress(OSError):
             free = f" ({shutil.disk_usage(folder if folder.exists() else folder.parent).free // 1024} KiB are left)"
-        return (
-            f"The disk that {folder} is on is full{free}. Nothing was written: make room, or choose another --out."
-        )
+        return f"The disk that {folder} is on is full{free}. Nothing was written: make room, or choose another --out."
     return f"{folder} cannot be written to: {problem.strerror or problem}. Choose another --out."

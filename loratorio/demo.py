@@ -1,0 +1,90 @@
+"""``loratorio demo``: three of the toybox's LoRAs, composed by every method."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .compose.catalogue import CATALOGUE
+from .errors import LoratorioError
+from .output import check_writable, png, write_all
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .cli import _Studio
+    from .hosts.standalone.generate import Outcome, Request
+
+CATEGORIES = ("character", "background", "object", "clothing", "style")
+"""In this order the demo picks its LoRAs, one of a category."""
+
+
+def chosen_elements(count: int = 3) -> list[tuple[str, str]]:
+    """(LoRA, trigger words) of the toybox's first element in each of the first categories."""
+    from . import toybox
+
+    chosen: list[tuple[str, str]] = []
+    for category in CATEGORIES:
+        element = next((each for each in toybox.ELEMENTS if each.category == category), None)
+        if element is not None and len(chosen) < count:
+            chosen.append((element.name, element.trigger))
+    if len(chosen) < 2:
+        raise LoratorioError("The toybox has too few LoRAs for the demo.")
+    return chosen
+
+
+def run_demo(studio: _Studio, out: Path, seed: int = 0, steps: int | None = None) -> None:
+    """Make the pictures, and write them only when all are there."""
+    from .cli import run, weight_maps
+    from .hosts.standalone.describe import describe
+    from .hosts.standalone.generate import Request
+    from .sheet import contact_sheet
+
+    check_writable(out)
+    started = time.monotonic()
+    elements = chosen_elements()
+    prompt = ", ".join(trigger for _, trigger in elements)
+    tags = [f"<lora:{name}>" for name, _ in elements]
+    request = Request(
+        f"{prompt} {' '.join(tags)}",
+        settings=Settings(enabled=True, weight_maps=True),
+        steps=steps or 20,
+        cfg=studio.cfg,
+        seed=seed,
+        width=studio.size,
+        height=studio.size,
+    )
+    files: dict[Path, bytes] = {}
+    pictures: dict[str, Image.Image] = {}
+
+    def make(label: str, file: str, request: Request) -> Outcome:
+        outcome = run(studio, request, label)
+        pictures[label] = outcome.images[0]
+        files[out / f"{file}.png"] = png(outcome.images[0], describe(studio.checkpoint, outcome, 0))
+        return outcome
+
+    print(f"Prompt: {request.prompt}   (seed {seed}, {request.steps} steps, CFG {request.cfg:g})")
+    make("No LoRA", "0-base", replace(request, prompt=prompt))
+    for number, ((name, _), tag) in enumerate(zip(elements, tags, strict=True), 1):
+        alone = replace(request, prompt=f"{prompt} {tag}", settings=Settings(enabled=True, method="merge"))
+        make(f"{name} alone", f"{number}-{name}-alone", alone)
+    for entry in CATALOGUE.values():
+        own = replace(request, settings=request.settings.with_values({"method": entry.name}))
+        outcome = make(entry.label, f"method-{entry.name}", own)
+        for name, picture in weight_maps(outcome, 0).items():
+            files[out / f"map-{entry.name}-{name}.png"] = png(picture)
+    sheet = contact_sheet(
+        [list(pictures.values())],
+        list(pictures),
+        title=request.prompt,
+        per_line=max(4, (len(pictures) + 2) // 3),
+    )
+    files[out / "contact-sheet.png"] = png(sheet)
+    write_all(files)
+    print(f"{len(files)} files in {out.resolve()}, after {time.monotonic() - started:.0f} s:")
+    print(f"  {out / 'contact-sheet.png'}   every method side by side")
+    print(f"  {out / 'method-*.png'}        each picture, with its settings for a WebUI's PNG Info")
+    print(f"  {out / 'map-*.png'}           where and when each LoRA was used")

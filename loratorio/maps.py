@@ -1,0 +1,138 @@
+"""Weight maps as images: where in the picture, and when in the sampling, each LoRA was used.
+
+Pillow and numpy alone, so that a WebUI can draw them too. Letters in shapes: N LoRAs, h×w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .sheet import FAINT, INK, PAPER, draw_text, enlarged, text_size, wrapped
+
+COLOURS = (
+    (230, 159, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (204, 121, 167),
+    (213, 94, 0),
+    (86, 180, 233),
+    (240, 228, 66),
+)
+"""One for each LoRA, in order, over again after the last: Okabe and Ito's, which colour-blind people tell apart too."""
+
+_SIDE = 384  # pixels that a map's shorter side has at least
+_MOMENTS = 6  # pictures over time
+_GAP = 10
+
+
+def render(
+    weights: Sequence[Any], names: Sequence[str], picture: Image.Image, steps: Sequence[int] = ()
+) -> list[Image.Image]:
+    """Maps of one picture: first all LoRAs in one, each in its colour, then one map per LoRA.
+
+    Every map shows the mean over the sampling large, and below it some moments from the first recorded step to the last.
+
+    Args:
+        weights: per recorded step Ω of this picture, (N, h, w): tensors or arrays, of any device and floating dtype.
+        names: the LoRAs', N of them.
+        picture: what was made; the maps are laid over it.
+        steps: number of each recorded step, from 0; by default they are counted.
+
+    Raises:
+        ValueError: no weights, or not as many names as LoRAs.
+    """
+    recorded = np.stack([_array(step) for step in weights]) if len(weights) else np.zeros((0, 0, 0, 0))
+    if recorded.ndim != 4 or recorded.shape[1] != len(names) or not len(recorded):
+        raise ValueError(
+            f"weights must be steps of (N, h, w) for the {len(names)} names, not {tuple(recorded.shape)}"
+        )
+    steps = list(steps) or list(range(len(recorded)))
+    base = enlarged(picture.convert("RGB"), _SIDE)
+    maps = [_map(base, recorded, steps, list(names), range(len(names)))]
+    if len(names) > 1:
+        maps += [_map(base, recorded, steps, list(names), [number]) for number in range(len(names))]
+    return maps
+
+
+def overlay(picture: Image.Image, weights: Any, numbers: Sequence[int]) -> Image.Image:
+    """The picture in grey, tinted where the LoRAs `numbers` of Ω (N, h, w) have weight, each in its colour."""
+    array = _array(weights)
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] * 0.75 + 40
+    tint = np.zeros((*array.shape[1:], 3), np.float32)
+    share = np.zeros((*array.shape[1:], 1), np.float32)
+    for number in numbers:
+        tint += array[number][..., None] * np.array(COLOURS[number % len(COLOURS)], np.float32)
+        share += array[number][..., None]
+    colour = _spread(tint / np.maximum(share, 1e-6), picture.size)
+    # A little of the picture shows through even where a LoRA is all there is.
+    amount = _spread(share.repeat(3, axis=2), picture.size) * 0.72
+    mixed = grey * (1 - amount) + (colour * 0.75 + grey * 0.25) * amount
+    return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8), "RGB")
+
+
+def _map(
+    base: Image.Image, recorded: np.ndarray, steps: Sequence[int], names: Sequence[str], shown: Sequence[int]
+) -> Image.Image:
+    """One map: legend, large mean, moments over time."""
+    size = max(14, base.width // 24)
+    line = text_size("Ag", size)[1]
+    moments = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(_MOMENTS, len(steps)))})
+    columns = min(len(moments), 3)
+    small = (base.width - _GAP * (columns - 1)) // columns
+    small_height = round(small * base.height / base.width)
+    legend = [
+        (text, number if i == 0 else None)
+        for number in shown
+        for i, text in enumerate(
+            wrapped(_legend(names[number], recorded[:, number]), size, base.width - size - _GAP)
+        )
+    ]
+    rows = -(-len(moments) // columns)
+    height = 3 * _GAP + len(legend) * line + base.height + rows * (small_height + line + _GAP)
+    sheet = Image.new("RGB", (base.width + 2 * _GAP, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    y = _GAP
+    for text, number in legend:
+        if number is not None:
+            box = (_GAP, y + 2, _GAP + size, y + 2 + size)
+            draw.rectangle(box, fill=COLOURS[number % len(COLOURS)])
+        draw_text(draw, (_GAP + size + _GAP // 2, y), text, size, INK)
+        y += line
+    y += _GAP // 2
+    sheet.paste(overlay(base, recorded.mean(axis=0), shown), (_GAP, y))
+    y += base.height + _GAP
+    thumbnail = base.resize((small, small_height), Image.Resampling.BICUBIC)
+    for i, moment in enumerate(moments):
+        corner = (_GAP + i % columns * (small + _GAP), y + i // columns * (small_height + line + _GAP))
+        sheet.paste(overlay(thumbnail, recorded[moment], shown), corner)
+        draw_text(
+            draw,
+            (corner[0], corner[1] + small_height),
+            f"step {steps[moment] + 1}",
+            round(size * 0.85),
+            FAINT,
+        )
+    return sheet
+
+
+def _legend(name: str, weights: np.ndarray) -> str:
+    return f"{name}: {weights.mean() * 100:.0f} % of the picture"
+
+
+def _spread(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w, 3) over a picture of `size`, each latent pixel a sharp square."""
+    width, height = size
+    rows = np.minimum(np.arange(height) * values.shape[0] // height, values.shape[0] - 1)
+    columns = np.minimum(np.arange(width) * values.shape[1] // width, values.shape[1] - 1)
+    return values[rows][:, columns]  # type: ignore[no-any-return]
+
+
+def _array(weights: Any) -> np.ndarray:
+    """A tensor or array as float32."""
+    if hasattr(weights, "detach"):
+        weights = weights.detach().cpu().float().numpy()
+    return np.asarray(weights, dtype=np.float32)
