@@ -122,7 +122,8 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     if path.suffix.lower() != ".safetensors":
         raise LoratorioError(f"{what} must be a .safetensors file, not {path.name}.")
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
     except (SafetensorError, OSError, ValueError, KeyError) as problem:
         raise LoratorioError(
             f"{what} cannot be read: {path} is damaged or incomplete ({problem}). Get it again."

@@ -152,7 +152,8 @@ def _sample(
     """Clean latents (B, C, H/8, W/8), float32."""
     device, scale = checkpoint.device, checkpoint.latent_scale
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.batch)]
-    shape = (1, checkpoint.unet.config.in_channels, request.height // scale, request.width // scale)  # type: ignore[union-attr]
+    channels = int(checkpoint.unet.config.in_channels)  # type: ignore[union-attr, arg-type]
+    shape = (1, channels, request.height // scale, request.width // scale)
     noise = torch.cat([torch.randn(shape, generator=each) for each in generators]).to(device)
     picture = None if request.init_image is None else _encode(checkpoint, request)
     strength = 1.0 if picture is None else request.strength

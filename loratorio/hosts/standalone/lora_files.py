@@ -86,7 +86,9 @@ def find_lora(folder: Path, name: str) -> Path:
     raise LoratorioError(f"LoRA {name} is not in {folder}. {hint}")
 
 
-def load_lora(file: Path, name: str, checkpoint: Checkpoint, te: float = 1.0, unet: float = 1.0) -> LoadedLora:
+def load_lora(
+    file: Path, name: str, checkpoint: Checkpoint, te: float = 1.0, unet: float = 1.0
+) -> LoadedLora:
     """Read a LoRA for a checkpoint, at strengths `te` in the text encoders and `unet` in the UNet.
 
     A DoRA counts as its full change at strength 1, times the strength, as in the WebUI.
@@ -123,7 +125,9 @@ def _by_layer(
     if not tensors:
         raise LoratorioError(f"LoRA {name} is empty: the file holds no weights. Get it again.")
     named = (
-        _kohya_names(name, tensors, parts) if _is_kohya(tensors) else _peft_names(name, tensors, alphas, parts)
+        _kohya_names(name, tensors, parts)
+        if _is_kohya(tensors)
+        else _peft_names(name, tensors, alphas, parts)
     )
     tables = {part: _path_table(model) for part, model in parts.items()}
     grouped: dict[_Layer, dict[str, Tensor]] = {}
@@ -257,9 +261,7 @@ def _deltas(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) -> I
     if "lora_up.weight" in own and "lora_down.weight" in own and own.keys() <= _PLAIN_LORA | {"diff_b"}:
         rank = len(own["lora_down.weight"])
         scale = float(own["alpha"]) / rank if float(own.get("alpha", 0)) else 1.0
-        yield LowRank(
-            own["lora_down.weight"], own["lora_up.weight"], scale, own.get("lora_mid.weight")
-        )
+        yield LowRank(own["lora_down.weight"], own["lora_up.weight"], scale, own.get("lora_mid.weight"))
         if "diff_b" in own:
             yield Dense(bias=own["diff_b"].to(torch.float32))
         return
@@ -276,6 +278,7 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
     own.setdefault("alpha", torch.tensor(0.0))  # lycoris' word for: as the rank
     # A copy, because the layer may be in half precision or on another device.
     plain = copy.deepcopy(layer).to("cpu", torch.float32)
+    before: Tensor = plain.weight.detach()  # type: ignore[operator, assignment]
     try:
         kind, parameters = get_module({f"layer.{tail}": tensor for tail, tensor in own.items()}, "layer")
         module = make_module(kind, parameters, "layer", plain) if kind is not None else None
@@ -286,8 +289,7 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
         with torch.no_grad():
             weight, bias = module.get_diff_weight(1.0)
             if dora_scale is not None:
-                merged = plain.weight + weight.reshape(plain.weight.shape)
-                weight = _dora(merged, dora_scale) - plain.weight
+                weight = _dora(before + weight.reshape(before.shape), dora_scale) - before
     except (RuntimeError, ValueError, AttributeError, TypeError) as problem:
         shapes = ", ".join(f"{tail} {_shape(tensor)}" for tail, tensor in own.items() if tensor.ndim)
         raise LoratorioError(

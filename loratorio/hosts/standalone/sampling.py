@@ -144,13 +144,15 @@ def denoise(
         cfg: guidance scale s; at 1 no unconditional rows are run.
         compose: brings a step's rows together.
         run: runs the model.
-        progress: told (steps done, all steps) after each.
+        progress: told (steps done, all steps) at the start and after each step.
 
     Returns:
         Clean latents (B, C, H, W).
     """
     v_model = course.scheduler.config.prediction_type == "v_prediction"
     step_options = _step_options(course.scheduler, generators)
+    if progress is not None:
+        progress(0, course.steps)
     for index, time in enumerate(course.timesteps):
         scaled = course.scheduler.scale_model_input(latents, time)
         alpha, sigma = course.alpha_sigma(index)
@@ -179,7 +181,8 @@ def denoise(
         )
         if v_model:
             guided = (alpha * scaled - guided) / sigma
-        latents = course.scheduler.step(guided, time, latents, **step_options).prev_sample
+        walked: Tensor = course.scheduler.step(guided, time, latents, **step_options).prev_sample
+        latents = walked
         if progress is not None:
             progress(index + 1, course.steps)
     return latents

@@ -48,7 +48,9 @@ class TextConditioner:
     def __init__(self, checkpoint: Checkpoint, banks: Sequence[Bank], texts: Sequence[str]) -> None:
         self._checkpoint = checkpoint
         self._banks = tuple(banks)
-        touched = [any(bank.adapters[i].deltas for bank in self._banks) for i in range(len(banks[0].adapters))]
+        touched = [
+            any(bank.adapters[i].deltas for bank in self._banks) for i in range(len(banks[0].adapters))
+        ]
         self._touched = tuple(touched)
         self._chunks = [_aligned(tokenizer, texts) for tokenizer in checkpoint.tokenizers]
         self._known: dict[tuple[str, Mix], Conditioning] = {}
@@ -157,5 +159,3 @@ def _chunk(tokenizer: Any, tokens: Sequence[int], weights: Sequence[float]) -> _
         (tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *[pad] * padding),
         (1.0, *weights, 1.0, *[1.0] * padding),
     )
-
-
