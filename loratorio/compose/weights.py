@@ -75,19 +75,15 @@ def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: in
         )
     if patch_size < 1:
         raise ValueError(f"the patch size must be at least 1, not {patch_size}")
-    scale = _power_of_two_scale(base)
-    reference_square = _patch_mean((base.to(torch.float32) * scale).square_(), patch_size, stride)
-    similarity = base.new_empty((adapters.shape[0], *reference_square.shape), dtype=torch.float32)
-    # One LoRA at a time, and the base in its own dtype: two float32 copies of one prediction are all the extra memory.
-    for row, adapter in zip(similarity, adapters, strict=True):
-        prediction = adapter.to(torch.float32) * _power_of_two_scale(adapter)
-        square = _patch_mean(prediction * prediction, patch_size, stride)
-        # (p·base)·scale has the bits of p·(base·scale), because scale is a power of two.
-        dot = _patch_mean(prediction.mul_(base).mul_(scale), patch_size, stride)
+    reference, _ = _patch_products(base, base, patch_size, stride)
+    similarity = base.new_empty((adapters.shape[0], *reference.shape), dtype=torch.float32)
+    for own, adapter in zip(similarity, adapters, strict=True):
+        square, dot = _patch_products(adapter, base, patch_size, stride)
+        both_empty = (square == 0) & (reference == 0)
         # √(a·a) is exactly a in binary floating point, so that equal patches give exactly 1.
-        norm = (square * reference_square).sqrt()
-        both_empty = (square == 0) & (reference_square == 0)
-        row.copy_(torch.where(norm > 0, dot / norm, both_empty.to(dot.dtype)).clamp_(-1.0, 1.0))
+        norm = square.mul_(reference).sqrt_()
+        torch.div(dot, norm, out=own)
+        own.clamp_(-1.0, 1.0).masked_fill_(norm == 0, 0.0).masked_fill_(both_empty, 1.0)
     return similarity
 
 
@@ -97,7 +93,7 @@ def softmin(similarity: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"the temperature must be a finite number above 0, not {temperature}")
     # Differences to the smallest S, so that a tiny τ cannot overflow float32.
     distance = similarity - similarity.amin(dim=0, keepdim=True)
-    return torch.softmax(-distance / max(temperature, 1e-30), dim=0)
+    return torch.softmax(distance.div_(-max(temperature, 1e-30)), dim=0)
 
 
 def keep_top_k(weights: Tensor, top_k: int) -> Tensor:
@@ -111,8 +107,8 @@ def keep_top_k(weights: Tensor, top_k: int) -> Tensor:
     if top_k == 0 or top_k >= weights.shape[0]:
         return weights
     smallest_kept = weights.topk(top_k, dim=0).values[-1:]
-    kept = torch.where(weights >= smallest_kept, weights, torch.zeros_like(weights))
-    return kept / kept.sum(dim=0, keepdim=True)
+    kept = weights * (weights >= smallest_kept)
+    return kept.div_(kept.sum(dim=0, keepdim=True))
 
 
 def at_reference_spread(similarity: Tensor) -> Tensor:
@@ -162,15 +158,29 @@ def _power_of_two_scale(prediction: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), -exponent.clamp(-120, 120))
 
 
+def _patch_products(
+    prediction: Tensor, base: Tensor, patch_size: int, stride: int | None
+) -> tuple[Tensor, Tensor]:
+    """The patches' products p·p and p·b over all channels, (B, h, w) each, in a unit of each image's own."""
+    scale, base_scale = (_power_of_two_scale(each).squeeze(1) for each in (prediction, base))
+    square = prediction.new_zeros((len(prediction), *prediction.shape[2:]), dtype=torch.float32)
+    dot = torch.zeros_like(square)
+    # Channel by channel, so that no prediction is ever held in float32 as a whole.
+    for own, other in zip(prediction.unbind(1), base.unbind(1), strict=True):
+        scaled = own.to(torch.float32) * scale
+        square.addcmul_(scaled, scaled)
+        dot.addcmul_(scaled, other.to(torch.float32) * base_scale)
+    return _patch_mean(square, patch_size, stride), _patch_mean(dot, patch_size, stride)
+
+
 def _patch_mean(values: Tensor, patch_size: int, stride: int | None) -> Tensor:
-    """Mean over channels and over the pixels of each patch that exist: (B, C, H, W) to (B, h, w)."""
-    channel_mean = values.mean(dim=1)
+    """Mean over the pixels of each patch that exist: (B, H, W) to (B, h, w)."""
     if patch_size == 1:
-        return channel_mean
+        return values
     # A patch never reaches over more than the picture; avg_pool2d refuses kernels that are much larger than it.
     kernel = (min(patch_size, values.shape[-2]), min(patch_size, values.shape[-1]))
     pooled = F.avg_pool2d(
-        channel_mean.unsqueeze(1), kernel, stride, ceil_mode=stride is None, count_include_pad=False
+        values.unsqueeze(1), kernel, stride, ceil_mode=stride is None, count_include_pad=False
     )
     return pooled.squeeze(1)
 

@@ -1,0 +1,62 @@
+"""METHOD.md once more, slowly: float64, one patch after the other, as the formulas stand there."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+def spatial_weights(
+    base: Tensor, adapters: Tensor, patch_size: int, temperature: float, top_k: int = 0
+) -> Array:
+    """Ω↑, (N, B, H, W), of base (B, C, H, W) and adapters (N, B, C, H, W)."""
+    e0, ei = base.double().numpy(), adapters.double().numpy()
+    count, batch, _, height, width = ei.shape
+    weights = np.zeros((count, batch, height, width))
+    for image in range(batch):
+        for top in range(0, height, patch_size):
+            for left in range(0, width, patch_size):
+                # Slices end at the border: a border patch is made of the pixels that are there.
+                patch = np.s_[:, top : top + patch_size, left : left + patch_size]
+                similarity = [cosine(ei[i, image][patch], e0[image][patch]) for i in range(count)]
+                shares = top_shares(softmin(similarity, temperature), top_k)
+                for i in range(count):
+                    weights[i, image, top : top + patch_size, left : left + patch_size] = shares[i]
+    return weights
+
+
+def cosine(a: Array, b: Array) -> float:
+    """cos(a, b); two empty patches are equal, an empty one and another have nothing in common."""
+    norms = math.sqrt(float((a * a).sum())) * math.sqrt(float((b * b).sum()))
+    if norms == 0:
+        return float(not a.any() and not b.any())
+    return float((a * b).sum()) / norms
+
+
+def softmin(similarity: list[float], temperature: float) -> list[float]:
+    smallest = min(similarity)
+    powers = [math.exp(-(each - smallest) / temperature) for each in similarity]
+    return [power / sum(powers) for power in powers]
+
+
+def top_shares(weights: list[float], top_k: int) -> list[float]:
+    if top_k == 0 or top_k >= len(weights):
+        return weights
+    threshold = sorted(weights, reverse=True)[top_k - 1]
+    kept = [weight if weight >= threshold else 0.0 for weight in weights]
+    return [weight / sum(kept) for weight in kept]
+
+
+def compose(adapters: Tensor, weights: Array) -> Array:
+    """ẽ = Σᵢ Ω↑[i]·eᵢ, (B, C, H, W)."""
+    return sum((w[:, None] * e for w, e in zip(weights, adapters.double().numpy(), strict=True)), np.zeros(1))
+
+
+def recentre(base_uncond: Tensor, adapter_unconds: Tensor, weights: Array, strength: float) -> Array:
+    """ẽ(∅) = λ·e₀(∅) + (1−λ)·Σᵢ Ω↑[i]·eᵢ(∅)."""
+    return strength * base_uncond.double().numpy() + (1 - strength) * compose(adapter_unconds, weights)
