@@ -1,0 +1,224 @@
+"""`loratorio bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoratorioError
+from .plan import (
+    ABLATIONS,
+    BETTER_ROWS,
+    CHARACTER,
+    DYNAMIC_ROWS,
+    METHOD_ROWS,
+    Cell,
+    Variant,
+    cells,
+    combinations,
+    distinct,
+    sample,
+)
+
+QUICK_MINUTES = 9.0
+GROUPS = ("methods", "better", "dynamic", "ablations")
+SAMPLING = {"steps": 15, "cfg": 5.0, "sampler": "euler"}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command with the command line's sub-parsers."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="combinations × methods × seeds on the toybox, measured",
+        description="Makes pictures of every combination by every method, measures them, and writes tables and plots. "
+        "Goes on from what is in --out after it was stopped. With --webui it does the same with your own LoRAs in a running WebUI.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a part of the methods' table, in under ten minutes on two cores"
+    )
+    parser.add_argument(
+        "--groups",
+        default=",".join(GROUPS),
+        help=f"which tables, of {', '.join(GROUPS)}, with commas between",
+    )
+    parser.add_argument("--combinations", type=int, default=0, help="how many of each N (0: all)")
+    parser.add_argument(
+        "--ablation-combinations",
+        type=int,
+        default=6,
+        help="how many of each N for the other tables (0: all)",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="pictures per combination and method")
+    parser.add_argument("--counts", default="2,3,4,5", help="numbers of LoRAs, with commas between")
+    parser.add_argument("--steps", type=int, default=SAMPLING["steps"])
+    parser.add_argument("--cfg", type=float, default=SAMPLING["cfg"])
+    parser.add_argument("--sampler", default=SAMPLING["sampler"])
+    parser.add_argument("--out", type=Path, default=Path("loratorio-bench"), help="folder of the results")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        help="write the tables here (docs/RESULTS.md), and plots into results/ beside it",
+    )
+    parser.add_argument("--report-only", action="store_true", help="make no picture, only the report")
+    parser.add_argument("--minutes", type=float, help="begin no new cell after this time")
+    parser.add_argument("--workers", type=int, default=1, help="cells at once")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="on Ray: 'local' for this machine, 'auto' or an address for a cluster",
+    )
+    parser.add_argument("--studio", default="loratorio.bench.studio:toybox", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--webui",
+        metavar="URL",
+        help="measure your own LoRAs in a running WebUI, by CLIPScore (needs open_clip)",
+    )
+    parser.add_argument(
+        "--loras", type=Path, help="with --webui: JSON file of the LoRAs and their trigger words by category"
+    )
+    parser.add_argument(
+        "--base-prompt", default="", help="with --webui: what stands before the trigger words"
+    )
+    parser.add_argument("--negative", default="", help="with --webui: the negative prompt")
+    parser.set_defaults(command=bench)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Run the command."""
+    if options.webui:
+        from .webui import bench_webui
+
+        bench_webui(options)
+        return
+    from .runner import run
+    from .store import Store
+
+    check(options)
+    grid = the_grid(options)
+    store = Store(options.out / "cells")
+    if not options.report_only:
+        minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
+        until = None if minutes is None else time.monotonic() + 60 * minutes
+        since = time.monotonic()
+
+        def tell(done: int, total: int, cell: Cell) -> None:
+            spent = time.monotonic() - since
+            print(
+                f"{done}/{total} after {spent:.0f} s: {cell.variant} {'+'.join(cell.elements)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        count = run(grid, store, options.studio, options.workers, options.ray, until, tell)
+        left = len(store.missing(grid))
+        print(f"{count} cells done now, {len(grid) - left} of {len(grid)} in {options.out}.")
+    _report(options, grid, store)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises LoratorioError for numbers that make no sense."""
+    for what, least in (
+        ("seeds", 1),
+        ("workers", 1),
+        ("combinations", 0),
+        ("ablation_combinations", 0),
+        ("steps", 1),
+    ):
+        if getattr(options, what) < least:
+            raise LoratorioError(
+                f"--{what.replace('_', '-')} must be {least} or more, not {getattr(options, what)}."
+            )
+    for group in options.groups.split(","):
+        if group not in GROUPS:
+            raise LoratorioError(f"--groups must be of {', '.join(GROUPS)}, not {group!r}.")
+    if not set(options.counts.split(",")) <= {"2", "3", "4", "5"}:
+        raise LoratorioError(
+            f"--counts must be of 2, 3, 4 and 5, with commas between, not {options.counts!r}."
+        )
+
+
+def toybox_categories() -> Mapping[str, Sequence[str]]:
+    """The toybox's elements by category, the character first."""
+    from ..toybox.world import CATEGORIES, ELEMENTS
+
+    order = [CHARACTER, *(name for name in CATEGORIES if name != CHARACTER)]
+    return {name: [element.name for element in ELEMENTS if element.category == name] for name in order}
+
+
+def the_grid(options: argparse.Namespace) -> list[Cell]:
+    """All cells that the options ask for, each once: the methods' table first, as it matters most."""
+    groups = options.groups.split(",")
+    counts = [int(count) for count in options.counts.split(",")]
+    sampling = {"steps": options.steps, "cfg": options.cfg, "sampler": options.sampler}
+    categories = toybox_categories()
+    limit, few = (2, 1) if options.quick else (options.combinations, options.ablation_combinations)
+    seeds = min(options.seeds, 4) if options.quick else options.seeds
+    if options.quick:
+        groups = ["methods"]
+
+    def part(variants: Sequence[Variant], limit: int) -> list[Cell]:
+        # By rounds over N, so that a grid that is stopped has some of each.
+        chosen = [sample(combinations(categories, count), limit) for count in counts]
+        longest = max(len(each) for each in chosen)
+        mixed = [each[i] for i in range(longest) for each in chosen if i < len(each)]
+        return cells(variants, mixed, seeds, sampling)
+
+    grid: list[Cell] = []
+    if "methods" in groups:
+        grid += part(METHOD_ROWS, limit)
+    if "better" in groups:
+        grid += part(BETTER_ROWS, few)
+    if "dynamic" in groups:
+        grid += part(DYNAMIC_ROWS, few)
+    if "ablations" in groups:
+        grid += part([variant for rows in ABLATIONS.values() for variant in rows], few)
+    return distinct(grid)
+
+
+def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> None:
+    from .report import document, plots, table
+
+    results = list(store.read(grid))
+    if not results:
+        print("There are no results yet.")
+        return
+    print(table(METHOD_ROWS, [result for result in results if not result.cell.pool]))
+    if options.report is None:
+        return
+    folder = options.report.parent / "results"
+    pictures = plots(results, folder)
+    by_name = {file.stem: f"results/{file.name}" for file in pictures}
+    from ..output import write_all
+
+    notes = options.report.parent / "results" / "notes.md"
+    own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
+    text = document(results, command_line(options), by_name, own)
+    write_all({options.report: text.encode()})
+    print(f"Written: {options.report} and {len(pictures)} plots in {folder}.")
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """The command that makes this report, as a user types it."""
+    parts = ["loratorio bench"]
+    if options.quick:
+        parts.append("--quick")
+    for name, default in (
+        ("groups", ",".join(GROUPS)),
+        ("combinations", 0),
+        ("ablation_combinations", 6),
+        ("seeds", 5),
+        ("counts", "2,3,4,5"),
+        ("steps", SAMPLING["steps"]),
+        ("cfg", SAMPLING["cfg"]),
+        ("sampler", SAMPLING["sampler"]),
+    ):
+        value = getattr(options, name)
+        if value != default:
+            parts.append(f"--{name.replace('_', '-')} {value}")
+    if options.report is not None:
+        parts.append("--report docs/RESULTS.md")
+    return " ".join(parts)

@@ -1,0 +1,311 @@
+"""Tables and plots of the results, and docs/RESULTS.md made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import measures
+from .plan import ABLATIONS, BETTER_ROWS, DYNAMIC_ROWS, METHOD_ROWS, TRUTH, Variant
+from .store import Result
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant's figures over the pictures of some combinations.
+
+    Attributes:
+        found: share of the wanted elements that the classifier finds, with its 95 % interval. every: of pictures with all of them.
+        other: elements found that nobody asked for, per picture.
+        frechet: distance of the features to rendered truth of the same combinations.
+        edges, saturation, clipped: by rendered truth's, as a difference.
+        seconds, rows: per picture.
+    """
+
+    variant: Variant
+    pictures: int
+    found: float
+    interval: tuple[float, float]
+    every: float
+    other: float
+    frechet: float
+    edges: float
+    saturation: float
+    clipped: float
+    seconds: float
+    rows: float
+
+
+def row(variant: Variant, results: Sequence[Result], truth: Sequence[Result]) -> Row | None:
+    """The variant's figures, or None if it has no results. Truth is taken of the same combinations only."""
+    own = [result for result in results if result.cell.is_of(variant)]
+    if not own:
+        return None
+    combos = {result.cell.elements for result in own}
+    true = [result for result in truth if result.cell.elements in combos]
+    groups = [_shares(result) for result in own]
+    shots = [shot for result in own for shot in result.shots]
+    true_shots = [shot for result in true for shot in result.shots]
+
+    def mean(of: str) -> float:
+        own_mean = float(np.mean([getattr(shot, of) for shot in shots]))
+        return (
+            own_mean - float(np.mean([getattr(shot, of) for shot in true_shots])) if true_shots else math.nan
+        )
+
+    return Row(
+        variant,
+        len(shots),
+        float(np.concatenate(groups).mean()),
+        measures.bootstrap(groups),
+        float((np.concatenate(groups) == 1).mean()),
+        float(np.mean([len(set(shot.found) - set(r.cell.elements)) for r in own for shot in r.shots])),
+        _frechet(own, true),
+        mean("edges"),
+        mean("saturation"),
+        mean("clipped"),
+        sum(result.seconds for result in own) / len(shots),
+        sum(result.model_rows for result in own) / len(shots),
+    )
+
+
+def _shares(result: Result) -> Floats:
+    """Per picture, the share of the wanted elements that was found."""
+    wanted = set(result.cell.elements)
+    return np.array([len(wanted & set(shot.found)) / len(wanted) for shot in result.shots])
+
+
+def _frechet(own: Sequence[Result], truth: Sequence[Result]) -> float:
+    features = [[shot.features for result in part for shot in result.shots] for part in (own, truth)]
+    if not features[0] or not features[1] or not features[0][0]:
+        return math.nan
+    return measures.frechet(np.array(features[0]), np.array(features[1]))
+
+
+def win_rate(first: Sequence[Result], second: Sequence[Result]) -> tuple[float, float, float]:
+    """How often `first` has more of the elements than `second` in the same cell and seed (ties are half), and the 95 % interval."""
+    by_elements = {result.cell.elements: result for result in second}
+    groups = []
+    for result in first:
+        other = by_elements.get(result.cell.elements)
+        if other is not None:
+            count = min(len(result.shots), len(other.shots))
+            groups.append(measures.wins(_shares(result)[:count].tolist(), _shares(other)[:count].tolist()))
+    if not groups:
+        return math.nan, math.nan, math.nan
+    low, high = measures.bootstrap(groups)
+    return float(np.concatenate(groups).mean()), low, high
+
+
+def of_size(results: Sequence[Result], count: int) -> list[Result]:
+    return [result for result in results if len(result.cell.elements) == count]
+
+
+def table(
+    variants: Sequence[Variant], results: Sequence[Result], counts: Sequence[int] = (2, 3, 4, 5)
+) -> str:
+    """The main table: elements found per N, then all N together."""
+    present = [count for count in counts if of_size(results, count)]
+    truth = [result for result in results if result.cell.made == "truth"]
+    head = [
+        "",
+        *(f"N={count}" for count in present),
+        "all N (95 %)",
+        "all in one picture",
+        "unasked",
+        "Fréchet",
+        "edges",
+    ]
+    head += ["saturation", "clipped", "rows", "s"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for variant in (TRUTH, *variants):
+        whole = row(variant, results, truth)
+        if whole is None:
+            continue
+        by_count = [row(variant, of_size(results, count), truth) for count in present]
+        low, high = whole.interval
+        is_truth = variant.made == "truth"
+        cells = [variant.label, *("" if each is None else percent(each.found) for each in by_count)]
+        cells += [
+            f"{percent(whole.found)} ({percent(low)} to {percent(high)})",
+            percent(whole.every),
+            f"{whole.other:.2f}",
+        ]
+        cells += ["" if is_truth else f"{whole.frechet:.2f}"]
+        cells += [
+            "" if is_truth else f"{value:+.3f}" for value in (whole.edges, whole.saturation, whole.clipped)
+        ]
+        cells += ["", ""] if is_truth else [f"{whole.rows:.0f}", f"{whole.seconds:.2f}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def win_table(variants: Sequence[Variant], results: Sequence[Result], of: str = "loratorio") -> str:
+    """How often one variant has more of the elements than each of the others."""
+    chosen = next(variant for variant in variants if variant.name == of)
+    own = [result for result in results if result.cell.is_of(chosen)]
+    lines = ["| against | wins (ties half) | 95 % |", "| --- | ---: | ---: |"]
+    for variant in variants:
+        rate, low, high = win_rate(own, [result for result in results if result.cell.is_of(variant)])
+        if variant.name != of and not math.isnan(rate):
+            lines.append(f"| {variant.label} | {percent(rate)} | {percent(low)} to {percent(high)} |")
+    return "\n".join(lines)
+
+
+def plots(results: Sequence[Result], folder: Path) -> list[Path]:
+    """One plot of found elements by N, and one for each ablation that has results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+
+    def save(name: str, draw: Callable[[], None]) -> None:
+        figure = pyplot.figure(figsize=(7, 4.2))
+        draw()
+        pyplot.tight_layout()
+        file = folder / f"{name}.png"
+        figure.savefig(file, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+        files.append(file)
+
+    truth = [result for result in results if result.cell.made == "truth"]
+    counts = [count for count in (2, 3, 4, 5) if of_size(results, count)]
+
+    def by_count() -> None:
+        for variant in METHOD_ROWS:
+            rows = [row(variant, of_size(results, count), truth) for count in counts]
+            points = [(count, 100 * each.found) for count, each in zip(counts, rows, strict=True) if each]
+            if points:
+                pyplot.plot(*zip(*points, strict=True), marker="o", label=variant.label)
+        pyplot.xticks(counts)
+        pyplot.xlabel("LoRAs in the picture")
+        pyplot.ylabel("elements found, %")
+        pyplot.ylim(0, 100)
+        pyplot.legend(fontsize=7, ncol=2)
+
+    if counts:
+        save("methods", by_count)
+    for knob, variants in ABLATIONS.items():
+        points = [(variant, row(variant, results, truth)) for variant in variants]
+        present = [(variant, each) for variant, each in points if each is not None]
+        if len(present) < 2:
+            continue
+
+        def curve(knob: str = knob, present: list[tuple[Variant, Row]] = present) -> None:
+            values = [str(variant.knobs[knob]) for variant, _ in present]
+            found = [100 * each.found for _, each in present]
+            error = np.array(
+                [
+                    [100 * (each.found - each.interval[0]), 100 * (each.interval[1] - each.found)]
+                    for _, each in present
+                ]
+            ).T
+            pyplot.errorbar(values, found, yerr=error, marker="o", capsize=3, label="elements found, %")
+            pyplot.ylim(0, 100)
+            pyplot.xlabel(knob)
+            pyplot.ylabel("elements found, % (95 %)")
+            other = pyplot.twinx()
+            other.plot(
+                values, [each.frechet for _, each in present], color="tab:red", marker="s", linestyle="--"
+            )
+            other.set_ylabel("Fréchet distance to truth", color="tab:red")
+
+        save(f"ablation_{knob}", curve)
+    return files
+
+
+def ablation_table(knob: str, results: Sequence[Result]) -> str:
+    truth = [result for result in results if result.cell.made == "truth"]
+    lines = [
+        f"| {knob} | found (95 %) | all in one picture | Fréchet | edges | saturation |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for variant in ABLATIONS[knob]:
+        own = row(variant, results, truth)
+        if own is not None:
+            low, high = own.interval
+            lines.append(
+                f"| {variant.knobs[knob]} | {percent(own.found)} ({percent(low)} to {percent(high)}) | {percent(own.every)} | "
+                f"{own.frechet:.2f} | {own.edges:+.3f} | {own.saturation:+.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def document(
+    results: Sequence[Result], command: str, plots_at: Mapping[str, str], notes: Sequence[str] = ()
+) -> str:
+    """docs/RESULTS.md: what was run, the tables, and what the columns mean."""
+    pictures = [result for result in results if result.cell.made != "truth"]
+    main = [result for result in results if not result.cell.pool]
+    combos = {result.cell.elements for result in pictures if not result.cell.pool}
+    sampling = {
+        f"{k}={v}" for r in pictures for k, v in r.cell.knobs.items() if k in ("steps", "cfg", "sampler")
+    }
+    seeds = max((result.cell.count for result in pictures), default=0)
+    sections = [
+        _HEAD.format(
+            command=command,
+            combos=", ".join(
+                f"{sum(len(c) == n for c in combos)} of N={n}"
+                for n in (2, 3, 4, 5)
+                if any(len(c) == n for c in combos)
+            ),
+            seeds=seeds,
+            sampling=", ".join(sorted(sampling)),
+            pictures=sum(len(result.shots) for result in pictures),
+        ),
+        *notes,
+        "## Methods",
+        table(METHOD_ROWS, main),
+        _COLUMNS,
+    ]
+    if "methods" in plots_at:
+        sections.append(f"![Elements found by number of LoRAs]({plots_at['methods']})")
+    sections += ["### How often LoRAtorio has more of the elements", win_table(METHOD_ROWS, main)]
+    if any(row(variant, main, []) for variant in BETTER_ROWS):
+        sections += ["## What the paper does not have, one at a time", table(BETTER_ROWS, main)]
+    if any(result.cell.pool for result in results):
+        dynamic = [result for result in results if result.cell.pool or result.cell.made == "truth"]
+        sections += ["## The whole toybox as a pool", _DYNAMIC, table(DYNAMIC_ROWS, dynamic)]
+    curves = [knob for knob in ABLATIONS if any(row(variant, main, []) for variant in ABLATIONS[knob])]
+    if curves:
+        sections += ["## The defaults", _DEFAULTS]
+    for knob in curves:
+        sections += [f"### {knob}", ablation_table(knob, main)]
+        if f"ablation_{knob}" in plots_at:
+            sections.append(f"![{knob}]({plots_at[f'ablation_{knob}']})")
+    return "\n\n".join(sections) + "\n"
+
+
+_HEAD = """# Results
+
+Made by `{command}`; nothing on this page was written by hand but the notes. Every combination has a character and at most one LoRA per
+category: {combos}; {seeds} seeds each; {sampling}; {pictures} pictures in all."""
+
+_COLUMNS = """- *N=2 … 5*, *all N*: share of the wanted elements that the toybox's classifier finds; the interval resamples combinations.
+  The first row is what the same classifier says of rendered truth: no method can be trusted to a finer degree than that.
+- *all in one picture*: pictures in which nothing is missing. *unasked*: elements found that nobody asked for, per picture.
+- *Fréchet*: distance of the classifier's features to those of rendered truth of the same combinations; lower is better.
+  Comparable within a table only.
+- *edges*: steps across patch borders by steps elsewhere; *saturation*, *clipped*: mean saturation and share of values at
+  0 or 255. All as a difference to rendered truth: 0 is best.
+- *rows*: model rows a picture costs; *s*: seconds a picture took on the machine at hand, sampling and decoding, reading of
+  LoRA files included."""
+
+_DYNAMIC = "The prompt says what is wanted, and every LoRA of the toybox is a candidate: the paper's dynamic setting."
+
+_DEFAULTS = "Each knob on its own, the others at their defaults; the defaults in `loratorio/settings.py` are chosen by these tables."

@@ -1,0 +1,146 @@
+"""Where a cell's pictures are made and judged: the toybox on the standalone host, and its classifier."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import measures
+from .plan import Cell
+from .store import Result, Shot
+
+Pixels = NDArray[np.uint8]
+
+
+class Studio(Protocol):
+    """What a worker needs; made once per process."""
+
+    def shoot(self, cell: Cell) -> tuple[list[Pixels], int]:
+        """A cell's pictures, (H, W, 3) each, one per seed, and how many model rows were run for them."""
+        ...
+
+    def judge(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        """Per picture the elements that are found in it, and the features (D,)."""
+        ...
+
+
+def make_studio(path: str) -> Studio:
+    """The studio that ``module:function`` makes: a name, so that a worker on another machine can make its own."""
+    module, _, name = path.partition(":")
+    maker: Callable[[], Studio] = getattr(importlib.import_module(module), name)
+    return maker()
+
+
+def do_cell(studio: Studio, cell: Cell) -> Result:
+    """Make and judge one cell."""
+    since = time.perf_counter()
+    pictures, rows = studio.shoot(cell)
+    seconds = time.perf_counter() - since
+    period = 8 * int(cell.knobs.get("patch_size", default_patch_size()))
+    shots = tuple(
+        Shot(
+            cell.seed + i,
+            found,
+            measures.border_ratio(picture, period),
+            measures.saturation(picture),
+            measures.clipped(picture),
+            tuple(round(float(value), 5) for value in features),
+        )
+        for i, (picture, (found, features)) in enumerate(zip(pictures, studio.judge(pictures), strict=True))
+    )
+    return Result(cell, shots, seconds, rows)
+
+
+def default_patch_size() -> int:
+    from ..settings import Settings
+
+    return Settings().patch_size
+
+
+class ToyboxStudio:
+    """The toybox that ships: its world, model, LoRAs and classifier."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from ..hosts.standalone.checkpoint import load_checkpoint
+        from ..toybox import paths, world
+
+        self._world = world
+        self._loras = paths.LORAS
+        self._checkpoint = load_checkpoint(paths.CHECKPOINT)
+        self._classifier: Any = importlib.import_module("loratorio.toybox.classifier")
+        torch.set_grad_enabled(False)
+
+    def prompt(self, cell: Cell) -> str:
+        """The caption of a scene with these elements, and the tags."""
+        # The same scene for every variant and seed of a combination.
+        scene = self._world.random_scene(random.Random("+".join(cell.elements)), *cell.elements)
+        caption = self._world.caption(scene)
+        if cell.pool:
+            return f"{caption} <pool:*>"
+        tags = [f"<lora:{name}{self._role(name, cell)}>" for name in cell.elements]
+        return f"{caption} {' '.join(tags)}"
+
+    def _role(self, name: str, cell: Cell) -> str:
+        style = cell.roles and self._world.BY_NAME[name].category == "style"
+        return ":role=style" if style else ""
+
+    def shoot(self, cell: Cell) -> tuple[list[Pixels], int]:
+        if cell.made == "truth":
+            rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
+            scenes = [self._world.random_scene(rng, *cell.elements) for _ in range(cell.count)]
+            return [self._world.render(scene) for scene in scenes], 0
+        from ..hosts.standalone.generate import Request, generate
+        from ..settings import KNOB_BY_NAME, Settings
+
+        settings = Settings(enabled=True).with_values(
+            {k: v for k, v in cell.knobs.items() if k in KNOB_BY_NAME}
+        )
+        sampling = {k: v for k, v in cell.knobs.items() if k not in KNOB_BY_NAME}
+        request = Request(
+            self.prompt(cell),
+            settings=settings,
+            seed=cell.seed,
+            batch=cell.count,
+            width=128,
+            height=128,
+            **sampling,
+        )
+        rows = _RowCount(self._checkpoint.unet)
+        with rows:
+            outcome = generate(self._checkpoint, self._loras, request)
+        return [np.asarray(image) for image in outcome.images], rows.count
+
+    def judge(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        found = self._classifier.classify(pictures)
+        features = self._classifier.features(pictures)
+        return [(tuple(sorted(each)), feature) for each, feature in zip(found, features, strict=True)]
+
+
+class _RowCount:
+    """Counts the rows that go through a model while it is entered."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.count = 0
+
+    def __enter__(self) -> None:
+        def count(module: Any, args: tuple[Any, ...]) -> None:
+            self.count += len(args[0])
+
+        self._handle = self._model.register_forward_pre_hook(count)
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def toybox() -> Studio:
+    """The default studio."""
+    return ToyboxStudio()
