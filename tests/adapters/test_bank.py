@@ -1,0 +1,490 @@
+"""The bank against weights merged in float64: every kind of layer, change, mix, strength and order of rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from loratorio.adapters.bank import Bank
+from loratorio.adapters.delta import Adapter, Dense, LowRank
+from loratorio.adapters.stacks import Mix
+from loratorio.compose.methods import LayeredMix
+from loratorio.errors import LoratorioError
+
+from .layers import KINDS, LAYERS, deltas_for, low_rank, merged, relative_error, rows_for
+
+
+def routed(bank: Bank, layer: nn.Module, mixes: Sequence[Mix], rows: Tensor) -> Tensor:
+    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
+        result: Tensor = layer(rows)
+    return result
+
+
+def row_by_row(layer: nn.Module, adapters: Sequence[Adapter], mixes: Sequence[Mix], rows: Tensor) -> Tensor:
+    """Every row through a layer that its mix is merged into, in float64."""
+    with torch.no_grad():
+        parts = rows.double().chunk(len(mixes))
+        return torch.cat([merged(layer, adapters, mix)(part) for mix, part in zip(mixes, parts, strict=True)])
+
+
+SOLOS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+MIXES = st.sampled_from([(0.0, 0.0, 0.0), *SOLOS, (1.0, 1.0, 1.0), (0.5, 0.0, -2.0)])
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(sorted(LAYERS)),
+    st.tuples(*[st.sampled_from([*KINDS, "absent"])] * 3),
+    st.tuples(*[st.sampled_from([1.0, 0.8, 0.0, -0.5])] * 3),
+    st.lists(MIXES, min_size=1, max_size=7),
+    st.integers(1, 2),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_rows_equal_merged_weights(
+    layer_name: str,
+    kinds: tuple[str, ...],
+    strengths: tuple[float, ...],
+    mixes: list[Mix],
+    per_row: int,
+    channels_last: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
+    layer = LAYERS[layer_name]()
+    adapters = [
+        Adapter(f"lora{i}", {"layer": deltas_for(layer, kind, random)} if kind != "absent" else {}, strength)
+        for i, (kind, strength) in enumerate(zip(kinds, strengths, strict=True))
+    ]
+    rows = rows_for(layer, per_row * len(mixes), random)
+    if channels_last and rows.ndim == 4:
+        rows = rows.contiguous(memory_format=torch.channels_last)
+    expected = row_by_row(layer, adapters, mixes, rows)
+    found = routed(Bank(adapters), layer, mixes, rows)
+    assert relative_error(found, expected) < 1e-5
+    for number, mix in enumerate(mixes):
+        if not any(mix):  # the base's rows are not merely near: they are the base's
+            part = slice(number * per_row, (number + 1) * per_row)
+            assert torch.equal(found[part], layer(rows)[part])
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 2e-3), (torch.bfloat16, 1.2e-2)])
+def test_half_precision_layers_with_float32_loras(layer_name: str, dtype: torch.dtype, limit: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    layer = LAYERS[layer_name]().to(dtype)
+    adapters = [Adapter(str(i), {"layer": deltas_for(layer, kind, random)}) for i, kind in enumerate(KINDS)]
+    mixes = [tuple(float(i == j) for j in range(len(KINDS))) for i in range(len(KINDS))]
+    rows = rows_for(layer, len(mixes), random).to(dtype)
+    found = routed(Bank(adapters), layer, mixes, rows)
+    assert found.dtype == dtype
+    assert relative_error(found, row_by_row(layer, adapters, mixes, rows)) < limit
+
+
+def test_a_small_alpha_keeps_its_precision_in_float16() -> None:
+    layer = nn.Linear(64, 64, bias=False).half()
+    nn.init.zeros_(layer.weight)
+    random = torch.Generator().manual_seed(0)
+    down, up = torch.randn(32, 64, generator=random) * 0.1, torch.randn(64, 32, generator=random) * 0.001
+    adapter = Adapter("a", {"layer": [LowRank(down, up, scale=1 / 128)]})
+    rows = torch.randn(1, 8, 64, generator=random).half()
+    expected = row_by_row(layer, [adapter], [(1.0,)], rows)
+    assert relative_error(routed(Bank([adapter]), layer, [(1.0,)], rows), expected) < 5e-3
+
+
+def test_float64_weights_wide_up_and_flat_matrices_fit() -> None:
+    """Convolutions whose kernel sits in `up`, linear layers stored as 1×1 convolutions and the other way round."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    cases: list[tuple[nn.Module, LowRank]] = [
+        (nn.Conv2d(6, 10, 3, padding=1), LowRank(normal(2, 6, 1, 1), normal(10, 2, 3, 3))),
+        (nn.Linear(6, 10), LowRank(normal(2, 6, 1, 1), normal(10, 2, 1, 1))),
+        (nn.Conv2d(6, 10, 1), LowRank(normal(2, 6), normal(10, 2))),
+        (nn.Conv2d(6, 10, 3, padding=1), LowRank(normal(2, 54), normal(10, 2))),
+    ]
+    for layer, delta in cases:
+        adapter = Adapter("a", {"layer": [delta]})
+        rows = rows_for(layer, 2, random.manual_seed(1))
+        wide = delta.up.ndim == 4 and delta.up.shape[-1] == 3
+        change = torch.einsum("orkl,ri->oikl", delta.up, delta.down.flatten(1)) if wide else delta.dense()
+        own = copy.deepcopy(layer).double()
+        with torch.no_grad():
+            own.weight += change.reshape(own.weight.shape)  # type: ignore[operator,union-attr]
+            expected = own(rows.double())
+        assert relative_error(routed(Bank([adapter]), layer, [(1.0,), (1.0,)], rows), expected) < 1e-5
+
+
+def test_tiling_that_is_switched_while_attached() -> None:
+    layer = LAYERS["conv 3x3"]()
+    random = torch.Generator().manual_seed(0)
+    adapters = [Adapter(kind, {"layer": deltas_for(layer, kind, random)}) for kind in ("rank 3", "dense")]
+    mixes = [(1.0, 0.0), (0.0, 1.0)]
+    rows = rows_for(layer, 2, random)
+    bank = Bank(adapters)
+    with torch.no_grad(), bank.attached({"layer": layer}):
+        for mode in ("zeros", "circular", "zeros"):
+            layer.padding_mode = mode  # type: ignore[assignment]
+            with bank.routed(mixes):
+                found = layer(rows)
+            assert relative_error(found, row_by_row(layer, adapters, mixes, rows)) < 1e-5
+
+
+def test_input_given_by_name_and_outputs_that_are_views() -> None:
+    class Transposed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).transpose(0, 1).contiguous().transpose(0, 1)
+
+    layer = Transposed(6, 10)
+    random = torch.Generator().manual_seed(0)
+    adapter = Adapter("a", {"layer": [low_rank(layer, 2, random)]})
+    rows = rows_for(layer, 2, random)
+    bank = Bank([adapter])
+    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed([(1.0,), (0.0,)]):
+        found = layer(input=rows)
+    expected = row_by_row(layer, [adapter], [(1.0,), (0.0,)], rows)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_two_dimensional_input() -> None:
+    layer = nn.Linear(6, 10)
+    adapter = Adapter("a", {"layer": [low_rank(layer, 2, torch.Generator().manual_seed(0))]})
+    rows = torch.randn(3, 6)
+    mixes = [(1.0,), (0.0,), (-1.0,)]
+    found = routed(Bank([adapter]), layer, mixes, rows)
+    assert relative_error(found, row_by_row(layer, [adapter], mixes, rows)) < 1e-5
+
+
+def test_a_mix_that_differs_between_layers_and_steps() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(6, 6), "two": nn.Linear(6, 6)})
+    random = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(name, {key: [low_rank(layer, 2, random)] for key, layer in model.items()}) for name in "ab"
+    ]
+    rows = torch.randn(2, 3, 6)
+    bank = Bank(adapters)
+    both = (1.0, 1.0)
+    with torch.no_grad(), bank.attached(dict(model.items())):
+        for chosen in ({"one": (1.0, 0.0)}, {"one": (0.0, 1.0), "two": (0.0, 0.0)}, {}):
+            with bank.routed([LayeredMix.of(both, chosen)] * 2):
+                for name, layer in model.items():
+                    expected = merged(layer, adapters, chosen.get(name, both), name)(rows.double())
+                    assert relative_error(layer(rows), expected) < 1e-5
+
+
+# What is left behind
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 6)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        pictures: Tensor = self.norm(self.conv(rows))
+        tokens: Tensor = self.linear(pictures.movedim(1, -1))
+        return tokens.movedim(-1, 1)
+
+
+def model_and_bank() -> tuple[Model, dict[str, nn.Module], Bank]:
+    torch.manual_seed(0)
+    model = Model()
+    layers = dict(model.named_children())
+    random = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(kind, {name: deltas_for(layer, kind, random) for name, layer in layers.items()})
+        for kind in ("rank 3", "dense")
+    ]
+    return model, layers, Bank(adapters)
+
+
+def hook_count(model: nn.Module) -> int:
+    return sum(
+        len(getattr(module, registry))
+        for module in model.modules()
+        for registry in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_forward_hooks_with_kwargs",
+            "_backward_hooks",
+        )
+    )
+
+
+class Trace:
+    """What a model's state is, to compare it later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights = {
+            name: (id(weight), weight.clone()) for name, weight in model.state_dict(keep_vars=True).items()
+        }
+        self.attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    def check(self) -> None:
+        assert hook_count(self.model) == 0
+        assert {name: set(vars(module)) for name, module in self.model.named_modules()} == self.attributes
+        for name, weight in self.model.state_dict(keep_vars=True).items():
+            assert id(weight) == self.weights[name][0]
+            assert torch.equal(weight, self.weights[name][1])
+
+
+def test_detaching_leaves_no_trace() -> None:
+    model, layers, bank = model_and_bank()
+    rows = torch.randn(2, 6, 4, 4)
+    trace, before = Trace(model), model(rows)
+    with bank.attached(layers):
+        assert hook_count(model) > 0
+        with bank.routed([(1.0, 0.0), (0.0, 1.0)]):
+            assert not torch.equal(model(rows), before)
+        assert torch.equal(model(rows), before)  # outside of `routed` the hooks do nothing
+        with bank.routed([(0.0, 0.0)] * 2):
+            assert torch.equal(model(rows), before)
+    trace.check()
+    assert torch.equal(model(rows), before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, LoratorioError])
+def test_an_exception_leaves_no_trace(error: type[BaseException]) -> None:
+    model, layers, bank = model_and_bank()
+    trace, rows = Trace(model), torch.randn(2, 6, 4, 4)
+    before = model(rows)
+
+    def sample() -> None:
+        with bank.attached(layers), bank.routed([(1.0, 0.0), (0.0, 1.0)]):
+            model(rows)
+            raise error("in the middle of sampling")
+
+    with pytest.raises(error):
+        sample()
+    trace.check()
+    with bank.attached(layers):  # and the bank is as good as new
+        assert torch.equal(model(rows), before)
+        with bank.routed([(1.0, 0.0), (0.0, 1.0)]):
+            assert not torch.equal(model(rows), before)
+    trace.check()
+
+
+def test_a_lora_that_does_not_fit_leaves_no_trace() -> None:
+    model, layers, _ = model_and_bank()
+    trace = Trace(model)
+    good = Adapter("good", {"linear": [LowRank(torch.zeros(1, 6), torch.zeros(6, 1))]})
+    for bad, words in (
+        ({"nowhere": []}, "LoRA bad changes the layer nowhere, which this model does not have"),
+        (
+            {"linear": [LowRank(torch.zeros(1, 7), torch.zeros(6, 1))]},
+            "does not fit the layer linear.*6×1.*1×7.*6×6",
+        ),
+        ({"linear": [LowRank(torch.zeros(2, 6), torch.zeros(6, 1))]}, "does not fit the layer linear"),
+        ({"norm": [LowRank(torch.zeros(1, 6), torch.zeros(6, 1))]}, "does not fit the layer norm.*low-rank"),
+        ({"conv": [Dense(torch.zeros(6, 6, 1, 1))]}, "does not fit the layer conv.*6×6×1×1.*6×6×3×3"),
+        ({"norm": [Dense(bias=torch.zeros(5))]}, "does not fit the layer norm.*5.*6"),
+        ({"conv": [LowRank(torch.zeros(1, 6, 3, 3), torch.zeros(6, 1, 3, 3))]}, "do not belong together"),
+        ({"": [Dense(torch.zeros(6))]}, "a layer of type Model cannot take a LoRA"),
+    ):
+        bank = Bank([good, Adapter("bad", bad)])  # type: ignore[arg-type]
+        with pytest.raises(LoratorioError, match=words), bank.attached({**layers, "": model}):
+            pytest.fail("attached")
+        trace.check()
+
+
+def test_wrong_mixes_are_refused() -> None:
+    _, layers, bank = model_and_bank()
+    with bank.attached(layers), pytest.raises(ValueError, match="2 coefficients"), bank.routed([(1.0,)]):
+        pytest.fail("routed")
+
+
+def test_a_batch_that_does_not_divide_into_rows_is_refused() -> None:
+    model, layers, bank = model_and_bank()
+    with (
+        bank.attached(layers),
+        bank.routed([(1.0, 0.0), (0.0, 1.0)]),
+        pytest.raises(LoratorioError, match="The layer conv was given 3 entries for 2 rows"),
+    ):
+        model(torch.randn(3, 6, 4, 4))
+
+
+def test_the_source_tensors_stay_as_they_were() -> None:
+    model, layers, bank = model_and_bank()
+    before = copy.deepcopy(bank.adapters)
+    with torch.no_grad(), bank.attached(layers), bank.routed([(1.0, 0.5), (0.5, -1.0)]):
+        model(torch.randn(2, 6, 4, 4))
+    for old, new in zip(before, bank.adapters, strict=True):
+        for name, deltas in new.deltas.items():
+            for mine, theirs in zip(deltas, old.deltas[name], strict=True):
+                for attribute, tensor in vars(mine).items():
+                    if isinstance(tensor, Tensor):
+                        assert torch.equal(tensor, vars(theirs)[attribute])
+
+
+# Ways in which torch runs a model
+
+
+def reference_and_rows() -> tuple[Model, dict[str, nn.Module], Bank, list[Mix], Tensor, Tensor]:
+    model, layers, bank = model_and_bank()
+    mixes: list[Mix] = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
+    rows = torch.randn(4, 6, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = []
+    for mix, row in zip(mixes, rows, strict=True):
+        own = Model().double()
+        for name, layer in layers.items():
+            setattr(own, name, merged(layer, bank.adapters, mix, name))
+        expected.append(own(row[None].double()))
+    return model, layers, bank, mixes, rows, torch.cat(expected).detach()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_modes(mode: Any) -> None:
+    model, layers, bank, mixes, rows, expected = reference_and_rows()
+    with mode(), bank.attached(layers), bank.routed(mixes):
+        found = model(rows)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_from_inference_mode_to_gradients_while_attached() -> None:
+    model, layers, bank, mixes, rows, expected = reference_and_rows()
+    with bank.attached(layers), bank.routed(mixes):
+        with torch.inference_mode():
+            assert relative_error(model(rows), expected) < 1e-5
+        given = rows.clone().requires_grad_()
+        found = model(given)
+        found.square().sum().backward()
+    assert relative_error(found.detach(), expected) < 1e-5
+    assert given.grad is not None
+    # The gradient is the merged model's, too.
+    own = Model().double()
+    for name, layer in layers.items():
+        setattr(own, name, merged(layer, bank.adapters, mixes[3], name))
+    last = rows[3:].double().requires_grad_()
+    own(last).square().sum().backward()
+    assert last.grad is not None
+    assert relative_error(given.grad[3:], last.grad) < 1e-5
+
+
+def test_loras_with_gradients_of_their_own() -> None:
+    layer = nn.Linear(6, 6)
+    down = nn.Parameter(torch.randn(2, 6))
+    adapter = Adapter("a", {"layer": [LowRank(down, torch.randn(6, 2))]})
+    bank = Bank([adapter])
+    with bank.attached({"layer": layer}), bank.routed([(1.0,)]):
+        layer(torch.randn(1, 6)).sum().backward()
+    assert down.grad is None  # nothing is trained here
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast(grad: bool) -> None:
+    model, layers, bank, mixes, rows, expected = reference_and_rows()
+    with (
+        torch.set_grad_enabled(grad),
+        torch.autocast("cpu", torch.bfloat16),
+        bank.attached(layers),
+        bank.routed(mixes),
+    ):
+        found = model(rows)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found.detach(), expected) < 2e-2
+
+
+def test_bfloat16_model() -> None:
+    model, layers, bank, mixes, rows, expected = reference_and_rows()
+    model.bfloat16()
+    with torch.no_grad(), bank.attached(layers), bank.routed(mixes):
+        found = model(rows.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, expected) < 2e-2
+
+
+def test_compiled_models_see_the_loras_and_are_compiled_again_afterwards() -> None:
+    model, layers, bank, mixes, rows, expected = reference_and_rows()
+    graphs = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        before = compiled(rows)
+        made = graphs
+        assert made > 0
+        for _ in range(2):
+            with bank.attached(layers), bank.routed(mixes):
+                found = compiled(rows)
+            assert relative_error(found, expected) < 1e-5
+            assert torch.equal(compiled(rows), before)
+    assert graphs == made  # the compiled code was kept
+
+
+def test_compiled_models_before_torch_2_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers, bank, mixes, rows, expected = reference_and_rows()
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = compiled(rows)
+        with bank.attached(layers), bank.routed(mixes):
+            found = compiled(rows)
+        assert relative_error(found, expected) < 1e-5
+        assert torch.equal(compiled(rows), before)
+
+
+# What stays on the device
+
+
+def test_parts_of_a_step_share_the_stack_of_the_whole() -> None:
+    layer = nn.Linear(6, 6)
+    random = torch.Generator().manual_seed(0)
+    adapters = [Adapter(name, {"layer": [low_rank(layer, 2, random)]}) for name in "abc"]
+    bank, solos = Bank(adapters), [tuple(float(i == j) for j in range(3)) for i in range(3)]
+    with bank.attached({"layer": layer}):
+        stacks = []
+        for mixes in (solos, solos[1:], solos[:1]):
+            with bank.routed(mixes):
+                layer(torch.randn(len(mixes), 6))
+                (job,) = bank._jobs("layer", layer.weight)
+                stacks.append(job.add.keywords["down"])  # type: ignore[attr-defined]
+    addresses = {stack.untyped_storage().data_ptr() for stack in stacks}
+    assert len(addresses) == 1
+
+
+def test_one_loras_dense_change_is_not_copied() -> None:
+    layer = nn.Linear(6, 6)
+    weight = torch.randn(6, 6)
+    bank = Bank([Adapter("a", {"layer": [Dense(weight)]}, strength=0.7)])
+    rows = torch.randn(2, 6)
+    with torch.no_grad(), bank.attached({"layer": layer}):
+        plain = layer(rows)
+        for factor in (1.0, 0.5):
+            with bank.routed([(factor,)] * 2):
+                torch.testing.assert_close(layer(rows), plain + 0.7 * factor * rows @ weight.T)
+                (job,) = bank._jobs("layer", layer.weight)
+                assert job.add.keywords["delta"].weight.data_ptr() == weight.data_ptr()  # type: ignore[attr-defined]
+
+
+def test_many_mixes_do_not_fill_the_memory() -> None:
+    layer = nn.Linear(6, 6)
+    bank = Bank([Adapter("a", {"layer": [low_rank(layer, 2, torch.Generator().manual_seed(0))]})])
+    rows = torch.randn(1, 6)
+    with torch.no_grad(), bank.attached({"layer": layer}):
+        for number in range(50):
+            mix = (1 + number / 50,)
+            with bank.routed([mix]):
+                assert relative_error(layer(rows), row_by_row(layer, bank.adapters, [mix], rows)) < 1e-5
+            assert len(bank._plans) <= bank.plan_limit
+            assert sum(map(len, bank._stacks._low_rank.values())) <= bank.plan_limit
+    assert not bank._plans
+    assert not bank._stacks._low_rank
