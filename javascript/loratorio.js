@@ -7,22 +7,29 @@
     // The same sentence stands in loratorio/webui/panel.py, for the moment before this file has run.
     const NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own.";
     const ONE_ONLY = "With a single LoRA, only re-centring changes the picture.";
+    const ALWAYS_ONLY = "These act in every pass: there is nothing to compose.";
     const NONE_FOLDED = "no LoRA yet";
     const STYLES_TOO = "LoRAs of the chosen styles come on top.";
+    const ROLES = ["content", "style", "always"];
+    const ROLES_HELP = "content: where it fits, patch by patch. style: everywhere, with its mean weight. always: in every pass, never "
+        + "composed (LCM, Lightning, Turbo and the like).";
 
-    /** The prompt as the WebUI reads it: without what stands behind a # where its option for comments is on. */
+    /** The prompt as the WebUI reads it: with blanks for what stands behind a #, where its option for comments is on. */
     function withoutComments(prompt) {
         const on = typeof opts !== "undefined" && opts.enable_prompt_comments;
-        return on ? prompt.replace(/(^|\n)#[^\n]*(\n|$)/g, "\n").replace(/#[^\n]*(\n|$)/g, "\n") : prompt;
+        return on ? prompt.replace(/#[^\n]*/g, comment => " ".repeat(comment.length)) : prompt;
     }
 
-    /** The LoRAs of a prompt, in its order: name, strength in the UNet and, where it differs, in the text encoder, as text. */
+    /**
+     * The LoRAs and pools of a prompt, in its order: name, strength in the UNet and in the text encoder as text, role as it is
+     * written (or undefined), where its tag begins and ends.
+     */
     function lorasIn(prompt) {
         const found = [];
-        for (const match of withoutComments(prompt).matchAll(/<(?:lora|lyco):([^>]+)>/g)) {
+        for (const match of withoutComments(prompt).matchAll(/<(lora|lyco|pool):([^>]+)>/g)) {
             const positional = [];
             const named = Object.create(null);
-            for (const part of match[1].split(":")) {
+            for (const part of match[2].split(":")) {
                 // The WebUI's own rule: exactly one = makes an argument with a name.
                 const [key, value, ...more] = part.split("=");
                 if (value !== undefined && !more.length) {
@@ -33,9 +40,30 @@
             }
             const text = named.te ?? positional[1] ?? "1";
             const unet = named.unet ?? positional[2] ?? text;
-            found.push({name: positional[0] ?? "", unet: plain(unet), text: plain(text)});
+            found.push({
+                pool: match[1] === "pool",
+                name: positional[0] ?? "",
+                unet: plain(unet),
+                text: plain(text),
+                written: named.role?.trim().toLowerCase(),
+                start: match.index,
+                end: match.index + match[0].length,
+            });
         }
         return found;
+    }
+
+    /** Write the role of the LoRA whose tag is the `index`th of the textarea; undefined takes it out. */
+    function writeRole(textarea, index, role) {
+        const prompt = textarea.value;
+        const lora = lorasIn(prompt)[index];
+        if (!lora) {
+            return;
+        }
+        const parts = prompt.slice(lora.start + 1, lora.end - 1).split(":").filter(part => !/^role=[^=]*$/.test(part));
+        const tag = [...parts, ...(role ? ["role=" + role] : [])].join(":");
+        textarea.value = prompt.slice(0, lora.start) + "<" + tag + ">" + prompt.slice(lora.end);
+        textarea.dispatchEvent(new Event("input", {bubbles: true}));
     }
 
     /** "0.80" as "0.8"; what is no number stays as it is. */
@@ -51,28 +79,61 @@
         return made;
     }
 
-    function chip(lora) {
-        const made = element("span", "loratorio-lora", lora.name + " ");
+    function chip(lora, index, textarea) {
+        const made = element("span", "loratorio-lora", (lora.pool ? "pool " : "") + lora.name + " ");
         made.append(element("b", "", lora.unet));
         if (lora.text !== lora.unet) {
             made.append(element("span", "loratorio-text-strength", " text " + lora.text));
         }
+        if (!lora.pool) {
+            made.append(roleMenu(lora, index, textarea));
+        }
         return made;
     }
 
+    /** A drop-down that shows the LoRA's role and writes another one into its tag. */
+    function roleMenu(lora, index, textarea) {
+        const menu = element("select", "loratorio-role", "");
+        menu.setAttribute("aria-label", "Role of " + lora.name);
+        menu.title = ROLES_HELP;
+        for (const role of ROLES.includes(lora.role) ? ROLES : [lora.role, ...ROLES]) {
+            menu.append(new Option(role, role, false, role === lora.role));
+        }
+        // The role that the LoRA has anyway needs no writing.
+        menu.addEventListener("change", () => writeRole(textarea, index, menu.value === lora.own ? undefined : menu.value));
+        return menu;
+    }
+
     /** A list of LoRAs under its heading. */
-    function listed(heading, loras) {
-        return [element("span", "loratorio-heading", heading), ...loras.map(chip)];
+    function listed(heading, loras, textarea) {
+        return [
+            element("span", "loratorio-heading", heading),
+            ...loras.map((lora, index) => chip(lora, index, textarea)),
+        ];
+    }
+
+    /** The LoRAs of a textarea's prompt with their roles: what is written, else "always" for those that Python recognised. */
+    function playersOf(textarea, line) {
+        let speed = [];
+        try {
+            speed = JSON.parse(line.dataset.speed ?? "[]");
+        } catch {
+            // A list that cannot be read recognises nothing.
+        }
+        return lorasIn(textarea?.value ?? "").map(({start, end, ...lora}) => {
+            const own = !lora.pool && speed.includes(lora.name) ? "always" : "content";
+            return {...lora, own, role: lora.pool ? "content" : lora.written ?? own};
+        });
     }
 
     function textareaOf(id) {
         return gradioApp().querySelector(`#${id} textarea`);
     }
 
-    /** What the hires pass composes, if it is on and has a prompt of its own. */
+    /** Where the hires pass has a prompt of its own, if it is on. */
     function hiresPrompt(tab) {
         const on = tab === "txt2img" && gradioApp().querySelector("#txt2img_hr-checkbox input")?.checked;
-        return on ? textareaOf("hires_prompt")?.value ?? "" : "";
+        return on ? textareaOf("hires_prompt") : null;
     }
 
     const shown = {};
@@ -84,8 +145,9 @@
         if (!line || !prompt) {
             return;
         }
-        const loras = lorasIn(prompt.value);
-        const hires = lorasIn(hiresPrompt(tab));
+        const hiresArea = hiresPrompt(tab);
+        const loras = playersOf(prompt, line);
+        const hires = playersOf(hiresArea, line);
         const styles = gradioApp().querySelector(`#${tab}_styles .token`) !== null;
         const state = JSON.stringify([loras, hires, styles]);
         if (shown[tab]?.line === line && shown[tab].state === state) {
@@ -93,17 +155,23 @@
         }
         shown[tab] = {line, state};
 
-        const parts = loras.length ? listed(loras.length > 1 ? "Will compose" : "One LoRA", loras) : [];
+        const composed = loras.filter(lora => lora.role !== "always");
+        const alone = composed.length === 1 && !composed[0].pool && !hires.length;
+        const parts = loras.length ? listed(alone && loras.length === 1 ? "One LoRA" : "Will compose", loras, prompt) : [];
         if (hires.length) {
-            parts.push(...listed("Hires pass", hires));
+            parts.push(...listed("Hires pass", hires, hiresArea));
         }
-        const remark = !parts.length ? NONE_YET : loras.length === 1 && !hires.length ? ONE_ONLY : "";
+        let remark = alone ? ONE_ONLY : "";
+        if (!composed.length && !hires.length) {
+            remark = loras.length ? ALWAYS_ONLY : NONE_YET;
+        }
         for (const text of [remark, styles ? STYLES_TOO : ""]) {
             if (text) {
                 parts.push(element("span", "loratorio-remark", text));
             }
         }
-        line.replaceChildren(...parts);
+        // Blanks for those who copy the line or have it read out; the page itself does not show them.
+        line.replaceChildren(...parts.flatMap(part => [part, " "]));
         const all = loras.map(lora => `${lora.name} ${lora.unet}`);
         folded(tab).textContent = all.length ? all.join(" · ") : NONE_FOLDED;
     }

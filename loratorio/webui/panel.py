@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
 
+from ..roles import looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 from . import gradio_compat as compat
 from . import options
@@ -60,9 +63,20 @@ def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
 def _line(tab: str) -> str:
     """What the tick box does, and the line about the prompt's LoRAs that javascript/loratorio.js keeps true."""
     help_text = escape(KNOB_BY_NAME["enabled"].help)
+    speed = escape(json.dumps(speed_loras()))
     return (
         f'<p class="loratorio-help">{help_text}</p>'
-        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" aria-live="polite">{escape(NONE_YET)}</p>'
+        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{speed}" aria-live="polite">{escape(NONE_YET)}</p>'
+    )
+
+
+def speed_loras() -> list[str]:
+    """Names (and aliases) of the WebUI's LoRAs that act in every pass unless the prompt says otherwise: LCM, Lightning and the like."""
+    known = getattr(sys.modules.get("networks"), "available_network_aliases", None) or {}
+    return sorted(
+        str(name)
+        for name, entry in known.items()
+        if looks_like_speed_lora(str(name), getattr(entry, "metadata", None) or {})
     )
 
 

@@ -44,7 +44,16 @@ class Tab:
         self.page.fill(f"#{self.name}_prompt textarea", value)
 
     def line(self) -> str:
-        return " ".join(self.find("_loras").inner_text().split())
+        """Its text, without the drop-downs."""
+        script = """line => {
+            const copy = line.cloneNode(true);
+            copy.querySelectorAll("select").forEach(each => each.remove());
+            return copy.textContent;
+        }"""
+        return " ".join(self.find("_loras").evaluate(script).split())
+
+    def role(self, lora: str) -> Any:
+        return self.page.locator(f"#loratorio_{self.name}_loras select[aria-label='Role of {lora}']")
 
     def choose(self, knob: str, label: str) -> None:
         self.find(f"_{knob} input").first.click()
@@ -75,65 +84,83 @@ def as_dict(settings: Settings) -> dict[str, Any]:
     return {knob.name: getattr(settings, knob.name) for knob in KNOBS}
 
 
-@pytest.mark.parametrize("name", ["txt2img", "img2img"])
-def test_tick_move_generate(page: Any, name: str) -> None:
-    tab = Tab(page, name).open()
+def test_tick_move_generate(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    assert tab.generate()[0] == as_dict(Settings())
     tab.tick()
     tab.choose("method", "Composite")
-    tab.number("patch_size", 4)
+    tab.find("_patch_size input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
     tab.number("temperature", 0.0123)
     tab.number("recentre", 0.35)
     tab.find("_weight_maps input").check()
-    tab.prompt("a fox <lora:fox:0.8>")
-    knobs, _ = tab.generate()
     chosen = Settings(
-        enabled=True, method="composite", patch_size=4, temperature=0.0123, recentre=0.35, weight_maps=True
+        enabled=True,
+        method="composite",
+        patch_size=Settings().patch_size + 1,
+        temperature=0.0123,
+        recentre=0.35,
+        weight_maps=True,
     )
-    assert knobs == as_dict(chosen)
+    assert tab.generate()[0] == as_dict(chosen)
+    # The other tab's panel is its own.
+    assert Tab(page, "img2img").open().generate()[0] == as_dict(Settings())
 
 
-def test_slider_moves_with_the_keyboard(page: Any) -> None:
-    tab = Tab(page, "txt2img").open()
-    tab.find("_patch_size input[type=range]").focus()
-    for _ in range(3):
-        page.keyboard.press("ArrowRight")
-    assert tab.generate()[0]["patch_size"] == Settings().patch_size + 3
-
-
-def test_untouched_panel_is_the_defaults(page: Any) -> None:
-    assert Tab(page, "txt2img").open().generate()[0] == as_dict(Settings())
-
-
-def test_line_follows_typing(page: Any) -> None:
-    tab = Tab(page, "txt2img").open()
+def test_line_follows_the_prompt(page: Any) -> None:
+    tab = Tab(page, "txt2img")
+    title = page.locator("#loratorio_txt2img .loratorio-folded")
+    assert title.inner_text() == "no LoRA yet"
+    tab.prompt("<lora:fox:0.8> <lora:ink:1>")
+    assert title.inner_text() == "fox 0.8 · ink 1"
+    tab.open()
+    assert not title.is_visible()
+    tab.prompt("a fox")
     assert NONE_YET in tab.line()
     tab.prompt("a fox <lora:fox:0.80>")
     assert tab.line() == "One LoRA fox 0.8 With a single LoRA, only re-centring changes the picture."
-    tab.prompt("a fox <lora:fox:0.8> in <lora:ink:1:0.6> <lora:dog>")
-    assert tab.line() == "Will compose fox 0.8 ink 0.6 text 1 dog 1"
+    tab.prompt("a fox <lora:fox:0.8> in <lora:ink:1:0.6> <lora:dog> <pool:animals/*:0.7>")
+    assert tab.line() == "Will compose fox 0.8 ink 0.6 text 1 dog 1 pool animals/* 0.7"
     tab.prompt("a fox <lora:fox:te=0.5:unet=0.7>\n# <lora:ink:1>")
     assert tab.line().startswith("One LoRA fox 0.7 text 0.5")
-    tab.prompt("a fox")
-    assert NONE_YET in tab.line()
-
-
-def test_tabs_have_lines_of_their_own(page: Any) -> None:
-    Tab(page, "txt2img").open().prompt("<lora:fox:1><lora:ink:1>")
+    # Names are text, whatever they contain.
+    tab.prompt(f"<lora:{HOSTILE}:1> <lora:__proto__:0.5> <lora:&amp;\"'`:0.1>")
+    for name in (f"{HOSTILE} 1", "__proto__ 0.5", "&amp;\"'` 0.1"):
+        assert name in tab.line()
+    assert tab.find("_loras img").count() == 0
+    assert page.evaluate("window.hit") is None
     other = Tab(page, "img2img").open()
     assert NONE_YET in other.line()
     other.prompt("<lora:dog:0.3>")
     assert other.line().startswith("One LoRA dog 0.3")
+    # An update of the page that changes nothing for us does not touch the page, or it would call itself for ever.
+    page.wait_for_timeout(600)
+    before = page.evaluate("window.updates")
+    page.wait_for_timeout(1000)
+    assert page.evaluate("window.updates") == before
 
 
-def test_hostile_names_are_text(page: Any) -> None:
+def test_roles_are_written_into_the_prompt(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
-    tab.prompt(f"<lora:{HOSTILE}:1> <lora:__proto__:0.5> <lora:&amp;\"'`:0.1>")
-    line = tab.line()
-    assert HOSTILE in line
-    assert "__proto__ 0.5" in line
-    assert "&amp;\"'` 0.1" in line
-    assert tab.find("_loras img").count() == 0
-    assert page.evaluate("window.hit") is None
+    prompt = page.locator("#txt2img_prompt textarea")
+    tab.prompt("# <lora:ink:1>\n<lora:fox:0.8>, <lora:ink:1:role=style:te=0.5>, <lora:fast:1>")
+    assert [tab.role(name).input_value() for name in ("fox", "ink", "fast")] == ["content", "style", "always"]
+    tab.role("fox").select_option("always")
+    tab.role("ink").select_option("content")
+    tab.role("fast").select_option("content")
+    text = "# <lora:ink:1>\n<lora:fox:0.8:role=always>, <lora:ink:1:te=0.5>, <lora:fast:1:role=content>"
+    assert prompt.input_value() == text
+    assert [tab.role(name).input_value() for name in ("fox", "ink", "fast")] == [
+        "always",
+        "content",
+        "content",
+    ]
+    # Python has the prompt that the drop-downs wrote.
+    assert tab.generate()[1].startswith(text)
+    tab.role("fast").select_option("always")
+    assert "<lora:fast:1>" in prompt.input_value()
+    tab.prompt("<lora:fast:1>")
+    assert "nothing to compose" in tab.line()
 
 
 def test_paste_brings_everything_back(page: Any) -> None:
@@ -158,6 +185,14 @@ def test_paste_of_a_plain_picture_unticks(page: Any) -> None:
     tab.paste(written("a fox", {}))
     page.wait_for_function("!document.querySelector('#loratorio_txt2img-checkbox input').checked")
     assert tab.generate()[0] == as_dict(Settings(patch_size=7))
+    # A pair of knobs that cannot be is answered with a sentence.
+    tab.number("start", 0.8)
+    tab.number("end", 0.2)
+    page.click("#txt2img_generate")
+    page.wait_for_function(
+        "document.querySelector('#txt2img_result :is(textarea, input)').value.startsWith('error')"
+    )
+    assert "start (0.8) is after end (0.2)" in page.input_value("#txt2img_result :is(textarea, input)")
 
 
 def test_send_to_img2img(page: Any) -> None:
@@ -173,21 +208,8 @@ def test_send_to_img2img(page: Any) -> None:
     assert other.line() == "Will compose fox 1 ink 1"
 
 
-def test_a_bad_pair_of_knobs_is_a_sentence(page: Any) -> None:
-    tab = Tab(page, "txt2img").open()
-    tab.number("start", 0.8)
-    tab.number("end", 0.2)
-    page.click("#txt2img_generate")
-    page.wait_for_function(
-        "document.querySelector('#txt2img_result :is(textarea, input)').value.startsWith('error')"
-    )
-    assert "start (0.8) is after end (0.2)" in page.input_value("#txt2img_result :is(textarea, input)")
-
-
-@pytest.mark.parametrize("width", [1280, 400])
-def test_nothing_is_cut_off(page: Any, width: int) -> None:
+def test_nothing_is_cut_off(page: Any) -> None:
     """Every knob is inside the page, whatever its width and however long a LoRA's name."""
-    page.set_viewport_size({"width": width, "height": 900})
     tab = Tab(page, "txt2img").open()
     tab.prompt(
         "<lora:"
@@ -195,24 +217,17 @@ def test_nothing_is_cut_off(page: Any, width: int) -> None:
         + ":0.8> "
         + " ".join(f"<lora:number {i}:0.{i}>" for i in range(1, 30))
     )
-    for knob in KNOBS:
-        box = tab.find("-checkbox" if knob.name == "enabled" else f"_{knob.name}").bounding_box()
-        assert box is not None, knob.name
-        assert box["x"] >= 0, knob.name
-        assert box["x"] + box["width"] <= width, knob.name
-        assert box["width"] > 100, knob.name
-    line = tab.find("_loras")
-    assert line.evaluate("each => each.scrollWidth <= each.clientWidth")
-    assert line.bounding_box()["height"] < 200
-
-
-def test_line_costs_nothing_at_rest(page: Any) -> None:
-    """An update of the page that changes nothing for us does not touch the page, or it would call itself for ever."""
-    Tab(page, "txt2img").open().prompt("<lora:fox:1>")
-    page.wait_for_timeout(600)
-    before = page.evaluate("window.updates")
-    page.wait_for_timeout(1200)
-    assert page.evaluate("window.updates") == before
+    for width in (1280, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        for knob in KNOBS:
+            box = tab.find("-checkbox" if knob.name == "enabled" else f"_{knob.name}").bounding_box()
+            assert box is not None, knob.name
+            assert box["x"] >= 0, knob.name
+            assert box["x"] + box["width"] <= width, knob.name
+            assert box["width"] > 100, knob.name
+        line = tab.find("_loras")
+        assert line.evaluate("each => each.scrollWidth <= each.clientWidth")
+        assert line.bounding_box()["height"] < 200
 
 
 def elsewhere(knob: Any) -> Any:
