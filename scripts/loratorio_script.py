@@ -12,7 +12,6 @@ ROOT = str(Path(scripts.basedir()))
 if ROOT not in sys.path:
     sys.path.append(ROOT)
 
-from loratorio.errors import LoratorioError  # noqa: E402
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.base import Job, refuse  # noqa: E402
 from loratorio.webui import api, infotext, options, panel, xyz  # noqa: E402
@@ -49,7 +48,9 @@ class LoratorioScript(scripts.Script):
             settings = api.settings_from_args(args, p)
             if settings.enabled:
                 self.job = Job(p, settings, tell=lambda sentence: self.tell(p, sentence))
-        except LoratorioError as problem:
+        except (
+            Exception
+        ) as problem:  # printed and forgotten by the WebUI, it would give another picture than asked for
             refuse(p, problem)
 
     def tell(self, p, sentence):
@@ -58,12 +59,17 @@ class LoratorioScript(scripts.Script):
         gr.Warning(sentence)
 
     def process_batch(self, p, *args, **kwargs):
-        if self.job is not None:
-            webui_host().process_batch(self.job)
+        self.on_host("process_batch", p)
 
     def process_before_every_sampling(self, p, *args, **kwargs):
-        if self.job is not None:
-            webui_host().before_sampling(self.job)
+        self.on_host("before_sampling", p)
+
+    def on_host(self, event, p):
+        try:
+            if self.job is not None:
+                getattr(webui_host(), event)(self.job)
+        except Exception as problem:
+            refuse(p, problem)
 
     def postprocess_batch(self, p, *args, **kwargs):
         if self.job is not None and self.job.passes:

@@ -73,16 +73,25 @@ class WebUIHost(Protocol):
         """`job.p.sampler` is about to sample: once a pass, so twice with hires fix."""
 
 
-def refuse(p: Any, problem: LoratorioError) -> None:
+def refuse(p: Any, problem: Exception) -> None:
     """Make the job `p` stop with `problem` as soon as it would sample.
 
-    An exception in a script's event is only printed by the WebUI; one out of `p.sample` stops the job, is shown on the
-    page, and is answered by the API with the status that the exception carries.
+    An exception in a script's event is only printed by the WebUI, and the picture would be another than asked for. One
+    out of the sampling stops the job, is shown on the page, and is answered by the API: with status 422 and the sentence
+    for a LoratorioError, with 500 for anything else.
     """
-    problem.status_code = 422  # type: ignore[attr-defined]
-    problem.detail = str(problem)  # type: ignore[attr-defined]
 
     def stop(*args: Any, **kwargs: Any) -> None:
-        raise problem
+        raise answerable(problem)
 
     p.sample = stop
+    # Within `p.sample` it is too late for that; the pass itself is yet to come.
+    if getattr(p, "sampler", None) is not None:
+        p.sampler.launch_sampling = p.sampler.sample = p.sampler.sample_img2img = stop
+
+
+def answerable(problem: Exception) -> Exception:
+    """`problem` with what a WebUI's API makes its answer of."""
+    if isinstance(problem, LoratorioError):
+        problem.status_code, problem.detail = 422, str(problem)  # type: ignore[attr-defined]
+    return problem

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, fit
 from ...errors import LoratorioError
+from ...roles import Player
 
 Network = Any  # networks.Network of the WebUI's Lora extension
 
@@ -82,6 +83,28 @@ def changes_text(lora: Network) -> bool:
     )
 
 
+def players(p: Any, loras: Sequence[Network]) -> list[Player]:
+    """The LoRAs with what their tags say (`<lora:name:0.8:role=style>`) and what their files say of themselves.
+
+    The WebUI's own Lora extension passes over named arguments that it does not know.
+    """
+    data = p.hr_extra_network_data if p.is_hr_pass else p.extra_network_data
+    tags = [tag for kind in ("lora", "lyco") for tag in (data or {}).get(kind, ())]
+    options: dict[str, list[Mapping[str, str]]] = {}
+    for tag in tags:
+        options.setdefault(tag.positional[0], []).append(tag.named)
+    found = []
+    for lora in loras:
+        named = options.get(lora.mentioned_name) or [{}]
+        found.append(Player(name_of(lora), named.pop(0), lora.network_on_disk.metadata or {}))
+    return found
+
+
+def name_of(lora: Network) -> str:
+    """The LoRA's name as the prompt has it."""
+    return str(lora.mentioned_name or lora.name)
+
+
 def identity(lora: Network) -> tuple[Any, ...]:
     """Equal for two activations of one LoRA that give the same deltas and the same text."""
     return lora.name, lora.mtime, lora.te_multiplier, lora.unet_multiplier, lora.dyn_dim
@@ -124,12 +147,12 @@ def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: boo
                 continue
             raise _not_for_this_model(lora, name, str(problem)) from problem
         deltas[name] = [delta]
-    return Adapter(lora.name, deltas)
+    return Adapter(name_of(lora), deltas)
 
 
 def _not_for_this_model(lora: Network, name: str, why: str) -> LoratorioError:
     return LoratorioError(
-        f"LoRA {lora.name} cannot be applied to the layer {name}: {why}. It may be made for another kind of model: "
+        f"LoRA {name_of(lora)} cannot be applied to the layer {name}: {why}. It may be made for another kind of model: "
         "remove it from the prompt, or untick LoRAtorio."
     )
 

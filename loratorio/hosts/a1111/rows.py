@@ -27,6 +27,8 @@ class StepRows:
         owners: image of each conditional row.
         images: number of images, which is the number of unconditional rows.
         skips_uncond: whether the WebUI leaves the unconditional rows out of this step.
+        guidance: the CFG scale of this step.
+        own_text: the conditional and unconditional text that the WebUI made for it.
     """
 
     params: Any
@@ -35,6 +37,7 @@ class StepRows:
     owners: tuple[int, ...]
     images: int
     skips_uncond: bool
+    guidance: float
     own_text: tuple[Text, Text]
     _padded: dict[Mix, tuple[Text, Text]] = field(default_factory=dict)
 
@@ -48,7 +51,8 @@ class StepRows:
         uncond = prompt_parser.reconstruct_cond_batch(sampler_args["uncond"], denoiser.step)
         owners = tuple(image for image, rows in enumerate(parts) for _ in rows)
         skips = _skips_uncond(denoiser, params.sigma, sampler_args["s_min_uncond"])
-        return cls(params, denoiser, texts, owners, len(parts), skips, (cond, uncond))
+        guidance = sampler_args["cond_scale"] * denoiser.cond_scale_miltiplier
+        return cls(params, denoiser, texts, owners, len(parts), skips, guidance, (cond, uncond))
 
     def trouble(self) -> str | None:
         """Why these rows cannot be composed, if so."""
@@ -57,13 +61,17 @@ class StepRows:
                 "Another extension adds rows to the sampler's steps, which LoRAtorio cannot compose: "
                 "the LoRAs were merged as usual."
             )
-        asked = self.params.text_cond, self.params.text_uncond
-        if not self.texts.is_shared and not all(map(_equal, asked, self.own_text)):
+        if not self.texts.is_shared and not self._text_is_the_webuis():
             return (
                 "Another extension changes the text conditioning while sampling, which LoRAtorio cannot do for each "
                 "LoRA: the LoRAs were merged as usual."
             )
         return None
+
+    def _text_is_the_webuis(self) -> bool:
+        """Whether no other extension has put other text in. SDXL's dicts the WebUI has padded in place by now."""
+        asked = self.params.text_cond, self.params.text_uncond
+        return any(all(map(_equal, asked, own)) for own in (self.own_text, self._pad(*self.own_text)))
 
     def step(self) -> Step:
         from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
@@ -78,6 +86,7 @@ class StepRows:
             uncond_count=0 if self.skips_uncond else self.images,
             owners=self.owners,
             denoised=not isinstance(denoiser, CFGDenoiserTimesteps),
+            guidance=self.guidance,
         )
 
     def tokens(self, row: Row) -> int:

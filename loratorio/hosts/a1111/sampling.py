@@ -17,12 +17,22 @@ import torch
 from torch import Tensor
 
 from ...adapters.bank import Bank
-from ...compose.methods import Cast
 from ...engine import Engine, Row, WeightHistory
 from ...errors import LoratorioError
-from ..base import ComposedPass, Job
+from ...roles import cast_of, parts_of, recognised_note
+from ..base import ComposedPass, Job, answerable
 from .conditioning import Prompts, TextConditioning
-from .loras import Network, activated, adapter_of, identity, lora_extension, restore_base, unet_layers
+from .loras import (
+    Network,
+    activated,
+    adapter_of,
+    identity,
+    lora_extension,
+    name_of,
+    players,
+    restore_base,
+    unet_layers,
+)
 from .neighbours import obstacle, remarks
 from .rows import StepRows
 
@@ -54,13 +64,25 @@ class ComposedSampling:
         Raises:
             LoratorioError: the picture would not be what was asked for.
         """
+        try:
+            return self._run(sample)
+        except LoratorioError as problem:
+            raise answerable(problem) from problem.__cause__
+
+    def _run(self, sample: Callable[[], Result]) -> Result:
         self._loras = tuple(lora_extension().loaded_networks)
         why_not = obstacle(self._p, self._loras)
         if why_not:
             self._job.note(why_not)
             return sample()
-        for remark in remarks(self._p):
-            self._job.note(remark)
+        known = players(self._p, self._loras)
+        self._cast = cast_of(known)
+        for remark in (*remarks(self._p), recognised_note(parts_of(known))):
+            if remark:
+                self._job.note(remark)
+        if not self._cast.solos:
+            self._job.note(ALL_ALWAYS)
+            return sample()
         first_step = self._denoiser.step
         with ExitStack() as undo:
             undo.callback(self._attachment.close)
@@ -90,7 +112,7 @@ class ComposedSampling:
         if self._engine is not None:
             self._engine.bank = bank
         else:
-            self._engine = Engine(self._job.settings, bank, Cast.of(len(self._loras)), self._row_limit())
+            self._engine = Engine(self._job.settings, bank, self._cast, self._row_limit())
         self._attachment.enter_context(bank.attached(layers))
         args = self._sampler_args()
         self._texts = TextConditioning(self._p, self._loras, Prompts(args["cond"], args["uncond"]))
@@ -218,14 +240,17 @@ class ComposedSampling:
         self._job.note(why)
 
     def _account(self) -> ComposedPass:
+        composed = [self._loras[number] for number in self._cast.number_of_solo]
         return ComposedPass(
-            loras=tuple(lora.mentioned_name or lora.name for lora in self._loras),
-            strengths=tuple(float(lora.unet_multiplier) for lora in self._loras),
+            loras=tuple(map(name_of, composed)),
+            strengths=tuple(float(lora.unet_multiplier) for lora in composed),
             batch=self._p.iteration,
             hires=bool(self._p.is_hr_pass),
             history=self._engine.history if self._engine else WeightHistory(),
         )
 
+
+ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
 
 _BYPASSED = (
     "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "

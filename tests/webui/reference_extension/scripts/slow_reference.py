@@ -71,7 +71,7 @@ def after(params):
     denoiser, loras = run["denoiser"], run["loras"]
     is_noise = "Timesteps" in type(denoiser).__name__
     conds, unconds = [], []
-    for active, (positive, negative) in zip([[]] + [[lora] for lora in loras], run["texts"]):
+    for active, (positive, negative) in zip([[]] + [[lora] for lora in loras], run["texts"], strict=True):
         networks.loaded_networks[:] = active
         cond = prompt_parser.reconstruct_multicond_batch(positive, denoiser.step)[1]
         uncond = prompt_parser.reconstruct_cond_batch(negative, denoiser.step)
@@ -90,10 +90,15 @@ def after(params):
         unconds.append(both[1])
     networks.loaded_networks[:] = loras
     z = run["x"][: len(conds[0])].double()
-    weights = omega([e if is_noise else z - e for e in conds], **{k: run["knobs"][k] for k in ("patch_size", "temperature", "top_k")})
-    cond = sum(w[:, None] * e for w, e in zip(weights, conds[1:]))
+    weights = omega(
+        [e if is_noise else z - e for e in conds],
+        **{k: run["knobs"][k] for k in ("patch_size", "temperature", "top_k")},
+    )
+    cond = sum(w[:, None] * e for w, e in zip(weights, conds[1:], strict=True))
     lam = run["knobs"]["recentre"]
-    uncond = lam * unconds[0] + (1 - lam) * sum(w[:, None] * e for w, e in zip(weights, unconds[1:]))
+    uncond = lam * unconds[0] + (1 - lam) * sum(
+        w[:, None] * e for w, e in zip(weights, unconds[1:], strict=True)
+    )
     params.x.copy_(torch.cat([cond, uncond]))
 
 
@@ -105,12 +110,17 @@ def omega(noise, patch_size, temperature, top_k):
         for y in range(0, height, patch_size):
             for x in range(0, width, patch_size):
                 patch = (b, slice(None), slice(y, y + patch_size), slice(x, x + patch_size))
-                near = [torch.nn.functional.cosine_similarity(e[patch].flatten(), base[patch].flatten(), dim=0, eps=1e-30) for e in adapters]
+                near = [
+                    torch.nn.functional.cosine_similarity(
+                        e[patch].flatten(), base[patch].flatten(), dim=0, eps=1e-30
+                    )
+                    for e in adapters
+                ]
                 shares = torch.softmax(-torch.stack(near) / temperature, dim=0)
                 if top_k:
                     shares[torch.argsort(shares, descending=True)[top_k:]] = 0
                     shares = shares / shares.sum()
-                for w, share in zip(weights, shares):
+                for w, share in zip(weights, shares, strict=True):
                     w[b, y : y + patch_size, x : x + patch_size] = share
     return weights
 

@@ -1,0 +1,398 @@
+"""The adapter for AUTOMATIC1111's WebUI, against the stand-in of tests/standin/a1111."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from loratorio.errors import LoratorioError
+from loratorio.hosts.base import Job
+from loratorio.settings import Settings
+
+STANDIN = Path(__file__).parent.parent / "standin" / "a1111"
+
+
+@pytest.fixture(scope="module")
+def webui() -> Iterator[Any]:
+    """The stand-in's modules, importable as the WebUI's are, for this file only."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(STANDIN))
+    try:
+        import networks
+        import run
+        from modules import processing, script_callbacks, sd_hijack, shared
+
+        yield SimpleNamespace(
+            run=run,
+            shared=shared,
+            networks=networks,
+            processing=processing,
+            callbacks=script_callbacks,
+            hijack=sd_hijack.model_hijack,
+        )
+    finally:
+        sys.path.remove(str(STANDIN))
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("modules", "networks", "run"):
+                del sys.modules[name]
+
+
+@pytest.fixture
+def standin(webui: Any) -> Any:
+    return webui.run.Standin()
+
+
+@pytest.fixture(params=[False, True], ids=["SD 1", "SDXL"])
+def either(webui: Any, request: Any) -> Any:
+    return webui.run.Standin(xl=request.param)
+
+
+def compose(p: Any, **knobs: Any) -> tuple[torch.Tensor, Job]:
+    """The job's samples with LoRAtorio ticked."""
+    from loratorio.hosts.a1111 import HOST
+
+    job = Job(p, Settings(enabled=True, **knobs), tell=p.comment)
+    p.events = [
+        ("process_batch", lambda p: HOST.process_batch(job)),
+        ("process_before_every_sampling", lambda p: HOST.before_sampling(job)),
+    ]
+    from modules import processing
+
+    return processing.process_images(p), job
+
+
+def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-4) -> bool:
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def trace(webui: Any, standin: Any) -> list[Any]:
+    """What composing must leave as it was."""
+    processing = webui.processing.StableDiffusionProcessingTxt2Img
+    models = (standin.model, standin.refiner)
+    return [
+        [net.name for net in webui.networks.loaded_networks],
+        [(net.te_multiplier, net.unet_multiplier) for net in webui.networks.loaded_networks],
+        [list(each) for each in webui.callbacks.callback_map.values()],
+        [
+            len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+            for model in models
+            for layer in model.network_layer_mapping.values()
+        ],
+        sorted(webui.hijack.embedding_db.word_embeddings),
+        [cache[0] for cache in (processing.cached_c, processing.cached_uc)],
+    ]
+
+
+# -- equal to the WebUI's own picture --------------------------------------------------------------------------------
+
+JOBS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch": {"prompts": ("a red circle", "a blue square")},
+    "AND": {"prompts": ("a red circle AND green field :0.6",)},
+    "AND in a batch": {"prompts": ("a AND b :0.6 AND c", "d AND e AND f :2")},
+    "prompt editing": {"prompts": ("a [red:blue:2] circle",)},
+    "long prompt": {"prompts": ("one two three four five six seven",)},
+    "long negative": {"negative": "one two three four five six"},
+    "CFG 1": {"cfg_scale": 1.0},
+    "timestep sampler": {"sampler_name": "DDIM"},
+    "odd size": {"size": (6, 10)},
+    "NGMS": {"s_min_uncond": 8.0},
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "one row a call": {"batch_cond_uncond": False},
+    "padded": {"pad_cond_uncond": True},
+    "skip early CFG": {"skip_early_cond": 0.4},
+    "NGMS on all steps": {"s_min_uncond_all": True},
+}
+
+
+ROWS_DIFFER = ("AND in a batch", "long prompt", "long negative", "NGMS")
+"""The jobs that go other ways through a step when an option is set."""
+
+
+@pytest.mark.parametrize(
+    ("job", "option"),
+    [(job, option) for option in OPTIONS for job in JOBS if not option or job in ROWS_DIFFER],
+)
+def test_one_lora_and_merge_are_the_webuis_own(webui: Any, either: Any, job: str, option: str) -> None:
+    fields = JOBS[job]
+    for name, value in OPTIONS[option].items():
+        setattr(webui.shared.opts, name, value)
+    a, b = either.lora("a", 1), either.lora("b", 2, rank=3)
+    alone, done = compose(either.job(a, **fields), recentre=0.0)
+    assert [each.loras for each in done.passes] == [("a",)]
+    assert close(alone, either.run(either.job(a, **fields)))
+    merged, _ = compose(either.job(a, b, **fields), method="merge")
+    assert close(merged, either.run(either.job(a, b, **fields)))
+    assert not close(merged, alone)
+
+
+def test_kinds_and_strengths(webui: Any, standin: Any) -> None:
+    Tag = webui.run.Tag
+    loras = [standin.lora("a", 1), standin.full("f", 2), standin.ia3("i", 3)]
+    loras[0].dyn_dim = 1
+    for lora in loras:
+        for te, unet in ((1.0, 1.0), (0.5, -0.7), (0.0, 1.2), (1.0, 0.0)):
+            fields = {"prompts": ("a red circle",)}
+            alone, _ = compose(standin.job(Tag(lora, te, unet), **fields), recentre=0.0)
+            assert close(alone, standin.run(standin.job(Tag(lora, te, unet), **fields))), (
+                lora.name,
+                te,
+                unet,
+            )
+
+
+def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:
+    """Where the WebUI itself silently leaves such a LoRA out."""
+    half, single = standin.full("half", 2, torch.float16), standin.full("single", 2)
+    composed, _ = compose(standin.job(half), recentre=0.0)
+    assert not close(composed, standin.run(standin.job()))
+    assert close(composed, standin.run(standin.job(single)), 5e-3)
+
+
+# -- equal to passes made one by one ---------------------------------------------------------------------------------
+
+
+def slowly(webui: Any, standin: Any, loras: list[Any], settings: Settings, steps: int = 4) -> torch.Tensor:
+    """One picture by METHOD.md's formulas, float64, switching the WebUI's LoRAs for every pass."""
+    model = standin.model
+    torch.manual_seed(0)
+    states = []
+    for active in [[], *[[lora] for lora in loras]]:
+        webui.networks.loaded_networks[:] = active
+        states.append((active, model.encode("a red circle"), model.encode("blurry")))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double() * 10
+    sigmas = torch.linspace(10, 0, steps + 1).double()
+    for sigma, then in pairwise(sigmas):
+        noise: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for active, cond, uncond in states:
+            webui.networks.loaded_networks[:] = active
+            for kind, text in ((True, cond), (False, uncond)):
+                crossattn = {"c_crossattn": [text[None]], "c_concat": [torch.zeros(1, 1, 1, 1)]}
+                noise[kind].append(model.apply_model(x.float(), sigma.float().view(1), crossattn).double())
+        weights = torch.zeros(len(loras), 8, 8).double()
+        size = settings.patch_size
+        for top in range(0, 8, size):
+            for left in range(0, 8, size):
+                patch = (0, slice(None), slice(top, top + size), slice(left, left + size))
+                base = noise[True][0][patch].flatten()
+                near = [torch.cosine_similarity(e[patch].flatten(), base, dim=0) for e in noise[True][1:]]
+                shares = torch.softmax(-torch.stack(near) / settings.temperature, dim=0)
+                weights[:, top : top + size, left : left + size] = shares[:, None, None]
+        cond, uncond = (
+            sum(w * e for w, e in zip(weights, noise[kind][1:], strict=True)) for kind in (True, False)
+        )
+        uncond = settings.recentre * noise[False][0] + (1 - settings.recentre) * uncond
+        x = x + (uncond + 5.0 * (cond - uncond)) * (then - sigma)
+    webui.networks.loaded_networks.clear()
+    return x.float()
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["text", "no text"])
+def test_equals_switching_loras_for_every_pass(webui: Any, standin: Any, text: bool) -> None:
+    loras = [standin.lora("a", 1, text=text), standin.lora("b", 2, rank=3, text=text), standin.full("f", 3)]
+    knobs = {"patch_size": 3, "temperature": 0.05, "recentre": 0.3, "adaptive": False, "blend": "patches"}
+    knobs = {name: value for name, value in knobs.items() if name in Settings.__dataclass_fields__}
+    for count in (2, 3):
+        composed, _ = compose(standin.job(*loras[:count]), **knobs)
+        with torch.no_grad():
+            assert close(composed, slowly(webui, standin, loras[:count], Settings(**knobs)), 2e-3)
+
+
+def test_a_bundled_word_belongs_to_its_lora_alone(standin: Any) -> None:
+    a, b = standin.lora("a", 1, text=False), standin.lora("b", 2, text=False)
+    standin.bundle(a, "circle", 3)
+    prompts = ("a red circle by night",)
+    merged, _ = compose(standin.job(a, b, prompts=prompts), method="merge")
+    assert close(merged, standin.run(standin.job(a, b, prompts=prompts)))
+    # b alone does not know the word: three vectors more or less are another text length, hence calls of their own.
+    composed, _ = compose(standin.job(a, b, prompts=prompts))
+    assert not close(composed, merged)
+
+
+# -- passes ----------------------------------------------------------------------------------------------------------
+
+
+def test_hires_fix_composes_its_own_loras(standin: Any) -> None:
+    a, b, c = (standin.lora(name, seed) for seed, name in enumerate("abc"))
+    fields = {"hires": (["a blue square"], [c])}
+    alone, job = compose(standin.job(a, **fields), recentre=0.0)
+    assert close(alone, standin.run(standin.job(a, **fields)))
+    assert [(each.loras, each.hires) for each in job.passes] == [(("a",), False), (("c",), True)]
+    _, job = compose(standin.job(a, b, hires=(["x"], [])))
+    assert [each.hires for each in job.passes] == [False]
+    assert any("names no LoRA" in note for note in job.notes)
+
+
+@pytest.mark.parametrize("name", ["Euler", "DDIM"])
+def test_the_refiner_is_composed_too(standin: Any, name: str) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    fields = {"refiner": standin.refiner, "refiner_switch_at": 0.5, "sampler_name": name}
+    alone, _ = compose(standin.job(a, **fields), recentre=0.0)
+    assert close(alone, standin.run(standin.job(a, **fields)))
+    merged, _ = compose(standin.job(a, b, **fields), method="merge")
+    assert close(merged, standin.run(standin.job(a, b, **fields)))
+    assert standin.run(standin.job(a, b)).shape == merged.shape
+
+
+def test_roles_come_from_the_tags(webui: Any, standin: Any) -> None:
+    Tag = webui.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("lcm", 2)
+    _, job = compose(standin.job(Tag(a), Tag(b)))
+    assert job.passes[0].loras == ("a",)
+    assert any("lcm" in note for note in job.notes)
+    _, job = compose(standin.job(Tag(a), Tag(b, named={"role": "content"})))
+    assert job.passes[0].loras == ("a", "lcm")
+    _, job = compose(standin.job(Tag(b)))
+    assert job.passes == []
+
+
+# -- nothing stays behind --------------------------------------------------------------------------------------------
+
+
+def test_leaves_no_trace(webui: Any, standin: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    standin.bundle(a, "night", 3)
+    plain = [standin.run(standin.job()), standin.run(standin.job(a)), standin.run(standin.job(a, b))]
+    before = trace(webui, standin)
+    for knobs in ({}, {"method": "composite"}, {"start": 0.3, "end": 0.6}, {"weight_maps": True}):
+        compose(standin.job(a, b), **knobs)
+        assert trace(webui, standin) == before
+    for model_failing in (RuntimeError("boom"), LoratorioError("no")):
+
+        def fail(rows: int, problem: Exception = model_failing) -> None:
+            raise problem
+
+        standin.model.fails = fail
+        with pytest.raises(type(model_failing)):
+            compose(standin.job(a, b))
+        standin.model.fails = None
+        assert trace(webui, standin) == before
+    again = [standin.run(standin.job()), standin.run(standin.job(a)), standin.run(standin.job(a, b))]
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(webui: Any, standin: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    standin.run(standin.job(a, b))
+    before = trace(webui, standin)
+
+    def interrupt(rows: int) -> None:
+        webui.shared.state.interrupted = len(standin.model.calls) >= 2
+
+    standin.model.calls, standin.model.fails = [], interrupt
+    samples, _ = compose(standin.job(a, b))
+    standin.model.fails, webui.shared.state.interrupted = None, False
+    assert samples.shape == (1, 4, 8, 8)
+    assert trace(webui, standin) == before
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_rows(standin: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    whole, _ = compose(standin.job(a, b))
+
+    def small(rows: int) -> None:
+        if rows > 2:
+            raise RuntimeError("CUDA out of memory")
+
+    standin.model.fails = small
+    halved, _ = compose(standin.job(a, b))
+    assert close(whole, halved)
+
+    def none(rows: int) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    standin.model.fails = none
+    with pytest.raises(LoratorioError, match="memory"):
+        compose(standin.job(a, b))
+
+
+def test_all_rows_run_in_one_call(webui: Any, standin: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    standin.model.calls = []
+    compose(standin.job(a, b))
+    assert standin.model.calls == [6] * 4
+    webui.shared.opts.batch_cond_uncond = False
+    standin.model.calls = []
+    compose(standin.job(a, b, prompts=("x", "y")))
+    assert set(standin.model.calls) == {2}
+
+
+# -- what cannot be composed says so ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["no LoRA", "edit", "SD 3", "ControlNet", "Regional Prompter", "UNet"])
+def test_obstacles_leave_the_picture_to_the_webui(
+    webui: Any, standin: Any, what: str, monkeypatch: Any
+) -> None:
+    import modules.sd_unet
+
+    loras = [] if what == "no LoRA" else [standin.lora("a", 1), standin.lora("b", 2)]
+    fields: dict[str, Any] = {}
+    if what == "edit":
+        standin.model.cond_stage_key = "edit"
+    elif what == "SD 3":
+        standin.model.is_sd3 = True
+    elif what == "ControlNet":
+        standin.model.model.diffusion_model._original_forward = None
+    elif what == "Regional Prompter":
+        fields["extra_generation_params"] = {"RP Active": True}
+    elif what == "UNet":
+        monkeypatch.setattr(modules.sd_unet, "current_unet", object())
+    composed, job = compose(standin.job(*loras, **fields))
+    assert torch.equal(composed, standin.run(standin.job(*loras)))
+    assert job.passes == []
+    assert len(job.notes) == 1
+    assert "LoRAtorio" in job.notes[0]
+
+
+def test_changed_text_is_left_to_the_webui(webui: Any, standin: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+
+    def louder(params: Any) -> None:
+        params.text_cond = params.text_cond * 2
+
+    webui.callbacks.on_cfg_denoiser(louder)
+    try:
+        composed, job = compose(standin.job(a, b))
+        assert torch.equal(composed, standin.run(standin.job(a, b)))
+        assert "text conditioning" in job.notes[0]
+        # LoRAs without text share what the other extension made of it.
+        c = standin.lora("c", 3, text=False)
+        alone, job = compose(standin.job(c), recentre=0.0)
+        assert job.passes
+        assert close(alone, standin.run(standin.job(c)))
+    finally:
+        webui.callbacks.remove_callbacks_for_function(louder)
+
+
+def test_a_lora_for_another_model_stops_the_job(webui: Any, standin: Any) -> None:
+    a, odd = standin.lora("a", 1), standin.lora("odd", 2)
+    key = "diffusion_model_to_k"
+    odd.modules[key] = webui.networks.NetworkModuleLora(odd, key, torch.randn(2, 99), torch.randn(8, 2))
+    with pytest.raises(LoratorioError, match=r"odd.*to_k"):
+        compose(standin.job(a, odd))
+    bad = standin.lora("bad", 3)
+    bad.modules[key].up_model.weight[0, 0] = float("nan")
+    with pytest.raises(LoratorioError, match="bad holds NaN"):
+        compose(standin.job(a, bad))
+
+
+def test_a_model_called_past_the_callback_stops_the_job(webui: Any, standin: Any, monkeypatch: Any) -> None:
+    import modules.sd_samplers_cfg_denoiser as module
+
+    monkeypatch.setattr(module, "cfg_denoiser_callback", lambda params: None)
+    with pytest.raises(LoratorioError, match="past LoRAtorio"):
+        compose(standin.job(standin.lora("a", 1)))

@@ -1,0 +1,2 @@
+class dynamic_args:
+    nunchaku = False

@@ -1,0 +1,160 @@
+"""A job, its sampler and a guided step."""
+
+import networks
+import torch
+from backend.sampling.sampling_function import sampling_function, sampling_prepare
+from modules import prompt_parser, shared
+
+
+class InterruptedException(BaseException):
+    pass
+
+
+class CFGDenoiser:
+    def __init__(self, sampler):
+        self.sampler, self.p = sampler, sampler.p
+        self.steps = self.total_steps = None
+        self.step = 0
+
+    def __call__(self, x, sigma, cond, uncond, cond_scale):
+        if shared.state.interrupted:
+            raise InterruptedException
+        parts, tensor = prompt_parser.reconstruct_multicond_batch(cond, self.step)
+        uncond = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
+        if self.p.is_hr_pass:
+            cond_scale = self.p.hr_cfg
+        denoised = sampling_function(self, x, sigma, tensor, parts, uncond, cond_scale)
+        self.sampler.last_latent = denoised
+        self.step += 1
+        return denoised
+
+
+class Sampler:
+    def __init__(self, p, second_order=False):
+        self.p, self.second_order = p, second_order
+        self.model_wrap_cfg = CFGDenoiser(self)
+        self.last_latent = None
+
+    def launch_sampling(self, steps, func):
+        self.model_wrap_cfg.steps = steps
+        self.model_wrap_cfg.total_steps = steps * (2 if self.second_order else 1)
+        try:
+            return func()
+        except InterruptedException:
+            return self.last_latent
+
+    def sample(self, p, x, cond, uncond):
+        sampling_prepare(p.sd_model.forge_objects.unet)
+        return self.launch_sampling(p.steps, lambda: self.loop(x * 10, p.steps, cond, uncond))
+
+    def loop(self, x, steps, cond, uncond):
+        sigmas = torch.linspace(10, 0, steps + 1)
+        for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+            args = now.repeat(len(x)), cond, uncond, self.p.cfg_scale
+            if self.second_order:
+                self.model_wrap_cfg(x, *args)
+            x = x + (x - self.model_wrap_cfg(x, *args)) / now * (then - now)
+        return x
+
+
+class StableDiffusionProcessing:
+    cached_uc = [None, None, None]
+    cached_c = [None, None, None]
+    cached_hr_uc = [None, None, None]
+    cached_hr_c = [None, None, None]
+
+    def __init__(self, prompts, negative, **fields):
+        self.prompts, self.negative_prompts = list(prompts), [negative] * len(prompts)
+        self.steps, self.cfg_scale, self.hr_cfg = 4, 5.0, 1.0
+        self.shape, self.seed, self.second_order = (4, 8, 8), 1, False
+        self.extra_network_data, self.hr_extra_network_data = {}, None
+        self.hr_prompts = None
+        self.is_hr_pass, self.iteration = False, 0
+        self.c = self.uc = self.hr_c = self.hr_uc = self.sampler = None
+        self.extra_generation_params, self.comments = {}, {}
+        self.events = []
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    @property
+    def sd_model(self):
+        return shared.sd_model
+
+    def comment(self, text):
+        self.comments[text] = 1
+
+    def get_conds_with_caching(self, function, prompts, steps, caches, extra_network_data, hires_steps=None):
+        key = tuple(prompts), steps, hires_steps, repr(extra_network_data), shared.sd_model.name
+        for cache in caches:
+            if cache[0] == key:
+                return cache[1]
+        caches[0][:2] = key, function(shared.sd_model, prompts, steps, hires_steps)
+        return caches[0][1]
+
+    def _conds(self, prompts, caches, data, cfg):
+        negative = prompt_parser.SdConditioning(self.negative_prompts[: len(prompts)], True)
+        positive = prompt_parser.SdConditioning(prompts)
+        get = self.get_conds_with_caching
+        uc = None
+        if cfg != 1:
+            uc = get(prompt_parser.get_learned_conditioning, negative, self.steps, [caches[1]], data)
+        c = get(prompt_parser.get_multicond_learned_conditioning, positive, self.steps, [caches[0]], data)
+        return c, uc
+
+    def setup_conds(self):
+        caches = self.cached_c, self.cached_uc
+        self.c, self.uc = self._conds(self.prompts, caches, self.extra_network_data, self.cfg_scale)
+
+    def calculate_hr_conds(self):
+        if self.hr_c is None:
+            caches = self.cached_hr_c, self.cached_hr_uc
+            self.hr_c, self.hr_uc = self._conds(
+                self.hr_prompts, caches, self.hr_extra_network_data, self.hr_cfg
+            )
+
+    def reset_to_loras(self):
+        self.sd_model.forge_objects = self.sd_model.forge_objects_after_applying_lora.shallow_copy()
+
+    def sample(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        self.sampler = Sampler(self, self.second_order)
+        self.reset_to_loras()
+        self.fire("process_before_every_sampling")
+        x = torch.randn(len(self.prompts), *self.shape, generator=generator)
+        samples = self.sampler.sample(self, x, self.c, self.uc)
+        if self.hr_prompts is None or shared.state.interrupted:
+            return samples
+        self.is_hr_pass = True
+        self.sampler = Sampler(self, self.second_order)
+        networks.activate(self.hr_extra_network_data)
+        self.calculate_hr_conds()
+        if self.sd_model.flavour == "forge":
+            self.fire("process_before_every_sampling")
+        self.reset_to_loras()
+        self.fire("process_before_every_sampling")
+        x = torch.nn.functional.interpolate(samples, scale_factor=2.0) / 10
+        samples = self.sampler.sample(self, x, self.hr_c, self.hr_uc)
+        self.is_hr_pass = False
+        return samples
+
+    def fire(self, event):
+        for own, script in self.events:
+            if own == event:
+                try:
+                    script(self)
+                except Exception as problem:
+                    print("Error running", event, problem)
+
+
+def process_images(p):
+    """The samples of one batch."""
+    with torch.no_grad():
+        p.fire("process")
+        p.sd_model.forge_objects = p.sd_model.forge_objects_original.shallow_copy()
+        networks.activate(p.extra_network_data)
+        p.reset_to_loras()
+        p.fire("process_batch")
+        p.setup_conds()
+        samples = p.sample()
+        p.fire("postprocess_batch")
+        return samples

@@ -1,0 +1,149 @@
+"""Every way in which the WebUI makes pictures, composed: equal to the WebUI's own picture where theory says so, different
+where it says so, and without a trace afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .client import PLAIN, Pictures, WebUI, psnr
+from .scenarios import HIRES, SCENARIOS, Scenario
+
+ALONE = {"recentre": 0.0}
+"""One LoRA, no re-centring: exactly the picture that the WebUI makes with that LoRA."""
+
+TOGETHER = {"patch_size": 2, "temperature": 0.01, "top_k": 0, "recentre": 0.5}
+
+
+def tagged(text: str, loras: list[str], strengths: tuple[float, ...] = (1.0, 0.8, 0.9)) -> str:
+    return text + "".join(
+        f" <lora:{name}:{strength}>" for name, strength in zip(loras, strengths, strict=False)
+    )
+
+
+class Player:
+    """Plays one scenario with any LoRAs and knobs."""
+
+    def __init__(self, webui: WebUI, scenario: Scenario, extra: dict[str, Any], loras: list[str]) -> None:
+        self.webui, self.scenario, self.loras = webui, scenario, loras
+        self.fields = dict(scenario.fields)
+        options = dict(scenario.options)
+        if scenario.checkpoint:
+            if scenario.checkpoint not in extra:
+                pytest.skip(f"no checkpoint for {scenario.checkpoint!r} in LORATORIO_WEBUI_EXTRA")
+            checkpoint, own = extra[scenario.checkpoint]
+            self.loras = own or loras
+            if scenario.checkpoint == "refiner":
+                self.fields["refiner_checkpoint"] = checkpoint
+            else:
+                options["sd_model_checkpoint"] = checkpoint
+        self.fields["override_settings"] = options
+
+    def __call__(self, count: int, composed: Any = None, **fields: Any) -> Pictures:
+        prompt = tagged(self.scenario.text, self.loras[:count])
+        both = {**self.fields, "prompt": prompt, **fields}
+        if self.scenario.second_pass:
+            both["hr_prompt"] = tagged("a blue field", self.loras[-count:])
+        make = self.webui.txt2img if self.scenario.kind == "txt2img" else self.webui.img2img
+        return make(composed, **both)
+
+
+@pytest.fixture
+def options(webui: WebUI) -> Iterator[dict[str, Any]]:
+    """The WebUI's settings. Whatever of them a job overrides is as before afterwards.
+
+    The WebUI itself restores only settings that are in its configuration file.
+    """
+    before: dict[str, Any] = webui.call("options")
+    yield before
+    now = webui.call("options")
+    changed = {name: value for name, value in before.items() if now.get(name) != value}
+    if changed:
+        webui.call("options", changed)
+
+
+def is_composed(pictures: Pictures) -> bool:
+    return all("LoRAtorio: True" in text and "LoRAtorio note" not in text for text in pictures.infotexts)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.usefixtures("options")
+def test_composes(scenario: Scenario, webui: WebUI, extra: dict[str, Any], loras: list[str]) -> None:
+    play = Player(webui, scenario, extra, loras)
+    own = play(1)
+    alone = play(1, ALONE)
+    assert is_composed(alone)
+    for theirs, ours in zip(own.images, alone.images, strict=True):
+        assert psnr(theirs, ours) >= 50
+
+    merged = play(2)
+    routed = play(2, {"method": "merge"})
+    assert is_composed(routed)
+    for theirs, ours in zip(merged.images, routed.images, strict=True):
+        assert psnr(theirs, ours) >= 45
+
+    composed = play(2, TOGETHER)
+    assert is_composed(composed)
+    assert all(psnr(theirs, ours) < 45 for theirs, ours in zip(merged.images, composed.images, strict=True))
+
+    again = play(2)
+    assert all((a == b).all() for a, b in zip(merged.images, again.images, strict=True))
+
+
+def test_samplers(webui: WebUI, loras: list[str]) -> None:
+    """Every sampler of the WebUI's list: one LoRA composed equals the WebUI's own picture."""
+    worst: dict[str, float] = {}
+    for sampler in webui.call("samplers"):
+        fields = {"prompt": tagged("a red circle", loras[:1]), "sampler_name": sampler["name"]}
+        own, alone = webui.txt2img(**fields), webui.txt2img(ALONE, **fields)
+        assert is_composed(alone), sampler
+        worst[sampler["name"]] = psnr(own.image, alone.image)
+    print({name: round(value, 1) for name, value in worst.items()})
+    assert {name: value for name, value in worst.items() if value < 50} == {}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("fields", [
+    {}, {"sampler_name": "DDIM"}, {"sampler_name": "Heun"}, {"batch_size": 2}, {"cfg_scale": 1.0},
+    {"width": 136, "height": 88}, {"negative_prompt": "word " * 90},
+    {"text": "a (red:1.3) [circle:square:0.5] AND a green field :0.7"},
+], ids=str)  # fmt: skip
+def test_equals_the_slow_reference(
+    webui: WebUI, loras: list[str], has_reference: bool, fields: dict[str, Any], count: int
+) -> None:
+    if not has_reference:
+        pytest.skip("tests/webui/reference_extension is not installed in this WebUI")
+    fields = dict(fields)
+    prompt = tagged(fields.pop("text", "a red circle"), loras[:count])
+    knobs = {**TOGETHER, "patch_size": 3, "top_k": 2 if count == 3 else 0}
+    slow = webui.txt2img(prompt=prompt, scripts={"LoRAtorio slow reference": [knobs]}, **fields)
+    ours = webui.txt2img(knobs, prompt=prompt, **fields)
+    assert is_composed(ours)
+    assert all(psnr(a, b) >= 45 for a, b in zip(slow.images, ours.images, strict=True))
+
+
+def test_second_pass_names_its_own_loras(webui: WebUI, loras: list[str]) -> None:
+    pictures = webui.txt2img(
+        TOGETHER, **HIRES, prompt=tagged("a", loras[:2]), hr_prompt=tagged("a", loras[1:])
+    )
+    assert all(name in pictures.infotext for name in loras)
+
+
+def test_unticked_leaves_no_trace(webui: WebUI, loras: list[str]) -> None:
+    """Pictures from before and after composing are equal byte for byte, with LoRAs and without."""
+    prompts = [PLAIN["prompt"], tagged("a red circle", loras[:1]), tagged("a red circle", loras)]
+    before = [webui.txt2img(prompt=prompt) for prompt in prompts]
+    for knobs in (
+        TOGETHER,
+        {**TOGETHER, "weight_maps": True},
+        {"method": "composite"},
+        {"start": 0.3, "end": 0.6},
+    ):
+        webui.txt2img(knobs, prompt=prompts[-1])
+    after = [webui.txt2img(prompt=prompt) for prompt in prompts]
+    for one, other in zip(before, after, strict=True):
+        assert (one.image == other.image).all()
+        assert "LoRAtorio" not in re.sub(r"Lora hashes: \"[^\"]*\"", "", other.infotext)
