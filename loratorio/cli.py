@@ -1,4 +1,4 @@
-"""The command line: ``loratorio demo``, ``loratorio generate``, ``loratorio compare``."""
+"""The command line: ``loratorio demo``, ``loratorio generate``, ``loratorio compare``, ``loratorio bench``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .bench.cli import add_parser as add_bench_parser
 from .errors import LoratorioError
 from .settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_picture_options(compare)
     _add_knobs(compare)
     compare.set_defaults(command=_compare)
+    add_bench_parser(commands)
     return parser
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import LoratorioError
 from . import measures
 from .plan import Cell
 from .store import Result, Shot
@@ -69,14 +70,20 @@ class ToyboxStudio:
     def __init__(self) -> None:
         import torch
 
+        from .. import toybox
         from ..hosts.standalone.checkpoint import load_checkpoint
-        from ..toybox import paths, world
+        from ..toybox import classifier, shapes, world
 
-        self._world = world
-        self._loras = paths.LORAS
-        self._checkpoint = load_checkpoint(paths.CHECKPOINT)
-        self._classifier: Any = importlib.import_module("loratorio.toybox.classifier")
+        missing = [
+            file for file in (toybox.CHECKPOINT, toybox.LORA_DIR, classifier.FILE) if not file.exists()
+        ]
+        if missing:
+            raise LoratorioError(f"The toybox is not whole: {missing[0]} is missing. Install loratorio anew.")
         torch.set_grad_enabled(False)
+        self._world, self._classify = world, classifier
+        self._loras, self._size = toybox.LORA_DIR, shapes.PIXELS
+        self._checkpoint = load_checkpoint(toybox.CHECKPOINT)
+        self._classifier = classifier.load_classifier()
 
     def prompt(self, cell: Cell) -> str:
         """The caption of a scene with these elements, and the tags."""
@@ -109,8 +116,8 @@ class ToyboxStudio:
             settings=settings,
             seed=cell.seed,
             batch=cell.count,
-            width=128,
-            height=128,
+            width=self._size,
+            height=self._size,
             **sampling,
         )
         rows = _RowCount(self._checkpoint.unet)
@@ -119,9 +126,11 @@ class ToyboxStudio:
         return [np.asarray(image) for image in outcome.images], rows.count
 
     def judge(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
-        found = self._classifier.classify(pictures)
-        features = self._classifier.features(pictures)
-        return [(tuple(sorted(each)), feature) for each, feature in zip(found, features, strict=True)]
+        array = np.stack(list(pictures))
+        found = self._classify.classify(array, self._classifier)
+        features = self._classify.features(array, self._classifier)
+        names = [tuple(sorted(name for name, there in each.items() if there)) for each in found]
+        return list(zip(names, features, strict=True))
 
 
 class _RowCount:

@@ -305,7 +305,7 @@ def test_styles_alone_share_by_their_means() -> None:
 def test_a_pool_runs_only_its_winners_between_scorings() -> None:
     model = FakeModel()
     cast = Cast.of(12, pooled=range(1, 12))
-    knobs = Settings(pool_size=3, pool_interval=5)
+    knobs = Settings(pool_size=3, pool_interval=5, temperature=10)
     engine = Engine(knobs, bank(12), cast)
     per_step = []
     for index in range(10):
@@ -320,11 +320,11 @@ def test_a_pool_runs_only_its_winners_between_scorings() -> None:
         if index in (0, 1, 5):
             assert len(asked) == 13 + 1 + 4
         else:
-            assert len(asked) == 2 * (1 + 4)
+            assert len(asked) == 2 + 4  # the unconditional rows' drift is known since the scoring
 
 
 def test_a_pool_that_scores_and_keeps_everything_is_plain_loratorio() -> None:
-    knobs = Settings(pool_size=100, pool_interval=1)
+    knobs = Settings(pool_size=100, pool_interval=1, temperature=10)
     model = FakeModel()
     plain = run(Engine(knobs, bank(4)), model, 3)
     pooled = run(Engine(knobs, bank(4), Cast.of(4, pooled=range(4))), model, 3)
@@ -332,6 +332,37 @@ def test_a_pool_that_scores_and_keeps_everything_is_plain_loratorio() -> None:
     assert pooled.uncond is not None
     assert plain.uncond is not None
     torch.testing.assert_close(pooled.uncond, plain.uncond)
+
+
+def test_a_pool_keeps_the_drift_that_it_measured_at_a_scoring() -> None:
+    """The model's unconditional rows differ from the base's by a constant per LoRA: then nothing is lost."""
+
+    class Drifting(FakeModel):
+        def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+            own = super().opinion(mix if cond else (), cond, slot)
+            return own if cond else own + sum(i * part for i, part in enumerate(mix))
+
+    knobs = Settings(pool_size=3, pool_interval=5, temperature=10, recentre=0.25)
+    cast = Cast.of(4, pooled=range(1, 4))
+    model = Drifting()
+    pooled, plain = Engine(knobs, bank(4), cast), Engine(knobs, bank(4))
+    for index in range(8):
+        own, wanted = run(pooled, model, index), run(plain, model, index)
+        assert own.uncond is not None
+        assert wanted.uncond is not None
+        torch.testing.assert_close(own.uncond, wanted.uncond, rtol=1e-4, atol=1e-5)
+
+
+def test_candidates_with_hardly_any_share_are_not_run() -> None:
+    class OneKnows(FakeModel):
+        def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+            return super().opinion((), cond, slot) * (-1 if mix[2] else 1)
+
+    engine = Engine(Settings(pool_size=3), bank(5), Cast.of(5, pooled=range(5)))
+    model = OneKnows()
+    for index in range(3):
+        run(engine, model, index)
+    assert {row.mix for row in model.asked[-1]} == {(0.0,) * 5, (0.0, 0.0, 1.0, 0.0, 0.0)}
 
 
 def test_steps_that_are_not_composed_leave_the_pool_out() -> None:
