@@ -1,0 +1,1 @@
+"""Trains everything that ships in the toybox: `python -m loratorio.toybox.train --help`."""

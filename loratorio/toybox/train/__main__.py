@@ -1,0 +1,132 @@
+"""`python -m loratorio.toybox.train PART`: train a part of the toybox, or all of it, and write the files that ship.
+
+A killed run goes on where it was when the same command is given again; `--work` holds the state. Order: vae (coarse, then fine),
+classifier, base, loras, export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from loratorio import toybox
+from loratorio.toybox.train.base import load_vae, new_base, train_base
+from loratorio.toybox.train.classifier import train_classifier
+from loratorio.toybox.train.common import Run
+from loratorio.toybox.train.export import export_checkpoint
+from loratorio.toybox.train.loras import train_lora
+from loratorio.toybox.train.vae import train_vae
+from loratorio.toybox.world import BY_NAME, ELEMENTS
+
+# minutes, batch, learning rate: what the shipped files were trained with on one busy CPU core.
+PLAN = {
+    "vae_coarse": (14.0, 8, 4e-3),
+    "vae_fine": (30.0, 8, 3e-3),
+    "classifier": (4.0, 32, 2e-3),
+    "base": (35.0, 32, 2e-3),
+    "loras": (1.5, 32, 2e-3),
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m loratorio.toybox.train", description=__doc__)
+    parser.add_argument("part", choices=[*PLAN, "vae", "export", "all"])
+    parser.add_argument("--work", type=Path, default=Path(".toybox"), help="folder of the training state")
+    parser.add_argument("--out", type=Path, default=toybox.FOLDER, help="folder of the trained files")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="time for the part (each LoRA, for loras)")
+    parser.add_argument("--steps", type=float, default=math.inf)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--rate", type=float, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=list(BY_NAME), help="for loras: these elements")
+    return parser.parse_args(arguments)
+
+
+def new_run(options: argparse.Namespace, part: str, seed: int = 0) -> tuple[Run, float]:
+    """The run of a part and its learning rate: the plan's values, or those asked for."""
+    minutes, batch, rate = PLAN[part]
+    if options.minutes is not None:
+        minutes = options.minutes
+    elif options.steps < math.inf:
+        minutes = math.inf
+    run = Run(
+        part,
+        options.work,
+        options.out / "model" / "train.log",
+        options.device,
+        minutes,
+        options.steps,
+        options.seed + seed,
+        options.batch or batch,
+    )
+    return run, options.rate or rate
+
+
+def best_vae(options: argparse.Namespace) -> str:
+    """The finest state there is. Its encoder is the coarse one's."""
+    return "vae_fine" if (options.work / "vae_fine.pt").exists() else "vae_coarse"
+
+
+def do_vae(options: argparse.Namespace, part: str) -> None:
+    run, rate = new_run(options, part)
+    train_vae(run, rate, fine=part == "vae_fine")
+
+
+def do_classifier(options: argparse.Namespace) -> None:
+    run, rate = new_run(options, "classifier")
+    vae = load_vae(options.work, best_vae(options), options.device)
+    train_classifier(run, rate, vae, options.out / "model" / "classifier.safetensors")
+
+
+def do_base(options: argparse.Namespace) -> None:
+    run, rate = new_run(options, "base")
+    train_base(run, rate, options.out / "model" / "toybox_text")
+
+
+def do_loras(options: argparse.Namespace) -> None:
+    vae = load_vae(options.work, "vae_coarse", options.device)
+    unet, text, tokenizer = new_base(options.out / "model" / "toybox_text", options.device)
+    state = torch.load(options.work / "base.pt", map_location=options.device, weights_only=True)
+    torch.nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(state["average"])
+    for i, element in enumerate(ELEMENTS):
+        if options.only and element.name not in options.only:
+            continue
+        run, rate = new_run(options, "loras", seed=100 + i)
+        train_lora(
+            run,
+            rate,
+            element,
+            (vae, state["scale"], deepcopy(unet), deepcopy(text), tokenizer),
+            options.out / "lora",
+        )
+
+
+def do_export(options: argparse.Namespace) -> None:
+    export_checkpoint(options.work, best_vae(options), options.out / "model")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    parts: dict[str, Callable[[], None]] = {
+        "vae_coarse": lambda: do_vae(options, "vae_coarse"),
+        "vae_fine": lambda: do_vae(options, "vae_fine"),
+        "classifier": lambda: do_classifier(options),
+        "base": lambda: do_base(options),
+        "loras": lambda: do_loras(options),
+        "export": lambda: do_export(options),
+    }
+    chosen = {"all": list(parts), "vae": ["vae_coarse", "vae_fine"]}.get(options.part, [options.part])
+    for part in chosen:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    main()
