@@ -8,19 +8,16 @@ rows back. The sampler's `launch_sampling` encloses the sampling loop: one `fina
 
 from __future__ import annotations
 
-from typing import Any
-
-from ...errors import LoratorioError
-from ..base import Job
-from .flavours import flavour
+from ..base import Job, refuse
+from .flavours import Flavour, flavour
 from .sampling import ComposedSampling
 
 
 class Forge:
     """The WebUI as `scripts/loratorio_script.py` sees it (see `loratorio.hosts.base.WebUIHost`)."""
 
-    def __init__(self) -> None:
-        self._flavour = flavour()
+    def __init__(self, member: Flavour | None = None) -> None:
+        self._flavour = member or flavour()
         self.name = self._flavour.name
 
     def process_batch(self, job: Job) -> None:
@@ -30,19 +27,7 @@ class Forge:
         try:
             ComposedSampling(job, self._flavour).install()
         except Exception as problem:
-            _stop(job.p.sampler, problem)
-
-
-def _stop(sampler: Any, problem: Exception) -> None:
-    """Let the sampler raise `problem` as soon as it would sample: an exception raised here would only be printed."""
-    if isinstance(problem, LoratorioError):
-        problem.status_code = 422  # type: ignore[attr-defined]
-        problem.detail = str(problem)  # type: ignore[attr-defined]
-
-    def launch_sampling(*args: Any, **kwargs: Any) -> None:
-        raise problem
-
-    sampler.launch_sampling = launch_sampling
+            refuse(job.p, problem)
 
 
 HOST = Forge()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...compose.methods import Mix
@@ -70,7 +71,7 @@ class TextConditioning:
         original = self._p.sd_model.forge_objects_original
         clip = original.clip
         for lora, coefficient in speaking:
-            file = lora.file._replace(text=lora.file.text * coefficient)
+            file = replace(lora.file, text=lora.file.text * coefficient)
             _, clip = self._flavour.load(original.unet, clip, file)
         return clip
 

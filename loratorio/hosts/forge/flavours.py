@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,22 @@ Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
 Patch = Sequence[Any]  # [strength, value, strength of the model, offset, function, …]
 
 
-class LoraFile(NamedTuple):
-    """A LoRA as the prompt asks for it: strengths in the UNet and in the text encoder."""
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as the prompt asks for it.
+
+    Attributes:
+        unet, text: its strengths.
+        options: the named arguments of its tag; the host passes over those that it does not know.
+        metadata: of its file.
+    """
 
     name: str
     path: str
     unet: float
     text: float
+    options: Mapping[str, str] = field(default_factory=dict, compare=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 class Sampling(NamedTuple):
@@ -45,16 +55,20 @@ class Flavour:
 
     name = "Forge"
 
-    def applied(self, sd_model: Any) -> list[LoraFile]:
+    def applied(self, p: Any) -> list[LoraFile]:
         """The LoRAs that the host has put onto the model, in the prompt's order."""
         import networks
 
-        names = {each.network_on_disk.filename: each.mentioned_name for each in networks.loaded_networks}
-        targets = ast.literal_eval(sd_model.current_lora_hash)
-        return [
-            LoraFile(names.get(path) or Path(path).stem, path, float(unet), float(text))
-            for path, unet, text, *_ in targets
-        ]
+        known = {each.network_on_disk.filename: each for each in networks.loaded_networks}
+        options = _tag_options(p)
+        files = []
+        for path, unet, text, *_ in ast.literal_eval(p.sd_model.current_lora_hash):
+            network = known.get(path)
+            name = network.mentioned_name if network else Path(path).stem
+            metadata = network.network_on_disk.metadata if network else {}
+            named = options.get(name) or [{}]
+            files.append(LoraFile(name, path, float(unet), float(text), named.pop(0), metadata or {}))
+        return files
 
     def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
         """Clones of `unet` and `clip` with this LoRA's patches; what it does not touch is returned as it is."""
@@ -189,6 +203,15 @@ class Neo(Flavour):
         if dynamic_args.nunchaku:
             return "LoRAtorio cannot compose the LoRAs of a Nunchaku (SVDQ) model, whose own code applies them: they are merged."
         return None
+
+
+def _tag_options(p: Any) -> dict[str, list[Mapping[str, str]]]:
+    """By LoRA name, the named arguments of its tags in the prompt, one mapping per tag."""
+    data = p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data
+    options: dict[str, list[Mapping[str, str]]] = {}
+    for tag in (data or {}).get("lora", ()):
+        options.setdefault(tag.positional[0], []).append(tag.named)
+    return options
 
 
 def _plain_low_rank(weights: Sequence[Any]) -> LowRank | None:

@@ -77,8 +77,9 @@ class StepRows:
         self._blocks: dict[Branch, list[Any]] = {}
 
     @property
-    def has_uncond(self) -> bool:
-        return bool(self._active[False])
+    def count(self) -> int:
+        """Number of rows that the host itself would run."""
+        return len(self.x) * sum(map(len, self._active.values()))
 
     def _now(self, entries: list[Any]) -> list[int]:
         """Numbers of the conditions that hold at this σ."""
@@ -94,7 +95,7 @@ class StepRows:
             )
         return block
 
-    def step(self, index: int, total: int) -> Step:
+    def step(self, index: int, total: int, guidance: float) -> Step:
         images, parts = len(self.x), len(self._active[True])
         return Step(
             index=index,
@@ -102,11 +103,8 @@ class StepRows:
             latents=torch.cat([self.x] * parts),
             uncond_count=images * len(self._active[False]),
             owners=tuple(range(images)) * parts,
+            guidance=guidance,
         )
-
-    def count(self, branches: Sequence[Branch]) -> int:
-        """Number of model rows of these branches."""
-        return sum(len(self.x) * len(self._active[branch.cond]) for branch in branches)
 
     # -- the host's side ------------------------------------------------------------------------------------------
 

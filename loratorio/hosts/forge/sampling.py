@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ...adapters.bank import Bank
-from ...compose.methods import Cast, Composition, Mix
+from ...compose.methods import Composition, Mix
 from ...engine import Engine, Row
 from ...errors import LoratorioError
-from ..base import ComposedPass, Job
+from ...roles import Player, cast_of, parts_of, recognised_note
+from ..base import ComposedPass, Job, answerable
 from .conditioning import TextConditioning
 from .flavours import Flavour, Patcher
 from .loras import Lora, layers_of, read, size_in_bytes
@@ -54,16 +55,24 @@ class ComposedSampling:
         Where the LoRAs cannot be composed, nothing is changed and the job is told why.
         """
         sd_model = self._p.sd_model
-        files = self._flavour.applied(sd_model)
+        files = self._flavour.applied(self._p)
         why_not = self._flavour.obstacle(sd_model)
         if not files:
-            why_not = "The prompt has no LoRA, so there is nothing to compose."
+            why_not = NO_LORA
         if why_not:
             self._job.note(why_not)
             return
+        players = [Player(file.name, file.options, file.metadata) for file in files]
+        cast = cast_of(players)
+        remark = recognised_note(parts_of(players))
+        if remark:
+            self._job.note(remark)
+        if not cast.solos:
+            self._job.note(ALL_ALWAYS)
+            return
         self._loras = [self._read(file) for file in files]
         bank = Bank([lora.adapter for lora in self._loras])
-        self._engine = Engine(self._job.settings, bank, Cast.of(len(self._loras)))
+        self._engine = Engine(self._job.settings, bank, cast)
         self._texts = TextConditioning(self._p, self._loras, self._mixes(), self._flavour)
         self._enclose(self._replace_unet())
 
@@ -77,10 +86,9 @@ class ComposedSampling:
         return lora
 
     def _mixes(self) -> list[Mix]:
-        """Every mix that some step of the pass asks the model for."""
-        fine = 1000
-        branches = [branch for index in range(fine) for branch in self._engine.branches(index, fine, True)]
-        return list(dict.fromkeys(branch.mix for branch in branches))
+        """Every mix that a method may ask the model for."""
+        cast = self._engine.cast
+        return [cast.base, *cast.solos, cast.merged, cast.chosen]
 
     def _replace_unet(self) -> Patcher:
         """Give the model a clone of its UNet patcher without LoRAs. Returns the clone's predecessor."""
@@ -101,13 +109,14 @@ class ComposedSampling:
 
     def _enclose(self, unet_before: Patcher) -> None:
         sampler = self._p.sampler
-        # Set on the instance, under which the class's own stays: when called twice, this one is replaced.
-        launch = type(sampler).launch_sampling.__get__(sampler)
+        # When called twice for one pass, the second enclosure replaces the first.
+        launch = getattr(sampler.launch_sampling, "enclosed", sampler.launch_sampling)
 
         def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
             result: Result = launch(steps, lambda: self._run(func, unet_before))
             return result
 
+        launch_composed.enclosed = launch  # type: ignore[attr-defined]
         sampler.launch_sampling = launch_composed
 
     def _run(self, func: Callable[[], Result], unet_before: Patcher) -> Result:
@@ -117,6 +126,8 @@ class ComposedSampling:
         try:
             with self._engine.bank.attached(layers_of(adapters, self._unet)):
                 result = func()
+        except LoratorioError as problem:
+            raise answerable(problem) from problem.__cause__
         finally:
             self._hook.see = self._rows = None
             objects = self._p.sd_model.forge_objects
@@ -124,7 +135,7 @@ class ComposedSampling:
                 objects.unet = unet_before
         if self._evaluations != denoiser.step - first:
             if not self._refined():
-                raise LoratorioError(_BYPASSED)
+                raise answerable(LoratorioError(_BYPASSED))
             self._job.note("The refiner's steps were not composed: it has the LoRAs merged.")
         self._job.passes.append(self._account())
         return result
@@ -153,10 +164,15 @@ class ComposedSampling:
         self._evaluations += 1
         # Seen from here a second-order sampler evaluates twice a step.
         per_step = max(1, (denoiser.total_steps or 1) // (denoiser.steps or 1))
-        self._step = rows.step(denoiser.step // per_step, max(denoiser.steps or 1, 1))
+        self._step = rows.step(denoiser.step // per_step, max(denoiser.steps or 1, 1), self._guidance())
         inner = options.get("model_function_wrapper")
         answer = partial(self._answer, model, inner)
         return model, *rows.marked(), x, sigma, {**options, "model_function_wrapper": answer}
+
+    def _guidance(self) -> float:
+        """The CFG scale of this pass."""
+        own = getattr(self._p, "hr_cfg", None) if getattr(self._p, "is_hr_pass", False) else None
+        return float(self._p.cfg_scale if own is None else own)
 
     def _answer(self, model: Any, inner: Any, apply_model: Any, args: dict[str, Any]) -> Tensor:
         """The composed rows of the blocks that the host asks for; all of the step's at its first call."""
@@ -206,7 +222,7 @@ class ComposedSampling:
     def _limit_rows(self, model: Any, rows: StepRows) -> None:
         """As many rows a call as fit into what the host says is free, and no more than memory has allowed before."""
         images = len(rows.x)
-        wanted = rows.count(self._engine.branches(self._step.index, self._step.total, rows.has_uncond))
+        wanted = (len(self._engine.cast.solos) + 1) * rows.count
         free = self._flavour.free_memory(rows.x.device)
         fitting = wanted
         while fitting > 1 and model.memory_required([fitting, *rows.x.shape[1:]]) >= free:
@@ -217,14 +233,19 @@ class ComposedSampling:
         self._engine.row_limit = min(limit, fitting) if limit else (fitting if fitting < wanted else 0)
 
     def _account(self) -> ComposedPass:
+        composed = [self._loras[number].file for number in self._engine.cast.number_of_solo]
         return ComposedPass(
-            loras=tuple(lora.file.name for lora in self._loras),
-            strengths=tuple(lora.file.unet for lora in self._loras),
+            loras=tuple(file.name for file in composed),
+            strengths=tuple(file.unet for file in composed),
             batch=self._p.iteration,
             hires=bool(getattr(self._p, "is_hr_pass", False)),
             history=self._engine.history,
         )
 
+
+NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
+
+ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
 
 _BYPASSED = (
     "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "

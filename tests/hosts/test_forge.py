@@ -1,0 +1,448 @@
+"""The adapter for the Forge family, against the stand-in of tests/standin/forge."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from loratorio.compose.weights import spatial_weights
+from loratorio.errors import LoratorioError
+from loratorio.hosts.base import Job
+from loratorio.settings import Settings
+
+STANDIN = Path(__file__).parent.parent / "standin" / "forge"
+PACKAGES = ("modules", "networks", "backend", "modules_forge", "run")
+
+
+@pytest.fixture(scope="module")
+def webui() -> Iterator[Any]:
+    """The stand-in's modules, importable as the WebUI's are, for this file only."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in PACKAGES}
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, str(STANDIN))
+    try:
+        import networks
+        import run  # type: ignore[import-not-found, unused-ignore]
+        from backend import memory_management
+        from modules import processing, prompt_parser, shared
+
+        yield SimpleNamespace(
+            run=run,
+            shared=shared,
+            networks=networks,
+            memory=memory_management,
+            parser=prompt_parser,
+            processing=processing,
+        )
+    finally:
+        sys.path.remove(str(STANDIN))
+        for name in list(sys.modules):
+            if name.split(".")[0] in PACKAGES:
+                del sys.modules[name]
+        sys.modules.update(before)
+
+
+@pytest.fixture(params=["neo", "forge"])
+def standin(webui: Any, request: Any) -> Any:
+    made = webui.run.Standin(request.param)
+    made.lora("a", 1)
+    made.lora("b", 2, text=False)
+    made.lora("c", 3, full=True)
+    return made
+
+
+def host(standin: Any) -> Any:
+    from loratorio.hosts.forge import Forge
+    from loratorio.hosts.forge.flavours import Flavour, Neo
+
+    return Forge(Neo() if standin.model.flavour == "neo" else Flavour())
+
+
+def compose(
+    standin: Any,
+    p: Any,
+    before: Callable[[Any], None] | None = None,
+    after: Callable[[Any], None] | None = None,
+    **knobs: Any,
+) -> tuple[torch.Tensor, Job]:
+    """The job's samples with LoRAtorio ticked; `before` and `after` are other extensions' events before sampling."""
+    job = Job(p, Settings(enabled=True, **knobs), tell=p.comment)
+    ours = host(standin)
+    event = "process_before_every_sampling"
+    p.events = [("process_batch", lambda p: ours.process_batch(job))]
+    p.events += [(event, before)] if before else []
+    p.events += [(event, lambda p: ours.before_sampling(job))]
+    p.events += [(event, after)] if after else []
+    return standin.run(p), job
+
+
+def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-4) -> bool:
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def trace(standin: Any) -> list[Any]:
+    """What composing must leave as it was, once the host has loaded its own weights again."""
+    objects = standin.model.forge_objects_original
+    objects.unet.load()
+    objects.clip.patcher.load()
+    models = objects.unet.model, objects.clip.patcher.model
+    return [
+        *(value.clone() for model in models for value in model.state_dict().values()),
+        torch.tensor([len(layer._forward_hooks) for model in models for layer in model.modules()]),
+        torch.tensor(len(objects.unet.model_options)),
+    ]
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def slow_reference(standin: Any, p: Any, names: list[str], recentre: float, **knobs: Any) -> torch.Tensor:
+    """Every prediction by the host's own merging of one LoRA, composed by METHOD.md's formulas. No AND."""
+    import networks
+    from backend.sampling import sampling_function
+    from backend.sampling.condition import compile_conditions
+    from modules import prompt_parser
+
+    original = standin.model.forge_objects_original
+    states = [(original.unet, original.clip)]
+    for name in names:
+        file = dict(networks.files[f"/loras/{name}"])
+        states.append(networks.load_lora_for_models(original.unet, original.clip, file, 1.0, 1.0, name))
+    generator = torch.Generator().manual_seed(p.seed)
+    x = torch.randn(len(p.prompts), *p.shape, generator=generator) * 10
+    sigmas = torch.linspace(10, 0, p.steps + 1)
+    for step, (now, then) in enumerate(itertools.pairwise(sigmas.tolist())):
+        rows = []
+        for unet, clip in states:
+            standin.model.forge_objects.clip = clip
+            texts = []
+            for prompts in (p.prompts, p.negative_prompts):
+                schedules = prompt_parser.get_learned_conditioning(standin.model, prompts, p.steps)
+                texts.append(compile_conditions(prompt_parser.reconstruct_cond_batch(schedules, step)))
+            unet.load()
+            sigma = torch.full((len(x),), now)
+            rows.append(
+                sampling_function.calc_cond_uncond_batch(unet.model, *texts, x, sigma, unet.model_options)
+            )
+        conds, unconds = (torch.stack(part) for part in zip(*rows, strict=True))
+        weights = spatial_weights(x - conds[0], x - conds[1:], **knobs)[:, :, None]
+        cond = (weights * conds[1:]).sum(dim=0)
+        uncond = recentre * unconds[0] + (1 - recentre) * (weights * unconds[1:]).sum(dim=0)
+        denoised = uncond + p.cfg_scale * (cond - uncond)
+        x = x + (x - denoised) / now * (then - now)
+    return x
+
+
+KNOBS: dict[str, Any] = {"method": "loratorio", "patch_size": 2, "temperature": 0.05, "adaptive": False}
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_one_lora_without_recentring_is_the_hosts_own_picture(standin: Any, name: str) -> None:
+    own = standin.run(standin.job(name))
+    composed, job = compose(standin, standin.job(name), recentre=0, **KNOBS)
+    assert close(composed, own)
+    assert not close(composed, standin.run(standin.job()))
+    assert [each.loras for each in job.passes] == [(name,)]
+
+
+@pytest.mark.parametrize("prompts", [("a red circle",), ("one", "quite another prompt of several chunks")])
+def test_several_loras_are_what_merging_one_at_a_time_composes(
+    standin: Any, prompts: tuple[str, ...]
+) -> None:
+    names = ["a", "b", "c"]
+    composed, _ = compose(standin, standin.job(*names, prompts=prompts[:1]), recentre=0.5, **KNOBS)
+    with torch.no_grad():
+        reference = slow_reference(
+            standin, standin.job(*names, prompts=prompts[:1]), names, 0.5, patch_size=2, temperature=0.05
+        )
+    assert close(composed, reference, 1e-3)
+
+
+def test_nothing_is_left_behind(standin: Any) -> None:
+    before = trace(standin)
+    plain, merged = standin.run(standin.job()), standin.run(standin.job("a", "b"))
+    composed, _ = compose(standin, standin.job("a", "b", "c"), **KNOBS)
+    again, _ = compose(standin, standin.job("a", "b", "c"), **KNOBS)
+    assert torch.equal(composed, again)
+    assert torch.equal(standin.run(standin.job("a", "b")), merged)
+    assert torch.equal(standin.run(standin.job()), plain)
+    assert same(trace(standin), before)
+
+
+@pytest.mark.parametrize("failing", ["model", "memory", "interrupt"])
+def test_nothing_is_left_behind_when_sampling_ends_early(webui: Any, standin: Any, failing: str) -> None:
+    before = trace(standin)
+    plain, merged = standin.run(standin.job()), standin.run(standin.job("a"))
+    model = standin.model.model
+
+    def fail(rows: int) -> None:
+        if failing == "model":
+            raise ValueError("broken")
+        if failing == "memory":
+            raise RuntimeError("CUDA out of memory")
+        webui.shared.state.interrupted = True
+
+    model.fails = fail
+    if failing == "interrupt":
+        compose(standin, standin.job("a", "b"), **KNOBS)
+        webui.shared.state.interrupted = False
+    else:
+        with pytest.raises(ValueError if failing == "model" else LoratorioError):
+            compose(standin, standin.job("a", "b"), **KNOBS)
+    model.fails = None
+    assert torch.equal(standin.run(standin.job()), plain)
+    assert torch.equal(standin.run(standin.job("a")), merged)
+    assert same(trace(standin), before)
+
+
+def test_text_caches_stay_true(standin: Any) -> None:
+    own = standin.run(standin.job("a"))
+    compose(standin, standin.job("a"), **KNOBS)
+    assert torch.equal(standin.run(standin.job("a")), own)
+
+
+def test_memory_running_out_makes_the_calls_smaller_and_not_the_picture_another(standin: Any) -> None:
+    names = ["a", "b", "c"]
+    expected, _ = compose(standin, standin.job(*names), **KNOBS)
+
+    def fail(rows: int) -> None:
+        if rows > 3:
+            raise RuntimeError("out of memory")
+
+    standin.model.model.fails = fail
+    composed, _ = compose(standin, standin.job(*names), **KNOBS)
+    assert close(composed, expected)
+
+
+@pytest.mark.parametrize("free", [1.5, 2.5, 4.5, 7.5])
+def test_rows_a_call_follow_the_hosts_estimate(webui: Any, standin: Any, free: float) -> None:
+    """Also splits the host's own step in two calls, the unconditional one first."""
+    names, prompts = ["a", "b", "c"], ("one", "two")
+    expected, _ = compose(standin, standin.job(*names, prompts=prompts), **KNOBS)
+    standin.model.model.calls.clear()
+    webui.memory.free = free
+    composed, _ = compose(standin, standin.job(*names, prompts=prompts), **KNOBS)
+    assert close(composed, expected)
+    assert max(standin.model.model.calls) < max(free, 2)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ("a red circle AND a blue square :0.4",),
+        ("one AND two", "three AND four :0.5"),
+        ("short AND a prompt that is longer than one chunk is AND x",),
+        ("a [red:blue:2] circle",),
+        (
+            "a prompt that is so much longer than one chunk that the host cannot batch it with the short negative one",
+        ),
+    ],
+)
+def test_one_lora_is_the_hosts_own_picture_for_any_prompt(standin: Any, prompts: tuple[str, ...]) -> None:
+    own = standin.run(standin.job("a", prompts=prompts))
+    composed, _ = compose(standin, standin.job("a", prompts=prompts), recentre=0, **KNOBS)
+    assert close(composed, own)
+
+
+def test_batches_compose_each_picture_alone(standin: Any) -> None:
+    names, prompts = ["a", "b"], ("one", "quite another")
+    both, _ = compose(standin, standin.job(*names, prompts=prompts, shape=(4, 8, 8)), **KNOBS)
+    first, _ = compose(standin, standin.job(*names, prompts=prompts[:1]), **KNOBS)
+    assert close(both[:1], first)
+
+
+def test_cfg_1_has_no_unconditional_rows(standin: Any) -> None:
+    own = standin.run(standin.job("a", cfg_scale=1))
+    standin.model.model.calls.clear()
+    composed, _ = compose(standin, standin.job("a", cfg_scale=1), recentre=0.5, **KNOBS)
+    assert close(composed, own)
+    assert set(standin.model.model.calls) == {1}
+
+
+def test_video_latents(standin: Any) -> None:
+    own = standin.run(standin.job("c", shape=(4, 3, 8, 8)))
+    composed, job = compose(
+        standin, standin.job("c", shape=(4, 3, 8, 8)), recentre=0, weight_maps=True, **KNOBS
+    )
+    assert composed.shape == (1, 4, 3, 8, 8)
+    assert job.passes[0].history.weights[0].shape == (1, 3, 8, 8)
+    assert close(composed, own)
+
+
+def test_hires_fix_composes_both_passes(standin: Any) -> None:
+    def job() -> Any:
+        return standin.job("a", hires=(["another prompt"], ["b"]), hr_cfg=3.0)
+
+    own = standin.run(job())
+    composed, done = compose(standin, job(), recentre=0, **KNOBS)
+    assert close(composed, own)
+    assert [(each.loras, each.hires) for each in done.passes] == [(("a",), False), (("b",), True)]
+
+
+def test_second_order_samplers(standin: Any) -> None:
+    own = standin.run(standin.job("a", second_order=True))
+    composed, job = compose(
+        standin, standin.job("a", second_order=True), recentre=0, weight_maps=True, **KNOBS
+    )
+    assert close(composed, own)
+    assert job.passes[0].history.steps == [0, 1, 2, 3]
+
+
+def test_always_loras_act_on_every_row(webui: Any, standin: Any) -> None:
+    """With one LoRA to compose and λ = 0, both are in every row that counts: what the host merges."""
+    own = standin.run(standin.job("a", "c"))
+    tags = webui.run.tag("a"), webui.run.tag("c", role="always")
+    composed, job = compose(standin, standin.job(*tags), recentre=0, **KNOBS)
+    assert close(composed, own)
+    assert job.passes[0].loras == ("a",)
+
+
+def test_strengths(webui: Any, standin: Any) -> None:
+    tags = (webui.run.tag("a", 0.5, -0.7),)
+    own = standin.run(standin.job(*tags))
+    composed, job = compose(standin, standin.job(*tags), recentre=0, **KNOBS)
+    assert close(composed, own)
+    assert job.passes[0].strengths == (-0.7,)
+
+
+def test_part_of_the_steps(standin: Any) -> None:
+    merged = standin.run(standin.job("a", "b"))
+    composed, _ = compose(standin, standin.job("a", "b"), start=1, end=1, **KNOBS)
+    assert close(composed, merged)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_extensions_wrapper_is_chained(standin: Any, when: str) -> None:
+    seen: list[list[int]] = []
+
+    def wrapper(apply_model: Any, args: Any) -> torch.Tensor:
+        assert len(args["input"]) % len(args["cond_or_uncond"]) == 0
+        assert args["c"]["transformer_options"]["cond_or_uncond"] == args["cond_or_uncond"]
+        seen.append(args["cond_or_uncond"])
+        result: torch.Tensor = apply_model(args["input"] * 1.1, args["timestep"], **args["c"])
+        return result
+
+    def install(p: Any) -> None:
+        unet = p.sd_model.forge_objects.unet.clone()
+        unet.model_options["model_function_wrapper"] = wrapper
+        p.sd_model.forge_objects.unet = unet
+
+    p = standin.job("a")
+    p.events = [("process_before_every_sampling", install)]
+    own = standin.run(p)
+    seen.clear()
+    composed, _ = compose(standin, standin.job("a"), **{when: install}, recentre=0, **KNOBS)
+    assert seen
+    assert close(composed, own)
+
+
+def test_control_net(webui: Any, standin: Any) -> None:
+    net = webui.run.ControlNet()
+
+    def install(p: Any) -> None:
+        unet = p.sd_model.forge_objects.unet.clone()
+        unet.controlnet_linked_list = net
+        p.sd_model.forge_objects.unet = unet
+
+    p = standin.job("a", prompts=("one", "two"))
+    p.events = [("process_before_every_sampling", install)]
+    own = standin.run(p)
+    composed, _ = compose(
+        standin, standin.job("a", prompts=("one", "two")), before=install, recentre=0, **KNOBS
+    )
+    assert close(composed, own)
+    assert all(rows == 2 * blocks for rows, blocks in net.batches)
+
+
+def test_a_wrapper_that_passes_us_by_is_an_error(standin: Any) -> None:
+    def evict(p: Any) -> None:
+        unet = p.sd_model.forge_objects.unet.clone()
+        unet.model_options["sampler_pre_cfg_function"] = []
+        p.sd_model.forge_objects.unet = unet
+
+    with pytest.raises(LoratorioError, match="past LoRAtorio"):
+        compose(standin, standin.job("a"), after=evict, **KNOBS)
+
+
+def test_patches_of_other_extensions_stay(standin: Any) -> None:
+    change = torch.full((8, 4, 3, 3), 0.1)
+
+    def install(p: Any) -> None:
+        unet = p.sd_model.forge_objects.unet.clone()
+        unet.add_patches("inpaint head", {"diffusion_model.conv_in.weight": ("diff", (change,))}, 1.0)
+        p.sd_model.forge_objects.unet = unet
+
+    p = standin.job("a")
+    p.events = [("process_before_every_sampling", install)]
+    own = standin.run(p)
+    composed, _ = compose(standin, standin.job("a"), before=install, recentre=0, **KNOBS)
+    assert close(composed, own)
+    plain = standin.run(standin.job("a"))
+    assert not close(plain, own)
+
+
+def test_the_hook_is_not_copied_with_the_patcher() -> None:
+    from loratorio.hosts.forge.sampling import PreCfg
+
+    hook = PreCfg(lambda *args: args)
+    assert copy.deepcopy({"hooks": [hook]})["hooks"][0] is hook
+    hook.see = None
+    assert hook(1, 2) == (1, 2)
+
+
+def test_without_a_lora_the_picture_is_the_hosts_and_the_job_says_so(standin: Any) -> None:
+    own = standin.run(standin.job())
+    composed, job = compose(standin, standin.job(), **KNOBS)
+    assert torch.equal(composed, own)
+    assert "names no LoRA" in job.notes[0]
+    assert not job.passes
+
+
+def test_a_lora_for_another_model_is_a_sentence(webui: Any, standin: Any) -> None:
+    webui.networks.files["/loras/strange"] = {"diffusion_model.nowhere.weight": ("diff", torch.ones(3))}
+    with pytest.raises(LoratorioError, match="LoRA strange fits nothing") as caught:
+        compose(standin, standin.job("a", "strange"), **KNOBS)
+    assert caught.value.status_code == 422  # type: ignore[attr-defined]
+
+
+def test_a_damaged_lora_is_a_sentence(webui: Any, standin: Any) -> None:
+    webui.networks.files["/loras/nan"] = {
+        "diffusion_model.norm.weight": ("diff", torch.full((8,), float("nan")))
+    }
+    with pytest.raises(LoratorioError, match="LoRA nan holds NaN"):
+        compose(standin, standin.job("nan"), **KNOBS)
+
+
+def test_regions_of_other_extensions_are_refused(standin: Any) -> None:
+    def narrow(model: Any, cond: Any, *rest: Any) -> tuple[Any, ...]:
+        return model, [{**cond[0], "area": (4, 4, 0, 0)}], *rest
+
+    def install(p: Any) -> None:
+        unet = p.sd_model.forge_objects.unet.clone()
+        unet.model_options["sampler_pre_cfg_function"] = [narrow]
+        p.sd_model.forge_objects.unet = unet
+
+    with pytest.raises(LoratorioError, match="area of its own"):
+        compose(standin, standin.job("a"), before=install, **KNOBS)
+
+
+def test_nunchaku_is_left_to_the_host(webui: Any, standin: Any, monkeypatch: Any) -> None:
+    from backend.args import dynamic_args
+
+    if standin.model.flavour != "neo":
+        pytest.skip("Forge Neo's only")
+    monkeypatch.setattr(dynamic_args, "nunchaku", True)
+    own = standin.run(standin.job("a"))
+    composed, job = compose(standin, standin.job("a"), **KNOBS)
+    assert torch.equal(composed, own)
+    assert "Nunchaku" in job.notes[0]
