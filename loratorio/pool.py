@@ -5,13 +5,17 @@ Which of them are used is decided while sampling (`compose.methods.loratorio.Fro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
 
 from .errors import LoratorioError
+from .roles import POOL_OPTION, looks_like_speed_lora
 
+_POOL_TAG = re.compile(r"<pool:([^<>]*)>", re.IGNORECASE)
+_LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
 SUFFIX = ".safetensors"
 _WILD = set("*?[")
 
@@ -65,6 +69,27 @@ def pool_files(pattern: str, folder: Path, known: Iterable[str] = ()) -> list[Pa
             "A pool needs a folder, a pattern or names: <pool:folder:0.8>, <pool:anime/*>, <pool:a,b,c>."
         )
     return sorted(file for file in files.values() if file.stem.lower() not in taken)
+
+
+def expanded(prompt: str, folder: Path) -> str:
+    """`prompt` with every ``<pool:…:0.8>`` replaced by a ``<lora:name:0.8:pool=1>`` for each candidate.
+
+    For hosts that read LoRA tags themselves and pass over arguments that they do not know: `roles` takes a LoRA with
+    ``pool=1`` for a candidate. Speed LoRAs are left out.
+
+    Raises:
+        LoratorioError: as `pool_files`.
+    """
+    known = [match.group(1).split(":")[0].strip() for match in _LORA_TAG.finditer(prompt)]
+
+    def tags(match: re.Match[str]) -> str:
+        pattern, _, rest = match.group(1).partition(":")
+        names = [file.stem for file in pool_files(pattern.strip(), folder, known)]
+        known.extend(names)
+        chosen = [name for name in names if not looks_like_speed_lora(name)]
+        return "".join(f"<lora:{name}:{rest or '1'}:{POOL_OPTION}=1>" for name in chosen)
+
+    return _POOL_TAG.sub(tags, prompt)
 
 
 def load_candidates(files: Iterable[Path], load: Callable[[Path], Loaded]) -> Candidates[Loaded]:

@@ -27,6 +27,9 @@ ROLES: dict[str, str] = {"content": "Content", "style": "Style", "always": "Alwa
 OPTION = "role"
 """The named argument of a LoRA tag."""
 
+POOL_OPTION = "pool"
+"""The named argument of a LoRA that is a candidate out of a pool, where a host knows LoRA tags only."""
+
 # These words name nothing else.
 _CERTAIN = re.compile(r"(?<![a-z])(lcm|dmd2|tcd|hyper[-_ ]?(sd(xl)?|flux))(?![a-z])", re.IGNORECASE)
 # These are words of the language too, and count only beside a model's name or a number of steps.
@@ -59,6 +62,11 @@ class Player:
     options: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     pooled: bool = False
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it is only a candidate: said by the host, or by its tag."""
+        return self.pooled or self.options.get(POOL_OPTION, "0") not in ("", "0")
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def parts_of(players: Sequence[Player]) -> list[Part]:
     for player in players:
         if OPTION in player.options:
             parts.append(Part(player.name, read_role(player.options[OPTION], player.name)))
-        elif not player.pooled and looks_like_speed_lora(player.name, player.metadata):
+        elif not player.is_candidate and looks_like_speed_lora(player.name, player.metadata):
             parts.append(Part(player.name, "always", recognised=True))
         else:
             parts.append(Part(player.name, "content"))
@@ -145,7 +153,7 @@ def cast_of(players: Sequence[Player], importance: Mapping[int, float] | None = 
         len(parts),
         always=[i for i, part in enumerate(parts) if part.role == "always"],
         styles=[i for i, part in enumerate(parts) if part.role == "style"],
-        pooled=[i for i, player in enumerate(players) if player.pooled],
+        pooled=[i for i, player in enumerate(players) if player.is_candidate],
         importance=importance,
     )
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from loratorio.errors import LoratorioError
-from loratorio.pool import load_candidates, pool_files
+from loratorio.pool import expanded, load_candidates, pool_files
+from loratorio.roles import Player, cast_of
 
 
 @pytest.fixture
@@ -98,3 +99,19 @@ def test_unreadable_files_are_skipped_by_name(folder: Path) -> None:
     assert candidates.skipped == (("red", "LoRA red is damaged."),)
     assert "red" in candidates.note
     assert load_candidates([], load).note == ""
+
+
+def test_a_pool_tag_becomes_lora_tags_for_hosts_that_know_only_those(folder: Path) -> None:
+    (folder / "hats" / "lcm-lora.safetensors").write_bytes(b"x")
+    prompt = "a cat <lora:red:0.5> <pool:hats:0.8> in <pool:cat>"
+    assert expanded(prompt, folder) == (
+        "a cat <lora:red:0.5> <lora:blue:0.8:pool=1><lora:tall:0.8:pool=1> in <lora:cat:1:pool=1>"
+    )
+    assert expanded("no pool <lora:cat>", folder) == "no pool <lora:cat>"
+    with pytest.raises(LoratorioError, match="inside the LoRA folder"):
+        expanded("<pool:../*>", folder)
+
+
+def test_a_tag_says_that_its_lora_is_a_candidate() -> None:
+    cast = cast_of([Player("cat"), Player("red", {"pool": "1"}), Player("tall", {"pool": "0"})])
+    assert cast.pooled == (False, True, False)
