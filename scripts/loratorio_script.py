@@ -14,7 +14,7 @@ if ROOT not in sys.path:
 
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.base import Job, refuse  # noqa: E402
-from loratorio.webui import api, infotext, options, panel, xyz  # noqa: E402
+from loratorio.webui import api, gallery, infotext, options, panel, xyz  # noqa: E402
 
 options.register()
 xyz.register()
@@ -74,3 +74,7 @@ class LoratorioScript(scripts.Script):
     def postprocess_batch(self, p, *args, **kwargs):
         if self.job is not None and self.job.passes:
             p.extra_generation_params.update(infotext.of_passes(self.job.settings, self.job.passes))
+
+    def postprocess(self, p, processed, *args):
+        if self.job is not None and self.job.settings.weight_maps:
+            gallery.add_maps(self.job, processed)

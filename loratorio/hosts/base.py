@@ -21,6 +21,7 @@ class ComposedPass:
         batch: number of the batch within the job, from 0.
         hires: whether it is the second pass of hires fix, which replaces the first one's picture.
         history: Ω per step; empty unless weight maps were asked for.
+        owners: image, within the batch, of each of the history's rows. Empty: row i is image i.
     """
 
     loras: tuple[str, ...]
@@ -28,6 +29,7 @@ class ComposedPass:
     batch: int
     hires: bool
     history: WeightHistory
+    owners: tuple[int, ...] = ()
 
 
 @dataclass

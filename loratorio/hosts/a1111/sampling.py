@@ -55,6 +55,7 @@ class ComposedSampling:
         self._params: Any = None
         self._answers: Tensor | None = None
         self._answered = 0
+        self._owners: tuple[int, ...] = ()
         self._steps_composed = 0
         self._given_up = False
 
@@ -214,6 +215,7 @@ class ComposedSampling:
             return
         assert self._engine is not None
         composition = self._engine.step(rows.step(), partial(self._predict, model, rows))
+        self._owners = rows.owners
         parts = [composition.cond] if composition.uncond is None else [composition.cond, composition.uncond]
         self._answers = torch.cat(parts)
         self._steps_composed += 1
@@ -247,6 +249,7 @@ class ComposedSampling:
             batch=self._p.iteration,
             hires=bool(self._p.is_hr_pass),
             history=self._engine.history if self._engine else WeightHistory(),
+            owners=self._owners,
         )
 
 
