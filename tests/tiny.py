@@ -28,7 +28,10 @@ def tokenizer() -> CLIPTokenizer:
     signs = string.ascii_lowercase + string.digits + string.punctuation
     words = [*signs, *(sign + "</w>" for sign in signs), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77, pad_token="<|endoftext|>"
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[],
+        model_max_length=77,
+        pad_token="<|endoftext|>",
     )
 
 
@@ -77,7 +80,12 @@ def unet(**changes: Any) -> UNet2DConditionModel:
 
 def scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        steps_offset=1,
+        clip_sample=False,
     )
 
 

@@ -6,6 +6,7 @@ modules. What is low-rank in the file stays low-rank.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
@@ -13,10 +14,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders import lora_conversion_utils as kohya
-from diffusers.utils.state_dict_utils import convert_all_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import (
+    StateDictType,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from lycoris.functional.general import weight_decompose
 from lycoris.modules import get_module, make_module
 from safetensors import safe_open
@@ -186,12 +192,11 @@ def _sgm_names(layers: Iterable[str], unet: nn.Module) -> dict[str, str]:
 def _peft_names(
     name: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], parts: Mapping[str, nn.Module]
 ) -> Iterable[_Named]:
-    try:
-        new_names = convert_all_state_dict_to_peft(dict(tensors)) if not _is_peft(tensors) else tensors
-    except ValueError:
+    new_names = tensors if _is_peft(tensors) else _older_names(tensors)
+    if not _is_peft(new_names):
         raise LoratorioError(
             f"LoRA {name} is not a LoRA that can be read here: its weights have names like {next(iter(tensors))}."
-        ) from None
+        )
     for key, tensor in new_names.items():
         prefix = next((each for each in _PEFT_PARTS if key.startswith(each)), "")
         part = _PEFT_PARTS.get(prefix, "unet")
@@ -208,6 +213,14 @@ def _peft_names(
             tensor = tensor.reshape(-1, 1)
         if tail != "alpha":
             yield part, layer, _PEFT_TAILS[tail], tensor
+
+
+def _older_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names that diffusers used before PEFT's, as PEFT's; UNet and text encoders each have a table of their own."""
+    text = {key: tensor for key, tensor in tensors.items() if key.startswith("text_encoder")}
+    unet = {key: tensor for key, tensor in tensors.items() if key not in text}
+    renamed: dict[str, Tensor] = convert_unet_state_dict_to_peft(unet)
+    return renamed | (convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD) if text else {})
 
 
 def _is_peft(tensors: Iterable[str]) -> bool:
@@ -280,23 +293,30 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
     plain = copy.deepcopy(layer).to("cpu", torch.float32)
     before: Tensor = plain.weight.detach()  # type: ignore[operator, assignment]
     try:
-        kind, parameters = get_module({f"layer.{tail}": tensor for tail, tensor in own.items()}, "layer")
-        module = make_module(kind, parameters, "layer", plain) if kind is not None else None
-        if module is None:
-            raise LoratorioError(
-                f"LoRA {name} is of a kind that cannot be read here: layer {path} has {', '.join(sorted(own))}."
-            )
+        module = _lycoris_module(name, path, own, plain)
         with torch.no_grad():
             weight, bias = module.get_diff_weight(1.0)
             if dora_scale is not None:
                 weight = _dora(before + weight.reshape(before.shape), dora_scale) - before
-    except (RuntimeError, ValueError, AttributeError, TypeError) as problem:
+    except (RuntimeError, ValueError, AttributeError) as problem:
         shapes = ", ".join(f"{tail} {_shape(tensor)}" for tail, tensor in own.items() if tensor.ndim)
         raise LoratorioError(
             f"LoRA {name} does not fit the layer {path}, whose weight is {_shape(layer.weight)}: it has {shapes}. "  # type: ignore[arg-type]
             "It was made for another kind of model: remove it from the prompt."
         ) from problem
     return Dense(weight.detach(), None if bias is None else bias.detach())
+
+
+def _lycoris_module(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> Any:
+    kind, parameters = get_module({f"layer.{tail}": tensor for tail, tensor in own.items()}, "layer")
+    module = None
+    if kind is not None:
+        with contextlib.suppress(TypeError):  # lycoris 4.1 cannot read its own IA3
+            module = make_module(kind, parameters, "layer", layer)
+    if module is None:
+        tails = ", ".join(sorted(own.keys() - {"alpha"}))
+        raise LoratorioError(f"LoRA {name} is of a kind that cannot be read here: layer {path} has {tails}.")
+    return module
 
 
 def _dora(merged: Tensor, dora_scale: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def denoise(
     if progress is not None:
         progress(0, course.steps)
     for index, time in enumerate(course.timesteps):
-        scaled = course.scheduler.scale_model_input(latents, time)
+        scaled: Tensor = course.scheduler.scale_model_input(latents, time)
         alpha, sigma = course.alpha_sigma(index)
 
         def predict(rows: Sequence[Any]) -> Tensor:
