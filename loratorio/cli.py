@@ -178,20 +178,21 @@ class _Studio:
             path, toybox_loras, cfg = _toybox()
             lora_dir = lora_dir or toybox_loras
         checkpoint = load_checkpoint(path, options.config, device, _dtype(options.dtype, device))
-        sample_size = int(checkpoint.unet.config.sample_size)  # type: ignore[union-attr, arg-type]
-        return cls(checkpoint, lora_dir, cfg, sample_size * checkpoint.latent_scale)
+        return cls(checkpoint, lora_dir, cfg, checkpoint.native_size)
+
+
+_TOYBOX_CFG = 5.0
 
 
 def _toybox() -> tuple[Path, Path, float]:
     """Checkpoint, LoRA folder and guidance scale of the toybox."""
     from . import toybox
 
-    checkpoint: Path | None = getattr(toybox, "CHECKPOINT", None)
-    if checkpoint is None or not checkpoint.exists():
+    if not toybox.CHECKPOINT.exists():
         raise LoratorioError(
             "The toybox is missing from this installation: give --checkpoint and --lora-dir."
         )
-    return checkpoint, toybox.LORA_DIR, float(getattr(toybox, "CFG", 3.0))
+    return toybox.CHECKPOINT, toybox.LORA_DIR, _TOYBOX_CFG
 
 
 def _device(name: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .compose.catalogue import CATALOGUE
-from .errors import LoratorioError
 from .output import check_writable, png, write_all
 from .settings import Settings
 
@@ -18,22 +17,16 @@ if TYPE_CHECKING:
     from .cli import _Studio
     from .hosts.standalone.generate import Outcome, Request
 
-CATEGORIES = ("character", "background", "object", "clothing", "style")
-"""In this order the demo picks its LoRAs, one of a category."""
+CATEGORIES = ("character", "object", "background")
+"""Of each the toybox's first element is in the picture."""
 
 
-def chosen_elements(count: int = 3) -> list[tuple[str, str]]:
-    """(LoRA, trigger words) of the toybox's first element in each of the first categories."""
-    from . import toybox
+def demo_prompt() -> tuple[str, list[str]]:
+    """A caption as the toybox was trained on, and the names of the LoRAs that know its words."""
+    from .toybox.world import ELEMENTS, Scene, caption
 
-    chosen: list[tuple[str, str]] = []
-    for category in CATEGORIES:
-        element = next((each for each in toybox.ELEMENTS if each.category == category), None)
-        if element is not None and len(chosen) < count:
-            chosen.append((element.name, element.trigger))
-    if len(chosen) < 2:
-        raise LoratorioError("The toybox has too few LoRAs for the demo.")
-    return chosen
+    names = [next(each.name for each in ELEMENTS if each.category == category) for category in CATEGORIES]
+    return caption(replace(Scene(), **dict(zip(CATEGORIES, names, strict=True)))), names
 
 
 def run_demo(studio: _Studio, out: Path, seed: int = 0, steps: int | None = None) -> None:
@@ -45,9 +38,8 @@ def run_demo(studio: _Studio, out: Path, seed: int = 0, steps: int | None = None
 
     check_writable(out)
     started = time.monotonic()
-    elements = chosen_elements()
-    prompt = ", ".join(trigger for _, trigger in elements)
-    tags = [f"<lora:{name}>" for name, _ in elements]
+    prompt, names = demo_prompt()
+    tags = [f"<lora:{name}>" for name in names]
     request = Request(
         f"{prompt} {' '.join(tags)}",
         settings=Settings(enabled=True, weight_maps=True),
@@ -68,7 +60,7 @@ def run_demo(studio: _Studio, out: Path, seed: int = 0, steps: int | None = None
 
     print(f"Prompt: {request.prompt}   (seed {seed}, {request.steps} steps, CFG {request.cfg:g})")
     make("No LoRA", "0-base", replace(request, prompt=prompt))
-    for number, ((name, _), tag) in enumerate(zip(elements, tags, strict=True), 1):
+    for number, (name, tag) in enumerate(zip(names, tags, strict=True), 1):
         alone = replace(request, prompt=f"{prompt} {tag}", settings=Settings(enabled=True, method="merge"))
         make(f"{name} alone", f"{number}-{name}-alone", alone)
     for entry in CATALOGUE.values():

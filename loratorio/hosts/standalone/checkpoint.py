@@ -29,6 +29,7 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 """Files that run code when they are opened. They never are."""
 
 _KNOWN_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_LATENT_PIXEL = 8  # picture pixels a side
 _SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -46,6 +47,7 @@ class Checkpoint:
         name: for people: the file's or folder's name without extension.
         text_encoders, tokenizers: one pair for SD, two for SDXL.
         schedule: betas and prediction type, as diffusers' schedulers take them.
+        native_size: side in pixels of the pictures that it was trained on.
         zero_empty_negative: SDXL's habit: an empty negative prompt is all zeros.
     """
 
@@ -55,6 +57,7 @@ class Checkpoint:
     text_encoders: tuple[nn.Module, ...]
     tokenizers: tuple[Any, ...]
     schedule: Mapping[str, Any]
+    native_size: int
     zero_empty_negative: bool = False
 
     @property
@@ -159,6 +162,7 @@ def _of_pipeline(pipe: Any, name: str) -> Checkpoint:
         tuple(getattr(pipe, f"text_encoder{number}") for number in numbers),
         tuple(getattr(pipe, f"tokenizer{number}") for number in numbers),
         _schedule(pipe.scheduler.config),
+        int(pipe.unet.config.sample_size) * _LATENT_PIXEL,
         bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
     )
 
@@ -236,6 +240,7 @@ def _from_ldm_layout(path: Path, tensors: dict[str, Tensor], folder: Path) -> Ch
         tuple(_complete(encoder, path) for encoder in encoders),
         tuple(tokenizers),
         _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
+        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * _LATENT_PIXEL,
         bool(index.get("force_zeros_for_empty_prompt", False)),
     )
 
@@ -278,6 +283,7 @@ def _from_diffusers_layout(path: Path, tensors: dict[str, Tensor], folder: Path)
         tuple(encoders),
         tuple(CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}") for number in numbers),
         _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
+        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * _LATENT_PIXEL,
         bool(index.get("force_zeros_for_empty_prompt", False)),
     )
 
@@ -304,6 +310,7 @@ def _from_yaml(path: Path, tensors: dict[str, Tensor], yaml: Path) -> Checkpoint
         (_complete(_ldm_text_encoder(tensors, folder, "", with_projection=False), path),),
         (CLIPTokenizer.from_pretrained(folder),),
         schedule,
+        int(params.get("image_size") or 64) * _LATENT_PIXEL,
     )
 
 
