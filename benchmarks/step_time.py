@@ -186,19 +186,28 @@ class Variants:
         return self._composed([self._pass_pair(self.bench.unet) for _ in range(len(self.adapters) + 1)])
 
     def remerge(self) -> Tensor:
-        """As the WebUIs do: weights from their backup, plus the LoRA's product; and from their backup again."""
+        """As AUTOMATIC1111's WebUI switches LoRAs: weights out of their backup, and the LoRA's product onto them.
+
+        The arithmetic is its `network_apply_weights` and `finalize_updown`, step by step.
+        """
         pairs = [self._pass_pair(self.bench.unet)]
         for adapter in self.adapters:
             for name, (delta,) in adapter.deltas.items():
                 assert isinstance(delta, LowRank)
-                weight = self.bench.layers[name].weight
-                assert isinstance(weight, Tensor)
-                weight.copy_(self.bench.merge_backup[name])
-                weight.add_((delta.up @ delta.down.flatten(1)).reshape(weight.shape), alpha=delta.scale)
+                weight = self._restored(name)
+                updown = (delta.up @ delta.down.flatten(1)).reshape(weight.shape)
+                updown = updown * delta.scale
+                updown = updown * adapter.strength
+                weight.copy_(weight + updown)
             pairs.append(self._pass_pair(self.bench.unet))
-        for name, layer in self.bench.layers.items():
-            layer.weight.copy_(self.bench.merge_backup[name])  # type: ignore[operator]
+        for name in self.bench.layers:
+            self._restored(name)
         return self._composed(pairs)
+
+    def _restored(self, name: str) -> Tensor:
+        weight = self.bench.layers[name].weight
+        assert isinstance(weight, Tensor)
+        return weight.copy_(self.bench.merge_backup[name])
 
     def set_adapters(self) -> Tensor:
         unet = self.bench.peft_unet
@@ -319,19 +328,22 @@ def machine(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def report(results: list[dict[str, Any]], share: dict[str, Any]) -> None:
-    ratios = ("ours_over_plain", "ours_over_passes", "ours_over_remerge", "ours_over_set_adapters")
-    for result in results:
-        print(
-            f"\n{result['pixels']} px, {result['loras']} LoRAs (relative error {result['relative_error']:.1e})"
-        )
-        for name, label in VARIANTS.items():
-            print(f"  {label:<38}{result['seconds'][name] * 1000:10.0f} ms")
-        print("  " + ", ".join(f"{ratio.replace('_', ' ')} {result[ratio]:.2f}" for ratio in ratios), end="")
-        print(f", hooks {result['hooks_share']:.1%} of the step")
+RATIOS = ("ours_over_plain", "ours_over_passes", "ours_over_remerge", "ours_over_set_adapters")
+
+
+def report(result: dict[str, Any]) -> None:
+    print(f"\n{result['pixels']} px, {result['loras']} LoRAs (relative error {result['relative_error']:.1e})")
+    for name, label in VARIANTS.items():
+        print(f"  {label:<38}{result['seconds'][name] * 1000:10.0f} ms")
+    ratios = ", ".join(f"{ratio.replace('_', ' ')} {result[ratio]:.2f}" for ratio in RATIOS)
+    print(f"  {ratios}, hooks {result['hooks_share']:.1%} of the step", flush=True)
+
+
+def report_compose(share: dict[str, Any]) -> None:
     print(
-        f"\ncompose() at {share['pixels']} px with 5 LoRAs: {share['compose_seconds'] * 1000:.2f} ms, "
-        f"{share['share']:.2%} of a plain step ({share['plain_seconds'] * 1000:.0f} ms)"
+        f"\ncomposing at {share['pixels']} px with 5 LoRAs: {share['compose_seconds'] * 1000:.2f} ms, "
+        f"{share['share']:.2%} of a plain step ({share['plain_seconds'] * 1000:.0f} ms)",
+        flush=True,
     )
 
 
@@ -347,7 +359,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 5], metavar="N")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--compose-size", type=int, default=512, metavar="PX")
+    parser.add_argument(
+        "--compose-size",
+        type=int,
+        default=512,
+        metavar="PX",
+        help="for the share of composing; 0 leaves it out",
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
@@ -367,22 +385,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Workbench.make(
         TINY if options.quick else SD15, most, options.rank, options.device, getattr(torch, options.dtype)
     )
-    print(machine(options.device))
-    results = [measure(bench, count, pixels, rounds, clock) for pixels in sizes for count in options.counts]
-    share = compose_share(bench, 64 if options.quick else options.compose_size, min(rounds, 3), clock)
-    report(results, share)
-    if options.json:
-        summary = {
-            "machine": machine(options.device),
-            "model": "tiny" if options.quick else "SD 1.5",
-            "dtype": options.dtype,
-            "rank": options.rank,
-            "rounds": rounds,
-            "clock": options.clock,
-            "steps": results,
-            "compose": share,
-        }
-        options.json.write_text(json.dumps(summary, indent=1) + "\n")
+    summary: dict[str, Any] = {
+        "machine": machine(options.device),
+        "model": "tiny" if options.quick else "SD 1.5",
+        "dtype": options.dtype,
+        "rank": options.rank,
+        "rounds": rounds,
+        "clock": options.clock,
+        "steps": [],
+    }
+
+    def save() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(summary, indent=1) + "\n")
+
+    print(f"{summary['machine']}, {summary['model']}, {options.dtype}, rank {options.rank}", flush=True)
+    for pixels in sizes:
+        for count in options.counts:
+            summary["steps"].append(measure(bench, count, pixels, rounds, clock))
+            report(summary["steps"][-1])
+            save()
+    if options.compose_size:
+        summary["compose"] = compose_share(
+            bench, 64 if options.quick else options.compose_size, min(rounds, 3), clock
+        )
+        report_compose(summary["compose"])
+        save()
     return 0
 
 

@@ -83,9 +83,8 @@ class WeightHistory:
     weights: list[Tensor] = field(default_factory=list)
 
     def record(self, index: int, weights: Tensor) -> None:
-        if (
-            self.steps and self.steps[-1] == index
-        ):  # a sampler that evaluates a step twice: the last one counts
+        """Keep Ω of step `index`; of a step that the sampler evaluates twice the last one counts."""
+        if self.steps and self.steps[-1] == index:
             self.steps.pop()
             self.weights.pop()
         self.steps.append(index)
@@ -178,31 +177,43 @@ class Engine:
         start = 0
         while start < len(rows):
             part = rows[start : start + (self.row_limit or len(rows))]
-            try:
-                with self.bank.routed([row.mix for row in part]):
-                    done.append(predict(part))
-            except (RuntimeError, MemoryError) as problem:
-                if not is_out_of_memory(problem):
-                    raise
-                if len(part) == 1:
-                    raise LoratorioError(
-                        "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
-                    ) from problem
-                self.row_limit = len(part) // 2
-                # The failed call's tensors hang on the traceback; without it the cache can be emptied.
-                problem.__traceback__ = None
+            predicted = self._predicted(part, predict)
+            if predicted is None:
+                # Only here, where nothing holds the failed call's tensors any more, can their memory be given back.
                 _empty_cache()
+                self.row_limit = len(part) // 2
                 continue
+            if len(predicted) != len(part):
+                raise ValueError(f"the host predicted {len(predicted)} rows where {len(part)} were asked for")
+            done.append(predicted)
             start += len(part)
         return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _predicted(self, rows: Sequence[Row], predict: Predict) -> Tensor | None:
+        """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
+        try:
+            with self.bank.routed([row.mix for row in rows]):
+                return predict(rows)
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            if len(rows) == 1:
+                raise LoratorioError(
+                    "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
+                ) from problem
+            return None
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Whether this is the device's, or the CPU allocator's, way to say that memory ran out."""
     if isinstance(problem, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
+    # Allocators other than CUDA's, and CUDA's libraries, raise plain RuntimeErrors.
     text = str(problem).lower()
-    return isinstance(problem, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(problem, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
 
 
 def _empty_cache() -> None:

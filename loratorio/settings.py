@@ -21,7 +21,7 @@ class Knob:
     Attributes:
         name: in Python, API and (with dashes) on the command line.
         label: in the panel. help: its tooltip, in plain words.
-        minimum, maximum, step: of a number; the range is closed. soft_maximum: where a slider ends; typed numbers may go on.
+        minimum, maximum, step: of a number; the range is closed.
         choices: names and labels of a choice.
     """
 
@@ -83,7 +83,7 @@ class Knob:
     def _check_number(self, value: Any) -> int | float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         whole = self.kind == "int"
         if not math.isfinite(number) or (whole and number != int(number)):
