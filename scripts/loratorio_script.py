@@ -14,7 +14,7 @@ if ROOT not in sys.path:
 
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.base import Job, refuse  # noqa: E402
-from loratorio.webui import api, gallery, infotext, options, panel, xyz  # noqa: E402
+from loratorio.webui import api, gallery, infotext, options, panel, pools, xyz  # noqa: E402
 
 options.register()
 xyz.register()
@@ -58,7 +58,16 @@ class LoratorioScript(scripts.Script):
         p.extra_generation_params["LoRAtorio note"] = " ".join(self.job.notes)
         gr.Warning(sentence)
 
+    def before_process_batch(self, p, *args, prompts=(), **kwargs):
+        if self.job is not None:
+            try:
+                pools.expand(self.job, prompts)
+            except Exception as problem:
+                refuse(p, problem)
+
     def process_batch(self, p, *args, **kwargs):
+        if self.job is not None:
+            pools.restore(self.job)
         self.on_host("process_batch", p)
 
     def process_before_every_sampling(self, p, *args, **kwargs):

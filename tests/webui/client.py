@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import time
 import urllib.error
 import urllib.request
@@ -84,14 +85,17 @@ class WebUI:
         return sorted(each["name"] for each in self.call("loras"))
 
 
+SIZE = int(os.environ.get("LORATORIO_WEBUI_SIZE", "64"))
+"""Side of the pictures in pixels."""
+
 PLAIN = {
     "prompt": "a red circle",
     "negative_prompt": "blurry",
     "seed": 7,
     "steps": 4,
     "cfg_scale": 5.0,
-    "width": 128,
-    "height": 128,
+    "width": SIZE,
+    "height": SIZE,
     "sampler_name": "Euler",
     "save_images": False,
     "do_not_save_grid": True,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .client import encoded
+from .client import SIZE, encoded
 
 Tagged = Callable[..., str]
 """Makes a prompt: text with `<lora:…>` tags appended."""
@@ -35,7 +35,7 @@ class Scenario:
     second_pass: bool = False
 
 
-def _picture(size: int = 128) -> np.ndarray:
+def _picture(size: int = SIZE) -> np.ndarray:
     """A red disc on a green to blue gradient."""
     y, x = np.mgrid[:size, :size] / size
     picture = np.stack([0 * x, 1 - y, x], axis=-1)
@@ -43,7 +43,7 @@ def _picture(size: int = 128) -> np.ndarray:
     return (picture * 255).astype(np.uint8)
 
 
-def _mask(size: int = 128) -> np.ndarray:
+def _mask(size: int = SIZE) -> np.ndarray:
     mask = np.zeros((size, size), np.uint8)
     mask[size // 4 : 3 * size // 4, size // 3 :] = 255
     return mask
@@ -63,7 +63,7 @@ CALLS = {"batch_cond_uncond": False}
 
 SCENARIOS = [
     Scenario("txt2img"),
-    Scenario("another size", fields={"width": 192, "height": 128}),
+    Scenario("another size", fields={"width": SIZE * 3 // 2, "height": SIZE}),
     Scenario("batch size and count", fields={"batch_size": 2, "n_iter": 2}),
     Scenario("variation seed", fields={"subseed": 3, "subseed_strength": 0.4}),
     Scenario("CFG 1", fields={"cfg_scale": 1.0}),

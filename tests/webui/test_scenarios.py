@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .client import PLAIN, Pictures, WebUI, psnr
+from .client import PLAIN, SIZE, Pictures, WebUI, psnr
 from .scenarios import HIRES, SCENARIOS, Scenario
 
 ALONE = {"recentre": 0.0}
@@ -108,7 +108,7 @@ def test_samplers(webui: WebUI, loras: list[str]) -> None:
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("fields", [
     {}, {"sampler_name": "DDIM"}, {"sampler_name": "Heun"}, {"batch_size": 2}, {"cfg_scale": 1.0},
-    {"width": 136, "height": 88}, {"negative_prompt": "word " * 90},
+    {"width": SIZE + 24, "height": SIZE + 8}, {"negative_prompt": "word " * 90},
     {"text": "a (red:1.3) [circle:square:0.5] AND a green field :0.7"},
 ], ids=str)  # fmt: skip
 def test_equals_the_slow_reference(

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ...compose.methods import Mix
 from .loras import Network, activated, bundled_embeddings, changes_text
 
@@ -123,3 +125,15 @@ def _undisturbed(p: Any) -> Iterator[None]:
         hijack.comments[:], hijack.extra_generation_params = comments, infotext
         for name, value in before.items():
             setattr(p, name, value)
+
+
+def encoded(texts: Sequence[str]) -> list[Tensor]:
+    """The base model's conditioning of each text, (tokens, width)."""
+    from modules import devices, prompt_parser, shared
+
+    with activated(()), devices.autocast():
+        schedules = prompt_parser.get_learned_conditioning(
+            shared.sd_model, prompt_parser.SdConditioning(texts), 1
+        )
+    conds = [schedule[-1].cond for schedule in schedules]
+    return [cond["crossattn"] if isinstance(cond, dict) else cond for cond in conds]

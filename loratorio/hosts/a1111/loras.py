@@ -95,8 +95,9 @@ def players(p: Any, loras: Sequence[Network]) -> list[Player]:
         options.setdefault(tag.positional[0], []).append(tag.named)
     found = []
     for lora in loras:
-        named = options.get(lora.mentioned_name) or [{}]
-        found.append(Player(name_of(lora), named.pop(0), lora.network_on_disk.metadata or {}))
+        named = (options.get(lora.mentioned_name) or [{}]).pop(0)
+        metadata = lora.network_on_disk.metadata or {}
+        found.append(Player(name_of(lora), named, metadata))
     return found
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ...adapters.bank import Bank
+from ...compose.importance import importance, without_words
 from ...engine import Engine, Row, WeightHistory
 from ...errors import LoratorioError
-from ...roles import cast_of, parts_of, recognised_note
+from ...roles import Player, cast_of, parts_of, recognised_note, trigger_words
 from ..base import ComposedPass, Job, answerable
-from .conditioning import Prompts, TextConditioning
+from .conditioning import Prompts, TextConditioning, encoded
 from .loras import (
     Network,
     activated,
@@ -72,12 +73,16 @@ class ComposedSampling:
 
     def _run(self, sample: Callable[[], Result]) -> Result:
         self._loras = tuple(lora_extension().loaded_networks)
+        known = players(self._p, self._loras)
         why_not = obstacle(self._p, self._loras)
+        if why_not and any(player.is_candidate for player in known):
+            raise LoratorioError(
+                f"{why_not} With a pool that is no picture of use: take the pool out of the prompt."
+            )
         if why_not:
             self._job.note(why_not)
             return sample()
-        known = players(self._p, self._loras)
-        self._cast = cast_of(known)
+        self._cast = cast_of(known, self._importance(known))
         for remark in (*remarks(self._p), recognised_note(parts_of(known))):
             if remark:
                 self._job.note(remark)
@@ -96,6 +101,18 @@ class ComposedSampling:
                 raise LoratorioError(_BYPASSED)
             self._job.passes.append(self._account())
         return result
+
+    def _importance(self, known: Sequence[Player]) -> dict[int, float] | None:
+        """By LoRA, how much its trigger words matter in the prompt; only asked for by the method that uses it."""
+        if self._job.settings.method != "w_composite":
+            return None
+        prompt = (self._p.hr_prompts if self._p.is_hr_pass else self._p.prompts)[0]
+        words = {i: trigger_words(player.metadata, prompt) for i, player in enumerate(known)}
+        told = [i for i, own in words.items() if own]
+        if not told:
+            return None
+        tokens = encoded([prompt, *(without_words(prompt, words[i]) for i in told)])
+        return dict(zip(told, importance(tokens[0], tokens[1:]), strict=True))
 
     # -- what lasts for a model: once, and again when the refiner comes in ---------------------------------------
 
