@@ -144,7 +144,7 @@ class Settings:
         "int", 4, "Pool size", "How many of a pool's LoRAs are used between two scorings of all of them.", minimum=1, maximum=100,
     )  # fmt: skip
     pool_interval: int = knob(
-        "int", 5, "Pool interval", "A pool's LoRAs are all scored on the first two steps and then every so many.", minimum=1, maximum=1000,
+        "int", 7, "Pool interval", "A pool's LoRAs are all scored on the first two steps and then every so many.", minimum=1, maximum=1000,
     )  # fmt: skip
     start: float = knob(
         "float",

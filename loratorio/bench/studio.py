@@ -120,7 +120,7 @@ class ToyboxStudio:
             height=self._size,
             **sampling,
         )
-        rows = _RowCount(self._checkpoint.unet)
+        rows = RowCount(self._checkpoint.unet)
         with rows:
             outcome = generate(self._checkpoint, self._loras, request)
         return [np.asarray(image) for image in outcome.images], rows.count
@@ -133,7 +133,7 @@ class ToyboxStudio:
         return list(zip(names, features, strict=True))
 
 
-class _RowCount:
+class RowCount:
     """Counts the rows that go through a model while it is entered."""
 
     def __init__(self, model: Any) -> None:
