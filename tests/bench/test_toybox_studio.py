@@ -1,0 +1,39 @@
+"""One cell of the real thing: the toybox on the standalone host, judged by its classifier."""
+
+from __future__ import annotations
+
+import pytest
+
+from loratorio import toybox
+from loratorio.bench.plan import METHOD_ROWS, TRUTH, cells
+from loratorio.bench.studio import ToyboxStudio, do_cell
+from loratorio.toybox import classifier
+
+whole = all(file.exists() for file in (toybox.CHECKPOINT, toybox.LORA_DIR, classifier.FILE))
+pytestmark = pytest.mark.skipif(not whole, reason="the toybox's model, LoRAs or classifier are not there")
+
+
+@pytest.fixture(scope="module")
+def studio() -> ToyboxStudio:
+    return ToyboxStudio()
+
+
+def test_cells_of_the_toybox(studio: ToyboxStudio) -> None:
+    sampling = {"steps": 2, "cfg": 3.0, "sampler": "euler"}
+    chosen = [TRUTH, METHOD_ROWS[0], METHOD_ROWS[-1]]
+    grid = cells(chosen[1:], [("robot", "night")], 2, sampling, truth_per_combination=6)
+    results = [do_cell(studio, cell) for cell in grid]
+    assert [len(result.shots) for result in results] == [6, 2, 2]
+    truth = results[0]
+    found = sum(len(set(shot.found) & {"robot", "night"}) for shot in truth.shots)
+    assert found >= 10  # of 12, on pictures that were drawn
+    assert [result.model_rows for result in results] == [0, 2 * 2 * 2, 2 * 2 * 6]
+    assert all(len(shot.features) == classifier.WIDTH for result in results for shot in result.shots)
+
+
+def test_prompts_name_the_elements(studio: ToyboxStudio) -> None:
+    grid = cells(METHOD_ROWS[:1], [("robot", "ink")], 1, {})
+    prompt = studio.prompt(grid[1])
+    assert "zorbo" in prompt
+    assert "inkash" in prompt
+    assert "<lora:robot> <lora:ink>" in prompt
