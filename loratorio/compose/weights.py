@@ -75,10 +75,11 @@ def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: in
         )
     if patch_size < 1:
         raise ValueError(f"the patch size must be at least 1, not {patch_size}")
-    reference, _ = _patch_products(base, base, patch_size, stride)
+    scale = _scale(base)
+    reference, _ = _patch_products(base, base, scale, patch_size, stride)
     similarity = base.new_empty((adapters.shape[0], *reference.shape), dtype=torch.float32)
     for own, adapter in zip(similarity, adapters, strict=True):
-        square, dot = _patch_products(adapter, base, patch_size, stride)
+        square, dot = _patch_products(adapter, base, scale, patch_size, stride)
         both_empty = (square == 0) & (reference == 0)
         # √(a·a) is exactly a in binary floating point, so that equal patches give exactly 1.
         norm = square.mul_(reference).sqrt_()
@@ -150,39 +151,40 @@ def upsample(weights: Tensor, patch_size: int, height: int, width: int) -> Tenso
     return weights[..., rows, :][..., columns]
 
 
-def _power_of_two_scale(prediction: Tensor) -> Tensor:
-    """(B, 1, 1, 1) float32: what brings each image's largest magnitude near 1, so that squares neither overflow nor vanish."""
+def _scale(base: Tensor) -> Tensor:
+    """(B, 1, 1) float32: what brings each image's largest magnitude to 1, so that squares neither overflow nor vanish."""
     dims = (-3, -2, -1)
-    largest = torch.maximum(prediction.amax(dims, keepdim=True), -prediction.amin(dims, keepdim=True))
-    exponent = torch.frexp(largest.to(torch.float32)).exponent
-    return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), -exponent.clamp(-120, 120))
+    largest = torch.maximum(base.amax(dims), -base.amin(dims)).to(torch.float32)
+    return torch.where(largest > 0, 1 / largest.clamp_min(1e-30), torch.ones_like(largest)).view(-1, 1, 1)
 
 
 def _patch_products(
-    prediction: Tensor, base: Tensor, patch_size: int, stride: int | None
+    prediction: Tensor, base: Tensor, scale: Tensor, patch_size: int, stride: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The patches' products p·p and p·b over all channels, (B, h, w) each, in a unit of each image's own."""
-    scale, base_scale = (_power_of_two_scale(each).squeeze(1) for each in (prediction, base))
+    """The patches' products p·p and p·b over all channels, (B, h, w) each, of predictions times `scale`."""
     square = prediction.new_zeros((len(prediction), *prediction.shape[2:]), dtype=torch.float32)
     dot = torch.zeros_like(square)
     # Channel by channel, so that no prediction is ever held in float32 as a whole.
     for own, other in zip(prediction.unbind(1), base.unbind(1), strict=True):
         scaled = own.to(torch.float32) * scale
         square.addcmul_(scaled, scaled)
-        dot.addcmul_(scaled, other.to(torch.float32) * base_scale)
-    return _patch_mean(square, patch_size, stride), _patch_mean(dot, patch_size, stride)
+        dot.addcmul_(scaled, other.to(torch.float32) * scale)
+    return _patch_sum(square, patch_size, stride), _patch_sum(dot, patch_size, stride)
 
 
-def _patch_mean(values: Tensor, patch_size: int, stride: int | None) -> Tensor:
-    """Mean over the pixels of each patch that exist: (B, H, W) to (B, h, w)."""
+def _patch_sum(values: Tensor, patch_size: int, stride: int | None) -> Tensor:
+    """Sum over each patch's pixels: (B, H, W) to (B, h, w). Of overlapping patches the mean, which is as good for a cosine."""
     if patch_size == 1:
         return values
-    # A patch never reaches over more than the picture; avg_pool2d refuses kernels that are much larger than it.
-    kernel = (min(patch_size, values.shape[-2]), min(patch_size, values.shape[-1]))
-    pooled = F.avg_pool2d(
-        values.unsqueeze(1), kernel, stride, ceil_mode=stride is None, count_include_pad=False
-    )
-    return pooled.squeeze(1)
+    height, width = values.shape[-2:]
+    # A patch never reaches over more than the picture.
+    rows, columns = min(patch_size, height), min(patch_size, width)
+    if stride is not None:
+        return F.avg_pool2d(values.unsqueeze(1), (rows, columns), stride).squeeze(1)
+    # Zeros add nothing to a border patch's sums: it is made of the pixels that are there.
+    padded = F.pad(values, (0, -width % columns, 0, -height % rows))
+    across = padded.shape[-1] // columns
+    return padded.reshape(len(values), -1, rows, across, columns).sum(dim=(2, 4))
 
 
 def _interpolated(weights: Tensor, patch_size: int, height: int, width: int) -> Tensor:
