@@ -391,6 +391,49 @@ def test_patches_of_other_extensions_stay(standin: Any) -> None:
     assert not close(plain, own)
 
 
+def test_candidates_of_a_pool(webui: Any, standin: Any) -> None:
+    """What does not fit is left out, with a sentence; what fits is chosen from while sampling."""
+    webui.networks.files["/loras/strange"] = {"diffusion_model.nowhere.weight": ("diff", torch.ones(3))}
+    tags = [webui.run.tag(name, pool="1") for name in ("a", "b", "c", "strange")]
+    composed, job = compose(standin, standin.job(*tags), pool_size=2, **KNOBS)
+    assert not close(composed, standin.run(standin.job()))
+    assert "strange" in job.notes[0]
+    with pytest.raises(LoratorioError, match="No LoRA of the pool"):
+        compose(standin, standin.job(webui.run.tag("strange", pool="1")), **KNOBS)
+
+
+def test_trigger_words_weigh_a_w_composite(webui: Any, standin: Any) -> None:
+    prompts = ("a sks thing on a table",)
+
+    def tags(phrase: str) -> list[Any]:
+        phrases = {"a": phrase, "b": "table"}
+        return [webui.run.tag(name, metadata={"modelspec.trigger_phrase": phrases[name]}) for name in phrases]
+
+    told, _ = compose(standin, standin.job(*tags("sks"), prompts=prompts), method="w_composite")
+    plain, _ = compose(standin, standin.job(*tags("elsewhere"), prompts=prompts), method="w_composite")
+    assert not close(told, plain)
+
+
+def test_speed_loras_are_recognised_and_said(webui: Any, standin: Any) -> None:
+    standin.lora("lcm", 9)
+    _, job = compose(standin, standin.job("a", "lcm"), **KNOBS)
+    assert job.passes[0].loras == ("a",)
+    assert "speed LoRA" in job.notes[0]
+    composed, job = compose(standin, standin.job("lcm"), **KNOBS)
+    assert torch.equal(composed, standin.run(standin.job("lcm")))
+    assert "nothing to compose" in job.notes[-1]
+
+
+def test_text_that_sees_pictures_is_left_as_the_host_made_it(standin: Any, monkeypatch: Any) -> None:
+    from backend.args import dynamic_args
+
+    if standin.model.flavour != "neo":
+        pytest.skip("Forge Neo's only")
+    monkeypatch.setattr(dynamic_args, "ref_latents", [torch.zeros(1)])
+    _, job = compose(standin, standin.job("a", "b"), **KNOBS)
+    assert "text encoder parts are merged" in job.notes[0]
+
+
 def test_the_hook_is_not_copied_with_the_patcher() -> None:
     from loratorio.hosts.forge.sampling import PreCfg
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ...compose.methods import Mix
 from .flavours import Flavour
 from .loras import Lora
@@ -29,6 +31,7 @@ class TextConditioning:
         self._p = p
         self._loras = loras
         self._flavour = flavour
+        self._merged_text = flavour.text_sees_pictures()
         self._merged = self._state((1.0,) * len(loras))
         self._made: dict[Mix, Prompts] = {}
         for state in dict.fromkeys(self._state(mix) for mix in mixes):
@@ -47,19 +50,13 @@ class TextConditioning:
     def _state(self, mix: Mix) -> Mix:
         """The mix with the coefficients of LoRAs without text set to 0: what the conditioning depends on."""
         return tuple(
-            0.0 if lora.clip is None else coefficient
+            0.0 if lora.clip is None or self._merged_text else coefficient
             for coefficient, lora in zip(mix, self._loras, strict=True)
         )
 
     def _make(self, state: Mix) -> Prompts:
-        objects = self._p.sd_model.forge_objects
-        before = objects.clip
-        objects.clip = self._clip(state)
-        try:
-            with _undisturbed(self._p):
-                return _set_up_conds(self._p)
-        finally:
-            objects.clip = before
+        with _text_encoder(self._p, self._clip(state)), _undisturbed(self._p):
+            return _set_up_conds(self._p)
 
     def _clip(self, state: Mix) -> Any:
         """The host's text encoder with these LoRAs, each at its strength times its coefficient."""
@@ -74,6 +71,26 @@ class TextConditioning:
             file = replace(lora.file, text=lora.file.text * coefficient)
             _, clip = self._flavour.load(original.unet, clip, file)
         return clip
+
+
+@contextmanager
+def _text_encoder(p: Any, clip: Any) -> Iterator[None]:
+    objects = p.sd_model.forge_objects
+    before, objects.clip = objects.clip, clip
+    try:
+        yield
+    finally:
+        objects.clip = before
+
+
+def encoded(p: Any, texts: Sequence[str]) -> list[Tensor]:
+    """The base model's conditioning of each text, (tokens, width)."""
+    from modules import prompt_parser
+
+    with _text_encoder(p, p.sd_model.forge_objects_original.clip):
+        schedules = prompt_parser.get_learned_conditioning(p.sd_model, prompt_parser.SdConditioning(texts), 1)
+    conds = [schedule[-1].cond for schedule in schedules]
+    return [cond["crossattn"] if isinstance(cond, dict) else cond for cond in conds]
 
 
 def _set_up_conds(p: Any) -> Prompts:

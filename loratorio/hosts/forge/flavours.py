@@ -131,9 +131,13 @@ class Flavour:
         result: Tensor = merge_lora_to_weight(list(patches), weight, key, computation_dtype=torch.float32)
         return result
 
-    def obstacle(self, sd_model: Any) -> str | None:
-        """Why this model's LoRAs cannot be composed, or None."""
+    def obstacle(self, p: Any) -> str | None:
+        """Why this pass's LoRAs cannot be composed, or None."""
         return None
+
+    def text_sees_pictures(self) -> bool:
+        """Whether the prompt's conditioning was made of reference pictures too, which the host has used up by now."""
+        return False
 
     def free_memory(self, device: torch.device) -> float:
         """Bytes that a model call may use."""
@@ -197,12 +201,17 @@ class Neo(Flavour):
         backup = patcher.backup.get(key)
         return self._dequantised(utils.get_attr(patcher.model, key) if backup is None else backup.weight)
 
-    def obstacle(self, sd_model: Any) -> str | None:
+    def obstacle(self, p: Any) -> str | None:
         from backend.args import dynamic_args
 
         if dynamic_args.nunchaku:
             return "LoRAtorio cannot compose the LoRAs of a Nunchaku (SVDQ) model, whose own code applies them: they are merged."
         return None
+
+    def text_sees_pictures(self) -> bool:
+        from backend.args import dynamic_args
+
+        return bool(dynamic_args.ref_latents)
 
 
 def _tag_options(p: Any) -> dict[str, list[Mapping[str, str]]]:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ...adapters.bank import Bank
+from ...compose.importance import importance, without_words
 from ...compose.methods import Composition, Mix
 from ...engine import Engine, Row
 from ...errors import LoratorioError
-from ...roles import Player, cast_of, parts_of, recognised_note
+from ...pool import Candidates
+from ...roles import Player, cast_of, parts_of, recognised_note, trigger_words
 from ..base import ComposedPass, Job, answerable
-from .conditioning import TextConditioning
-from .flavours import Flavour, Patcher
+from .conditioning import TextConditioning, encoded
+from .flavours import Flavour, LoraFile, Patcher
 from .loras import Lora, layers_of, read, size_in_bytes
 from .rows import MARK, StepRows
 
@@ -54,29 +56,48 @@ class ComposedSampling:
 
         Where the LoRAs cannot be composed, nothing is changed and the job is told why.
         """
-        sd_model = self._p.sd_model
         files = self._flavour.applied(self._p)
-        why_not = self._flavour.obstacle(sd_model)
-        if not files:
-            why_not = NO_LORA
+        players = [Player(file.name, file.options, file.metadata) for file in files]
+        why_not = self._flavour.obstacle(self._p) if files else NO_LORA
+        if why_not and any(player.is_candidate for player in players):
+            raise LoratorioError(
+                f"{why_not} With a pool that is no picture of use: take the pool out of the prompt."
+            )
         if why_not:
             self._job.note(why_not)
             return
-        players = [Player(file.name, file.options, file.metadata) for file in files]
-        cast = cast_of(players)
-        remark = recognised_note(parts_of(players))
-        if remark:
-            self._job.note(remark)
+        self._loras, players = self._read(files, players)
+        cast = cast_of(players, self._importance(players))
+        for remark in (recognised_note(parts_of(players)), self._text_remark()):
+            if remark:
+                self._job.note(remark)
         if not cast.solos:
             self._job.note(ALL_ALWAYS)
             return
-        self._loras = [self._read(file) for file in files]
         bank = Bank([lora.adapter for lora in self._loras])
         self._engine = Engine(self._job.settings, bank, cast)
         self._texts = TextConditioning(self._p, self._loras, self._mixes(), self._flavour)
         self._enclose(self._replace_unet())
 
-    def _read(self, file: Any) -> Lora:
+    def _read(self, files: Sequence[LoraFile], players: Sequence[Player]) -> tuple[list[Lora], list[Player]]:
+        """The LoRAs, read by the host, without those candidates of a pool that cannot be used."""
+        loras, playing, skipped = [], [], []
+        for file, player in zip(files, players, strict=True):
+            try:
+                loras.append(self._lora(file))
+                playing.append(player)
+            except LoratorioError as problem:
+                if not player.is_candidate:
+                    raise
+                skipped.append((file.name, str(problem)))
+        note = Candidates(tuple(loras), tuple(skipped)).note
+        if not loras:
+            raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
+        if note:
+            self._job.note(note)
+        return loras, playing
+
+    def _lora(self, file: LoraFile) -> Lora:
         """The LoRA; kept for the job's other batches, since some kinds take seconds to read."""
         sd_model = self._p.sd_model
         key = ("lora", file, id(sd_model.forge_objects_original.unet.model))
@@ -84,6 +105,23 @@ class ComposedSampling:
             self._job.scratch[key] = read(file, sd_model, self._flavour)
         lora: Lora = self._job.scratch[key]
         return lora
+
+    def _text_remark(self) -> str:
+        speaking = any(lora.clip is not None for lora in self._loras)
+        return MERGED_TEXT if speaking and self._flavour.text_sees_pictures() else ""
+
+    def _importance(self, players: Sequence[Player]) -> dict[int, float] | None:
+        """By LoRA, how much its trigger words matter in the prompt; only asked for by the method that uses it."""
+        if self._job.settings.method != "w_composite":
+            return None
+        hires = getattr(self._p, "is_hr_pass", False)
+        prompt = (self._p.hr_prompts if hires else self._p.prompts)[0]
+        words = {i: trigger_words(player.metadata, prompt) for i, player in enumerate(players)}
+        told = [i for i, own in words.items() if own]
+        if not told:
+            return None
+        tokens = encoded(self._p, [prompt, *(without_words(prompt, words[i]) for i in told)])
+        return dict(zip(told, importance(tokens[0], tokens[1:]), strict=True))
 
     def _mixes(self) -> list[Mix]:
         """Every mix that a method may ask the model for."""
@@ -246,6 +284,8 @@ class ComposedSampling:
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
 
 ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
+
+MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
 
 _BYPASSED = (
     "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "

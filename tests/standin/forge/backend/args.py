@@ -1,2 +1,3 @@
 class dynamic_args:
     nunchaku = False
+    ref_latents = []
