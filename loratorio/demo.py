@@ -25,8 +25,11 @@ def demo_prompt() -> tuple[str, list[str]]:
     """A caption as the toybox was trained on, and the names of the LoRAs that know its words."""
     from .toybox.world import ELEMENTS, Scene, caption
 
-    names = [next(each.name for each in ELEMENTS if each.category == category) for category in CATEGORIES]
-    return caption(replace(Scene(), **dict(zip(CATEGORIES, names, strict=True)))), names
+    first = {
+        category: next(each.name for each in ELEMENTS if each.category == category) for category in CATEGORIES
+    }
+    scene = Scene(character=first["character"], object=first["object"], background=first["background"])
+    return caption(scene), list(first.values())
 
 
 def run_demo(studio: _Studio, out: Path, seed: int = 0, steps: int | None = None) -> None:

@@ -1,0 +1,257 @@
+"""``loratorio demo --serve``: a page for playing, in the browser, on this machine alone."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw
+
+from .errors import LoratorioError
+from .hosts.standalone.describe import describe
+from .hosts.standalone.generate import Request, generate
+from .hosts.standalone.lora_files import list_loras
+from .hosts.standalone.sampling import SAMPLERS
+from .maps import COLOURS
+from .settings import KNOBS, Knob, Settings
+from .sheet import draw_text, enlarged, text_size
+
+if TYPE_CHECKING:
+    from .cli import _Studio
+    from .hosts.standalone.generate import Outcome
+
+_HIDDEN = ("enabled", "weight_maps")
+_FIRST = ("method", "patch_size", "temperature", "recentre")
+"""Knobs that are always in sight; the others are in a fold."""
+
+_PICTURE_ENDINGS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
+
+_CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+#title h1 { margin: 0; font-weight: 650; letter-spacing: -0.01em; }
+#title p { margin: 0; opacity: .75; }
+#cards .grid-wrap { max-height: 330px; }
+#cards .caption-label { font-size: 12px; }
+#pictures, #maps { min-height: 120px; }
+#pictures img { image-rendering: auto; }
+#note:empty { display: none; }
+footer { display: none !important; }
+"""
+
+
+def serve(studio: _Studio, port: int) -> None:
+    """Open the page on http://127.0.0.1:`port` and stay until Ctrl-C. Raises LoratorioError when the port is taken."""
+    import gradio as gr
+
+    page = build(studio)
+    page.queue(default_concurrency_limit=1)
+    try:
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            quiet=True,
+            prevent_thread_lock=True,
+            css=_CSS,
+            theme=_theme(),
+        )
+    except OSError as problem:
+        raise LoratorioError(f"Port {port} is taken by another program: choose another --port.") from problem
+    print(f"Open http://127.0.0.1:{port} in a browser. Ctrl-C ends it.", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        gr.close_all(verbose=False)
+
+
+def _theme() -> Any:
+    import gradio as gr
+
+    return gr.themes.Soft(primary_hue="teal", secondary_hue="orange", radius_size="md")
+
+
+def build(studio: _Studio) -> Any:
+    """The page, not yet served."""
+    import gradio as gr
+
+    names = sorted(list_loras(studio.lora_dir)) if studio.lora_dir else []
+    with gr.Blocks(title="LoRAtorio", analytics_enabled=False) as page:
+        gr.Markdown("# LoRAtorio\nSeveral LoRAs in one picture, each where it knows best.", elem_id="title")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                prompt = gr.Textbox(
+                    _first_prompt(names), label="Prompt", lines=3, max_lines=8, elem_id="prompt",
+                    placeholder="words and <lora:name:strength> tags",
+                )  # fmt: skip
+                cards = gr.Gallery(
+                    [(_card(studio.lora_dir, name), name) for name in names], columns=6,
+                    label="LoRAs: click to put one into the prompt, or take it out",
+                    height="auto", allow_preview=False, object_fit="cover", elem_id="cards", buttons=[], interactive=False,
+                )  # fmt: skip
+                button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
+                knobs = _knobs(gr)
+                with gr.Accordion("Picture", open=False):
+                    negative = gr.Textbox("", label="Negative prompt", lines=1)
+                    with gr.Row():
+                        steps = gr.Slider(1, 60, 20, step=1, label="Steps", min_width=140)
+                        cfg = gr.Slider(1, 15, studio.cfg, step=0.5, label="CFG scale", min_width=140)
+                    with gr.Row():
+                        sampler = gr.Dropdown(
+                            [(each.label, each.name) for each in SAMPLERS.values()], value="euler", label="Sampler", min_width=140,
+                        )  # fmt: skip
+                        seed = gr.Number(
+                            0, label="Seed", precision=0, info="-1: a new one each time", min_width=140
+                        )
+                        batch = gr.Slider(1, 4, 1, step=1, label="Pictures", min_width=140)
+            with gr.Column(scale=6, min_width=320):
+                pictures = gr.Gallery(
+                    label="Pictures", columns=2, height="auto", object_fit="contain", elem_id="pictures",
+                    format="png", buttons=["download", "fullscreen"],
+                )  # fmt: skip
+                note = gr.Markdown("", elem_id="note")
+                maps = gr.Gallery(
+                    label="Weight maps: where and when each LoRA was used", columns=2, height="auto", object_fit="contain", elem_id="maps",
+                    format="png", buttons=["download", "fullscreen"],
+                )  # fmt: skip
+                with gr.Accordion("Infotext, for a WebUI's PNG Info", open=False):
+                    infotext = gr.Textbox(show_label=False, lines=4, buttons=["copy"], elem_id="infotext")
+
+        def toggled(text: str, event: gr.SelectData) -> str:
+            return toggle_tag(text, names[event.index])
+
+        cards.select(toggled, prompt, prompt, show_progress="hidden", api_visibility="private")
+
+        def run(
+            text: str, unwanted: str, steps: int, cfg: float, sampler: str, seed: float, batch: int, *values: Any,
+            progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it in the signature
+        ) -> tuple[Any, ...]:  # fmt: skip
+            try:
+                request = Request(
+                    text,
+                    unwanted or "",
+                    Settings.from_mapping(
+                        {"enabled": True, "weight_maps": True, **dict(zip(knobs, values, strict=True))}
+                    ),
+                    int(steps),
+                    float(cfg),
+                    sampler,
+                    random.randrange(2**32) if seed is None or seed < 0 else int(seed),
+                    studio.size,
+                    studio.size,
+                    int(batch),
+                )
+                outcome = generate(
+                    studio.checkpoint,
+                    studio.lora_dir,
+                    request,
+                    lambda done, total: progress((done, total), unit="steps"),
+                )
+            except LoratorioError as problem:
+                raise gr.Error(str(problem), duration=None, title="That cannot be made") from problem
+            return _shown(studio, outcome)
+
+        inputs = [prompt, negative, steps, cfg, sampler, seed, batch, *knobs.values()]
+        for event in (button.click, prompt.submit):
+            event(
+                run,
+                inputs,
+                [pictures, maps, infotext, note],
+                show_progress_on=[pictures],
+                api_name="generate",
+            )
+    return page
+
+
+def _knobs(gr: Any) -> dict[str, Any]:
+    """A component for every knob, made from the list in the settings."""
+    made: dict[str, Any] = {}
+    shown = [knob for knob in KNOBS if knob.name not in _HIDDEN]
+    with gr.Group():
+        made |= {knob.name: _component(gr, knob) for knob in shown if knob.name == "method"}
+        with gr.Row():
+            made |= {
+                knob.name: _component(gr, knob)
+                for knob in shown
+                if knob.name in _FIRST and knob.name not in made
+            }
+    with gr.Accordion("More knobs", open=False):
+        made |= {knob.name: _component(gr, knob) for knob in shown if knob.name not in made}
+    return made
+
+
+def _component(gr: Any, knob: Knob) -> Any:
+    common = {"label": knob.label, "info": knob.help, "min_width": 150}
+    if knob.kind == "bool":
+        return gr.Checkbox(bool(knob.default), **common)
+    if knob.kind == "choice":
+        return gr.Dropdown([(label, name) for name, label in knob.choices], value=knob.default, **common)
+    if knob.maximum > 1000 * knob.step or knob.maximum - knob.minimum > 200:
+        # Too wide a range for a slider to be of use.
+        return gr.Number(knob.default, minimum=knob.minimum, maximum=knob.maximum, step=knob.step, **common)
+    return gr.Slider(knob.minimum, knob.maximum, knob.default, step=knob.step, **common)
+
+
+def toggle_tag(prompt: str, name: str) -> str:
+    """The prompt with the LoRA's tag at its end, and its trigger words in front; without the tag if it was there."""
+    parts = prompt.split("<")
+    kept = [parts[0], *(f"<{part}" for part in parts[1:] if not _names(part, name))]
+    if len(kept) < len(parts):
+        return "".join(kept).strip()
+    return f"{prompt.rstrip()} <lora:{name}:1>".strip()
+
+
+def _names(part: str, name: str) -> bool:
+    """Whether ``lora:name:1> …``, a prompt's text after a ``<``, is the tag of this LoRA."""
+    return part.startswith((f"lora:{name}:", f"lora:{name}>"))
+
+
+def _first_prompt(names: Sequence[str]) -> str:
+    from .demo import demo_prompt
+
+    words, wanted = demo_prompt()
+    if not set(wanted) <= set(names):
+        return ""
+    return f"{words} {' '.join(f'<lora:{name}:1>' for name in wanted)}"
+
+
+def _card(folder: Path | None, name: str) -> Image.Image:
+    """The LoRA's preview picture (a file of its name beside it, or the toybox's thumbnail), or its name on a coloured card."""
+    from . import toybox
+
+    file = list_loras(folder)[name] if folder else Path(name)
+    candidates = [file.with_suffix(ending) for ending in _PICTURE_ENDINGS]
+    candidates += [toybox.THUMBNAIL_DIR / f"{name}.png"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return enlarged(Image.open(candidate).convert("RGB"), 128)
+    card = Image.new("RGB", (128, 128), COLOURS[sum(name.encode()) % len(COLOURS)])
+    width, height = text_size(name[:12], 16)
+    draw_text(ImageDraw.Draw(card), (64 - width / 2, 64 - height / 2), name[:12], 16, (255, 255, 255))
+    return card
+
+
+def _shown(studio: _Studio, outcome: Outcome) -> tuple[Any, ...]:
+    """What the page shows: pictures (with their infotext in the file), maps, the infotext, notes."""
+    from .cli import weight_maps
+    from .output import png
+
+    folder = Path(tempfile.mkdtemp(prefix="loratorio-"))
+    files, texts = [], []
+    for i, (image, seed) in enumerate(zip(outcome.images, outcome.seeds, strict=True)):
+        texts.append(describe(studio.checkpoint, outcome, i))
+        file = folder / f"{seed}.png"
+        file.write_bytes(png(enlarged(image, 384), texts[-1]))
+        files.append((str(file), f"seed {seed}"))
+    maps = [
+        (picture, name if name != "all" else "all LoRAs")
+        for i in range(len(outcome.images))
+        for name, picture in weight_maps(outcome, i).items()
+    ]
+    notes = list(outcome.notes)
+    if not outcome.loras:
+        notes.append("There is no LoRA in the prompt, so this is the model's plain picture.")
+    elif not maps:
+        notes.append("This method has no weight maps: it does not choose between LoRAs patch by patch.")
+    return files, maps, texts[0], "\n\n".join(notes)
