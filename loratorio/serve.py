@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -33,13 +34,26 @@ _CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 #title h1 { margin: 0; font-weight: 650; letter-spacing: -0.01em; }
 #title p { margin: 0; opacity: .75; }
-#cards .grid-wrap { max-height: 330px; }
-#cards .caption-label { font-size: 12px; }
-#pictures, #maps { min-height: 120px; }
+.heading p { margin: 0; font-weight: 600; }
+.heading p em { font-weight: 400; font-style: normal; opacity: .7; }
+#cards { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 8px; max-height: 380px;
+  overflow-y: auto; }
+#cards button.card { flex-direction: column; gap: 4px; padding: 6px; min-width: 0; font-size: 12px; font-weight: 500; line-height: 1.2;
+  overflow-wrap: anywhere; }
+#cards button.card img { width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; border-radius: 6px; margin: 0; }
 #pictures img { image-rendering: auto; }
-#note:empty { display: none; }
+#maps .thumbnail-item, #pictures .thumbnail-item { aspect-ratio: auto; }
+#maps .grid-wrap, #pictures .grid-wrap { max-height: none; }
 footer { display: none !important; }
+@media (max-width: 820px) { #main { flex-direction: column; } #main > * { min-width: 0 !important; width: 100%; } }
 """
+
+_TOGGLE = """(prompt) => {
+  const name = %s;
+  const tag = new RegExp("\\\\s*<lora:" + name.replace(/[.*+?^${}()|[\\]\\\\]/g, "\\\\$&") + "(:[^<>]*)?>", "g");
+  return tag.test(prompt) ? prompt.replace(tag, "").trim() : (prompt.trimEnd() + " <lora:" + name + ":1>").trim();
+}"""
+"""In the browser: put a LoRA's tag at the prompt's end, or take it out where it is there."""
 
 
 def serve(studio: _Studio, port: int) -> None:
@@ -69,7 +83,8 @@ def serve(studio: _Studio, port: int) -> None:
 def _theme() -> Any:
     import gradio as gr
 
-    return gr.themes.Soft(primary_hue="teal", secondary_hue="orange", radius_size="md")
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    return gr.themes.Soft(primary_hue="teal", secondary_hue="orange", radius_size="md", font=fonts)
 
 
 def build(studio: _Studio) -> Any:
@@ -79,17 +94,16 @@ def build(studio: _Studio) -> Any:
     names = sorted(list_loras(studio.lora_dir)) if studio.lora_dir else []
     with gr.Blocks(title="LoRAtorio", analytics_enabled=False) as page:
         gr.Markdown("# LoRAtorio\nSeveral LoRAs in one picture, each where it knows best.", elem_id="title")
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="main"):
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
                     _first_prompt(names), label="Prompt", lines=3, max_lines=8, elem_id="prompt",
                     placeholder="words and <lora:name:strength> tags",
                 )  # fmt: skip
-                cards = gr.Gallery(
-                    [(_card(studio.lora_dir, name), name) for name in names], columns=6,
-                    label="LoRAs: click to put one into the prompt, or take it out",
-                    height="auto", allow_preview=False, object_fit="cover", elem_id="cards", buttons=[], interactive=False,
-                )  # fmt: skip
+                gr.Markdown(
+                    "LoRAs *· click to put one into the prompt, or to take it out*", elem_classes="heading"
+                )
+                _cards(gr, studio.lora_dir, names, prompt)
                 button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
                 knobs = _knobs(gr)
                 with gr.Accordion("Picture", open=False):
@@ -106,22 +120,19 @@ def build(studio: _Studio) -> Any:
                         )
                         batch = gr.Slider(1, 4, 1, step=1, label="Pictures", min_width=140)
             with gr.Column(scale=6, min_width=320):
+                gr.Markdown("Pictures", elem_classes="heading")
                 pictures = gr.Gallery(
-                    label="Pictures", columns=2, height="auto", object_fit="contain", elem_id="pictures",
+                    show_label=False, columns=2, height="auto", object_fit="contain", elem_id="pictures",
                     format="png", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 note = gr.Markdown("", elem_id="note")
+                gr.Markdown("Weight maps *· where and when each LoRA was used*", elem_classes="heading")
                 maps = gr.Gallery(
-                    label="Weight maps: where and when each LoRA was used", columns=2, height="auto", object_fit="contain", elem_id="maps",
+                    show_label=False, columns=2, height="auto", object_fit="contain", elem_id="maps",
                     format="png", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 with gr.Accordion("Infotext, for a WebUI's PNG Info", open=False):
                     infotext = gr.Textbox(show_label=False, lines=4, buttons=["copy"], elem_id="infotext")
-
-        def toggled(text: str, event: gr.SelectData) -> str:
-            return toggle_tag(text, names[event.index])
-
-        cards.select(toggled, prompt, prompt, show_progress="hidden", api_visibility="private")
 
         def run(
             text: str, unwanted: str, steps: int, cfg: float, sampler: str, seed: float, batch: int, *values: Any,
@@ -164,6 +175,17 @@ def build(studio: _Studio) -> Any:
     return page
 
 
+def _cards(gr: Any, folder: Path | None, names: Sequence[str], prompt: Any) -> None:
+    """A button with a picture for every LoRA."""
+    pictures = Path(tempfile.mkdtemp(prefix="loratorio-cards-"))
+    with gr.Row(elem_id="cards"):
+        for number, name in enumerate(names):
+            file = pictures / f"{number}.png"
+            _card(folder, name).save(file)
+            card = gr.Button(name, icon=str(file), elem_classes="card", min_width=0, size="sm")
+            card.click(None, prompt, prompt, js=_TOGGLE % json.dumps(name), api_visibility="private")
+
+
 def _knobs(gr: Any) -> dict[str, Any]:
     """A component for every knob, made from the list in the settings."""
     made: dict[str, Any] = {}
@@ -182,7 +204,7 @@ def _knobs(gr: Any) -> dict[str, Any]:
 
 
 def _component(gr: Any, knob: Knob) -> Any:
-    common = {"label": knob.label, "info": knob.help, "min_width": 150}
+    common = {"label": knob.label, "info": knob.help, "min_width": 220}
     if knob.kind == "bool":
         return gr.Checkbox(bool(knob.default), **common)
     if knob.kind == "choice":
@@ -191,20 +213,6 @@ def _component(gr: Any, knob: Knob) -> Any:
         # Too wide a range for a slider to be of use.
         return gr.Number(knob.default, minimum=knob.minimum, maximum=knob.maximum, step=knob.step, **common)
     return gr.Slider(knob.minimum, knob.maximum, knob.default, step=knob.step, **common)
-
-
-def toggle_tag(prompt: str, name: str) -> str:
-    """The prompt with the LoRA's tag at its end, and its trigger words in front; without the tag if it was there."""
-    parts = prompt.split("<")
-    kept = [parts[0], *(f"<{part}" for part in parts[1:] if not _names(part, name))]
-    if len(kept) < len(parts):
-        return "".join(kept).strip()
-    return f"{prompt.rstrip()} <lora:{name}:1>".strip()
-
-
-def _names(part: str, name: str) -> bool:
-    """Whether ``lora:name:1> …``, a prompt's text after a ``<``, is the tag of this LoRA."""
-    return part.startswith((f"lora:{name}:", f"lora:{name}>"))
 
 
 def _first_prompt(names: Sequence[str]) -> str:
@@ -244,11 +252,7 @@ def _shown(studio: _Studio, outcome: Outcome) -> tuple[Any, ...]:
         file = folder / f"{seed}.png"
         file.write_bytes(png(enlarged(image, 384), texts[-1]))
         files.append((str(file), f"seed {seed}"))
-    maps = [
-        (picture, name if name != "all" else "all LoRAs")
-        for i in range(len(outcome.images))
-        for name, picture in weight_maps(outcome, i).items()
-    ]
+    maps = [picture for i in range(len(outcome.images)) for picture in weight_maps(outcome, i).values()]
     notes = list(outcome.notes)
     if not outcome.loras:
         notes.append("There is no LoRA in the prompt, so this is the model's plain picture.")
