@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..engine import WeightHistory
 from ..errors import LoratorioError
 from ..settings import Settings
+
+if TYPE_CHECKING:  # a WebUI's start-up need not wait for the engine
+    from ..engine import WeightHistory
 
 
 @dataclass(frozen=True)
