@@ -142,11 +142,17 @@ def check(options: argparse.Namespace) -> None:
 
 
 def toybox_categories() -> Mapping[str, Sequence[str]]:
-    """The toybox's elements by category, the character first."""
-    from ..toybox.world import CATEGORIES, ELEMENTS
+    """The toybox's elements by category, the character first; those whose LoRA is there."""
+    from .. import toybox
+    from ..toybox.world import CATEGORIES
 
     order = [CHARACTER, *(name for name in CATEGORIES if name != CHARACTER)]
-    return {name: [element.name for element in ELEMENTS if element.category == name] for name in order}
+    present = [element for element in toybox.ELEMENTS if toybox.lora_file(element).is_file()]
+    if not present:
+        raise LoratorioError(
+            f"The toybox is not whole: no LoRA is in {toybox.LORA_DIR}. Install loratorio anew."
+        )
+    return {name: [element.name for element in present if element.category == name] for name in order}
 
 
 def the_grid(options: argparse.Namespace) -> list[Cell]:
@@ -163,7 +169,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
     def part(variants: Sequence[Variant], limit: int) -> list[Cell]:
         # By rounds over N, so that a grid that is stopped has some of each.
         chosen = [sample(combinations(categories, count), limit) for count in counts]
-        longest = max(len(each) for each in chosen)
+        longest = max((len(each) for each in chosen), default=0)
         mixed = [each[i] for i in range(longest) for each in chosen if i < len(each)]
         return cells(variants, mixed, seeds, sampling)
 

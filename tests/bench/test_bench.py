@@ -167,7 +167,10 @@ def options(**changes: Any) -> argparse.Namespace:
     return values
 
 
-def test_the_command_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "toybox_categories", lambda: CATEGORIES)
     to = tmp_path / "docs" / "RESULTS.md"
     (to.parent / "results").mkdir(parents=True)
     (to.parent / "results" / "notes.md").write_text("A note by hand.")
