@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -21,11 +23,7 @@ xyz.register()
 
 
 class LoratorioScript(scripts.Script):
-    """An AlwaysOn script in txt2img and img2img."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.job = None
+    """An AlwaysOn script in txt2img and img2img. The job it is busy with hangs on the WebUI's processing object."""
 
     def title(self):
         return "LoRAtorio"
@@ -40,50 +38,52 @@ class LoratorioScript(scripts.Script):
         return components
 
     def before_process(self, p, *args):
-        self.job = None
+        p.loratorio_job = None
 
     def process(self, p, *args):
-        self.job = None
-        try:
+        with stopping(p):
             settings = api.settings_from_args(args, p)
-            if settings.enabled:
-                self.job = Job(p, settings, tell=lambda sentence: self.tell(p, sentence))
-        except (
-            Exception
-        ) as problem:  # printed and forgotten by the WebUI, it would give another picture than asked for
-            refuse(p, problem)
-
-    def tell(self, p, sentence):
-        p.comment(sentence)
-        p.extra_generation_params["LoRAtorio note"] = " ".join(self.job.notes)
-        gr.Warning(sentence)
+            p.loratorio_job = Job(p, settings, tell=partial(tell, p)) if settings.enabled else None
 
     def before_process_batch(self, p, *args, prompts=(), **kwargs):
-        if self.job is not None:
-            try:
-                pools.expand(self.job, prompts)
-            except Exception as problem:
-                refuse(p, problem)
+        with stopping(p):
+            if job_of(p):
+                pools.expand(job_of(p), prompts)
 
     def process_batch(self, p, *args, **kwargs):
-        if self.job is not None:
-            pools.restore(self.job)
-        self.on_host("process_batch", p)
+        with stopping(p):
+            if job_of(p):
+                pools.restore(job_of(p))
+                webui_host().process_batch(job_of(p))
 
     def process_before_every_sampling(self, p, *args, **kwargs):
-        self.on_host("before_sampling", p)
-
-    def on_host(self, event, p):
-        try:
-            if self.job is not None:
-                getattr(webui_host(), event)(self.job)
-        except Exception as problem:
-            refuse(p, problem)
+        with stopping(p):
+            if job_of(p):
+                webui_host().before_sampling(job_of(p))
 
     def postprocess_batch(self, p, *args, **kwargs):
-        if self.job is not None and self.job.passes:
-            p.extra_generation_params.update(infotext.of_passes(self.job.settings, self.job.passes))
+        if job_of(p) and job_of(p).passes:
+            p.extra_generation_params.update(infotext.of_passes(job_of(p).settings, job_of(p).passes))
 
     def postprocess(self, p, processed, *args):
-        if self.job is not None and self.job.settings.weight_maps:
-            gallery.add_maps(self.job, processed)
+        if job_of(p) and job_of(p).settings.weight_maps:
+            gallery.add_maps(job_of(p), processed)
+
+
+def job_of(p):
+    return getattr(p, "loratorio_job", None)
+
+
+@contextmanager
+def stopping(p):
+    """An error stops the job. The WebUI itself would print it and make another picture than was asked for."""
+    try:
+        yield
+    except Exception as problem:
+        refuse(p, problem)
+
+
+def tell(p, sentence):
+    p.comment(sentence)
+    p.extra_generation_params["LoRAtorio note"] = " ".join(job_of(p).notes)
+    gr.Warning(sentence)

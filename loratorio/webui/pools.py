@@ -19,10 +19,13 @@ def expand(job: Job, prompts: list[str]) -> None:
     """
     from modules import shared
 
-    folder, p = Path(shared.cmd_opts.lora_dir), job.p
+    p = job.p
+    hires = getattr(p, "all_hr_prompts", None) or []
+    if not any("<pool:" in prompt for prompt in (*prompts, *hires)):
+        return
     # The infotext keeps the tag: it is made of the job's prompts, of which these are copies.
+    folder = Path(shared.cmd_opts.lora_dir)
     prompts[:] = [expanded(prompt, folder) for prompt in prompts]
-    hires = getattr(p, "all_hr_prompts", None)
     if hires:
         own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size)
         # These are no copies, and so have to be put back.

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,42 +12,10 @@ from loratorio.errors import LoratorioError
 from loratorio.hosts.base import Job
 from loratorio.settings import Settings
 
-STANDIN = Path(__file__).parent.parent / "standin" / "a1111"
-
-
-@pytest.fixture(scope="module")
-def webui() -> Iterator[Any]:
-    """The stand-in's modules, importable as the WebUI's are, for this file only."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(STANDIN))
-    try:
-        import networks
-        import run
-        from modules import processing, script_callbacks, sd_hijack, shared
-
-        yield SimpleNamespace(
-            run=run,
-            shared=shared,
-            networks=networks,
-            processing=processing,
-            callbacks=script_callbacks,
-            hijack=sd_hijack.model_hijack,
-        )
-    finally:
-        sys.path.remove(str(STANDIN))
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("modules", "networks", "run"):
-                del sys.modules[name]
-
-
-@pytest.fixture
-def standin(webui: Any) -> Any:
-    return webui.run.Standin()
-
 
 @pytest.fixture(params=[False, True], ids=["SD 1", "SDXL"])
-def either(webui: Any, request: Any) -> Any:
-    return webui.run.Standin(xl=request.param)
+def either(a1111: Any, request: Any) -> Any:
+    return a1111.run.Standin(xl=request.param)
 
 
 def compose(p: Any, **knobs: Any) -> tuple[torch.Tensor, Job]:
@@ -72,20 +36,20 @@ def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-4) -> bo
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
-def trace(webui: Any, standin: Any) -> list[Any]:
+def trace(a1111: Any, standin: Any) -> list[Any]:
     """What composing must leave as it was."""
-    processing = webui.processing.StableDiffusionProcessingTxt2Img
+    processing = a1111.processing.StableDiffusionProcessingTxt2Img
     models = (standin.model, standin.refiner)
     return [
-        [net.name for net in webui.networks.loaded_networks],
-        [(net.te_multiplier, net.unet_multiplier) for net in webui.networks.loaded_networks],
-        [list(each) for each in webui.callbacks.callback_map.values()],
+        [net.name for net in a1111.networks.loaded_networks],
+        [(net.te_multiplier, net.unet_multiplier) for net in a1111.networks.loaded_networks],
+        [list(each) for each in a1111.callbacks.callback_map.values()],
         [
             len(layer._forward_hooks) + len(layer._forward_pre_hooks)
             for model in models
             for layer in model.network_layer_mapping.values()
         ],
-        sorted(webui.hijack.embedding_db.word_embeddings),
+        sorted(a1111.hijack.embedding_db.word_embeddings),
         [cache[0] for cache in (processing.cached_c, processing.cached_uc)],
     ]
 
@@ -123,10 +87,10 @@ ROWS_DIFFER = ("AND in a batch", "long prompt", "long negative", "NGMS")
     ("job", "option"),
     [(job, option) for option in OPTIONS for job in JOBS if not option or job in ROWS_DIFFER],
 )
-def test_one_lora_and_merge_are_the_webuis_own(webui: Any, either: Any, job: str, option: str) -> None:
+def test_one_lora_and_merge_are_the_webuis_own(a1111: Any, either: Any, job: str, option: str) -> None:
     fields = JOBS[job]
     for name, value in OPTIONS[option].items():
-        setattr(webui.shared.opts, name, value)
+        setattr(a1111.shared.opts, name, value)
     a, b = either.lora("a", 1), either.lora("b", 2, rank=3)
     alone, done = compose(either.job(a, **fields), recentre=0.0)
     assert [each.loras for each in done.passes] == [("a",)]
@@ -136,8 +100,8 @@ def test_one_lora_and_merge_are_the_webuis_own(webui: Any, either: Any, job: str
     assert not close(merged, alone)
 
 
-def test_kinds_and_strengths(webui: Any, standin: Any) -> None:
-    Tag = webui.run.Tag
+def test_kinds_and_strengths(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
     loras = [standin.lora("a", 1), standin.full("f", 2), standin.ia3("i", 3)]
     loras[0].dyn_dim = 1
     for lora in loras:
@@ -162,20 +126,20 @@ def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:
 # -- equal to passes made one by one ---------------------------------------------------------------------------------
 
 
-def slowly(webui: Any, standin: Any, loras: list[Any], settings: Settings, steps: int = 4) -> torch.Tensor:
+def slowly(a1111: Any, standin: Any, loras: list[Any], settings: Settings, steps: int = 4) -> torch.Tensor:
     """One picture by METHOD.md's formulas, float64, switching the WebUI's LoRAs for every pass."""
     model = standin.model
     torch.manual_seed(0)
     states = []
     for active in [[], *[[lora] for lora in loras]]:
-        webui.networks.loaded_networks[:] = active
+        a1111.networks.loaded_networks[:] = active
         states.append((active, model.encode("a red circle"), model.encode("blurry")))
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double() * 10
     sigmas = torch.linspace(10, 0, steps + 1).double()
     for sigma, then in pairwise(sigmas):
         noise: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         for active, cond, uncond in states:
-            webui.networks.loaded_networks[:] = active
+            a1111.networks.loaded_networks[:] = active
             for kind, text in ((True, cond), (False, uncond)):
                 crossattn = {"c_crossattn": [text[None]], "c_concat": [torch.zeros(1, 1, 1, 1)]}
                 noise[kind].append(model.apply_model(x.float(), sigma.float().view(1), crossattn).double())
@@ -193,19 +157,19 @@ def slowly(webui: Any, standin: Any, loras: list[Any], settings: Settings, steps
         )
         uncond = settings.recentre * noise[False][0] + (1 - settings.recentre) * uncond
         x = x + (uncond + 5.0 * (cond - uncond)) * (then - sigma)
-    webui.networks.loaded_networks.clear()
+    a1111.networks.loaded_networks.clear()
     return x.float()
 
 
 @pytest.mark.parametrize("text", [True, False], ids=["text", "no text"])
-def test_equals_switching_loras_for_every_pass(webui: Any, standin: Any, text: bool) -> None:
+def test_equals_switching_loras_for_every_pass(a1111: Any, standin: Any, text: bool) -> None:
     loras = [standin.lora("a", 1, text=text), standin.lora("b", 2, rank=3, text=text), standin.full("f", 3)]
     knobs = {"patch_size": 3, "temperature": 0.05, "recentre": 0.3, "adaptive": False, "blend": "patches"}
     knobs = {name: value for name, value in knobs.items() if name in Settings.__dataclass_fields__}
     for count in (2, 3):
         composed, _ = compose(standin.job(*loras[:count]), **knobs)
         with torch.no_grad():
-            assert close(composed, slowly(webui, standin, loras[:count], Settings(**knobs)), 2e-3)
+            assert close(composed, slowly(a1111, standin, loras[:count], Settings(**knobs)), 2e-3)
 
 
 def test_a_bundled_word_belongs_to_its_lora_alone(standin: Any) -> None:
@@ -244,8 +208,8 @@ def test_the_refiner_is_composed_too(standin: Any, name: str) -> None:
     assert standin.run(standin.job(a, b)).shape == merged.shape
 
 
-def test_roles_come_from_the_tags(webui: Any, standin: Any) -> None:
-    Tag = webui.run.Tag
+def test_roles_come_from_the_tags(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
     a, b = standin.lora("a", 1), standin.lora("lcm", 2)
     _, job = compose(standin.job(Tag(a), Tag(b)))
     assert job.passes[0].loras == ("a",)
@@ -259,14 +223,14 @@ def test_roles_come_from_the_tags(webui: Any, standin: Any) -> None:
 # -- nothing stays behind --------------------------------------------------------------------------------------------
 
 
-def test_leaves_no_trace(webui: Any, standin: Any) -> None:
+def test_leaves_no_trace(a1111: Any, standin: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     standin.bundle(a, "night", 3)
     plain = [standin.run(standin.job()), standin.run(standin.job(a)), standin.run(standin.job(a, b))]
-    before = trace(webui, standin)
+    before = trace(a1111, standin)
     for knobs in ({}, {"method": "composite"}, {"start": 0.3, "end": 0.6}, {"weight_maps": True}):
         compose(standin.job(a, b), **knobs)
-        assert trace(webui, standin) == before
+        assert trace(a1111, standin) == before
     for model_failing in (RuntimeError("boom"), LoratorioError("no")):
 
         def fail(rows: int, problem: Exception = model_failing) -> None:
@@ -276,24 +240,24 @@ def test_leaves_no_trace(webui: Any, standin: Any) -> None:
         with pytest.raises(type(model_failing)):
             compose(standin.job(a, b))
         standin.model.fails = None
-        assert trace(webui, standin) == before
+        assert trace(a1111, standin) == before
     again = [standin.run(standin.job()), standin.run(standin.job(a)), standin.run(standin.job(a, b))]
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
-def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(webui: Any, standin: Any) -> None:
+def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(a1111: Any, standin: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     standin.run(standin.job(a, b))
-    before = trace(webui, standin)
+    before = trace(a1111, standin)
 
     def interrupt(rows: int) -> None:
-        webui.shared.state.interrupted = len(standin.model.calls) >= 2
+        a1111.shared.state.interrupted = len(standin.model.calls) >= 2
 
     standin.model.calls, standin.model.fails = [], interrupt
     samples, _ = compose(standin.job(a, b))
-    standin.model.fails, webui.shared.state.interrupted = None, False
+    standin.model.fails, a1111.shared.state.interrupted = None, False
     assert samples.shape == (1, 4, 8, 8)
-    assert trace(webui, standin) == before
+    assert trace(a1111, standin) == before
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -319,12 +283,12 @@ def test_out_of_memory_halves_the_rows(standin: Any) -> None:
         compose(standin.job(a, b))
 
 
-def test_all_rows_run_in_one_call(webui: Any, standin: Any) -> None:
+def test_all_rows_run_in_one_call(a1111: Any, standin: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     standin.model.calls = []
     compose(standin.job(a, b))
     assert standin.model.calls == [6] * 4
-    webui.shared.opts.batch_cond_uncond = False
+    a1111.shared.opts.batch_cond_uncond = False
     standin.model.calls = []
     compose(standin.job(a, b, prompts=("x", "y")))
     assert set(standin.model.calls) == {2}
@@ -335,7 +299,7 @@ def test_all_rows_run_in_one_call(webui: Any, standin: Any) -> None:
 
 @pytest.mark.parametrize("what", ["no LoRA", "edit", "SD 3", "ControlNet", "Regional Prompter", "UNet"])
 def test_obstacles_leave_the_picture_to_the_webui(
-    webui: Any, standin: Any, what: str, monkeypatch: Any
+    a1111: Any, standin: Any, what: str, monkeypatch: Any
 ) -> None:
     import modules.sd_unet
 
@@ -358,13 +322,13 @@ def test_obstacles_leave_the_picture_to_the_webui(
     assert "LoRAtorio" in job.notes[0]
 
 
-def test_changed_text_is_left_to_the_webui(webui: Any, standin: Any) -> None:
+def test_changed_text_is_left_to_the_webui(a1111: Any, standin: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
 
     def louder(params: Any) -> None:
         params.text_cond = params.text_cond * 2
 
-    webui.callbacks.on_cfg_denoiser(louder)
+    a1111.callbacks.on_cfg_denoiser(louder)
     try:
         composed, job = compose(standin.job(a, b))
         assert torch.equal(composed, standin.run(standin.job(a, b)))
@@ -375,13 +339,13 @@ def test_changed_text_is_left_to_the_webui(webui: Any, standin: Any) -> None:
         assert job.passes
         assert close(alone, standin.run(standin.job(c)))
     finally:
-        webui.callbacks.remove_callbacks_for_function(louder)
+        a1111.callbacks.remove_callbacks_for_function(louder)
 
 
-def test_a_lora_for_another_model_stops_the_job(webui: Any, standin: Any) -> None:
+def test_a_lora_for_another_model_stops_the_job(a1111: Any, standin: Any) -> None:
     a, odd = standin.lora("a", 1), standin.lora("odd", 2)
     key = "diffusion_model_to_k"
-    odd.modules[key] = webui.networks.NetworkModuleLora(odd, key, torch.randn(2, 99), torch.randn(8, 2))
+    odd.modules[key] = a1111.networks.NetworkModuleLora(odd, key, torch.randn(2, 99), torch.randn(8, 2))
     with pytest.raises(LoratorioError, match=r"odd.*to_k"):
         compose(standin.job(a, odd))
     bad = standin.lora("bad", 3)
@@ -390,7 +354,7 @@ def test_a_lora_for_another_model_stops_the_job(webui: Any, standin: Any) -> Non
         compose(standin.job(a, bad))
 
 
-def test_a_model_called_past_the_callback_stops_the_job(webui: Any, standin: Any, monkeypatch: Any) -> None:
+def test_a_model_called_past_the_callback_stops_the_job(a1111: Any, standin: Any, monkeypatch: Any) -> None:
     import modules.sd_samplers_cfg_denoiser as module
 
     monkeypatch.setattr(module, "cfg_denoiser_callback", lambda params: None)

@@ -128,6 +128,7 @@ class ComposedSampling:
         restore_base(layers)
         bank = Bank([self._adapter(lora, layers, is_refiner) for lora in self._loras])
         if self._engine is not None:
+            bank.plan_limit = self._engine.bank.plan_limit
             self._engine.bank = bank
         else:
             self._engine = Engine(self._job.settings, bank, self._cast, self._row_limit())

@@ -1,7 +1,10 @@
 """A job, and its samplers."""
 
+from types import SimpleNamespace
+
 import networks
 import torch
+from PIL import Image
 from modules import devices, prompt_parser, shared
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser, InterruptedException
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
@@ -56,7 +59,9 @@ class StableDiffusionProcessing:
         self.extra_generation_params, self.comments = {}, {}
         self.width = self.height = 64
         self.hr_upscale_to_x = self.hr_upscale_to_y = 128
-        self.events = []
+        self.events, self.script, self.script_args = [], None, ()
+        self.all_hr_prompts, self.paste_to = None, None
+        self.batch_size, self.do_not_save_grid = len(self.prompts), True
         for name, value in fields.items():
             setattr(self, name, value)
 
@@ -144,13 +149,15 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         self.is_hr_pass = False
         return samples
 
-    def fire(self, event):
-        for own, script in self.events:
-            if own == event:
-                try:
-                    script(self)
-                except Exception as problem:
-                    print("Error running", event, problem)
+    def fire(self, event, *args, **kwargs):
+        scripts = [script for own, script in self.events if own == event]
+        if self.script is not None:
+            scripts.append(lambda p: getattr(self.script, event)(p, *args, *self.script_args, **kwargs))
+        for script in scripts:
+            try:
+                script(self)
+            except Exception as problem:
+                print("Error running", event, repr(problem))
 
     def activate(self, data):
         """`data`: {"lora": [tag, …]}, a tag with `net`, `te`, `unet`, `positional`, `named`."""
@@ -163,10 +170,21 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 def process_images(p):
     """The samples of one batch."""
     with torch.no_grad():
+        p.fire("before_process")
         p.fire("process")
+        p.fire("before_process_batch", prompts=p.prompts)
         p.activate(p.extra_network_data)
         p.fire("process_batch")
         p.setup_conds()
         samples = p.sample(conditioning=p.c, unconditional_conditioning=p.uc)
         p.fire("postprocess_batch")
+        infotext = ", ".join(f"{key}: {value}" for key, value in p.extra_generation_params.items())
+        pictures = [
+            Image.fromarray((sample[:3].sigmoid() * 255).byte().permute(1, 2, 0).numpy().copy())
+            for sample in samples
+        ]
+        p.processed = SimpleNamespace(
+            images=pictures, infotexts=[infotext] * len(samples), index_of_first_image=0
+        )
+        p.fire("postprocess", p.processed)
         return samples

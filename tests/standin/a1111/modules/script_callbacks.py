@@ -1,8 +1,8 @@
-"""The one callback that is used; exceptions in it are printed and forgotten."""
+"""The callbacks that are used; exceptions in them are printed and forgotten."""
 
 import traceback
 
-callback_map = {"callbacks_cfg_denoiser": []}
+callback_map = {"callbacks_cfg_denoiser": [], "callbacks_ui_settings": [], "callbacks_before_ui": []}
 
 
 class CFGDenoiserParams:
@@ -27,3 +27,11 @@ def cfg_denoiser_callback(params):
             callback(params)
         except Exception:
             traceback.print_exc()
+
+
+def on_ui_settings(callback):
+    callback_map["callbacks_ui_settings"].append(callback)
+
+
+def on_before_ui(callback):
+    callback_map["callbacks_before_ui"].append(callback)

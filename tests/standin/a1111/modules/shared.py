@@ -10,6 +10,7 @@ DEFAULTS = {
     "s_min_uncond_all": False,
     "use_old_scheduling": False,
 }
-opts = SimpleNamespace(**DEFAULTS)
+opts = SimpleNamespace(**DEFAULTS, grid_save=True, data={})
+cmd_opts = SimpleNamespace(lora_dir=None)
 state = SimpleNamespace(interrupted=False, sampling_step=0, sampling_steps=0)
 sd_model = None

@@ -1,0 +1,136 @@
+"""The script, from the WebUI's events to pictures and infotext, against the stand-in of tests/standin/a1111."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratorio.errors import LoratorioError
+from loratorio.settings import KNOBS, Settings
+
+ROOT = Path(__file__).parent.parent.parent
+pytest.importorskip(
+    "gradio", reason="the script makes its panel with gradio: install the extra [dev,standalone]"
+)
+
+
+@pytest.fixture
+def script(standin: Any) -> Any:
+    """The script as the WebUI loads it."""
+    spec = importlib.util.spec_from_file_location(
+        "loratorio_script", ROOT / "scripts" / "loratorio_script.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LoratorioScript()
+
+
+def run(standin: Any, script: Any, args: Any, *loras: Any, **fields: Any) -> tuple[torch.Tensor, Any]:
+    p = standin.job(*loras, **fields)
+    p.script, p.script_args = script, args
+    return standin.run(p), p
+
+
+def test_by_name_and_by_position(standin: Any, script: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    knobs = {"enabled": True, "patch_size": 3, "temperature": 0.05}
+    by_name, p = run(standin, script, [knobs], a, b)
+    settings = Settings.from_mapping(knobs)
+    by_place, _ = run(standin, script, [getattr(settings, knob.name) for knob in KNOBS], a, b)
+    assert torch.equal(by_name, by_place)
+    assert not torch.equal(by_name, standin.run(standin.job(a, b)))
+    infotext = p.processed.infotexts[0]
+    assert "LoRAtorio: True" in infotext
+    assert "LoRAtorio patch size: 3" in infotext
+    assert "LoRAtorio LoRAs: a:1, b:1" in infotext
+    assert "note" not in infotext
+
+
+def test_unticked_does_nothing(standin: Any, script: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    for args in ([], [False], [{"enabled": False}], [{}]):
+        samples, p = run(standin, script, args, a, b)
+        assert torch.equal(samples, standin.run(standin.job(a, b)))
+        assert p.processed.infotexts[0] == ""
+        assert p.comments == {}
+
+
+def test_bad_knobs_stop_the_job(standin: Any, script: Any) -> None:
+    a = standin.lora("a", 1)
+    for knobs in ({"patchsize": 1}, {"enabled": True, "temperature": -1}, {"method": "lora"}):
+        with pytest.raises(LoratorioError) as stopped:
+            run(standin, script, [knobs], a)
+        assert stopped.value.status_code == 422  # type: ignore[attr-defined]
+        assert stopped.value.detail == str(stopped.value)  # type: ignore[attr-defined]
+
+
+def test_a_fault_of_ours_stops_the_job(standin: Any, script: Any, monkeypatch: Any) -> None:
+    """The WebUI would print it and make another picture than was asked for."""
+    from loratorio.hosts.a1111 import A1111
+
+    def fail(self: Any, job: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    for event in ("process_batch", "before_sampling"):
+        with monkeypatch.context() as patch:
+            patch.setattr(A1111, event, fail)
+            with pytest.raises(ZeroDivisionError):
+                run(standin, script, [{"enabled": True}], standin.lora("a", 1))
+
+
+def test_without_a_lora_it_says_so(standin: Any, script: Any) -> None:
+    samples, p = run(standin, script, [{"enabled": True}])
+    assert torch.equal(samples, standin.run(standin.job()))
+    assert "names no LoRA" in "".join(p.comments)
+    assert "names no LoRA" in p.processed.infotexts[0]
+
+
+def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    prompts = ("a red circle AND sea", "a blue square")
+    samples, p = run(standin, script, [{"enabled": True, "weight_maps": True}], a, b, prompts=prompts)
+    assert len(samples) == 2
+    assert len(p.processed.images) == len(p.processed.infotexts) == 2 + 2 * 3
+    plain, p = run(standin, script, [{"enabled": True}], a, b, prompts=prompts)
+    assert len(p.processed.images) == 2
+    assert torch.equal(plain, samples)
+
+
+def test_pools_become_loras_and_stay_pools_in_the_infotext(
+    standin: Any,
+    a1111: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    from loratorio.hosts.base import Job
+    from loratorio.webui import pools
+
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    monkeypatch.setattr(a1111.shared.cmd_opts, "lora_dir", str(tmp_path))
+    p = standin.job(prompts=("a <pool:*:0.5>",), all_hr_prompts=["b <pool:one>"])
+    job, written = Job(p, Settings(enabled=True)), p.all_hr_prompts
+    prompts = list(p.prompts)
+    pools.expand(job, prompts)
+    assert prompts == ["a <lora:one:0.5:pool=1><lora:two:0.5:pool=1>"]
+    assert p.all_hr_prompts == ["b <lora:one:1:pool=1>"]
+    pools.restore(job)
+    assert p.all_hr_prompts is written
+    assert written == ["b <pool:one>"]
+
+
+def test_installing_needs_nothing(capsys: Any) -> None:
+    spec = importlib.util.spec_from_file_location("loratorio_install", ROOT / "install.py")
+    assert spec is not None
+    assert spec.loader is not None
+    start = time.perf_counter()
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert time.perf_counter() - start < 5
+    assert capsys.readouterr().out == ""
