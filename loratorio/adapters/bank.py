@@ -58,12 +58,12 @@ class Bank:
     Use: ``with bank.attached(layers), bank.routed(mixes): model(rows)``. Outside of `routed` the hooks do nothing.
 
     Attributes:
-        plan_limit: for how many ways to route rows the stacked deltas are kept on the model's device.
+        plan_limit: for how many runs of mixes a layer's deltas are kept on the model's device.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = tuple(adapters)
-        # A step that is cut into single rows uses one plan per LoRA and one for all together.
+        # A step that is cut into single rows needs each LoRA's own, one that is run whole a stack of them all.
         self.plan_limit = 2 * len(self.adapters) + 4
         self._plans: dict[tuple[_Segment, ...], _Plan] = {}
         self._use({})
@@ -117,7 +117,7 @@ class Bank:
     def _plan_for(self, segments: tuple[_Segment, ...]) -> _Plan:
         if any(hasattr(segment.mix, "at") for segment in segments):
             return {}  # equal to a plain mix, and another one in each step
-        if segments not in self._plans and len(self._plans) >= self.plan_limit:
+        if segments not in self._plans and self._stacks.most >= self.plan_limit:
             # Start afresh before stacks that may never be used again fill the memory.
             self._plans.clear()
             self._stacks.clear()

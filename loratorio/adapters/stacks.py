@@ -30,7 +30,14 @@ class Stacks:
         self._strengths = [adapter.strength for adapter in adapters]
         self._fitted = fitted
         self._low_rank: dict[_Key, dict[tuple[Mix, ...], Stack | None]] = {}
-        self._dense: dict[tuple[_Key, tuple[tuple[int, float], ...]], Dense] = {}
+        self._dense: dict[_Key, dict[tuple[tuple[int, float], ...], Dense]] = {}
+
+    @property
+    def most(self) -> int:
+        """How many stacks, or dense changes, the layer with the most of them has."""
+        return max(
+            (len(known) for made in (self._low_rank, self._dense) for known in made.values()), default=0
+        )
 
     def clear(self) -> None:
         """Free what was made; it is made again when asked for."""
@@ -66,10 +73,10 @@ class Stacks:
         if len(active) == 1:  # one LoRA's own change serves all mixes, whatever its factor there
             factor = active[0][1]
             active = ((active[0][0], 1.0),)
-        key = ((name, like.device, like.dtype), active)
-        if key not in self._dense:
-            self._dense[key] = self._sum(name, active, like)
-        return self._dense[key], factor
+        known = self._dense.setdefault((name, like.device, like.dtype), {})
+        if active not in known:
+            known[active] = self._sum(name, active, like)
+        return known[active], factor
 
     def _active(self, name: str, mix: Mix) -> Iterator[tuple[int, float, Fitted]]:
         for number, fitted in self._fitted[name].items():
