@@ -1,0 +1,224 @@
+"""The page of the running WebUI, driven by headless Chromium: the panel, pasting, PNG Info, the X/Y/Z plot, the settings page.
+
+Beside LORATORIO_WEBUI_URL these need playwright and Chromium (LORATORIO_CHROMIUM, or on the PATH).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from loratorio.settings import KNOBS, Settings
+from loratorio.webui import infotext, xyz
+
+pytestmark = pytest.mark.timeout(900)
+
+NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
+PROMPT = "a red circle <lora:{0}:0.8> <lora:{1}:0.65>"
+CHOSEN = Settings(
+    enabled=True,
+    method="composite",
+    patch_size=5,
+    temperature=0.0371,
+    top_k=2,
+    recentre=0.35,
+    start=0.25,
+    end=0.85,
+    weight_maps=True,
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    executable = (
+        os.environ.get("LORATORIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    )
+    if not executable:
+        pytest.skip("no Chromium: apt-get install chromium, or name one in LORATORIO_CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any) -> Iterator[Any]:
+    """The WebUI's page, loaded once: that can take a minute. What is not on this machine is not reached: fonts and the like."""
+    url = os.environ["LORATORIO_WEBUI_URL"].rstrip("/")
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(120_000)
+    context.route(
+        "**/*", lambda each: each.continue_() if each.request.url.startswith((url, "data:")) else each.abort()
+    )
+    page = context.new_page()
+    page.goto(url, timeout=120_000)
+    page.wait_for_selector("#loratorio_txt2img-visible-checkbox", state="attached")
+    page.wait_for_selector("#loratorio_txt2img .loratorio-folded", state="attached")
+    yield page
+    context.close()
+
+
+def go_to(page: Any, tab: str) -> None:
+    page.locator("#tabs > .tab-nav > button", has_text=tab).first.click()
+
+
+def open_panel(page: Any, tab: str) -> None:
+    """Unfold the panel without ticking it: its arrow does both, its tick box is put back. (Pasting a tick unfolds it, too.)"""
+    if not page.locator(f"#loratorio_{tab}_method").is_visible():
+        ticked = page.locator(f"#loratorio_{tab}-visible-checkbox").is_checked()
+        page.locator(f"#loratorio_{tab} > .label-wrap").click()
+        page.locator(f"#loratorio_{tab}_method").wait_for()
+        page.locator(f"#loratorio_{tab}-visible-checkbox").set_checked(ticked)
+
+
+def shown(page: Any, tab: str) -> dict[str, Any]:
+    """What the panel shows, for the knobs that `CHOSEN` changes."""
+    values: dict[str, Any] = {"enabled": page.locator(f"#loratorio_{tab}-visible-checkbox").is_checked()}
+    for knob in KNOBS:
+        place = page.locator(f"#loratorio_{tab}_{knob.name}")
+        if knob.kind == "bool" and knob.name != "enabled":
+            values[knob.name] = place.locator("input").is_checked()
+        elif knob.kind == "choice":
+            values[knob.name] = place.locator("input").first.input_value()
+        elif knob.kind in ("int", "float"):
+            values[knob.name] = float(place.locator("input[type=number]").input_value())
+    return values
+
+
+def wait_until(page: Any, tab: str, settings: Settings) -> None:
+    """Wait until the panel shows these settings, and check that it does."""
+    expected = {knob.name: infotext.text(knob, getattr(settings, knob.name)) for knob in KNOBS}
+    expected = {
+        knob.name: getattr(settings, knob.name) if knob.kind != "choice" else expected[knob.name]
+        for knob in KNOBS
+    }
+    for _ in range(240):
+        if shown(page, tab) == expected:
+            break
+        page.wait_for_timeout(250)
+    assert shown(page, tab) == expected
+
+
+def written(prompt: str, settings: Settings, loras: list[str]) -> str:
+    """The infotext of a picture, as the WebUI writes it."""
+    fields = infotext.params(settings, [(loras[0], 0.8), (loras[1], 0.65)])
+    fields[infotext.LORAS_KEY] = '"' + fields[infotext.LORAS_KEY] + '"'
+    head = "Steps: 4, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 128x128, "
+    return f"{prompt}\n{head}" + ", ".join(f"{key}: {value}" for key, value in fields.items())
+
+
+def wait_for_line(page: Any, tab: str, text: str) -> None:
+    """Wait until the line about the prompt's LoRAs says `text` (without its drop-downs)."""
+    page.wait_for_function(
+        """([id, text]) => {
+            const copy = document.querySelector(id).cloneNode(true);
+            copy.querySelectorAll("select").forEach(menu => menu.remove());
+            return copy.textContent.trim().split(/\\s+/).join(" ") === text;
+        }""",
+        arg=[f"#loratorio_{tab}_loras", text],
+    )
+
+
+@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
+def test_line_and_paste_button(page: Any, tab: str, loras: list[str]) -> None:
+    go_to(page, tab)
+    prompt = page.locator(f"#{tab}_prompt textarea")
+    assert page.locator(f"#loratorio_{tab} .loratorio-folded").text_content() == "no LoRA yet"
+    prompt.fill(written(PROMPT.format(*loras), CHOSEN, loras))
+    page.locator("#paste:visible").click()
+    wait_until(page, tab, CHOSEN)
+    wait_for_line(page, tab, f"Will compose {loras[0]} 0.8 {loras[1]} 0.65")
+    # A picture that was made without unticks the box.
+    prompt.fill("a red circle\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 128x128")
+    page.locator("#paste:visible").click()
+    page.wait_for_function(f"!document.querySelector('#loratorio_{tab}-visible-checkbox').checked")
+    wait_for_line(page, tab, NONE_YET)
+
+
+def test_tooltips_and_narrow_page(page: Any, loras: list[str]) -> None:
+    go_to(page, "txt2img")
+    open_panel(page, "txt2img")
+    page.locator("#loratorio_txt2img_more .label-wrap").click()
+    page.fill("#txt2img_prompt textarea", PROMPT.format(*loras))
+    for width in (420, 1400):
+        page.set_viewport_size({"width": width, "height": 1000})
+        for knob in KNOBS[1:]:
+            place = page.locator(f"#loratorio_txt2img_{knob.name}")
+            assert place.get_attribute("title") == knob.help
+            box = place.bounding_box()
+            assert box is not None, knob.name
+            assert box["x"] >= 0, knob.name
+            assert box["x"] + box["width"] <= width, knob.name
+
+
+def test_png_info_sends_everything(page: Any, loras: list[str], tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("parameters", written(PROMPT.format(*loras), CHOSEN, loras))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png", pnginfo=info)
+    go_to(page, "PNG Info")
+    page.locator("#pnginfo_image input[type=file]").set_input_files(str(tmp_path / "picture.png"))
+    page.locator("#tab_pnginfo").get_by_text("LoRAtorio method").first.wait_for()
+    page.locator("#tab_pnginfo #img2img_tab").click()
+    page.locator("#img2img_prompt textarea").wait_for()
+    wait_until(page, "img2img", CHOSEN)
+
+
+def test_a_picture_from_the_page_comes_back(page: Any, loras: list[str]) -> None:
+    """Tick, move, generate with the page's own button; its infotext, pasted into the other tab, is the same panel."""
+    go_to(page, "txt2img")
+    page.fill("#txt2img_prompt textarea", PROMPT.format(*loras))
+    page.fill("#txt2img_steps input[type=number]", "2")
+    page.fill("#txt2img_width input[type=number]", "64")
+    page.fill("#txt2img_height input[type=number]", "64")
+    page.locator("#loratorio_txt2img-visible-checkbox").check()
+    open_panel(page, "txt2img")
+    page.fill("#loratorio_txt2img_temperature input", "0.0371")
+    page.locator("#loratorio_txt2img_temperature input").blur()
+    page.fill("#loratorio_txt2img_recentre input[type=number]", "0.35")
+    page.locator("#loratorio_txt2img_recentre input[type=number]").blur()
+    page.click("#txt2img_generate")
+    text = page.locator("#html_info_txt2img")
+    text.get_by_text("LoRAtorio LoRAs").wait_for(timeout=600_000)
+    made = text.inner_text()
+    assert f"{loras[0]}:0.8, {loras[1]}:0.65" in made
+    go_to(page, "img2img")
+    page.locator("#img2img_prompt textarea").fill(made.strip())
+    page.locator("#paste:visible").click()
+    wait_until(page, "img2img", Settings(enabled=True, temperature=0.0371, recentre=0.35))
+    # "Send to img2img" takes the panel along.
+    go_to(page, "txt2img")
+    page.fill("#loratorio_txt2img_top_k input[type=number]", "3")
+    page.locator("#loratorio_txt2img_top_k input[type=number]").blur()
+    page.locator("#image_buttons_txt2img #img2img_tab").click()
+    page.locator("#img2img_prompt textarea").wait_for()
+    wait_until(page, "img2img", Settings(enabled=True, temperature=0.0371, recentre=0.35, top_k=3))
+
+
+def test_xyz_has_an_axis_for_every_knob(page: Any) -> None:
+    go_to(page, "txt2img")
+    page.locator("#script_list:visible input").click()
+    page.locator("#script_list:visible li", has_text="X/Y/Z plot").click()
+    page.locator("#script_txt2img_xyz_plot_x_type input").click()
+    axes = page.locator("#script_txt2img_xyz_plot_x_type li").all_inner_texts()
+    for knob in KNOBS:
+        assert any(xyz.PREFIX + knob.label in each for each in axes), knob.label
+    page.keyboard.press("Escape")
+    page.locator("#script_list:visible input").click()
+    page.locator("#script_list:visible li", has_text="None").click()
+
+
+def test_settings_page(page: Any) -> None:
+    go_to(page, "Settings")
+    page.locator("#settings .tab-nav > button", has_text="LoRAtorio").click()
+    for knob in KNOBS[1:]:
+        assert page.locator(f"#setting_loratorio_{knob.name}").is_visible(), knob.name
