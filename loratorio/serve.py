@@ -128,7 +128,7 @@ def build(studio: _Studio) -> Any:
                 note = gr.Markdown("", elem_id="note")
                 gr.Markdown("Weight maps *· where and when each LoRA was used*", elem_classes="heading")
                 maps = gr.Gallery(
-                    show_label=False, columns=2, height="auto", object_fit="contain", elem_id="maps",
+                    show_label=False, columns=3, height="auto", object_fit="contain", elem_id="maps",
                     format="png", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 with gr.Accordion("Infotext, for a WebUI's PNG Info", open=False):

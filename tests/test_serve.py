@@ -1,0 +1,95 @@
+"""The page of ``loratorio demo --serve``: built from the settings, and used in a browser where there is one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratorio import serve
+from loratorio.cli import _Studio
+from loratorio.errors import LoratorioError
+from loratorio.hosts.standalone.checkpoint import load_checkpoint
+from loratorio.settings import KNOBS
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> _Studio:
+    root = tmp_path_factory.mktemp("studio")
+    model = load_checkpoint(tiny.save_sd(root / "sd"))
+    for seed, name in enumerate(("rose", "dusk.v1+(x)")):
+        tiny.save_kohya(root / "loras" / f"{name}.safetensors", model.unet, size=0.1, seed=seed)
+    return _Studio(model, root / "loras", 4.0, 64)
+
+
+def test_every_knob_is_on_the_page(studio: _Studio) -> None:
+    page = serve.build(studio)
+    labels = {component["props"].get("label") for component in page.get_config_file()["components"]}
+    assert {knob.label for knob in KNOBS if knob.name not in ("enabled", "weight_maps")} <= labels
+
+
+def test_a_port_that_is_taken(studio: _Studio) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(LoratorioError, match="is taken by another program"):
+            serve.serve(studio, taken.getsockname()[1])
+
+
+def browser_path() -> str | None:
+    named = os.environ.get("LORATORIO_CHROMIUM")
+    return named or shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture
+def page(studio: _Studio) -> Iterator[Any]:
+    if browser_path() is None:
+        pytest.skip("NOT TESTED: there is no chromium (see .ci/run)")
+    from playwright.sync_api import sync_playwright
+
+    blocks = serve.build(studio)
+    blocks.queue()
+    _, address, _ = blocks.launch(
+        server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, css=serve._CSS, theme=serve._theme()
+    )
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+            opened = browser.new_page(viewport={"width": 1280, "height": 900})
+            opened.set_default_timeout(240_000)
+            opened.goto(address, timeout=240_000)
+            opened.wait_for_selector("#generate")
+            yield opened
+            browser.close()
+    finally:
+        blocks.close(verbose=False)
+
+
+def test_cards_and_pictures_in_a_browser(page: Any, tmp_path: Path) -> None:
+    prompt = page.locator("#prompt textarea")
+    prompt.fill("a cat")
+    for card, expected in (
+        (0, "a cat <lora:dusk.v1+(x):1>"),
+        (1, "a cat <lora:dusk.v1+(x):1> <lora:rose:1>"),
+        (0, "a cat <lora:rose:1>"),
+    ):
+        page.locator("#cards button.card").nth(card).click()
+        page.wait_for_function(f"document.querySelector('#prompt textarea').value === {expected!r}")
+    page.locator("#cards button.card").nth(0).click()
+    page.locator("#generate").click()
+    page.wait_for_selector("#maps img")
+    assert page.locator("#pictures img").count() == 1
+    assert page.locator("#maps img").count() == 3
+    for width in (1280, 420):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+            f"scrolls sideways at {width} px"
+        )
