@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,7 +80,9 @@ def test_break() -> None:
 def test_any_text_is_read(prompt: str) -> None:
     pieces = emphasised(prompt)
     assert all(piece.weight == piece.weight for piece in pieces)
-    assert not any(a.weight == b.weight and not a.chunk_break and not b.chunk_break for a, b in zip(pieces, pieces[1:], strict=False))
+    assert not any(
+        a.weight == b.weight and not a.chunk_break and not b.chunk_break for a, b in pairwise(pieces)
+    )
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
