@@ -435,11 +435,11 @@ def test_text_that_sees_pictures_is_left_as_the_host_made_it(standin: Any, monke
 
 
 def test_the_hook_is_not_copied_with_the_patcher() -> None:
-    from loratorio.hosts.forge.sampling import PreCfg
+    from loratorio.hosts.forge.sampling import Hook
 
-    hook = PreCfg(lambda *args: args)
+    hook = Hook(lambda *args: args)
     assert copy.deepcopy({"hooks": [hook]})["hooks"][0] is hook
-    hook.see = None
+    hook.function = None
     assert hook(1, 2) == (1, 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from torch import Tensor
 from ...adapters.delta import LowRank
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
+See = Callable[..., tuple[Any, ...]]
+"""(model, cond, uncond, x, sigma, model options) before a step's conditions are batched, to the same, changed."""
 Patch = Sequence[Any]  # [strength, value, strength of the model, offset, function, …]
 
 
@@ -45,8 +48,7 @@ class Sampling(NamedTuple):
     get_area_and_mult: Callable[..., Any]
     can_concat_cond: Callable[..., bool]
     cond_cat: Callable[..., dict[str, Any]]
-    compute_cond_mark: Callable[..., Tensor]
-    compute_cond_indices: Callable[..., tuple[list[int], list[int]]]
+    add_control: Callable[..., None]
     Condition: type
 
 
@@ -154,10 +156,24 @@ class Flavour:
             sampling_function.get_area_and_mult,
             sampling_function.can_concat_cond,
             sampling_function.cond_cat,
-            sampling_function.compute_cond_mark,
-            sampling_function.compute_cond_indices,
+            add_control,
             condition.Condition,
         )
+
+    def needed_memory(self, model: Any, shape: Sequence[int]) -> float:
+        """Bytes that the host reckons with for a model call on latents of this shape."""
+        return float(model.memory_required(list(shape)))
+
+    def computation_dtype(self, unet: Patcher) -> torch.dtype:
+        dtype: torch.dtype = unet.model.computation_dtype
+        return dtype
+
+    hook_option = "sampler_pre_cfg_function"
+    """The model option, a list of functions, that is asked before the host batches a step's conditions."""
+
+    def hook(self, see: See) -> Callable[..., tuple[Any, ...]]:
+        """`see` in the form that the host calls."""
+        return see
 
 
 class Neo(Flavour):
@@ -214,6 +230,106 @@ class Neo(Flavour):
         return bool(dynamic_args.ref_latents)
 
 
+class ReForge(Neo):
+    """reForge: like Neo's, its patcher is ComfyUI's, but in the package `ldm_patched`."""
+
+    name = "reForge"
+    hook_option = "conditioning_modifiers"
+
+    def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
+        import networks
+
+        tensors = dict(networks.load_lora_state_dict(lora.path))
+        own_unet, own_clip = networks.load_lora_for_models(
+            unet, clip, tensors, lora.unet, lora.text, filename=lora.path
+        )
+        # This host clones whether or not the LoRA has something for a model.
+        unet = unet if _patch_count(own_unet) == _patch_count(unet) else own_unet
+        clip = clip if _patch_count(own_clip.patcher) == _patch_count(clip.patcher) else own_clip
+        return unet, clip
+
+    def base_weight(self, patcher: Patcher, key: str) -> Tensor:
+        from ldm_patched.modules import utils
+
+        backup = patcher.backup.get(key)
+        return self._dequantised(utils.get_attr(patcher.model, key) if backup is None else backup.weight)
+
+    def merged(self, patches: Sequence[Patch], weight: Tensor, key: str) -> Tensor:
+        from ldm_patched.modules.lora import calculate_weight
+
+        result: Tensor = calculate_weight(list(patches), weight, key)
+        return result
+
+    def obstacle(self, p: Any) -> str | None:
+        return None
+
+    def text_sees_pictures(self) -> bool:
+        return False
+
+    def free_memory(self, device: torch.device) -> float:
+        from ldm_patched.modules import model_management
+
+        return float(model_management.get_free_memory(device))
+
+    def needed_memory(self, model: Any, shape: Sequence[int]) -> float:
+        return 1.5 * float(model.memory_required(list(shape)))
+
+    def computation_dtype(self, unet: Patcher) -> torch.dtype:
+        dtype: torch.dtype = unet.model.manual_cast_dtype or unet.model.get_dtype()
+        return dtype
+
+    def sampling(self) -> Sampling:
+        from ldm_patched.modules import conds, samplers
+        from modules_forge import forge_sampler
+
+        def with_options(control: Any, c: dict[str, Any], x: Tensor, sigma: Tensor, blocks: int) -> None:
+            c["control"] = control.get_control(x, sigma, c, blocks, c["transformer_options"])
+
+        return Sampling(
+            forge_sampler.cond_from_a1111_to_patched_ldm,
+            forge_sampler.cond_from_a1111_to_patched_ldm_weighted,
+            samplers.get_area_and_mult,
+            samplers.can_concat_cond,
+            samplers.cond_cat,
+            with_options,
+            conds.CONDRegular,
+        )
+
+    def hook(self, see: See) -> Callable[..., tuple[Any, ...]]:
+        def modifier(
+            model: Any,
+            x: Tensor,
+            sigma: Tensor,
+            uncond: Any,
+            cond: Any,
+            cond_scale: float,
+            options: Any,
+            seed: Any,
+        ) -> tuple[Any, ...]:
+            # After this the host drops the unconditional rows of CFG 1.
+            guided = not math.isclose(cond_scale, 1.0) or options.get("disable_cfg1_optimization", False)
+            model, cond, seen, x, sigma, options = see(
+                model, cond, uncond if guided else None, x, sigma, options
+            )
+            return model, x, sigma, seen if guided else uncond, cond, cond_scale, options, seed
+
+        return modifier
+
+
+def add_control(control: Any, c: dict[str, Any], x: Tensor, sigma: Tensor, blocks: int) -> None:
+    """Ask a chain of ControlNets for these rows, as Forge's and Neo's own sampling functions do."""
+    net = control
+    while net is not None:
+        net.transformer_options = c["transformer_options"]
+        net = net.previous_controlnet
+    c["control"] = control.get_control(x, sigma, c.copy(), blocks)
+    c["control_model"] = control
+
+
+def _patch_count(patcher: Patcher) -> int:
+    return sum(len(patches) for patches in patcher.patches.values())
+
+
 def _tag_options(p: Any) -> dict[str, list[Mapping[str, str]]]:
     """By LoRA name, the named arguments of its tags in the prompt, one mapping per tag."""
     data = p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data
@@ -234,6 +350,8 @@ def _plain_low_rank(weights: Sequence[Any]) -> LowRank | None:
 
 def flavour() -> Flavour:
     """The member of the family that this code runs inside."""
+    if importlib.util.find_spec("ldm_patched") is not None:
+        return ReForge()
     if importlib.util.find_spec("modules_forge.packages") is not None:
         return Neo()
     return Flavour()

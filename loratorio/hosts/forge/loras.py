@@ -115,4 +115,4 @@ def _dense(patches: list[Patch], unet: Patcher, key: str, flavour: Flavour) -> T
                 f"A LoRA changes {key} from {tuple(base.shape)} to {tuple(change.shape)}: LoRAtorio cannot compose LoRAs that "
                 "give a layer another shape. Remove it from the prompt, or untick LoRAtorio."
             )
-        return (change - base).to("cpu", unet.model.computation_dtype)
+        return (change - base).to("cpu", flavour.computation_dtype(unet))

@@ -212,32 +212,24 @@ class StepRows:
         sigma = torch.cat([piece.sigma for piece in pieces])
         c = self._functions.cond_cat([piece.conditioning for piece in pieces])
         c["transformer_options"] = self._options(options, kinds, pieces[0].sigma)
-        self._add_control(c, x, sigma, pieces[0].control, len(pieces))
+        control = pieces[0].control
+        if control is not None:
+            self._functions.add_control(control, c, x, sigma, len(pieces))
         numbers = tuple(number for piece in pieces for number in piece.numbers)
         return Call(numbers, x, sigma, c, kinds)
 
-    def _options(self, options: dict[str, Any], kinds: list[int], sigma: Tensor) -> dict[str, Any]:
-        """The host's transformer options for a batch with these blocks."""
-        cond, uncond = self._functions.compute_cond_indices(cond_or_uncond=kinds, sigmas=sigma)
-        return {
-            **options,
+    @staticmethod
+    def _options(options: dict[str, Any], kinds: list[int], sigma: Tensor) -> dict[str, Any]:
+        """The host's transformer options for a batch with these blocks, each of as many rows as `sigma` has."""
+        by_row = [kind for kind in kinds for _ in range(len(sigma))]
+        own = {
             "cond_or_uncond": list(kinds),
             "sigmas": sigma,
-            "cond_mark": self._functions.compute_cond_mark(cond_or_uncond=kinds, sigmas=sigma),
-            "cond_indices": cond,
-            "uncond_indices": uncond,
+            "cond_mark": torch.tensor(by_row).to(sigma),
+            "cond_indices": [row for row, kind in enumerate(by_row) if kind == COND],
+            "uncond_indices": [row for row, kind in enumerate(by_row) if kind == UNCOND],
         }
-
-    @staticmethod
-    def _add_control(c: dict[str, Any], x: Tensor, sigma: Tensor, control: Any, blocks: int) -> None:
-        """The host's ControlNets for these rows, as its own sampling function asks them."""
-        net = control
-        while net is not None:
-            net.transformer_options = c["transformer_options"]
-            net = net.previous_controlnet
-        if control is not None:
-            c["control"] = control.get_control(x, sigma, c.copy(), blocks)
-            c["control_model"] = control
+        return {**options, **{name: value for name, value in own.items() if name in options}}
 
 
 def _sliced(condition: Any, images: slice) -> Any:

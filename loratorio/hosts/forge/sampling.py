@@ -26,16 +26,16 @@ from .rows import MARK, StepRows
 Result = TypeVar("Result")
 
 
-class PreCfg:
-    """The `sampler_pre_cfg_function` that the clone carries. Hosts deep-copy it with the patcher: it stays the same one."""
+class Hook:
+    """The function that the clone carries among its model options. Hosts copy it with the patcher: it stays the same one."""
 
-    def __init__(self, see: Callable[..., tuple[Any, ...]]) -> None:
-        self.see: Callable[..., tuple[Any, ...]] | None = see
+    def __init__(self, function: Callable[..., tuple[Any, ...]]) -> None:
+        self.function: Callable[..., tuple[Any, ...]] | None = function
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        return self.see(*args) if self.see else args
+        return self.function(*args) if self.function else args
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PreCfg:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return self
 
 
@@ -133,12 +133,13 @@ class ComposedSampling:
         objects = self._p.sd_model.forge_objects
         before = objects.unet
         unet = self._flavour.without_loras(before, self._p.sd_model)
-        hooks = unet.model_options.get("sampler_pre_cfg_function", [])
-        self._hook = PreCfg(self._see)
+        option = self._flavour.hook_option
+        hooks = unet.model_options.get(option, [])
+        self._hook = Hook(self._flavour.hook(self._see))
         # A host may call us twice for one pass, our clone of the first time being in place.
-        kept = [hook for hook in hooks if not isinstance(hook, PreCfg)]
-        unet.model_options["sampler_pre_cfg_function"] = [*kept, self._hook]
-        dtype = unet.model.computation_dtype
+        kept = [hook for hook in hooks if not isinstance(hook, Hook)]
+        unet.model_options[option] = [*kept, self._hook]
+        dtype = self._flavour.computation_dtype(unet)
         unet.add_extra_preserved_memory_during_sampling(
             sum(size_in_bytes(lora.adapter, dtype) for lora in self._loras)
         )
@@ -167,7 +168,7 @@ class ComposedSampling:
         except LoratorioError as problem:
             raise answerable(problem) from problem.__cause__
         finally:
-            self._hook.see = self._rows = None
+            self._hook.function = self._rows = None
             objects = self._p.sd_model.forge_objects
             if objects.unet is self._unet:
                 objects.unet = unet_before
@@ -263,7 +264,7 @@ class ComposedSampling:
         wanted = (len(self._engine.cast.solos) + 1) * rows.count
         free = self._flavour.free_memory(rows.x.device)
         fitting = wanted
-        while fitting > 1 and model.memory_required([fitting, *rows.x.shape[1:]]) >= free:
+        while fitting > 1 and self._flavour.needed_memory(model, [fitting, *rows.x.shape[1:]]) >= free:
             fitting = fitting // 2
         if fitting > images:
             fitting -= fitting % images
