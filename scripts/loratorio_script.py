@@ -43,6 +43,7 @@ class LoratorioScript(scripts.Script):
     def process(self, p, *args):
         with stopping(p):
             settings = api.settings_from_args(args, p)
+            infotext.begin(p.extra_generation_params, settings)
             p.loratorio_job = Job(p, settings, tell=partial(tell, p)) if settings.enabled else None
 
     def before_process_batch(self, p, *args, prompts=(), **kwargs):
@@ -63,7 +64,7 @@ class LoratorioScript(scripts.Script):
 
     def postprocess_batch(self, p, *args, **kwargs):
         if job_of(p) and job_of(p).passes:
-            p.extra_generation_params.update(infotext.of_passes(job_of(p).settings, job_of(p).passes))
+            infotext.finish(p.extra_generation_params, job_of(p).settings, job_of(p).passes)
 
     def postprocess(self, p, processed, *args):
         if job_of(p) and job_of(p).settings.weight_maps:

@@ -38,14 +38,27 @@ def params(
     return fields
 
 
-def of_passes(settings: Settings, passes: Sequence[ComposedPass]) -> dict[str, str]:
-    """`params` of what was sampled last: the first pass of the last batch and, if it had other LoRAs, the hires pass."""
+def begin(fields: dict[str, Any], settings: Settings) -> None:
+    """Write the knobs into `p.extra_generation_params` when a job begins.
+
+    As early as this, because the WebUI writes the file that its paste button reads before the first picture is sampled. What an
+    earlier job left is taken out: the pictures of an X/Y/Z plot share one mapping.
+    """
+    for key in [key for key in fields if key.split(" ")[0] == "LoRAtorio"]:
+        del fields[key]
+    fields.update(params(settings, ()))
+
+
+def finish(fields: dict[str, Any], settings: Settings, passes: Sequence[ComposedPass]) -> None:
+    """Add what was composed in the last batch: in its first pass and, if that had other LoRAs, in its hires pass."""
     last: dict[bool, list[tuple[str, float]]] = {False: [], True: []}
     for each in passes:
         last[each.hires] = list(zip(each.loras, each.strengths, strict=True))
         if not each.hires:
             last[True] = []
-    return params(settings, last[False], last[True] if last[True] != last[False] else ())
+    for key in (LORAS_KEY, HIRES_LORAS_KEY):
+        fields.pop(key, None)
+    fields.update(params(settings, last[False], last[True] if last[True] != last[False] else ()))
 
 
 def text(knob: Knob, value: Any) -> str:

@@ -81,20 +81,39 @@ def test_unticked_leaves_no_trace() -> None:
     assert infotext.params(Settings(), [("fox", 1.0)]) == {}
 
 
-def test_hires_pass_is_named_only_if_it_differs() -> None:
-    def sampled(names: tuple[str, ...], hires: bool) -> Any:
-        return SimpleNamespace(loras=names, strengths=(1.0,) * len(names), hires=hires)
+def sampled(names: tuple[str, ...], hires: bool = False) -> Any:
+    return SimpleNamespace(loras=names, strengths=(1.0,) * len(names), hires=hires)
 
-    on = Settings(enabled=True)
-    same = infotext.of_passes(on, [sampled(("fox",), False), sampled(("fox",), True)])
-    assert infotext.HIRES_LORAS_KEY not in same
-    other = infotext.of_passes(on, [sampled(("fox",), False), sampled(("ink",), True)])
-    assert other[infotext.HIRES_LORAS_KEY] == "ink:1"
-    second_batch = infotext.of_passes(
-        on, [sampled(("fox",), False), sampled(("ink",), True), sampled(("dog",), False)]
-    )
+
+def test_hires_pass_is_named_only_if_it_differs() -> None:
+    def fields(*passes: Any) -> dict[str, Any]:
+        made = {"Seed": 1, infotext.HIRES_LORAS_KEY: "of the batch before"}
+        infotext.finish(made, Settings(enabled=True), passes)
+        assert made["Seed"] == 1
+        return made
+
+    assert infotext.HIRES_LORAS_KEY not in fields(sampled(("fox",)), sampled(("fox",), hires=True))
+    assert fields(sampled(("fox",)), sampled(("ink",), hires=True))[infotext.HIRES_LORAS_KEY] == "ink:1"
+    second_batch = fields(sampled(("fox",)), sampled(("ink",), hires=True), sampled(("dog",)))
     assert infotext.HIRES_LORAS_KEY not in second_batch
     assert second_batch[infotext.LORAS_KEY] == "dog:1"
+
+
+def test_knobs_are_written_when_the_job_begins() -> None:
+    """The paste button reads a file that is written before the first picture; the cells of a plot share one mapping."""
+    fields: dict[str, Any] = {
+        "Seed": 1,
+        "LoRAtorio note": "of the cell before",
+        "LoRAtorio LoRAs": "fox:1",
+        "LoRA": "x",
+    }
+    infotext.begin(fields, Settings(enabled=True, patch_size=5))
+    assert fields["LoRAtorio"] == "True"
+    assert fields["LoRAtorio patch size"] == "5"
+    assert "LoRAtorio note" not in fields
+    assert "LoRAtorio LoRAs" not in fields
+    infotext.begin(fields, Settings())
+    assert fields == {"Seed": 1, "LoRA": "x"}
 
 
 def test_pasting() -> None:
