@@ -44,10 +44,12 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, WIDTH): mean and peak of each channel over the picture, averaged."""
         h = self.body(images)
-        return (h.mean(dim=(2, 3)) + h.amax(dim=(2, 3))) / 2
+        pooled: Tensor = (h.mean(dim=(2, 3)) + h.amax(dim=(2, 3))) / 2
+        return pooled
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
 
 def load_classifier(file: Path = FILE) -> Classifier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from loratorio.toybox.shapes import SIZE, Colour, Point, Shape, box, ellipse, polygon, star
 
@@ -29,7 +30,7 @@ class Pen:
         x, y = self.at(dx, up)
         return ellipse(x, y, rx * self.scale, ry * self.scale, fill, outlined)
 
-    def poly(self, points: list[Point], fill: Colour, outlined: bool = True) -> Shape:
+    def poly(self, points: Sequence[Point], fill: Colour, outlined: bool = True) -> Shape:
         return polygon([self.at(*p) for p in points], fill, outlined)
 
     def rect(

@@ -101,7 +101,7 @@ def random_scene(rng: random.Random, *names: str) -> Scene:
         phase=rng.random(),
     )
     for name in names:
-        scene = replace(scene, **{BY_NAME[name].category: name})
+        scene = replace(scene, **{BY_NAME[name].category: name})  # type: ignore[arg-type]
     return scene
 
 

@@ -38,11 +38,18 @@ def trained(tmp_path_factory) -> Path:
 def test_names_are_ldm_s_and_distinct() -> None:
     unet = [unet_key(key) for key in new_unet().state_dict()]
     assert len(set(unet)) == len(unet)
-    assert {"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.norm.weight", "out.2.bias"} <= set(unet)
+    assert {
+        "time_embed.0.weight",
+        "input_blocks.0.0.weight",
+        "middle_block.1.norm.weight",
+        "out.2.bias",
+    } <= set(unet)
     assert "output_blocks.2.1.conv.weight" in unet
     vae = [vae_key(key, 4) for key in new_vae().state_dict()]
     assert len(set(vae)) == len(vae)
-    assert {"encoder.mid.attn_1.q.weight", "decoder.up.3.block.0.conv1.weight", "quant_conv.weight"} <= set(vae)
+    assert {"encoder.mid.attn_1.q.weight", "decoder.up.3.block.0.conv1.weight", "quant_conv.weight"} <= set(
+        vae
+    )
 
 
 def test_checkpoint_reads_back_as_the_same_networks(trained) -> None:
@@ -80,13 +87,25 @@ def test_diffusers_reads_the_lora(trained) -> None:
     pipeline.load_lora_weights(str(trained / "lora"), weight_name="cat.safetensors", adapter_name="cat")
     layers = [name for name, _ in pipeline.unet.named_modules() if name.endswith("lora_A.cat")]
     texts = [name for name, _ in pipeline.text_encoder.named_modules() if name.endswith("lora_A.cat")]
-    stored = [key for key in load_file(trained / "lora" / "cat.safetensors") if key.endswith("lora_down.weight")]
+    stored = [
+        key for key in load_file(trained / "lora" / "cat.safetensors") if key.endswith("lora_down.weight")
+    ]
     assert len(layers) + len(texts) == len(stored)
 
 
 def test_a_stopped_run_goes_on(trained) -> None:
     before = torch.load(trained / "work" / "vae_coarse.pt", weights_only=True)["step"]
     train.main(
-        ["vae_coarse", "--work", str(trained / "work"), "--out", str(trained), "--steps", str(before + 1), "--batch", "2"]
+        [
+            "vae_coarse",
+            "--work",
+            str(trained / "work"),
+            "--out",
+            str(trained),
+            "--steps",
+            str(before + 1),
+            "--batch",
+            "2",
+        ]
     )
     assert torch.load(trained / "work" / "vae_coarse.pt", weights_only=True)["step"] == before + 1

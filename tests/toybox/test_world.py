@@ -11,7 +11,16 @@ import pytest
 
 from loratorio.toybox.shapes import PIXELS
 from loratorio.toybox.tokens import byte_symbols, merges_for, words
-from loratorio.toybox.world import BY_NAME, CATEGORIES, ELEMENTS, Scene, caption, random_elements, random_scene, render
+from loratorio.toybox.world import (
+    BY_NAME,
+    CATEGORIES,
+    ELEMENTS,
+    Scene,
+    caption,
+    random_elements,
+    random_scene,
+    render,
+)
 
 
 def test_two_elements_or_more_of_each_category() -> None:

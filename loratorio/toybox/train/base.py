@@ -76,7 +76,7 @@ def train_base(run: Run, lr: float, text_folder: Path, vae_state: str = "vae_coa
         latents, texts = batch_of(data, rng, run.batch)
         conditioning = encode_text(text, tokenise(tokenizer, texts).to(run.device))
         loss = noise_loss(unet, schedule, latents, conditioning)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimisers.step(learning_rate(progress))
         average.update(model, run.step)
         run.tick()

@@ -24,6 +24,7 @@ from loratorio.toybox.train.common import (
 from loratorio.toybox.world import Scene
 
 POOL = 5000
+REBUILT = 2000
 HELD_OUT = 800
 
 
@@ -36,7 +37,7 @@ def labels(scenes: list[Scene]) -> Tensor:
 def rebuilt(vae: AutoencoderKL, images: Tensor, spread: float) -> Tensor:
     """The images through the autoencoder, their latents shaken by noise of `spread` times their own."""
     made = []
-    for part in images.split(64):
+    for part in torch.split(images, 64):
         latents = vae.encode(part).latent_dist.mean
         made.append(
             vae.decode(latents + spread * latents.std() * torch.randn_like(latents)).sample.clamp(-1, 1)
@@ -61,7 +62,7 @@ def worn(images: Tensor, rng: random.Random) -> Tensor:
 def accuracy(model: Classifier, images: Tensor, truth: Tensor) -> tuple[float, float, float]:
     """(all elements right, found where present, claimed where absent), each a share."""
     with torch.no_grad():
-        said = torch.cat([model(part) for part in images.split(128)]) > 0
+        said = torch.cat([model(part) for part in torch.split(images, 128)]) > 0
     there = truth > 0.5
     exact = (said == there).all(dim=1).float().mean()
     return float(exact), float(said[there].float().mean()), float(said[~there].float().mean())
@@ -71,9 +72,12 @@ def train_classifier(run: Run, lr: float, vae: AutoencoderKL, out: Path) -> None
     rng = seed_everything(run.seed)
     scenes = [any_scene(rng) for _ in range(POOL)]
     clean, truth = pictures(scenes), labels(scenes)
-    through = torch.cat([rebuilt(vae, clean[: POOL // 2], 0.1), rebuilt(vae, clean[POOL // 2 :], 0.25)])
+    some = slice(0, min(REBUILT, POOL))
+    through = torch.cat(
+        [rebuilt(vae, part, spread) for part, spread in zip(clean[some].chunk(2), (0.1, 0.25), strict=True)]
+    )
     sources = torch.cat([clean, through]).to(run.device)
-    truth = torch.cat([truth, truth]).to(run.device)
+    truth = torch.cat([truth, truth[some]]).to(run.device)
     model = Classifier().to(run.device)
     average = Average(model, 0.99)
     optimisers = Optimisers(list(model.named_parameters()), lr, muon=False)
@@ -83,7 +87,7 @@ def train_classifier(run: Run, lr: float, vae: AutoencoderKL, out: Path) -> None
     while (progress := run.progress) < 1:
         chosen = torch.tensor([rng.randrange(len(sources)) for _ in range(run.batch)], device=run.device)
         loss = F.binary_cross_entropy_with_logits(model(worn(sources[chosen], rng)), truth[chosen])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimisers.step(learning_rate(progress))
         average.update(model, run.step)
         run.tick()

@@ -64,6 +64,8 @@ class Run:
             file.write(line + "\n")
 
     def announce(self, model: nn.Module) -> None:
+        """Say what begins, and start the clock: preparing the pictures doesn't count."""
+        self._since = time.monotonic()
         count = sum(p.numel() for p in model.parameters())
         where = (
             torch.cuda.get_device_name()
@@ -124,7 +126,8 @@ def _orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     for _ in range(rounds):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if flip else x
+    made: Tensor = x.T if flip else x
+    return made
 
 
 class Muon(torch.optim.Optimizer):

@@ -56,7 +56,8 @@ def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 def encode_text(text: CLIPTextModel, ids: Tensor) -> Tensor:
     """Conditioning (B, 77, width): the last hidden state after the final norm, each distinct text computed once."""
     distinct, index = torch.unique(ids, dim=0, return_inverse=True)
-    return text(distinct).last_hidden_state[index]
+    state: Tensor = text(distinct).last_hidden_state[index]
+    return state
 
 
 def batch_of(data: Data, rng: random.Random, size: int) -> tuple[Tensor, list[str]]:
@@ -76,4 +77,5 @@ def noise_loss(
     alphas = schedule.alphas_cumprod.to(latents.device)[times]
     snr = alphas / (1 - alphas)
     weight = snr.clamp(max=SNR_CAP) / snr
-    return (weight * (made - noise).square().mean(dim=(1, 2, 3))).mean()
+    loss: Tensor = (weight * (made - noise).square().mean(dim=(1, 2, 3))).mean()
+    return loss

@@ -42,7 +42,8 @@ def inject(model: nn.Module, targets: Sequence[str]) -> nn.Module:
     """The model with untrained LoRA layers, all else frozen."""
     model.requires_grad_(False)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=True)
-    return inject_adapter_in_model(config, model)
+    injected: nn.Module = inject_adapter_in_model(config, model)
+    return injected
 
 
 def kohya(model: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -100,19 +101,23 @@ def train_lora(
     average = Average(model, 0.98)
     optimisers = Optimisers([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr, muon=False)
     schedule = new_schedule()
+    run.announce(model)
     total = 0.0
     while (progress := run.progress) < 1:
         latents, texts = batch_of(data, rng, run.batch)
         conditioning = encode_text(text, tokenise(tokenizer, texts).to(run.device))
         loss = noise_loss(unet, schedule, latents, conditioning)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimisers.step(learning_rate(progress))
         average.update(model, run.step)
         run.tick()
         total = 0.95 * total + 0.05 * loss.item() if run.step > 1 else loss.item()
     spent = f"{run.step} steps of {run.batch}, seed {run.seed}, minutes {run.spent / 60:.2f}"
     run.say(f"{element.name} ({element.trigger}): {spent}, loss {total:.4f}")
-    weights = {**kohya(average.model["unet"], "lora_unet"), **kohya(average.model["text"], "lora_te")}
+    weights = {
+        **kohya(average.model.get_submodule("unet"), "lora_unet"),
+        **kohya(average.model.get_submodule("text"), "lora_te"),
+    }
     text_names = {k.replace("lora_te_encoder", "lora_te_text_model_encoder"): v for k, v in weights.items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(

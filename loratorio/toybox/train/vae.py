@@ -39,7 +39,8 @@ def reconstruction_loss(made: Tensor, truth: Tensor) -> Tensor:
 
 def latents_of(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """The mean latents (B, 4, H/8, W/8) of images (B, 3, H, W), not scaled."""
-    return vae.encode(images).latent_dist.mean
+    mean: Tensor = vae.encode(images).latent_dist.mean
+    return mean
 
 
 def decode_coarse(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -50,7 +51,8 @@ def decode_coarse(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         h = block(h)
     for resnet in decoder.up_blocks[-2].resnets:
         h = resnet(h, None)
-    return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))
+    made: Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))
+    return made
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def train_vae(run: Run, lr: float, fine: bool, coarse_state: str = "vae_coarse")
         made = vae.decode(noisy).sample if fine else decode_coarse(vae, noisy)
         truth = images if fine else F.avg_pool2d(images, 2)
         loss = reconstruction_loss(made, truth) + 1e-3 * latents.square().mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimisers.step(learning_rate(progress))
         average.update(vae, run.step)
         run.tick()
