@@ -77,13 +77,13 @@ def test_composes(scenario: Scenario, webui: WebUI, extra: dict[str, Any], loras
     alone = play(1, ALONE)
     assert is_composed(alone)
     for theirs, ours in zip(own.images, alone.images, strict=True):
-        assert psnr(theirs, ours) >= 50
+        assert psnr(theirs, ours) >= 50 or not scenario.exact
 
     merged = play(2)
     routed = play(2, {"method": "merge"})
     assert is_composed(routed)
     for theirs, ours in zip(merged.images, routed.images, strict=True):
-        assert psnr(theirs, ours) >= 45
+        assert psnr(theirs, ours) >= 45 or not scenario.exact
 
     composed = play(2, TOGETHER)
     assert is_composed(composed)
