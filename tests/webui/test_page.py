@@ -187,7 +187,7 @@ def test_a_picture_from_the_page_comes_back(page: Any, loras: list[str]) -> None
     page.fill("#loratorio_txt2img_recentre input[type=number]", "0.35")
     page.locator("#loratorio_txt2img_recentre input[type=number]").blur()
     page.click("#txt2img_generate")
-    text = page.locator("#html_info_txt2img")
+    text = page.locator("#html_info_txt2img").first  # there are two of that id in A1111
     text.get_by_text("LoRAtorio LoRAs").wait_for(timeout=600_000)
     made = text.inner_text()
     assert f"{loras[0]}:0.8, {loras[1]}:0.65" in made
