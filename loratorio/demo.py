@@ -17,19 +17,16 @@ if TYPE_CHECKING:
     from .cli import _Studio
     from .hosts.standalone.generate import Outcome, Request
 
-CATEGORIES = ("character", "object", "background")
-"""Of each the toybox's first element is in the picture."""
+ELEMENTS = ("cat", "cactus", "night")
+"""A character, an object and a background of the toybox."""
 
 
 def demo_prompt() -> tuple[str, list[str]]:
     """A caption as the toybox was trained on, and the names of the LoRAs that know its words."""
-    from .toybox.world import ELEMENTS, Scene, caption
+    from .toybox.world import Scene, caption
 
-    first = {
-        category: next(each.name for each in ELEMENTS if each.category == category) for category in CATEGORIES
-    }
-    scene = Scene(character=first["character"], object=first["object"], background=first["background"])
-    return caption(scene), list(first.values())
+    character, thing, background = ELEMENTS
+    return caption(Scene(character=character, object=thing, background=background)), list(ELEMENTS)
 
 
 def run_demo(studio: _Studio, out: Path, seed: int = 0, steps: int | None = None) -> None:
