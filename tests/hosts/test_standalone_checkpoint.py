@@ -50,7 +50,9 @@ def test_one_file_in_diffusers_layout(folder: Path, tmp_path: Path) -> None:
     assert one.is_sdxl == other.is_sdxl
     assert one.native_size == other.native_size == 64
     assert one.schedule == other.schedule
-    for a, b in zip((one.unet, one.vae, *one.text_encoders), (other.unet, other.vae, *other.text_encoders), strict=True):
+    for a, b in zip(
+        (one.unet, one.vae, *one.text_encoders), (other.unet, other.vae, *other.text_encoders), strict=True
+    ):
         weights = b.state_dict()
         assert weights.keys() == a.state_dict().keys()
         assert all(torch.equal(value, weights[name]) for name, value in a.state_dict().items())
@@ -75,7 +77,9 @@ def test_one_file_with_its_yaml(ldm: Path) -> None:
     expected = torch.load(ldm / "expected.pt", weights_only=True)
     for module, weights in zip((loaded.unet, loaded.vae, loaded.text_encoders[0]), expected, strict=True):
         got = module.state_dict()
-        assert all(torch.equal(got[name], value.half().float()) for name, value in weights.items() if name in got)
+        assert all(
+            torch.equal(got[name], value.half().float()) for name, value in weights.items() if name in got
+        )
         assert got.keys() == weights.keys()
     assert loaded.native_size == 64
     assert loaded.vae.config.scaling_factor == 0.5

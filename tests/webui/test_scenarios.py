@@ -74,7 +74,9 @@ def is_composed(pictures: Pictures) -> bool:
 def test_composes(scenario: Scenario, webui: WebUI, extra: dict[str, Any], loras: list[str]) -> None:
     play = Player(webui, scenario, extra, loras)
     if scenario.checkpoint:
-        play(1)  # A1111's first inpainting after it loaded a checkpoint differs from its later ones, without LoRAtorio too
+        play(
+            1
+        )  # A1111's first inpainting after it loaded a checkpoint differs from its later ones, without LoRAtorio too
     own = play(1)
     alone = play(1, ALONE)
     assert is_composed(alone)
