@@ -26,7 +26,7 @@ from .plan import (
 
 QUICK_MINUTES = 9.0
 GROUPS = ("methods", "better", "dynamic", "ablations")
-SAMPLING = {"steps": 15, "cfg": 5.0, "sampler": "euler"}
+SAMPLING = {"steps": 12, "cfg": 3.0, "sampler": "euler"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,6 +53,10 @@ def add_parser(subparsers: Any) -> None:
         help="how many of each N for the other tables (0: all)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="pictures per combination and method")
+    parser.add_argument(
+        "--ablation-seeds", type=int, default=3, help="pictures per combination in the other tables"
+    )
+    parser.add_argument("--elements", default="", help="only these LoRAs of the toybox, with commas between")
     parser.add_argument("--counts", default="2,3,4,5", help="numbers of LoRAs, with commas between")
     parser.add_argument("--steps", type=int, default=SAMPLING["steps"])
     parser.add_argument("--cfg", type=float, default=SAMPLING["cfg"])
@@ -123,6 +127,7 @@ def check(options: argparse.Namespace) -> None:
     """Raises LoratorioError for numbers that make no sense."""
     for what, least in (
         ("seeds", 1),
+        ("ablation_seeds", 1),
         ("workers", 1),
         ("combinations", 0),
         ("ablation_combinations", 0),
@@ -139,6 +144,19 @@ def check(options: argparse.Namespace) -> None:
         raise LoratorioError(
             f"--counts must be of 2, 3, 4 and 5, with commas between, not {options.counts!r}."
         )
+
+
+def chosen_categories(names: str) -> Mapping[str, Sequence[str]]:
+    """The toybox's elements by category, or of them those that `names` (with commas) has. Raises LoratorioError."""
+    categories = toybox_categories()
+    if not names:
+        return categories
+    wanted = {name.strip() for name in names.split(",")}
+    unknown = wanted - {name for own in categories.values() for name in own}
+    if unknown or not wanted & set(categories[CHARACTER]):
+        known = ", ".join(name for own in categories.values() for name in own)
+        raise LoratorioError(f"--elements must be of {known}, a character among them, not {names!r}.")
+    return {category: [name for name in own if name in wanted] for category, own in categories.items()}
 
 
 def toybox_categories() -> Mapping[str, Sequence[str]]:
@@ -160,13 +178,14 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
     groups = options.groups.split(",")
     counts = [int(count) for count in options.counts.split(",")]
     sampling = {"steps": options.steps, "cfg": options.cfg, "sampler": options.sampler}
-    categories = toybox_categories()
+    categories = chosen_categories(options.elements)
     limit, few = (2, 1) if options.quick else (options.combinations, options.ablation_combinations)
     seeds = min(options.seeds, 4) if options.quick else options.seeds
+    few_seeds = min(seeds, options.ablation_seeds)
     if options.quick:
         groups = ["methods"]
 
-    def part(variants: Sequence[Variant], limit: int) -> list[Cell]:
+    def part(variants: Sequence[Variant], limit: int, seeds: int) -> list[Cell]:
         # By rounds over N, so that a grid that is stopped has some of each.
         chosen = [sample(combinations(categories, count), limit) for count in counts]
         longest = max((len(each) for each in chosen), default=0)
@@ -175,13 +194,13 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
 
     grid: list[Cell] = []
     if "methods" in groups:
-        grid += part(METHOD_ROWS, limit)
+        grid += part(METHOD_ROWS, limit, seeds)
     if "better" in groups:
-        grid += part(BETTER_ROWS, few)
+        grid += part(BETTER_ROWS, few, few_seeds)
     if "dynamic" in groups:
-        grid += part(DYNAMIC_ROWS, few)
+        grid += part(DYNAMIC_ROWS, few, few_seeds)
     if "ablations" in groups:
-        grid += part([variant for rows in ABLATIONS.values() for variant in rows], few)
+        grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
     return distinct(grid)
 
 
@@ -217,6 +236,8 @@ def command_line(options: argparse.Namespace) -> str:
         ("combinations", 0),
         ("ablation_combinations", 6),
         ("seeds", 5),
+        ("ablation_seeds", 3),
+        ("elements", ""),
         ("counts", "2,3,4,5"),
         ("steps", SAMPLING["steps"]),
         ("cfg", SAMPLING["cfg"]),

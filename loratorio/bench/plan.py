@@ -95,6 +95,7 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
     Variant("loratorio", "LoRAtorio", {}),
+    Variant("loratorio_roles", "LoRAtorio, styles with role=style", {}, roles=True),
 )
 """The table."""
 

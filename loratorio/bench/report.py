@@ -76,6 +76,24 @@ def row(variant: Variant, results: Sequence[Result], truth: Sequence[Result]) ->
     )
 
 
+def comparable(variants: Sequence[Variant], results: Sequence[Result]) -> list[Result]:
+    """Results of these variants for the combinations and the number of seeds that all of them have, and truth of those.
+
+    Variants without any result do not count, so that a grid that was stopped still gives tables.
+    """
+    own = {v.name: [r for r in results if r.cell.is_of(v)] for v in variants}
+    own = {name: found for name, found in own.items() if found}
+    kept: dict[int, Result] = {}
+    for elements in dict.fromkeys(r.cell.elements for found in own.values() for r in found):
+        here = [{r.cell.count: r for r in found if r.cell.elements == elements} for found in own.values()]
+        counts = set.intersection(*(set(each) for each in here))
+        if counts:
+            kept.update((id(each[max(counts)]), each[max(counts)]) for each in here)
+    combos = {result.cell.elements for result in kept.values()}
+    truth = [r for r in results if r.cell.made == "truth" and r.cell.elements in combos]
+    return [*kept.values(), *truth]
+
+
 def _shares(result: Result) -> Floats:
     """Per picture, the share of the wanted elements that was found."""
     wanted = set(result.cell.elements)
@@ -112,6 +130,7 @@ def table(
     variants: Sequence[Variant], results: Sequence[Result], counts: Sequence[int] = (2, 3, 4, 5)
 ) -> str:
     """The main table: elements found per N, then all N together."""
+    results = comparable(variants, results)
     present = [count for count in counts if of_size(results, count)]
     truth = [result for result in results if result.cell.made == "truth"]
     head = [
@@ -153,6 +172,7 @@ def percent(share: float) -> str:
 
 def win_table(variants: Sequence[Variant], results: Sequence[Result], of: str = "loratorio") -> str:
     """How often one variant has more of the elements than each of the others."""
+    results = comparable(variants, results)
     chosen = next(variant for variant in variants if variant.name == of)
     own = [result for result in results if result.cell.is_of(chosen)]
     lines = ["| against | wins (ties half) | 95 % |", "| --- | ---: | ---: |"]
@@ -182,12 +202,13 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
         pyplot.close(figure)
         files.append(file)
 
-    truth = [result for result in results if result.cell.made == "truth"]
-    counts = [count for count in (2, 3, 4, 5) if of_size(results, count)]
+    methods = comparable(METHOD_ROWS, results)
+    truth = [result for result in methods if result.cell.made == "truth"]
+    counts = [count for count in (2, 3, 4, 5) if of_size(methods, count)]
 
     def by_count() -> None:
         for variant in METHOD_ROWS:
-            rows = [row(variant, of_size(results, count), truth) for count in counts]
+            rows = [row(variant, of_size(methods, count), truth) for count in counts]
             points = [(count, 100 * each.found) for count, each in zip(counts, rows, strict=True) if each]
             if points:
                 pyplot.plot(*zip(*points, strict=True), marker="o", label=variant.label)
@@ -200,7 +221,9 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
     if counts:
         save("methods", by_count)
     for knob, variants in ABLATIONS.items():
-        points = [(variant, row(variant, results, truth)) for variant in variants]
+        own = comparable(variants, results)
+        true = [result for result in own if result.cell.made == "truth"]
+        points = [(variant, row(variant, own, true)) for variant in variants]
         present = [(variant, each) for variant, each in points if each is not None]
         if len(present) < 2:
             continue
@@ -229,6 +252,7 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def ablation_table(knob: str, results: Sequence[Result]) -> str:
+    results = comparable(ABLATIONS[knob], results)
     truth = [result for result in results if result.cell.made == "truth"]
     lines = [
         f"| {knob} | found (95 %) | all in one picture | Fréchet | edges | saturation |",

@@ -20,7 +20,7 @@ def studio() -> ToyboxStudio:
 
 def test_cells_of_the_toybox(studio: ToyboxStudio) -> None:
     sampling = {"steps": 2, "cfg": 3.0, "sampler": "euler"}
-    chosen = [TRUTH, METHOD_ROWS[0], METHOD_ROWS[-1]]
+    chosen = [TRUTH, METHOD_ROWS[0], METHOD_ROWS[-2]]
     grid = cells(chosen[1:], [("robot", "night")], 2, sampling, truth_per_combination=6)
     results = [do_cell(studio, cell) for cell in grid]
     assert [len(result.shots) for result in results] == [6, 2, 2]
