@@ -8,6 +8,7 @@ whole decoder at full size.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,19 @@ from loratorio.toybox.train.common import (
     pictures,
     seed_everything,
 )
+from loratorio.toybox.world import Scene
 
 LATENT_NOISE = 0.06
 """Spread of the noise on a latent, in units of the latents' own: the decoder must bear a sampler's small errors."""
+
+
+BLURRED = ("robot", "robot", "cat", "alien")
+"""What the coarse stage leaves blurred; the fine stage draws it more often."""
+
+
+def fine_scene(rng: random.Random) -> Scene:
+    scene = any_scene(rng)
+    return replace(scene, character=rng.choice(BLURRED)) if rng.random() < 0.35 else scene
 
 
 def reconstruction_loss(made: Tensor, truth: Tensor) -> Tensor:
@@ -86,7 +97,7 @@ def train_vae(run: Run, lr: float, fine: bool, coarse_state: str = "vae_coarse")
     rng = random.Random(run.seed + run.step)
     run.announce(vae)
     while (progress := run.progress) < 1:
-        images = pictures(any_scene(rng) for _ in range(run.batch)).to(run.device)
+        images = pictures((fine_scene if fine else any_scene)(rng) for _ in range(run.batch)).to(run.device)
         with torch.set_grad_enabled(not fine):
             latents = latents_of(vae, images)
         noisy = latents + LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
