@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ELEMENTS = ("cat", "cactus", "night")
 """A character, an object and a background of the toybox."""
 
+STEPS = 12
+
 
 def demo_prompt() -> tuple[str, list[str]]:
     """A caption as the toybox was trained on, and the names of the LoRAs that know its words."""
@@ -43,7 +45,7 @@ def run_demo(studio: _Studio, out: Path, seed: int = 0, steps: int | None = None
     request = Request(
         f"{prompt} {' '.join(tags)}",
         settings=Settings(enabled=True, weight_maps=True),
-        steps=steps or 20,
+        steps=steps or STEPS,
         cfg=studio.cfg,
         seed=seed,
         width=studio.size,
