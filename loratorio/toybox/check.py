@@ -130,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             thumb = made[0].resize((128, 128), Image.Resampling.LANCZOS).quantize(64)
             thumb.save(options.thumbs / f"{element.name}.png", optimize=True)
     if options.sheet:
-        contact_sheet(rows).quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(options.sheet, optimize=True)
+        contact_sheet(rows).quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(
+            options.sheet, optimize=True
+        )
         print(f"contact sheet: {options.sheet}")
     return 0 if good else 1
 
