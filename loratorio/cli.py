@@ -181,7 +181,7 @@ class _Studio:
         return cls(checkpoint, lora_dir, cfg, checkpoint.native_size)
 
 
-_TOYBOX_CFG = 4.0
+_TOYBOX_CFG = 2.0
 
 
 def _toybox() -> tuple[Path, Path, float]:
