@@ -285,14 +285,22 @@ def test_ctrl_c_leaves_no_half_written_file(studio: Path, tmp_path: Path) -> Non
         "cpu",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and children would inherit that.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert process.stderr is not None
     shown = b""
     until = time.monotonic() + 240
-    while b"step/s" not in shown and time.monotonic() < until:
-        shown += process.stderr.read1(4096)
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=120)
+    try:
+        while b"step/s" not in shown and time.monotonic() < until:
+            shown += process.stderr.read1(4096)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, shown + rest
     assert b"stopped" in rest
     assert pictures(tmp_path) == []
