@@ -68,8 +68,6 @@ class ToyboxStudio:
     """The toybox that ships: its world, model, LoRAs and classifier."""
 
     def __init__(self) -> None:
-        import torch
-
         from .. import toybox
         from ..hosts.standalone.checkpoint import load_checkpoint
         from ..toybox import classifier, shapes, world
@@ -79,7 +77,6 @@ class ToyboxStudio:
         ]
         if missing:
             raise LoratorioError(f"The toybox is not whole: {missing[0]} is missing. Install loratorio anew.")
-        torch.set_grad_enabled(False)
         self._world, self._classify = world, classifier
         self._loras, self._size = toybox.LORA_DIR, shapes.PIXELS
         self._checkpoint = load_checkpoint(toybox.CHECKPOINT)
