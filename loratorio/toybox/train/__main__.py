@@ -23,13 +23,13 @@ from loratorio.toybox.train.loras import train_lora
 from loratorio.toybox.train.vae import train_vae
 from loratorio.toybox.world import BY_NAME, ELEMENTS
 
-# minutes, batch, learning rate: what the shipped files were trained with on one busy CPU core.
+# steps, batch, learning rate: what the shipped files were trained with (docs/TOYBOX.md says where it differed).
 PLAN = {
-    "vae_coarse": (14.0, 8, 4e-3),
-    "vae_fine": (30.0, 8, 3e-3),
-    "classifier": (4.0, 32, 2e-3),
-    "base": (22.0, 32, 2e-3),
-    "loras": (2.4, 16, 2e-3),
+    "vae_coarse": (650, 8, 4e-3),
+    "vae_fine": (900, 8, 3e-3),
+    "classifier": (1000, 32, 2e-3),
+    "base": (1200, 32, 2e-3),
+    "loras": (420, 16, 2e-3),
 }
 
 
@@ -40,8 +40,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=toybox.FOLDER, help="folder of the trained files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, help="time for the part (each LoRA, for loras)")
-    parser.add_argument("--steps", type=float, default=math.inf)
+    parser.add_argument("--steps", type=int, help="steps of the part (of each LoRA, for loras)")
+    parser.add_argument("--minutes", type=float, help="time for it, instead of steps or as a further limit")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -51,18 +51,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def new_run(options: argparse.Namespace, part: str, seed: int = 0) -> tuple[Run, float]:
     """The run of a part and its learning rate: the plan's values, or those asked for."""
-    minutes, batch, rate = PLAN[part]
+    steps: float
+    steps, batch, rate = PLAN[part]
     if options.minutes is not None:
-        minutes = options.minutes
-    elif options.steps < math.inf:
-        minutes = math.inf
+        steps = math.inf
     run = Run(
         part,
         options.work,
         options.out / "model" / "train.log",
         options.device,
-        minutes,
-        options.steps,
+        math.inf if options.minutes is None else options.minutes,
+        options.steps or steps,
         options.seed + seed,
         options.batch or batch,
     )
