@@ -13,6 +13,16 @@ if TYPE_CHECKING:  # a WebUI's start-up need not wait for the engine
     from ..engine import WeightHistory
 
 
+NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
+
+ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
+
+BYPASSED = (
+    "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
+    "Untick LoRAtorio, or switch the other extension off."
+)
+
+
 @dataclass(frozen=True)
 class ComposedPass:
     """One finished sampling: what was composed in it.

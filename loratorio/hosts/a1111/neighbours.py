@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..base import NO_LORA
 from .loras import Network
-
-NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
 
 
 def obstacle(p: Any, loras: Sequence[Network]) -> str | None:

@@ -21,7 +21,7 @@ from ...compose.importance import importance, without_words
 from ...engine import Engine, Row, WeightHistory
 from ...errors import LoratorioError
 from ...roles import Player, cast_of, parts_of, recognised_note, trigger_words
-from ..base import ComposedPass, Job, answerable
+from ..base import ALL_ALWAYS, BYPASSED, ComposedPass, Job, answerable
 from .conditioning import Prompts, TextConditioning, encoded
 from .loras import (
     Network,
@@ -98,7 +98,7 @@ class ComposedSampling:
             result = sample()
         if not self._given_up:
             if self._steps_composed != self._denoiser.step - first_step:
-                raise LoratorioError(_BYPASSED)
+                raise LoratorioError(BYPASSED)
             self._job.passes.append(self._account())
         return result
 
@@ -207,7 +207,7 @@ class ComposedSampling:
     def _answer(self, model: Callable[..., Tensor], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """Called by the WebUI in the place of its model, with the next `len(x)` rows of the step."""
         if self._params is None:
-            raise LoratorioError(_BYPASSED)
+            raise LoratorioError(BYPASSED)
         if self._answers is None and not self._given_up:
             self._compose_step(model)
         if self._given_up:
@@ -215,7 +215,7 @@ class ComposedSampling:
         assert self._answers is not None
         answer = self._answers[self._answered : self._answered + len(x)]
         if answer.shape != x.shape:
-            raise LoratorioError(_BYPASSED)
+            raise LoratorioError(BYPASSED)
         self._answered += len(x)
         return answer.to(x.dtype)
 
@@ -269,11 +269,3 @@ class ComposedSampling:
             history=self._engine.history if self._engine else WeightHistory(),
             owners=self._owners,
         )
-
-
-ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
-
-_BYPASSED = (
-    "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
-    "Untick LoRAtorio, or switch the other extension off."
-)

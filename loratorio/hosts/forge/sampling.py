@@ -17,7 +17,7 @@ from ...engine import Engine, Row
 from ...errors import LoratorioError
 from ...pool import Candidates
 from ...roles import Player, cast_of, parts_of, recognised_note, trigger_words
-from ..base import ComposedPass, Job, answerable
+from ..base import ALL_ALWAYS, BYPASSED, NO_LORA, ComposedPass, Job, answerable
 from .conditioning import TextConditioning, encoded
 from .flavours import Flavour, LoraFile, Patcher
 from .loras import Lora, layers_of, read, size_in_bytes
@@ -174,7 +174,7 @@ class ComposedSampling:
                 objects.unet = unet_before
         if self._evaluations != denoiser.step - first:
             if not self._refined():
-                raise answerable(LoratorioError(_BYPASSED))
+                raise answerable(LoratorioError(BYPASSED))
             self._job.note("The refiner's steps were not composed: it has the LoRAs merged.")
         self._job.passes.append(self._account())
         return result
@@ -224,7 +224,7 @@ class ComposedSampling:
             or args["input"].shape[0] != len(marks)
             or args["input"].shape[1:] != rows.x.shape[1:]
         ):
-            raise LoratorioError(_BYPASSED)
+            raise LoratorioError(BYPASSED)
         if self._composition is None:
             self._limit_rows(model, rows)
 
@@ -282,13 +282,4 @@ class ComposedSampling:
         )
 
 
-NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
-
-ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
-
 MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
-
-_BYPASSED = (
-    "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
-    "Untick LoRAtorio, or switch the other extension off."
-)
