@@ -19,7 +19,7 @@ from loratorio.hosts.base import Job
 from loratorio.settings import Settings
 
 STANDIN = Path(__file__).parent.parent / "standin" / "forge"
-PACKAGES = ("modules", "networks", "backend", "modules_forge", "run")
+PACKAGES = ("modules", "networks", "backend", "ldm_patched", "modules_forge", "run")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def webui() -> Iterator[Any]:
         sys.modules.update(before)
 
 
-@pytest.fixture(params=["neo", "forge"])
+@pytest.fixture(params=["neo", "forge", "reforge"])
 def standin(webui: Any, request: Any) -> Any:
     made = webui.run.Standin(request.param)
     made.lora("a", 1)
@@ -62,9 +62,9 @@ def standin(webui: Any, request: Any) -> Any:
 
 def host(standin: Any) -> Any:
     from loratorio.hosts.forge import Forge
-    from loratorio.hosts.forge.flavours import Flavour, Neo
+    from loratorio.hosts.forge.flavours import Flavour, Neo, ReForge
 
-    return Forge(Neo() if standin.model.flavour == "neo" else Flavour())
+    return Forge({"neo": Neo, "forge": Flavour, "reforge": ReForge}[standin.model.flavour]())
 
 
 def compose(
@@ -367,7 +367,7 @@ def test_control_net(webui: Any, standin: Any) -> None:
 def test_a_wrapper_that_passes_us_by_is_an_error(standin: Any) -> None:
     def evict(p: Any) -> None:
         unet = p.sd_model.forge_objects.unet.clone()
-        unet.model_options["sampler_pre_cfg_function"] = []
+        unet.model_options[host(standin)._flavour.hook_option] = []
         p.sd_model.forge_objects.unet = unet
 
     with pytest.raises(LoratorioError, match="past LoRAtorio"):
@@ -458,6 +458,20 @@ def test_a_lora_for_another_model_is_a_sentence(webui: Any, standin: Any) -> Non
     assert caught.value.status_code == 422  # type: ignore[attr-defined]
 
 
+def test_a_lora_of_which_only_the_text_fits_is_told(webui: Any, standin: Any) -> None:
+    half = standin.lora("half", 7, unet=False)
+    webui.networks.files["/loras/half"]["diffusion_model.nowhere.weight"] = ("diff", torch.ones(3))
+    own = standin.run(standin.job(half))
+    composed, job = compose(standin, standin.job(half), recentre=0, **KNOBS)
+    assert close(composed, own)
+    assert job.notes == [
+        "Only the text encoder part of LoRA half is used: its other part fits nothing in this model."
+    ]
+    standin.lora("text alone", 8, unet=False)
+    _, job = compose(standin, standin.job("text alone"), **KNOBS)
+    assert not job.notes
+
+
 def test_a_damaged_lora_is_a_sentence(webui: Any, standin: Any) -> None:
     webui.networks.files["/loras/nan"] = {
         "diffusion_model.norm.weight": ("diff", torch.full((8,), float("nan")))
@@ -467,16 +481,34 @@ def test_a_damaged_lora_is_a_sentence(webui: Any, standin: Any) -> None:
 
 
 def test_regions_of_other_extensions_are_refused(standin: Any) -> None:
+    def narrowed(cond: Any) -> list[Any]:
+        return [{**cond[0], "area": (4, 4, 0, 0)}]
+
     def narrow(model: Any, cond: Any, *rest: Any) -> tuple[Any, ...]:
-        return model, [{**cond[0], "area": (4, 4, 0, 0)}], *rest
+        return model, narrowed(cond), *rest
+
+    def narrow_in_reforge(
+        model: Any, x: Any, sigma: Any, uncond: Any, cond: Any, *rest: Any
+    ) -> tuple[Any, ...]:
+        return model, x, sigma, uncond, narrowed(cond), *rest
 
     def install(p: Any) -> None:
         unet = p.sd_model.forge_objects.unet.clone()
-        unet.model_options["sampler_pre_cfg_function"] = [narrow]
+        option = host(standin)._flavour.hook_option
+        unet.model_options[option] = [narrow_in_reforge if standin.model.flavour == "reforge" else narrow]
         p.sd_model.forge_objects.unet = unet
 
     with pytest.raises(LoratorioError, match="area of its own"):
         compose(standin, standin.job("a"), before=install, **KNOBS)
+
+
+def test_a_clip_skip_that_changes_while_sampling_is_left_to_the_host(standin: Any) -> None:
+    if standin.model.flavour != "reforge":
+        pytest.skip("reForge's only")
+    own = standin.run(standin.job("a"))
+    composed, job = compose(standin, standin.job("a", dynamic_clip_skip_schedule=[3, 2]), **KNOBS)
+    assert torch.equal(composed, own)
+    assert "clip skip" in job.notes[0]
 
 
 def test_nunchaku_is_left_to_the_host(webui: Any, standin: Any, monkeypatch: Any) -> None:

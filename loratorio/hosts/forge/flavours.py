@@ -6,8 +6,9 @@ import ast
 import importlib.util
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,13 @@ class Flavour:
     def _renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
 
+    def names_in(self, lora: LoraFile) -> Iterable[str]:
+        """Names of the tensors in the LoRA's file."""
+        import networks
+
+        names: Iterable[str] = networks.load_lora_state_dict(lora.path).keys()
+        return names
+
     def patches(self, patcher: Patcher) -> Iterator[tuple[str, Sequence[Patch]]]:
         """Names of weights, and what the patcher would merge into them."""
         for patches in patcher.lora_patches.values():
@@ -108,10 +116,8 @@ class Flavour:
 
     def base_weight(self, patcher: Patcher, key: str) -> Tensor:
         """The model's own weight in float32, on its device, whatever is merged or quantised at the moment."""
-        from backend import utils
-
         weight = patcher.model.lora_loader.backup.get(key)
-        return self._dequantised(utils.get_attr(patcher.model, key) if weight is None else weight)
+        return self._dequantised(attrgetter(key)(patcher.model) if weight is None else weight)
 
     def _dequantised(self, weight: Tensor) -> Tensor:
         if hasattr(weight, "bnb_quantized"):
@@ -176,18 +182,8 @@ class Flavour:
         return see
 
 
-class Neo(Flavour):
-    """Forge Neo: ComfyUI's patcher, and LoRAs as objects of its `weight_adapter` package."""
-
-    name = "Forge Neo"
-
-    def _renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        from backend.state_dict import state_dict_prefix_replace
-
-        if any(key.startswith("lora_unet__") for key in tensors):
-            renamed: dict[str, Tensor] = state_dict_prefix_replace(tensors, {"lora_unet__": "lora_unet_"})
-            return renamed
-        return tensors
+class Comfy(Flavour):
+    """ComfyUI's patcher, and LoRAs as objects of its `weight_adapter` package: what Forge Neo and reForge share."""
 
     def patches(self, patcher: Patcher) -> Iterator[tuple[str, Sequence[Patch]]]:
         yield from patcher.patches.items()
@@ -212,10 +208,24 @@ class Neo(Flavour):
         return None
 
     def base_weight(self, patcher: Patcher, key: str) -> Tensor:
-        from backend import utils
-
         backup = patcher.backup.get(key)
-        return self._dequantised(utils.get_attr(patcher.model, key) if backup is None else backup.weight)
+        if backup is not None:
+            return self._dequantised(backup.weight)
+        return self._dequantised(attrgetter(key)(patcher.model))
+
+
+class Neo(Comfy):
+    """Forge Neo, with the `backend` package."""
+
+    name = "Forge Neo"
+
+    def _renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from backend.state_dict import state_dict_prefix_replace
+
+        if any(key.startswith("lora_unet__") for key in tensors):
+            renamed: dict[str, Tensor] = state_dict_prefix_replace(tensors, {"lora_unet__": "lora_unet_"})
+            return renamed
+        return tensors
 
     def obstacle(self, p: Any) -> str | None:
         from backend.args import dynamic_args
@@ -230,8 +240,8 @@ class Neo(Flavour):
         return bool(dynamic_args.ref_latents)
 
 
-class ReForge(Neo):
-    """reForge: like Neo's, its patcher is ComfyUI's, but in the package `ldm_patched`."""
+class ReForge(Comfy):
+    """reForge, whose ComfyUI is the package `ldm_patched`."""
 
     name = "reForge"
     hook_option = "conditioning_modifiers"
@@ -248,12 +258,6 @@ class ReForge(Neo):
         clip = clip if _patch_count(own_clip.patcher) == _patch_count(clip.patcher) else own_clip
         return unet, clip
 
-    def base_weight(self, patcher: Patcher, key: str) -> Tensor:
-        from ldm_patched.modules import utils
-
-        backup = patcher.backup.get(key)
-        return self._dequantised(utils.get_attr(patcher.model, key) if backup is None else backup.weight)
-
     def merged(self, patches: Sequence[Patch], weight: Tensor, key: str) -> Tensor:
         from ldm_patched.modules.lora import calculate_weight
 
@@ -261,10 +265,12 @@ class ReForge(Neo):
         return result
 
     def obstacle(self, p: Any) -> str | None:
+        if getattr(p, "dynamic_clip_skip_schedule", None):
+            return (
+                "LoRAtorio cannot follow a clip skip that changes from step to step (Settings, dynamic clip skip): "
+                "the LoRAs are merged."
+            )
         return None
-
-    def text_sees_pictures(self) -> bool:
-        return False
 
     def free_memory(self, device: torch.device) -> float:
         from ldm_patched.modules import model_management

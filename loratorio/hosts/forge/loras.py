@@ -21,11 +21,13 @@ class Lora:
         file: its name and strengths.
         adapter: what it adds to the UNet, strength included.
         clip: the host's text encoder with this LoRA alone; None if it leaves text as it is.
+        remark: what the user should know of it, or nothing.
     """
 
     file: LoraFile
     adapter: Adapter
     clip: Any
+    remark: str = ""
 
 
 def read(file: LoraFile, sd_model: Any, flavour: Flavour) -> Lora:
@@ -43,7 +45,15 @@ def read(file: LoraFile, sd_model: Any, flavour: Flavour) -> Lora:
         )
     adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
     adapter.check_finite()
-    return Lora(file, adapter, None if clip is original.clip else clip)
+    remark = ""
+    if not adapter.deltas and file.unet and any(map(_is_of_unet, flavour.names_in(file))):
+        remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."
+    return Lora(file, adapter, None if clip is original.clip else clip, remark)
+
+
+def _is_of_unet(name: str) -> bool:
+    """Whether a tensor of a LoRA file with this name is for the UNet, and not for a text encoder."""
+    return not name.startswith(("lora_te", "lora_prior_te", "text", "clip_", "t5", "bundle_emb"))
 
 
 def layers_of(adapters: list[Adapter], unet: Patcher) -> dict[str, nn.Module]:

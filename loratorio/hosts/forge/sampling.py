@@ -68,7 +68,8 @@ class ComposedSampling:
             return
         self._loras, players = self._read(files, players)
         cast = cast_of(players, self._importance(players))
-        for remark in (recognised_note(parts_of(players)), self._text_remark()):
+        remarks = [lora.remark for lora in self._loras]
+        for remark in (*remarks, recognised_note(parts_of(players)), self._text_remark()):
             if remark:
                 self._job.note(remark)
         if not cast.solos:

@@ -13,9 +13,10 @@ def load_lora_state_dict(path):
     return files[path]
 
 
-def load_lora_for_models(
-    model, clip, lora, strength_model, strength_clip, filename="default", online_mode=False
-):
+def load_lora_for_models(model, clip, lora, strength_model, strength_clip, filename="default", **online_mode):
+    """reForge's takes no `online_mode`, and clones a patcher whether or not the LoRA has something for it."""
+    reforge = model.flavour == "reforge"
+    assert not (reforge and online_mode)
     made = []
     for patcher, part, strength in (
         (model, "diffusion_model.", strength_model),
@@ -25,12 +26,12 @@ def load_lora_for_models(
         for key, (kind, *tensors) in lora.items():
             name, _, offset = key.partition("|")
             if name.startswith(part):
-                is_adapter = patcher.flavour == "neo" and kind == "lora"
+                is_adapter = patcher.flavour != "forge" and kind == "lora"
                 place = (name, tuple(map(int, offset.split(",")))) if offset else name
                 patches[place] = Adapter(kind, tensors) if is_adapter else (kind, tuple(tensors))
         clone = patcher.clone()
         loaded = clone.add_patches(filename, patches, strength)
-        made.append(clone if loaded else patcher)
+        made.append(clone if loaded or reforge else patcher)
     if made[1] is not clip.patcher:
         clip = clip.clone(made[1])
     return made[0], clip
@@ -45,13 +46,13 @@ def activate(data):
         name, text, unet = tag.positional
         on_disk = SimpleNamespace(filename=f"/loras/{name}", metadata=tag.metadata)
         loaded_networks.append(SimpleNamespace(network_on_disk=on_disk, mentioned_name=name))
-        targets.append([on_disk.filename, unet, text, False])
+        targets.append([on_disk.filename, unet, text, *([] if model.flavour == "reforge" else [False])])
     if model.current_lora_hash == str(targets):
         return
     model.current_lora_hash = str(targets)
     model.forge_objects.unet = model.forge_objects_original.unet
     model.forge_objects.clip = model.forge_objects_original.clip
-    for path, unet, text, online in targets:
+    for path, unet, text, *online in targets:
         model.forge_objects.unet, model.forge_objects.clip = load_lora_for_models(
             model.forge_objects.unet,
             model.forge_objects.clip,
@@ -59,6 +60,6 @@ def activate(data):
             unet,
             text,
             path,
-            online,
+            **({"online_mode": online[0]} if online else {}),
         )
     model.forge_objects_after_applying_lora = model.forge_objects.shallow_copy()

@@ -1,4 +1,4 @@
-"""A stand-in WebUI to put jobs to: `Standin("neo")` or `Standin("forge")`, its LoRAs and its jobs."""
+"""A stand-in WebUI to put jobs to: `Standin("neo")`, `Standin("forge")` or `Standin("reforge")`, its LoRAs and its jobs."""
 
 import zlib
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import networks
 import torch
 from backend import memory_management
-from backend.patcher import CLIP, ForgePatcher, NeoPatcher
+from backend.patcher import CLIP, ForgePatcher, NeoPatcher, ReForgePatcher
 from modules import processing, shared
 
 WIDTH = 6
@@ -51,6 +51,7 @@ class UNet(torch.nn.Module):
 
 class KModel(torch.nn.Module):
     computation_dtype = torch.float32
+    manual_cast_dtype = None
 
     def __init__(self, unet):
         super().__init__()
@@ -68,7 +69,10 @@ class KModel(torch.nn.Module):
         noise = self.diffusion_model(x / (1 + sigma), t, c_crossattn, control, transformer_options, **kwargs)
         return x - sigma * noise
 
-    def memory_required(self, shape):
+    def get_dtype(self):
+        return torch.float32
+
+    def memory_required(self, shape, cond_shapes=None):
         return shape[0]
 
 
@@ -89,10 +93,10 @@ class ForgeObjects:
 class Model:
     def __init__(self, flavour):
         torch.manual_seed(1)
-        patcher = NeoPatcher if flavour == "neo" else ForgePatcher
+        patcher = {"neo": NeoPatcher, "forge": ForgePatcher, "reforge": ReForgePatcher}[flavour]
         self.name, self.flavour = "base", flavour
         self.forge_objects = ForgeObjects(
-            patcher(KModel(UNet(torch.nn.Linear if flavour == "neo" else Linear))),
+            patcher(KModel(UNet(Linear if flavour == "forge" else torch.nn.Linear))),
             CLIP(patcher(TextEncoder())),
         )
         self.forge_objects_original = self.forge_objects.shallow_copy()
@@ -123,7 +127,7 @@ class ControlNet:
     def __init__(self):
         self.batches = []
 
-    def get_control(self, x, sigma, cond, batched_number):
+    def get_control(self, x, sigma, cond, batched_number, transformer_options=None):
         self.batches.append((len(x), batched_number))
         return cond["c_crossattn"].mean(dim=(1, 2)).view(-1, 1, 1, 1) + x.mean(dim=1, keepdim=True) / 50
 

@@ -4,6 +4,7 @@ import networks
 import torch
 from backend.sampling.sampling_function import sampling_function, sampling_prepare
 from modules import prompt_parser, shared
+from modules_forge.forge_sampler import forge_sample
 
 
 class InterruptedException(BaseException):
@@ -23,7 +24,8 @@ class CFGDenoiser:
         uncond = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
         if self.p.is_hr_pass:
             cond_scale = self.p.hr_cfg
-        denoised = sampling_function(self, x, sigma, tensor, parts, uncond, cond_scale)
+        sample = forge_sample if self.p.sd_model.flavour == "reforge" else sampling_function
+        denoised = sample(self, x, sigma, tensor, parts, uncond, cond_scale)
         self.sampler.last_latent = denoised
         self.step += 1
         return denoised
@@ -96,7 +98,7 @@ class StableDiffusionProcessing:
         positive = prompt_parser.SdConditioning(prompts)
         get = self.get_conds_with_caching
         uc = None
-        if cfg != 1:
+        if cfg != 1 or self.sd_model.flavour == "reforge":
             uc = get(prompt_parser.get_learned_conditioning, negative, self.steps, [caches[1]], data)
         c = get(prompt_parser.get_multicond_learned_conditioning, positive, self.steps, [caches[0]], data)
         return c, uc

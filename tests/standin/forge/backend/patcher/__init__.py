@@ -1,4 +1,4 @@
-"""Neo's and Forge's patchers: what differs is where patches stand, and when weights are merged anew."""
+"""Neo's (and reForge's) and Forge's patchers: what differs is where patches stand, and when weights are merged anew."""
 
 import copy
 import uuid
@@ -93,6 +93,10 @@ class NeoPatcher(Patcher):
         self.merge(self.patches, plain)
         self.backup.update({key: SimpleNamespace(weight=weight) for key, weight in plain.items()})
         self.model.current_weight_patches_uuid = self.patches_uuid
+
+
+class ReForgePatcher(NeoPatcher):
+    flavour = "reforge"
 
 
 class ForgePatcher(Patcher):

@@ -44,7 +44,18 @@ def compute_cond_indices(cond_or_uncond, sigmas):
     return [i for i, kind in enumerate(mark) if not kind], [i for i, kind in enumerate(mark) if kind]
 
 
-def calc_cond_uncond_batch(model, cond, uncond, x_in, timestep, model_options):
+def add_control(control, c, x, sigma, blocks):
+    c["control"] = control.get_control(x, sigma, c.copy(), blocks)
+    c["control_model"] = control
+
+
+def needed_memory(model, shape):
+    return model.memory_required(shape)
+
+
+def calc_cond_uncond_batch(
+    model, cond, uncond, x_in, timestep, model_options, needed=needed_memory, with_control=add_control
+):
     out = [torch.zeros_like(x_in), torch.zeros_like(x_in)]
     count = [torch.full_like(x_in, 1e-37), torch.full_like(x_in, 1e-37)]
     to_run = [(block, 0) for each in cond if (block := get_area_and_mult(each, x_in, timestep)) is not None]
@@ -56,7 +67,7 @@ def calc_cond_uncond_batch(model, cond, uncond, x_in, timestep, model_options):
         chosen = fitting[:1]
         for parts in range(1, len(fitting) + 1):
             tried = fitting[: len(fitting) // parts]
-            if model.memory_required([len(tried) * len(x_in), *x_in.shape[1:]]) < memory_management.free:
+            if needed(model, [len(tried) * len(x_in), *x_in.shape[1:]]) < memory_management.free:
                 chosen = tried
                 break
         blocks = [to_run.pop(n) for n in chosen]
@@ -71,8 +82,7 @@ def calc_cond_uncond_batch(model, cond, uncond, x_in, timestep, model_options):
         }
         control = blocks[0][0].control
         if control is not None:
-            c["control"] = control.get_control(x, sigma, c.copy(), len(blocks))
-            c["control_model"] = control
+            with_control(control, c, x, sigma, len(blocks))
         if "model_function_wrapper" in model_options:
             args = {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": kinds}
             output = model_options["model_function_wrapper"](model.apply_model, args)
