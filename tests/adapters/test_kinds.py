@@ -248,10 +248,7 @@ def test_all_at_once_equal_all_merged(kinds: Mapping[str, Kind]) -> None:
     assert relative_error(found, predict(whole, latents, texts)) < 1e-4
 
 
-BFLOAT16_KINDS = ("PEFT LoRA", "PEFT DoRA", "LoRA and LoCon", "LoHa", "norm")
-
-
-@pytest.mark.parametrize("name", BFLOAT16_KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_bfloat16_layer_is_near_the_merged_one(name: str, kinds: Mapping[str, Kind]) -> None:
     """bfloat16 has 8 bits: 2e-3 for the output's own rounding, as much again for the LoRA's numbers."""
     random = torch.Generator().manual_seed(4)
@@ -270,7 +267,7 @@ def test_every_bfloat16_layer_is_near_the_merged_one(name: str, kinds: Mapping[s
         assert relative_error(found, expected) < 5e-3, path
 
 
-@pytest.mark.parametrize("name", BFLOAT16_KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_bfloat16_unet_is_as_near_as_the_merged_one(name: str, kinds: Mapping[str, Kind]) -> None:
     """Over a whole UNet bfloat16's rounding adds up, to about 1e-2, with merged weights just as much."""
     latents, texts = inputs(2)
