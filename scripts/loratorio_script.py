@@ -16,10 +16,9 @@ if ROOT not in sys.path:
 
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.base import Job, refuse  # noqa: E402
-from loratorio.webui import api, gallery, infotext, options, panel, pools, xyz  # noqa: E402
+from loratorio.webui import api, infotext, options, panel, pools, xyz  # noqa: E402
 
 options.register()
-xyz.register()
 
 
 class LoratorioScript(scripts.Script):
@@ -29,6 +28,7 @@ class LoratorioScript(scripts.Script):
         return "LoRAtorio"
 
     def show(self, is_img2img):
+        xyz.add_axes()  # now all scripts are loaded, and none has built its part of the page
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
@@ -68,6 +68,8 @@ class LoratorioScript(scripts.Script):
 
     def postprocess(self, p, processed, *args):
         if job_of(p) and job_of(p).settings.weight_maps:
+            from loratorio.webui import gallery
+
             gallery.add_maps(job_of(p), processed)
 
 

@@ -35,23 +35,21 @@ def defaults() -> Settings:
 
 
 def register() -> None:
-    """Have the WebUI show the options on its settings page. To be called once, when the extension is loaded."""
-    from modules import script_callbacks
+    """Have the WebUI show the options on its settings page. To be called once, when the extension is loaded.
 
-    script_callbacks.on_ui_settings(_add)
-
-
-def _offered() -> tuple[Knob, ...]:
-    """Not the tick box: with it on by default, API calls that never heard of this extension would be composed."""
-    return tuple(knob for knob in KNOBS if knob.name != "enabled")
-
-
-def _add() -> None:
+    Without a callback: to register one, the WebUI inspects the whole call stack, which takes longer than all else that
+    is done at start-up.
+    """
     from modules import shared
 
     for knob in _offered():
         info = shared.OptionInfo(_shown(knob), knob.label, *_component(knob), section=SECTION)
         shared.opts.add_option(option_name(knob), info.info(knob.help).needs_reload_ui())
+
+
+def _offered() -> tuple[Knob, ...]:
+    """Not the tick box: with it on by default, API calls that never heard of this extension would be composed."""
+    return tuple(knob for knob in KNOBS if knob.name != "enabled")
 
 
 def _shown(knob: Knob) -> Any:

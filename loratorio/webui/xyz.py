@@ -20,15 +20,11 @@ def chosen(p: Any) -> dict[str, Any]:
     return dict(getattr(p, _FIELD, None) or {})
 
 
-def register() -> None:
-    """Have the axes added before the page is built, when the X/Y/Z script is surely loaded."""
-    from modules import script_callbacks
-
-    script_callbacks.on_before_ui(add_axes)
-
-
 def add_axes() -> None:
-    """Add the axes to the loaded X/Y/Z script, once. Without that script there is nothing to do."""
+    """Add the axes to the loaded X/Y/Z script, once. Without that script there is nothing to do.
+
+    To be called when all scripts are loaded and the page is not yet built.
+    """
     script = _loaded_script()
     if script is None:
         return

@@ -2,7 +2,7 @@
 
 import traceback
 
-callback_map = {"callbacks_cfg_denoiser": [], "callbacks_ui_settings": [], "callbacks_before_ui": []}
+callback_map = {"callbacks_cfg_denoiser": []}
 
 
 class CFGDenoiserParams:
@@ -27,11 +27,3 @@ def cfg_denoiser_callback(params):
             callback(params)
         except Exception:
             traceback.print_exc()
-
-
-def on_ui_settings(callback):
-    callback_map["callbacks_ui_settings"].append(callback)
-
-
-def on_before_ui(callback):
-    callback_map["callbacks_before_ui"].append(callback)
