@@ -35,16 +35,16 @@ def tokenizer() -> CLIPTokenizer:
     )
 
 
-def text_config(**changes: Any) -> CLIPTextConfig:
+def text_config(width: int = WIDTH, **changes: Any) -> CLIPTextConfig:
     words = tokenizer()
     return CLIPTextConfig(
         vocab_size=len(words),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=77,
-        projection_dim=WIDTH,
+        projection_dim=width,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
@@ -105,21 +105,22 @@ def save_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Pa
     return folder
 
 
-def save_sdxl(folder: Path, seed: int = 0) -> Path:
-    """A diffusers folder in the SDXL manner: two text encoders, pooled text and sizes as extra conditioning."""
+def save_sdxl(folder: Path, seed: int = 0, **unet_changes: Any) -> Path:
+    """A diffusers folder in the SDXL manner: two text encoders of unequal width, pooled text and sizes as extra conditioning."""
     torch.manual_seed(seed)
     StableDiffusionXLPipeline(
         vae=vae(),
-        text_encoder=CLIPTextModel(text_config()),
+        text_encoder=CLIPTextModel(text_config(WIDTH // 2)),
         text_encoder_2=CLIPTextModelWithProjection(text_config()),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
         unet=unet(
-            cross_attention_dim=2 * WIDTH,
+            cross_attention_dim=WIDTH // 2 + WIDTH,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + WIDTH,
             use_linear_projection=True,
+            **unet_changes,
         ),
         scheduler=scheduler(),
     ).save_pretrained(folder, safe_serialization=True)

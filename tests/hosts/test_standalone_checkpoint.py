@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import huggingface_hub
@@ -12,10 +12,11 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from loratorio.errors import LoratorioError
 from loratorio.hosts.standalone.checkpoint import load_checkpoint
-from loratorio.toybox.ldm import TEXT_NAME, config_yaml, to_ldm
+from loratorio.toybox.ldm import TEXT_NAME, config_yaml, to_ldm, unet_key, vae_key
 from loratorio.toybox.models import new_unet, new_vae
 from loratorio.toybox.train.base import new_base
 from loratorio.toybox.train.diffusion import new_schedule
@@ -83,6 +84,69 @@ def test_one_file_with_its_yaml(ldm: Path) -> None:
         assert got.keys() == weights.keys()
     assert loaded.native_size == 64
     assert loaded.vae.config.scaling_factor == 0.5
+
+
+OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def open_clip(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a CLIPTextModelWithProjection under open_clip's names: q, k and v in one matrix."""
+    made = {
+        "positional_embedding": text["text_model.embeddings.position_embedding.weight"],
+        "token_embedding.weight": text["text_model.embeddings.token_embedding.weight"],
+        "text_projection": text["text_projection.weight"].T.contiguous(),
+    }
+    for kind in ("weight", "bias"):
+        made[f"ln_final.{kind}"] = text[f"text_model.final_layer_norm.{kind}"]
+        for number in range(2):
+            theirs, ours = f"text_model.encoder.layers.{number}", f"transformer.resblocks.{number}"
+            for name, other in OPEN_CLIP.items():
+                made[f"{ours}.{other}.{kind}"] = text[f"{theirs}.{name}.{kind}"]
+            parts = [text[f"{theirs}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            made[f"{ours}.attn.in_proj_{kind}"] = torch.cat(parts)
+    return made
+
+
+def test_sdxl_in_its_original_layout(tmp_path: Path) -> None:
+    """One file as Stability AI laid SDXL out: sgm's names, the second text encoder by open_clip."""
+    folder = tiny.save_sdxl(tmp_path / "folder", layers_per_block=2)
+    parts = {
+        part: next(iter(load_file(file) for file in (folder / part).glob("*.safetensors")))
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+    }
+    sizes = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+    tensors = {}
+    for key, value in parts["unet"].items():
+        module, kind = key.rsplit(".", 1)
+        name = f"{sizes[module]}.{kind}" if module in sizes else unet_key(key)
+        tensors[f"model.diffusion_model.{name}"] = value
+    for key, value in parts["vae"].items():
+        name = vae_key(key, levels=4)
+        square = ".attn_1." in name and value.ndim == 2
+        tensors[f"first_stage_model.{name}"] = value[:, :, None, None] if square else value
+    for key, value in parts["text_encoder"].items():
+        name = key if key.startswith("text_model.") else f"text_model.{key}"
+        tensors[f"conditioner.embedders.0.transformer.{name}"] = value
+    tensors |= {
+        f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(parts["text_encoder_2"]).items()
+    }
+    save_file(tensors, tmp_path / "xl.safetensors")
+    loaded = load_checkpoint(tmp_path / "xl.safetensors", only_configuration(folder, tmp_path / "config"))
+    expected = load_checkpoint(folder)
+    for one, other in zip(
+        (loaded.unet, loaded.vae, *loaded.text_encoders),
+        (expected.unet, expected.vae, *expected.text_encoders),
+        strict=True,
+    ):
+        weights = other.state_dict()
+        assert one.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in one.state_dict().items())
 
 
 def test_v_prediction_is_read_from_the_yaml(ldm: Path, tmp_path: Path) -> None:
