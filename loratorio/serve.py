@@ -46,6 +46,10 @@ _CSS = """
 #maps .grid-wrap, #pictures .grid-wrap { max-height: none; }
 footer { display: none !important; }
 @media (max-width: 820px) { #main { flex-direction: column; } #main > * { min-width: 0 !important; width: 100%; } }
+@media (max-width: 520px) {
+  #cards { grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)); }
+  #maps .grid-container { grid-template-columns: repeat(2, 1fr) !important; }
+}
 """
 
 _TOGGLE = """(prompt) => {
