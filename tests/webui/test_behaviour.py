@@ -10,7 +10,7 @@ import pytest
 
 from loratorio.settings import KNOBS, Settings
 
-from .client import Pictures, Refused, WebUI
+from .client import Pictures, Refused, WebUI, psnr
 from .test_scenarios import TOGETHER, is_composed, tagged
 
 
@@ -43,9 +43,10 @@ def test_without_a_lora_nothing_happens_and_it_says_so(webui: WebUI) -> None:
 
 
 def test_an_unknown_lora_is_left_out_as_the_webui_does(webui: WebUI, loras: list[str]) -> None:
-    known = webui.txt2img({"recentre": 0.0}, prompt=tagged("a", loras[:1]))
-    both = webui.txt2img({"recentre": 0.0}, prompt=tagged("a", loras[:1]) + "<lora:no such lora:1>")
-    assert (known.image == both.image).all()
+    """That one alone; in reForge, because of an error of its own, every LoRA of the prompt."""
+    prompt = tagged("a", loras[:1]) + "<lora:no such lora:1>"
+    own, ours = webui.txt2img(prompt=prompt), webui.txt2img({"recentre": 0.0}, prompt=prompt)
+    assert psnr(own.image, ours.image) >= 50
 
 
 @pytest.mark.parametrize("call", ["interrupt", "skip"])
