@@ -12,15 +12,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from loratorio.toybox.models import new_text_encoder, new_unet, new_vae, text_config
 from loratorio.toybox.tokens import write_tokenizer
-from loratorio.toybox.train.common import Average, Optimisers, Run, learning_rate, seed_everything
-from loratorio.toybox.train.diffusion import (
-    batch_of,
-    encode_scenes,
-    encode_text,
-    new_schedule,
-    noise_loss,
-    tokenise,
-)
+from loratorio.toybox.train.common import Average, Optimisers, Run, seed_everything
+from loratorio.toybox.train.diffusion import encode_scenes, train
 from loratorio.toybox.world import random_scene
 
 SCENES = 6000
@@ -68,19 +61,11 @@ def train_base(run: Run, lr: float, text_folder: Path, vae_state: str = "vae_coa
     optimisers = Optimisers(list(model.named_parameters()), lr)
     run.resume(model=model, average=average, optimisers=optimisers)
     rng = random.Random(run.seed + run.step)
-    schedule = new_schedule()
     run.announce(model)
     run.say(f"latent scale {scale}, {SCENES} scenes")
     total = 0.0
-    while (progress := run.progress) < 1:
-        latents, texts = batch_of(data, rng, run.batch)
-        conditioning = encode_text(text, tokenise(tokenizer, texts).to(run.device))
-        loss = noise_loss(unet, schedule, latents, conditioning)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimisers.step(learning_rate(progress))
-        average.update(model, run.step)
-        run.tick()
-        total += loss.item()
+    for loss in train(run, model, average, optimisers, data, tokenizer, rng):
+        total += loss
         if run.step % 100 == 0:
             run.say(f"step {run.step} loss {total / 100:.4f} minutes {run.spent / 60:.1f}")
             total = 0.0

@@ -1,18 +1,18 @@
-"""What training the base model and training a LoRA share: latents, noise, the loss."""
+"""What training the base model and training a LoRA share: latents, noise, the loss, the steps."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from loratorio.toybox.models import TOKENS
-from loratorio.toybox.train.common import pictures
+from loratorio.toybox.train.common import Average, Optimisers, Run, learning_rate, pictures
 from loratorio.toybox.world import Scene, caption
 
 CAPTION_DROPOUT = 0.1
@@ -79,3 +79,25 @@ def noise_loss(
     weight = snr.clamp(max=SNR_CAP) / snr
     loss: Tensor = (weight * (made - noise).square().mean(dim=(1, 2, 3))).mean()
     return loss
+
+
+def train(
+    run: Run,
+    model: nn.ModuleDict,
+    average: Average,
+    optimisers: Optimisers,
+    data: Data,
+    tokenizer: CLIPTokenizer,
+    rng: random.Random,
+) -> Iterator[float]:
+    """Train `unet` and `text` of `model` to the run's end, and give each step's loss."""
+    schedule = new_schedule()
+    while (progress := run.progress) < 1:
+        latents, texts = batch_of(data, rng, run.batch)
+        conditioning = encode_text(model["text"], tokenise(tokenizer, texts).to(run.device))  # type: ignore[arg-type]
+        loss = noise_loss(model["unet"], schedule, latents, conditioning)  # type: ignore[arg-type]
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimisers.step(learning_rate(progress))
+        average.update(model, run.step)
+        run.tick()
+        yield loss.item()

@@ -17,15 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from loratorio.toybox.train.common import Average, Optimisers, Run, learning_rate, seed_everything
-from loratorio.toybox.train.diffusion import (
-    batch_of,
-    encode_scenes,
-    encode_text,
-    new_schedule,
-    noise_loss,
-    tokenise,
-)
+from loratorio.toybox.train.common import Average, Optimisers, Run, seed_everything
+from loratorio.toybox.train.diffusion import encode_scenes, train
 from loratorio.toybox.world import Element, caption, random_scene
 
 RANK = 8
@@ -100,18 +93,10 @@ def train_lora(
     model = nn.ModuleDict({"unet": unet, "text": text})
     average = Average(model, 0.98)
     optimisers = Optimisers([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr, muon=False)
-    schedule = new_schedule()
     run.announce(model)
     total = 0.0
-    while (progress := run.progress) < 1:
-        latents, texts = batch_of(data, rng, run.batch)
-        conditioning = encode_text(text, tokenise(tokenizer, texts).to(run.device))
-        loss = noise_loss(unet, schedule, latents, conditioning)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimisers.step(learning_rate(progress))
-        average.update(model, run.step)
-        run.tick()
-        total = 0.95 * total + 0.05 * loss.item() if run.step > 1 else loss.item()
+    for loss in train(run, model, average, optimisers, data, tokenizer, rng):
+        total = 0.95 * total + 0.05 * loss if run.step > 1 else loss
     spent = f"{run.step} steps of {run.batch}, seed {run.seed}, minutes {run.spent / 60:.2f}"
     run.say(f"{element.name} ({element.trigger}): {spent}, loss {total:.4f}")
     weights = {
