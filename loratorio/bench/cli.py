@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from .plan import (
     BETTER_ROWS,
     CHARACTER,
     DYNAMIC_ROWS,
+    MAIN_ROWS,
     METHOD_ROWS,
+    ROLE_ROWS,
+    STYLE,
     Cell,
     Variant,
     cells,
@@ -25,8 +28,10 @@ from .plan import (
 )
 
 QUICK_MINUTES = 9.0
-GROUPS = ("methods", "better", "dynamic", "ablations")
+GROUPS = ("methods", "others", "roles", "better", "dynamic", "ablations")
 SAMPLING = {"steps": 12, "cfg": 3.0, "sampler": "euler"}
+PUBLISHED = Path(__file__).parents[2] / "docs" / "RESULTS.md"
+"""In a clone: the tables that ship."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,19 +43,23 @@ def add_parser(subparsers: Any) -> None:
         "Goes on from what is in --out after it was stopped. With --webui it does the same with your own LoRAs in a running WebUI.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a part of the methods' table, in under ten minutes on two cores"
+        "--quick",
+        action="store_true",
+        help="a part of the methods' tables, in under ten minutes on two cores, and whether the published order holds",
     )
     parser.add_argument(
         "--groups",
         default=",".join(GROUPS),
         help=f"which tables, of {', '.join(GROUPS)}, with commas between",
     )
-    parser.add_argument("--combinations", type=int, default=0, help="how many of each N (0: all)")
     parser.add_argument(
-        "--ablation-combinations",
-        type=int,
-        default=6,
-        help="how many of each N for the other tables (0: all)",
+        "--combinations", type=int, default=0, help="how many of each N for the main methods (0: all)"
+    )
+    parser.add_argument(
+        "--other-combinations", type=int, default=8, help="how many of each N for the other methods and roles"
+    )
+    parser.add_argument(
+        "--ablation-combinations", type=int, default=4, help="how many of each N for the other tables"
     )
     parser.add_argument("--seeds", type=int, default=5, help="pictures per combination and method")
     parser.add_argument(
@@ -130,6 +139,7 @@ def check(options: argparse.Namespace) -> None:
         ("ablation_seeds", 1),
         ("workers", 1),
         ("combinations", 0),
+        ("other_combinations", 0),
         ("ablation_combinations", 0),
         ("steps", 1),
     ):
@@ -174,44 +184,57 @@ def toybox_categories() -> Mapping[str, Sequence[str]]:
 
 
 def the_grid(options: argparse.Namespace) -> list[Cell]:
-    """All cells that the options ask for, each once: the methods' table first, as it matters most."""
-    groups = options.groups.split(",")
+    """All cells that the options ask for, each once. First a part of every table, last the main methods on all that is left."""
+    groups = ["others", "methods"] if options.quick else options.groups.split(",")
     counts = [int(count) for count in options.counts.split(",")]
     sampling = {"steps": options.steps, "cfg": options.cfg, "sampler": options.sampler}
     categories = chosen_categories(options.elements)
-    limit, few = (2, 1) if options.quick else (options.combinations, options.ablation_combinations)
-    seeds = min(options.seeds, 4) if options.quick else options.seeds
-    few_seeds = min(seeds, options.ablation_seeds)
+    every, some, few = options.combinations, options.other_combinations, options.ablation_combinations
     if options.quick:
-        groups = ["methods"]
+        every, some = 6, 1
+    few_seeds = min(options.seeds, options.ablation_seeds)
 
-    def part(variants: Sequence[Variant], limit: int, seeds: int) -> list[Cell]:
-        # By rounds over N, so that a grid that is stopped has some of each.
-        chosen = [sample(combinations(categories, count), limit) for count in counts]
+    def part(variants: Sequence[Variant], limit: int, seeds: int, of: Sequence[str] = ()) -> Iterator[Cell]:
+        # By rounds over N, so that a grid that is stopped has as many of each, as far as there are.
+        chosen = [
+            sample([c for c in combinations(categories, n) if not of or set(c) & set(of)], limit)
+            for n in counts
+        ]
         longest = max((len(each) for each in chosen), default=0)
         mixed = [each[i] for i in range(longest) for each in chosen if i < len(each)]
-        return cells(variants, mixed, seeds, sampling)
+        yield from cells(variants, mixed, seeds, sampling)
 
     grid: list[Cell] = []
-    if "methods" in groups:
-        grid += part(METHOD_ROWS, limit, seeds)
+    if "others" in groups:
+        grid += part(METHOD_ROWS, some, options.seeds)
+    if "roles" in groups:
+        grid += part(ROLE_ROWS, some, options.seeds, categories.get(STYLE, ()))
     if "better" in groups:
         grid += part(BETTER_ROWS, few, few_seeds)
     if "dynamic" in groups:
         grid += part(DYNAMIC_ROWS, few, few_seeds)
     if "ablations" in groups:
         grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
+    if "methods" in groups:
+        grid += part(MAIN_ROWS, every, options.seeds)
     return distinct(grid)
 
 
 def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> None:
-    from .report import document, plots, table
+    from .report import agrees, document, order, plots, published_order, table
 
     results = list(store.read(grid))
     if not results:
         print("There are no results yet.")
         return
-    print(table(METHOD_ROWS, [result for result in results if not result.cell.pool]))
+    print(table(MAIN_ROWS, results))
+    found = order(results)
+    published = published_order(PUBLISHED) if PUBLISHED.is_file() else ""
+    if found:
+        print(f"By elements found: {found}.")
+    if found and published:
+        verdict = "agrees with" if agrees(found, published) else "DIFFERS from"
+        print(f"This {verdict} the published order, {published} (≈: not clearly apart).")
     if options.report is None:
         return
     folder = options.report.parent / "results"
@@ -221,7 +244,7 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
 
     notes = options.report.parent / "results" / "notes.md"
     own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
-    text = document(results, command_line(options), by_name, own)
+    text = document(results, command_line(options), len(grid), by_name, own)
     write_all({options.report: text.encode()})
     print(f"Written: {options.report} and {len(pictures)} plots in {folder}.")
 
@@ -234,7 +257,8 @@ def command_line(options: argparse.Namespace) -> str:
     for name, default in (
         ("groups", ",".join(GROUPS)),
         ("combinations", 0),
-        ("ablation_combinations", 6),
+        ("other_combinations", 8),
+        ("ablation_combinations", 4),
         ("seeds", 5),
         ("ablation_seeds", 3),
         ("elements", ""),

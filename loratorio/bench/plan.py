@@ -13,6 +13,7 @@ from typing import Any
 from ..settings import KNOBS, Settings
 
 CHARACTER = "character"
+STYLE = "style"
 _NO_KNOBS = ("merge", "composite", "switch", "cmlora", "klora", "w_composite")
 """Methods whose pictures no knob changes but guidance rescale."""
 
@@ -24,7 +25,7 @@ class Variant:
     Attributes:
         name: in results, `label` in tables.
         knobs: settings other than the defaults.
-        roles: style LoRAs get ``role=style``.
+        role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
@@ -32,7 +33,7 @@ class Variant:
     name: str
     label: str
     knobs: Mapping[str, Any] = field(default_factory=dict)
-    roles: bool = False
+    role: str = ""
     pool: bool = False
     made: str = "picture"
 
@@ -63,7 +64,7 @@ class Cell:
     seed: int
     count: int
     knobs: Mapping[str, Any]
-    roles: bool = False
+    role: str = ""
     pool: bool = False
     made: str = "picture"
 
@@ -77,7 +78,7 @@ class Cell:
 
     def is_of(self, variant: Variant) -> bool:
         """Whether this cell is what the variant asks for."""
-        if (self.made, self.roles, self.pool) != (variant.made, variant.roles, variant.pool):
+        if (self.made, self.role, self.pool) != (variant.made, variant.role, variant.pool):
             return False
         return self.made == "truth" or variant.resolved().items() <= self.knobs.items()
 
@@ -95,9 +96,22 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
     Variant("loratorio", "LoRAtorio", {}),
-    Variant("loratorio_roles", "LoRAtorio, styles with role=style", {}, roles=True),
 )
-"""The table."""
+"""All methods."""
+
+MAIN_ROWS = tuple(
+    row for row in METHOD_ROWS if row.name in ("merge", "merge_anchored", "composite", "loratorio")
+)
+"""Those that are run on every combination."""
+
+ROLE_ROWS: tuple[Variant, ...] = (
+    Variant("merge", "Merge", {"method": "merge"}),
+    Variant("merge_anchored", "Merge, re-centred", {"method": "merge_anchored"}),
+    Variant("loratorio", "LoRAtorio", {}),
+    Variant("role_style", "LoRAtorio, role=style", {}, role="style"),
+    Variant("role_always", "LoRAtorio, role=always", {}, role="always"),
+)
+"""What a style LoRA's role does; only for combinations that have one."""
 
 BETTER_ROWS: tuple[Variant, ...] = (
     Variant("plain", "LoRAtorio as in the paper", {"blend": "patches", "adaptive": False, "rescale": 0.0}),
@@ -106,10 +120,9 @@ BETTER_ROWS: tuple[Variant, ...] = (
     Variant("adaptive", "with adaptive temperature", {"blend": "patches", "adaptive": True, "rescale": 0.0}),
     Variant("rescale", "with guidance rescale 0.7", {"blend": "patches", "adaptive": False, "rescale": 0.7}),
     Variant(
-        "roles",
-        "with role=style for styles",
-        {"blend": "patches", "adaptive": False, "rescale": 0.0},
-        roles=True,
+        "start",
+        "merged for the first fifth of the steps",
+        {"blend": "patches", "adaptive": False, "rescale": 0.0, "start": 0.2},
     ),
 )
 """What the paper does not have, one at a time."""
@@ -157,15 +170,13 @@ def combinations(categories: Mapping[str, Sequence[str]], count: int) -> list[tu
 
 
 def sample(items: Sequence[tuple[str, ...]], limit: int) -> list[tuple[str, ...]]:
-    """`limit` of them (0: all), always the same ones, each element as often as the others as far as it goes."""
-    if not limit or limit >= len(items):
-        return list(items)
+    """`limit` of them (0: all), always in the same order, each element as often as the others in however many one takes."""
     rng = random.Random(0)
     left = list(items)
     rng.shuffle(left)
     used: dict[str, int] = {}
     chosen = []
-    for _ in range(limit):
+    for _ in range(min(limit or len(items), len(items))):
         best = min(left, key=lambda item: sum(used.get(name, 0) for name in item))
         left.remove(best)
         chosen.append(best)
@@ -193,7 +204,7 @@ def cells(
                     0,
                     truth_per_combination if truth else seeds,
                     {} if truth else {**sampling, **variant.resolved()},
-                    variant.roles,
+                    variant.role,
                     variant.pool,
                     variant.made,
                 )

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import measures
-from .plan import ABLATIONS, BETTER_ROWS, DYNAMIC_ROWS, METHOD_ROWS, TRUTH, Variant
+from .plan import (
+    ABLATIONS,
+    BETTER_ROWS,
+    DYNAMIC_ROWS,
+    MAIN_ROWS,
+    METHOD_ROWS,
+    ROLE_ROWS,
+    TRUTH,
+    Variant,
+)
 from .store import Result
 
 Floats = NDArray[np.float64]
@@ -183,6 +194,44 @@ def win_table(variants: Sequence[Variant], results: Sequence[Result], of: str = 
     return "\n".join(lines)
 
 
+def order(results: Sequence[Result]) -> str:
+    """The main methods by elements found, most first: ``A > B ≈ C``, > where the 95 % interval of the paired difference leaves out 0.
+
+    Empty where not all of them have results.
+    """
+    results = comparable(MAIN_ROWS, results)
+    shares = {
+        variant.label: {r.cell.elements: _shares(r) for r in results if r.cell.is_of(variant)}
+        for variant in MAIN_ROWS
+    }
+    if not all(shares.values()):
+        return ""
+    ranked = sorted(shares, key=lambda label: -float(np.concatenate([*shares[label].values()]).mean()))
+    text = ranked[0]
+    for first, second in itertools.pairwise(ranked):
+        differences = [own - shares[second][elements] for elements, own in shares[first].items()]
+        text += f" {'>' if measures.bootstrap(differences)[0] > 0 else '≈'} {second}"
+    return text
+
+
+_ORDER = "By elements found: "
+
+
+def published_order(file: Path) -> str:
+    """The order that a page of results states; empty if it states none."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix(_ORDER).rstrip(".") for line in lines if line.startswith(_ORDER)), "")
+
+
+def agrees(own: str, published: str) -> bool:
+    """Whether an order puts no two methods the other way round that are clearly apart in the published one."""
+    place = {
+        label: number for number, tier in enumerate(published.split(" > ")) for label in tier.split(" ≈ ")
+    }
+    ranked = [place.get(label, -1) for label in own.replace(" ≈ ", " > ").split(" > ")]
+    return -1 not in ranked and ranked == sorted(ranked)
+
+
 def plots(results: Sequence[Result], folder: Path) -> list[Path]:
     """One plot of found elements by N, and one for each ablation that has results."""
     import matplotlib
@@ -202,24 +251,29 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
         pyplot.close(figure)
         files.append(file)
 
-    methods = comparable(METHOD_ROWS, results)
-    truth = [result for result in methods if result.cell.made == "truth"]
-    counts = [count for count in (2, 3, 4, 5) if of_size(methods, count)]
-
-    def by_count() -> None:
-        for variant in METHOD_ROWS:
-            rows = [row(variant, of_size(methods, count), truth) for count in counts]
-            points = [(count, 100 * each.found) for count, each in zip(counts, rows, strict=True) if each]
+    def by_count(variants: Sequence[Variant]) -> None:
+        own = comparable(variants, results)
+        truth = [result for result in own if result.cell.made == "truth"]
+        counts = [count for count in (2, 3, 4, 5) if of_size(own, count)]
+        for place, variant in enumerate(variants):
+            rows = [row(variant, of_size(own, count), truth) for count in counts]
+            points = [(count, each) for count, each in zip(counts, rows, strict=True) if each]
             if points:
-                pyplot.plot(*zip(*points, strict=True), marker="o", label=variant.label)
+                # A little apart, so that the intervals do not hide one another.
+                at = [count + 0.03 * (place - len(variants) / 2) for count, _ in points]
+                found = np.array([each.found for _, each in points])
+                low, high = np.array([each.interval for _, each in points]).T
+                error = 100 * np.array([found - low, high - found])
+                pyplot.errorbar(at, 100 * found, yerr=error, marker="o", capsize=2, label=variant.label)
         pyplot.xticks(counts)
         pyplot.xlabel("LoRAs in the picture")
-        pyplot.ylabel("elements found, %")
-        pyplot.ylim(0, 100)
+        pyplot.ylabel("elements found, % (95 %)")
+        pyplot.ylim(0, 102)
         pyplot.legend(fontsize=7, ncol=2)
 
-    if counts:
-        save("methods", by_count)
+    for name, variants in (("methods", MAIN_ROWS), ("all_methods", METHOD_ROWS)):
+        if any(not result.cell.pool and result.cell.is_of(variants[0]) for result in results):
+            save(name, partial(by_count, variants))
     for knob, variants in ABLATIONS.items():
         own = comparable(variants, results)
         true = [result for result in own if result.cell.made == "truth"]
@@ -270,55 +324,87 @@ def ablation_table(knob: str, results: Sequence[Result]) -> str:
 
 
 def document(
-    results: Sequence[Result], command: str, plots_at: Mapping[str, str], notes: Sequence[str] = ()
+    results: Sequence[Result],
+    command: str,
+    cells: int,
+    plots_at: Mapping[str, str],
+    notes: Sequence[str] = (),
 ) -> str:
-    """docs/RESULTS.md: what was run, the tables, and what the columns mean."""
+    """docs/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean."""
     pictures = [result for result in results if result.cell.made != "truth"]
     main = [result for result in results if not result.cell.pool]
-    combos = {result.cell.elements for result in pictures if not result.cell.pool}
     sampling = {
         f"{k}={v}" for r in pictures for k, v in r.cell.knobs.items() if k in ("steps", "cfg", "sampler")
     }
-    seeds = max((result.cell.count for result in pictures), default=0)
+    done = len(results)
+    whole = (
+        "All of its cells are done."
+        if done >= cells
+        else f"{cells - done} of its {cells} cells are not done yet: the same command goes on with them."
+    )
     sections = [
         _HEAD.format(
             command=command,
-            combos=", ".join(
-                f"{sum(len(c) == n for c in combos)} of N={n}"
-                for n in (2, 3, 4, 5)
-                if any(len(c) == n for c in combos)
-            ),
-            seeds=seeds,
             sampling=", ".join(sorted(sampling)),
             pictures=sum(len(result.shots) for result in pictures),
+            whole=whole,
         ),
         *notes,
         "## Methods",
-        table(METHOD_ROWS, main),
-        _COLUMNS,
+        said_of(MAIN_ROWS, main),
+        table(MAIN_ROWS, main),
     ]
-    if "methods" in plots_at:
-        sections.append(f"![Elements found by number of LoRAs]({plots_at['methods']})")
-    sections += ["### How often LoRAtorio has more of the elements", win_table(METHOD_ROWS, main)]
-    if any(row(variant, main, []) for variant in BETTER_ROWS):
-        sections += ["## What the paper does not have, one at a time", table(BETTER_ROWS, main)]
+    if found := order(main):
+        sections.append(f"{_ORDER}{found}.")
+    sections += [_COLUMNS, *_picture("methods", "Elements found by number of LoRAs", plots_at)]
+    sections += ["### How often LoRAtorio has more of the elements", win_table(MAIN_ROWS, main)]
+    others = [variant for variant in METHOD_ROWS if variant not in MAIN_ROWS]
+    if _has(others, main):
+        sections += ["## All methods", said_of(METHOD_ROWS, main), table(METHOD_ROWS, main)]
+        sections += _picture("all_methods", "Elements found by number of LoRAs, all methods", plots_at)
+        sections += ["How often LoRAtorio has more of the elements:", win_table(METHOD_ROWS, main)]
+    if _has(ROLE_ROWS[-2:], main):
+        sections += ["## Roles of styles", _ROLES, said_of(ROLE_ROWS, main), table(ROLE_ROWS, main)]
+    if _has(BETTER_ROWS[1:], main):
+        sections += ["## What the paper does not have, one at a time", said_of(BETTER_ROWS, main)]
+        sections += [table(BETTER_ROWS, main)]
     if any(result.cell.pool for result in results):
         dynamic = [result for result in results if result.cell.pool or result.cell.made == "truth"]
-        sections += ["## The whole toybox as a pool", _DYNAMIC, table(DYNAMIC_ROWS, dynamic)]
-    curves = [knob for knob in ABLATIONS if any(row(variant, main, []) for variant in ABLATIONS[knob])]
+        sections += ["## The whole toybox as a pool", _DYNAMIC, said_of(DYNAMIC_ROWS, dynamic)]
+        sections += [table(DYNAMIC_ROWS, dynamic)]
+    curves = [knob for knob in ABLATIONS if sum(_has([variant], main) for variant in ABLATIONS[knob]) > 1]
     if curves:
         sections += ["## The defaults", _DEFAULTS]
     for knob in curves:
-        sections += [f"### {knob}", ablation_table(knob, main)]
-        if f"ablation_{knob}" in plots_at:
-            sections.append(f"![{knob}]({plots_at[f'ablation_{knob}']})")
+        sections += [f"### {knob}", said_of(ABLATIONS[knob], main), ablation_table(knob, main)]
+        sections += _picture(f"ablation_{knob}", knob, plots_at)
     return "\n\n".join(sections) + "\n"
+
+
+def said_of(variants: Sequence[Variant], results: Sequence[Result]) -> str:
+    """How many combinations and seeds a table of these variants has."""
+    own = [result for result in comparable(variants, results) if result.cell.made != "truth"]
+    combos = {result.cell.elements for result in own}
+    parts = [f"{sum(len(c) == n for c in combos)} of N={n}" for n in (2, 3, 4, 5)]
+    seeds = sorted({result.cell.count for result in own})
+    return (
+        f"Combinations: {', '.join(part for part in parts if not part.startswith('0 '))}; "
+        f"{' or '.join(map(str, seeds))} seeds each."
+    )
+
+
+def _has(variants: Sequence[Variant], results: Sequence[Result]) -> bool:
+    return any(result.cell.is_of(variant) for result in results for variant in variants)
+
+
+def _picture(name: str, words: str, plots_at: Mapping[str, str]) -> list[str]:
+    return [f"![{words}]({plots_at[name]})"] if name in plots_at else []
 
 
 _HEAD = """# Results
 
-Made by `{command}`; nothing on this page was written by hand but the notes. Every combination has a character and at most one LoRA per
-category: {combos}; {seeds} seeds each; {sampling}; {pictures} pictures in all."""
+Made by `{command}`; nothing on this page was written by hand but the notes. {whole}
+Every combination has a character and at most one LoRA per category; {sampling}; {pictures} pictures in all."""
 
 _COLUMNS = """- *N=2 … 5*, *all N*: share of the wanted elements that the toybox's classifier finds; the interval resamples combinations.
   The first row is what the same classifier says of rendered truth: no method can be trusted to a finer degree than that.
@@ -327,8 +413,10 @@ _COLUMNS = """- *N=2 … 5*, *all N*: share of the wanted elements that the toyb
   Comparable within a table only.
 - *edges*: steps across patch borders by steps elsewhere; *saturation*, *clipped*: mean saturation and share of values at
   0 or 255. All as a difference to rendered truth: 0 is best.
-- *rows*: model rows a picture costs; *s*: seconds a picture took on the machine at hand, sampling and decoding, reading of
-  LoRA files included."""
+- *rows*: model rows a picture costs; *s*: seconds of processor time that a picture took on the machine at hand, sampling and
+  decoding. Little pictures in batches of a few: other machines and sizes have other ratios (docs/BENCHMARKS.md)."""
+
+_ROLES = "Only combinations that have a style; the role is the style's."
 
 _DYNAMIC = "The prompt says what is wanted, and every LoRA of the toybox is a candidate: the paper's dynamic setting."
 

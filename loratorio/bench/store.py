@@ -33,7 +33,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Result:
-    """A cell that is done. `seconds`: of sampling and decoding, all its pictures together."""
+    """A cell that is done. `seconds`: of processor time for sampling and decoding, all its pictures together."""
 
     cell: Cell
     shots: tuple[Shot, ...]

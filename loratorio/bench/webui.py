@@ -24,8 +24,6 @@ from typing import Any
 from ..errors import LoratorioError
 from .plan import CHARACTER, METHOD_ROWS, Variant, combinations, sample
 
-_ROWS = tuple(variant for variant in METHOD_ROWS if not variant.roles)
-
 Score = Callable[[Any, str], float]
 """A PIL picture and a text to the CLIPScore, 100·cos, as in the papers."""
 
@@ -94,7 +92,7 @@ def _tasks(
             words = ", ".join(triggers[name] for name in combo if triggers[name])
             tags = " ".join(f"<lora:{name}:1>" for name in combo)
             prompt = f"{options.base_prompt}{', ' if options.base_prompt else ''}{words} {tags}"
-            for variant in _ROWS:
+            for variant in METHOD_ROWS:
                 for seed in range(options.seeds):
                     yield Task(variant, combo, prompt, words, seed)
 
@@ -177,7 +175,7 @@ def table(tasks: Sequence[Task], folder: Path) -> str:
         f"| | {' | '.join(f'N={count}' for count in counts)} | mean | s |",
         f"| --- |{' ---: |' * (len(counts) + 2)}",
     ]
-    for variant in _ROWS:
+    for variant in METHOD_ROWS:
         own = [
             (len(task.loras), folder / f"{task.file_name}.json") for task in tasks if task.variant == variant
         ]

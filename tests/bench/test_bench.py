@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from loratorio.bench import cli, measures, report
-from loratorio.bench.plan import METHOD_ROWS, Cell, Variant, cells, combinations, sample
+from loratorio.bench.plan import MAIN_ROWS, METHOD_ROWS, Cell, Variant, cells, combinations, sample
 from loratorio.bench.runner import run
 from loratorio.bench.store import Result, Shot, Store
 from loratorio.errors import LoratorioError
@@ -37,7 +37,7 @@ SAMPLING = {"steps": 4, "cfg": 3.0, "sampler": "euler"}
 
 def small_grid() -> list[Cell]:
     return cells(
-        METHOD_ROWS[:3] + METHOD_ROWS[-2:-1],
+        MAIN_ROWS,
         combinations(CATEGORIES, 2)[:2],
         3,
         SAMPLING,
@@ -59,6 +59,9 @@ def test_combinations_are_composloras() -> None:
     used = Counter(name for combo in few for name in combo)
     assert {"robot", "cat"} <= used.keys()
     assert sample([("a",)], 0) == [("a",)]
+    every = sample(combinations(CATEGORIES, 3), 0)
+    assert every[:5] == few
+    assert sorted(every) == sorted(combinations(CATEGORIES, 3))
 
 
 def test_cells_are_known_by_their_work() -> None:
@@ -175,7 +178,13 @@ def test_the_command_writes_the_report(
     (to.parent / "results").mkdir(parents=True)
     (to.parent / "results" / "notes.md").write_text("A note by hand.")
     chosen = options(
-        out=tmp_path / "out", report=to, combinations=1, ablation_combinations=1, seeds=2, counts="2,3"
+        out=tmp_path / "out",
+        report=to,
+        combinations=2,
+        other_combinations=1,
+        ablation_combinations=1,
+        seeds=2,
+        counts="2,3",
     )
     cli.bench(chosen)
     text = to.read_text()
@@ -184,22 +193,58 @@ def test_the_command_writes_the_report(
         "CMLoRA",
         "K-LoRA",
         "## Methods",
+        "Combinations: 2 of N=2, 2 of N=3; 2 seeds each.",
+        "By elements found: LoRAtorio > ",
+        "All of its cells are done.",
+        "## All methods",
+        "## Roles of styles",
+        "role=always",
         "A note by hand.",
         "### temperature",
         "as a pool",
         "wins",
     ):
         assert part in text, part
-    assert "loratorio bench --combinations 1 --ablation-combinations 1 --seeds 2 --counts 2,3" in text
+    assert (
+        "loratorio bench --combinations 2 --other-combinations 1 --ablation-combinations 1 --seeds 2 --counts 2,3"
+        in text
+    )
     assert "| LoRAtorio | 100 % | 100 % |" in text
     assert "| Merge | 50 % | 33 % |" in text
     assert (to.parent / "results" / "methods.png").is_file()
     assert (to.parent / "results" / "ablation_temperature.png").is_file()
     before = capsys.readouterr()
-    assert "0 cells" not in before.out
+    assert "\n0 cells" not in "\n" + before.out
     cli.bench(chosen)
     assert "0 cells done now" in capsys.readouterr().out
     assert to.read_text() == text
+    next(file for file in (tmp_path / "out" / "cells").glob("merge.*")).unlink()
+    chosen.report_only = True
+    cli.bench(chosen)
+    assert "1 of its" in to.read_text()
+
+
+def test_the_quick_grid_says_whether_the_published_order_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = tmp_path / "RESULTS.md"
+    monkeypatch.setattr(cli, "toybox_categories", lambda: CATEGORIES)
+    monkeypatch.setattr(cli, "PUBLISHED", published)
+    chosen = options(out=tmp_path / "out", quick=True, seeds=1)
+    for order, verdict in (
+        ("LoRAtorio > Merge ≈ Composite ≈ Merge, re-centred", "agrees with"),
+        ("Merge > LoRAtorio ≈ Composite ≈ Merge, re-centred", "DIFFERS from"),
+    ):
+        published.write_text(f"# Results\n\nBy elements found: {order}.\n")
+        cli.bench(chosen)
+        assert verdict in capsys.readouterr().out
+
+
+def test_orders_agree_unless_what_is_clearly_apart_is_turned_round() -> None:
+    assert report.agrees("a > b > c", "a > b ≈ c")
+    assert report.agrees("a ≈ c > b", "a > b ≈ c")
+    assert not report.agrees("b ≈ a > c", "a > b ≈ c")
+    assert not report.agrees("a > b", "a > c")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +327,7 @@ def test_webui_mode_asks_scores_and_resumes(
         webui=webui, loras=lora_list, out=tmp_path / "out", counts="2", seeds=1, base_prompt="best"
     )
     cli.bench(chosen)
-    assert len(FakeWebUI.asked) == 2 * (len(METHOD_ROWS) - 1)
+    assert len(FakeWebUI.asked) == 2 * len(METHOD_ROWS)
     first = FakeWebUI.asked[0]
     assert first["prompt"] == "best, word, other, word, other <lora:character_1:1> <lora:style_1:1>"
     methods = {
@@ -292,7 +337,7 @@ def test_webui_mode_asks_scores_and_resumes(
     assert methods == {variant.knobs.get("method", "loratorio") for variant in METHOD_ROWS}
     assert "| LoRAtorio | 24.00 | 24.00 |" in capsys.readouterr().out
     cli.bench(chosen)
-    assert len(FakeWebUI.asked) == 2 * (len(METHOD_ROWS) - 1)
+    assert len(FakeWebUI.asked) == 2 * len(METHOD_ROWS)
 
 
 def test_webui_mode_says_what_is_wrong(

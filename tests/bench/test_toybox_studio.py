@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loratorio import toybox
-from loratorio.bench.plan import METHOD_ROWS, TRUTH, cells
+from loratorio.bench.plan import METHOD_ROWS, ROLE_ROWS, TRUTH, cells
 from loratorio.bench.studio import ToyboxStudio, do_cell
 from loratorio.toybox import classifier
 
@@ -20,7 +20,7 @@ def studio() -> ToyboxStudio:
 
 def test_cells_of_the_toybox(studio: ToyboxStudio) -> None:
     sampling = {"steps": 2, "cfg": 3.0, "sampler": "euler"}
-    chosen = [TRUTH, METHOD_ROWS[0], METHOD_ROWS[-2]]
+    chosen = [TRUTH, METHOD_ROWS[0], METHOD_ROWS[-1]]
     grid = cells(chosen[1:], [("robot", "night")], 2, sampling, truth_per_combination=6)
     results = [do_cell(studio, cell) for cell in grid]
     assert [len(result.shots) for result in results] == [6, 2, 2]
@@ -37,3 +37,9 @@ def test_prompts_name_the_elements(studio: ToyboxStudio) -> None:
     assert "zorbo" in prompt
     assert "inkash" in prompt
     assert "<lora:robot> <lora:ink>" in prompt
+
+
+def test_styles_have_the_role_that_the_row_is_about(studio: ToyboxStudio) -> None:
+    always = next(row for row in ROLE_ROWS if row.role == "always")
+    prompt = studio.prompt(cells([always], [("robot", "ink")], 1, {})[1])
+    assert "<lora:robot> <lora:ink:role=always>" in prompt

@@ -18,9 +18,10 @@ from ...engine import Engine, Predict, Row, Step, WeightHistory
 from ...errors import LoratorioError
 from ...settings import Settings
 from .checkpoint import Checkpoint
+from .lora_files import load_lora
 from .prompt import PromptLora, split_loras
 from .sampling import Course, denoise, find_sampler
-from .team import gather
+from .team import Load, gather
 from .text import TextConditioner
 
 _MIXES_AT_ONCE = 16
@@ -77,16 +78,20 @@ class Outcome:
 
 
 def generate(
-    checkpoint: Checkpoint, lora_dir: Path | None, request: Request, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    lora_dir: Path | None,
+    request: Request,
+    progress: Progress | None = None,
+    load: Load = load_lora,
 ) -> Outcome:
-    """Make the pictures.
+    """Make the pictures. `load` reads a LoRA file; one that remembers saves time where many pictures share LoRAs.
 
     Raises:
         LoratorioError: anything in the request, the prompt or the LoRA files that cannot be used.
     """
     text, tags = split_loras(request.prompt)
     check(request, tags, checkpoint.latent_scale)
-    team = gather(tags, lora_dir, checkpoint)
+    team = gather(tags, lora_dir, checkpoint, load)
     settings = (
         request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from .checkpoint import Checkpoint
 from .lora_files import LoadedLora, find_lora, load_lora
 from .prompt import PromptLora
 from .text import TextConditioner
+
+Load = Callable[[Path, str, Checkpoint, float, float], LoadedLora]
+"""`load_lora`, or what keeps files that are asked for again."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class Team:
         return cast_of(self.players, dict(zip(known, importance(told[0], told[1:]), strict=True)))
 
 
-def gather(tags: Sequence[PromptLora], folder: Path | None, checkpoint: Checkpoint) -> Team:
-    """Load what the tags ask for.
+def gather(
+    tags: Sequence[PromptLora], folder: Path | None, checkpoint: Checkpoint, load: Load = load_lora
+) -> Team:
+    """Load what the tags ask for, each file by `load`.
 
     Raises:
         LoratorioError: a LoRA that is named cannot be used (one out of a pool is skipped instead), or a pool is empty.
@@ -78,12 +83,12 @@ def gather(tags: Sequence[PromptLora], folder: Path | None, checkpoint: Checkpoi
                 f"The prompt names LoRA {tag.name}, but there is no LoRA folder: give --lora-dir."
             )
         if not tag.pool:
-            parts.append(_load(tag, find_lora(folder, tag.name), checkpoint))
+            parts.append(_load(tag, find_lora(folder, tag.name), checkpoint, load))
             continue
         taken = [*names, *(own.name for own, _, _ in parts)]
         candidates = load_candidates(
             pool_files(tag.name, folder, taken),
-            lambda file, tag=tag: _candidate(tag, file, checkpoint),  # type: ignore[misc]
+            lambda file, tag=tag: _candidate(tag, file, checkpoint, load),  # type: ignore[misc]
         )
         parts += candidates.loaded
         notes += [candidates.note] if candidates.note else []
@@ -93,17 +98,21 @@ def gather(tags: Sequence[PromptLora], folder: Path | None, checkpoint: Checkpoi
     return Team(tuple(tag for tag, _, _ in parts), tuple(lora for _, lora, _ in parts), players, tuple(notes))
 
 
-def _load(tag: PromptLora, file: Path, checkpoint: Checkpoint) -> tuple[PromptLora, LoadedLora, Player]:
-    lora = load_lora(file, tag.name, checkpoint, tag.te, tag.unet)
+def _load(
+    tag: PromptLora, file: Path, checkpoint: Checkpoint, load: Load
+) -> tuple[PromptLora, LoadedLora, Player]:
+    lora = load(file, tag.name, checkpoint, tag.te, tag.unet)
     return tag, lora, Player(tag.name, tag.options, read_metadata(file), tag.pool)
 
 
-def _candidate(tag: PromptLora, file: Path, checkpoint: Checkpoint) -> tuple[PromptLora, LoadedLora, Player]:
+def _candidate(
+    tag: PromptLora, file: Path, checkpoint: Checkpoint, load: Load
+) -> tuple[PromptLora, LoadedLora, Player]:
     if "role" not in tag.options and looks_like_speed_lora(file.stem, read_metadata(file)):
         raise LoratorioError(
             f"{file.stem} is a speed LoRA, which is no matter of choice: name it in the prompt."
         )
-    return _load(replace(tag, name=file.stem), file, checkpoint)
+    return _load(replace(tag, name=file.stem), file, checkpoint, load)
 
 
 def read_metadata(file: Path) -> Mapping[str, str]:
