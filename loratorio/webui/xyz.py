@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LoratorioError
+from ..hosts.base import answerable
 from ..settings import KNOBS, Knob
 from .infotext import number
 
@@ -75,7 +76,8 @@ def _confirm(knob: Knob) -> Callable[[Any, Sequence[Any]], None]:
             try:
                 knob.check(value)
             except LoratorioError as problem:
-                raise RuntimeError(f"X/Y/Z plot, {PREFIX}{knob.label}: {problem}") from problem
+                sentence = LoratorioError(f"X/Y/Z plot, {PREFIX}{knob.label}: {problem}")
+                raise answerable(sentence) from problem
 
     return confirm
 

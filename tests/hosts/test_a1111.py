@@ -254,10 +254,28 @@ def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(a1111: Any, s
         a1111.shared.state.interrupted = len(standin.model.calls) >= 2
 
     standin.model.calls, standin.model.fails = [], interrupt
-    samples, _ = compose(standin.job(a, b))
+    samples, job = compose(standin.job(a, b))
     standin.model.fails, a1111.shared.state.interrupted = None, False
     assert samples.shape == (1, 4, 8, 8)
+    assert job.passes[0].loras == ("a", "b")  # the picture's infotext says what was composed in it
     assert trace(a1111, standin) == before
+
+
+def test_a_pools_misfits_are_left_out(a1111: Any, standin: Any) -> None:
+    """Neither the picture nor its text shows that they were among the candidates."""
+    Tag = a1111.run.Tag
+    loras = [standin.lora(name, seed) for seed, name in enumerate("abx")]
+    loras[2].modules["diffusion_model_other"] = loras[2].modules["diffusion_model_to_k"]
+    tags = [Tag(lora, named={"pool": "1"}) for lora in loras]
+    samples, job = compose(standin.job(*tags), pool_size=2)
+    assert job.passes[0].loras == ("a", "b")
+    assert job.notes == ["Left out of the pool because they cannot be used: x."]
+    alone, _ = compose(standin.job(*tags[:2]), pool_size=2)
+    assert torch.equal(samples, alone)
+    with pytest.raises(LoratorioError, match="No LoRA of the pool fits"):
+        compose(standin.job(tags[2]))
+    with pytest.raises(LoratorioError, match="another kind of model"):
+        compose(standin.job(tags[0], Tag(loras[2])))
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -217,9 +217,9 @@ def test_axes_set_knobs_for_their_picture_only(webui: SimpleNamespace) -> None:
 def test_axes_refuse_bad_values_before_the_first_picture(webui: SimpleNamespace) -> None:
     xyz.add_axes()
     axis(webui, "temperature").confirm(None, [0.1, 0.2])
-    with pytest.raises(RuntimeError, match="temperature must be from"):
+    with pytest.raises(LoratorioError, match="temperature must be from"):
         axis(webui, "temperature").confirm(None, [0.1, 20.0])
-    with pytest.raises(RuntimeError, match="did you mean composite"):
+    with pytest.raises(LoratorioError, match="did you mean composite"):
         axis(webui, "method").confirm(None, ["composit"])
 
 

@@ -28,14 +28,17 @@ class TextConditioning:
     Args:
         p: the WebUI's processing object.
         loras: the pass's LoRAs, in the order of a mix's coefficients.
-        merged: the conditioning that the WebUI made with all of them.
+        merged: the conditioning that the WebUI made with all of them; None if it has not.
     """
 
-    def __init__(self, p: Any, loras: Sequence[Network], merged: Prompts) -> None:
+    def __init__(self, p: Any, loras: Sequence[Network], merged: Prompts | None) -> None:
         self._p = p
         self._loras = tuple(loras)
         self._speaks = tuple(changes_text(lora) for lora in loras)
-        self._made: dict[Mix, Prompts] = {self._state((1.0,) * len(self._loras)): merged}
+        self._made: dict[Mix, Prompts] = {}
+        self._has_merged = merged is not None
+        if merged is not None:
+            self._made[self._state((1.0,) * len(self._loras))] = merged
 
     def of(self, mix: Mix) -> Prompts:
         """The conditioning of `mix`."""
@@ -46,8 +49,8 @@ class TextConditioning:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all mixes have the same conditioning."""
-        return not any(self._speaks)
+        """Whether all mixes have the conditioning that the WebUI made itself."""
+        return self._has_merged and not any(self._speaks)
 
     def _state(self, mix: Mix) -> Mix:
         """The mix with the coefficients of LoRAs without text set to 0: what the conditioning depends on."""

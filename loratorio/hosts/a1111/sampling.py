@@ -20,6 +20,7 @@ from ...adapters.bank import Bank
 from ...compose.importance import importance, without_words
 from ...engine import Engine, Row, WeightHistory
 from ...errors import LoratorioError
+from ...pool import Candidates
 from ...roles import Player, cast_of, parts_of, recognised_note, trigger_words
 from ..base import ALL_ALWAYS, BYPASSED, ComposedPass, Job, answerable
 from .conditioning import Prompts, TextConditioning, encoded
@@ -49,6 +50,7 @@ class ComposedSampling:
         self._sampler = sampler
         self._denoiser = sampler.model_wrap_cfg
         self._loras: tuple[Network, ...] = ()
+        self._left_out = False
         self._attachment = ExitStack()
         self._engine: Engine | None = None
         self._model: Any = None
@@ -72,6 +74,8 @@ class ComposedSampling:
             raise answerable(problem) from problem.__cause__
 
     def _run(self, sample: Callable[[], Result]) -> Result:
+        from modules.sd_samplers_common import InterruptedException
+
         self._loras = tuple(lora_extension().loaded_networks)
         known = players(self._p, self._loras)
         why_not = obstacle(self._p, self._loras)
@@ -82,6 +86,7 @@ class ComposedSampling:
         if why_not:
             self._job.note(why_not)
             return sample()
+        known = self._without_misfits(known)
         self._cast = cast_of(known, self._importance(known))
         for remark in (*remarks(self._p), recognised_note(parts_of(known))):
             if remark:
@@ -95,12 +100,45 @@ class ComposedSampling:
             self._bind()
             undo.enter_context(self._listening())
             undo.enter_context(self._refiner_conditioned())
-            result = sample()
+            try:
+                result = sample()
+            except InterruptedException:  # the WebUI makes a picture of what there is
+                if self._steps_composed:
+                    self._job.passes.append(self._account())
+                raise
         if not self._given_up:
             if self._steps_composed != self._denoiser.step - first_step:
                 raise LoratorioError(BYPASSED)
             self._job.passes.append(self._account())
         return result
+
+    def _without_misfits(self, known: list[Player]) -> list[Player]:
+        """Leave out the candidates of a pool that this model has no use for; the page says which."""
+        from modules import shared
+
+        if not any(player.is_candidate for player in known):
+            return known
+        layers = unet_layers(shared.sd_model)
+        restore_base(layers)
+        self._model_info = shared.sd_model.sd_checkpoint_info
+        fitting: list[tuple[Network, Player]] = []
+        skipped: list[tuple[str, str]] = []
+        for lora, player in zip(self._loras, known, strict=True):
+            try:
+                self._adapter(lora, layers, is_refiner=False)
+            except LoratorioError as problem:
+                if not player.is_candidate:
+                    raise
+                skipped.append((player.name, str(problem)))
+            else:
+                fitting.append((lora, player))
+        if not fitting:
+            raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
+        if skipped:
+            self._job.note(Candidates((), tuple(skipped)).note)
+            self._left_out = True
+        self._loras = tuple(lora for lora, _ in fitting)
+        return [player for _, player in fitting]
 
     def _importance(self, known: Sequence[Player]) -> dict[int, float] | None:
         """By LoRA, how much its trigger words matter in the prompt; only asked for by the method that uses it."""
@@ -134,7 +172,9 @@ class ComposedSampling:
             self._engine = Engine(self._job.settings, bank, self._cast, self._row_limit())
         self._attachment.enter_context(bank.attached(layers))
         args = self._sampler_args()
-        self._texts = TextConditioning(self._p, self._loras, Prompts(args["cond"], args["uncond"]))
+        # What the WebUI made with all of the prompt's LoRAs is of use unless some of them were left out.
+        merged = None if self._left_out else Prompts(args["cond"], args["uncond"])
+        self._texts = TextConditioning(self._p, self._loras, merged)
 
     def _adapter(self, lora: Network, layers: Any, is_refiner: bool) -> Any:
         """The LoRA's adapter; kept for the job's other batches, since some kinds take seconds to make."""

@@ -6,7 +6,8 @@ import networks
 import torch
 from PIL import Image
 from modules import devices, prompt_parser, shared
-from modules.sd_samplers_cfg_denoiser import CFGDenoiser, InterruptedException
+from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+from modules.sd_samplers_common import InterruptedException
 from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 
 

@@ -3,11 +3,8 @@
 import torch
 from modules import prompt_parser, shared
 from modules.script_callbacks import CFGDenoiserParams, cfg_denoiser_callback
+from modules.sd_samplers_common import InterruptedException
 from modules.shared import opts
-
-
-class InterruptedException(BaseException):
-    pass
 
 
 def catenate_conds(conds):

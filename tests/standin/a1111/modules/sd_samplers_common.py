@@ -1,0 +1,5 @@
+"""What the samplers share."""
+
+
+class InterruptedException(BaseException):
+    """The user has interrupted or skipped."""
