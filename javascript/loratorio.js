@@ -11,7 +11,7 @@
     const NONE_FOLDED = "no LoRA yet";
     const STYLES_TOO = "LoRAs of the chosen styles come on top.";
     const ROLES = ["content", "style", "always"];
-    const ROLES_HELP = "content: where it fits, patch by patch. style: everywhere, with its mean weight. always: in every pass, never "
+    const ROLES_HELP = "content: where it fits, patch by patch. style: everywhere, in the passes of all the others. always: in every pass, never "
         + "composed (LCM, Lightning, Turbo and the like).";
 
     /** The prompt as the WebUI reads it: with blanks for what stands behind a #, where its option for comments is on. */

@@ -69,7 +69,8 @@ def overlay(picture: Image.Image, weights: Any, numbers: Sequence[int]) -> Image
         share += array[number][..., None]
     colour = _spread(tint / np.maximum(share, 1e-6), picture.size)
     # A little of the picture shows through even where a LoRA is all there is.
-    amount = _spread(share.repeat(3, axis=2), picture.size) * 0.72
+    # Styles act everywhere beside the others, so that shares add up to more than 1.
+    amount = _spread(np.minimum(share, 1).repeat(3, axis=2), picture.size) * 0.72
     mixed = grey * (1 - amount) + (colour * 0.75 + grey * 0.25) * amount
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8), "RGB")
 

@@ -1,6 +1,6 @@
 """What part a LoRA plays in a composition, said in its tag (``role=style``) or recognised by its file.
 
-*content* (the default) gets weights patch by patch. *style* gets its mean weight over the picture, so that it acts everywhere.
+*content* (the default) gets weights patch by patch. *style* acts everywhere: every content LoRA's rows have it too.
 *always* acts on every row, the base's included, and is never composed: speed LoRAs (LCM, Lightning, Hyper, Turbo, DMD), which change
 the sampler's steps and not what is in the picture.
 """

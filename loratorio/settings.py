@@ -141,10 +141,11 @@ class Settings:
         step=0.05,
     )  # fmt: skip
     pool_size: int = knob(
-        "int", 4, "Pool size", "How many of a pool's LoRAs are used between two scorings of all of them.", minimum=1, maximum=100,
+        "int", 6, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last word counts.",
+        minimum=1, maximum=100,
     )  # fmt: skip
     pool_interval: int = knob(
-        "int", 7, "Pool interval", "A pool's LoRAs are all scored on the first two steps and then every so many.", minimum=1, maximum=1000,
+        "int", 20, "Pool interval", "A pool's LoRAs are all run on the first step and then every so many.", minimum=1, maximum=1000,
     )  # fmt: skip
     start: float = knob(
         "float",

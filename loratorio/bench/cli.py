@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         "--combinations", type=int, default=0, help="how many of each N for the main methods (0: all)"
     )
     parser.add_argument(
-        "--other-combinations", type=int, default=8, help="how many of each N for the other methods and roles"
+        "--other-combinations", type=int, default=6, help="how many of each N for the other methods and roles"
     )
     parser.add_argument(
         "--ablation-combinations", type=int, default=4, help="how many of each N for the other tables"
@@ -257,7 +257,7 @@ def command_line(options: argparse.Namespace) -> str:
     for name, default in (
         ("groups", ",".join(GROUPS)),
         ("combinations", 0),
-        ("other_combinations", 8),
+        ("other_combinations", 6),
         ("ablation_combinations", 4),
         ("seeds", 5),
         ("ablation_seeds", 3),

@@ -14,8 +14,12 @@ from ..settings import KNOBS, Settings
 
 CHARACTER = "character"
 STYLE = "style"
-_NO_KNOBS = ("merge", "composite", "switch", "cmlora", "klora", "w_composite")
-"""Methods whose pictures no knob changes but guidance rescale."""
+_KNOBS_OF = {
+    **dict.fromkeys(("merge", "composite", "switch", "cmlora", "klora", "w_composite"), ()),
+    **dict.fromkeys(("merge_anchored", "composite_anchored"), ("recentre",)),
+    "frequency": ("recentre", "top_k"),
+}
+"""For methods that few knobs matter to: which do, beside guidance rescale."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Variant:
         used = [knob.name for knob in KNOBS if knob.name not in ("enabled", "weight_maps")]
         if not self.pool:
             used = [name for name in used if not name.startswith("pool_")]
-        if settings.method in _NO_KNOBS:
-            used = ["method", "rescale"]
+        if settings.method in _KNOBS_OF:
+            used = ["method", "rescale", *_KNOBS_OF[settings.method]]
         return {name: getattr(settings, name) for name in used}
 
 
@@ -146,8 +150,8 @@ def ablation(knob: str, values: Sequence[Any], **fixed: Any) -> tuple[Variant, .
 
 
 ABLATIONS: dict[str, tuple[Variant, ...]] = {
-    "patch_size": ablation("patch_size", (1, 2, 4, 8)),
-    "temperature": ablation("temperature", (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
+    "patch_size": ablation("patch_size", (1, 2, 4)),
+    "temperature": ablation("temperature", (0.003, 0.01, 0.03, 0.1, 0.3)),
     "recentre": ablation("recentre", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "top_k": ablation("top_k", (1, 2, 0)),
 }

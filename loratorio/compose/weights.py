@@ -129,7 +129,7 @@ def spread_styles(weights: Tensor, styles: Sequence[bool]) -> Tensor:
 
     weights: Ω↑, (N, B, H, W), summing to 1 over N; styles: which of the N are styles. Sums to 1 again.
     """
-    style = torch.tensor(list(styles), device=weights.device).view(-1, 1, 1, 1)
+    style = torch.tensor(list(styles)).to(weights.device).view(-1, 1, 1, 1)
     means = weights.mean(dim=(2, 3), keepdim=True)
     if bool(style.all()):
         return means.expand_as(weights).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.importance import importance, without_words
 from loratorio.compose.methods import METHODS, Cast, Composition, LayeredMix, Mix
+from loratorio.compose.methods.base import STYLE_SHARE as STYLE
 from loratorio.compose.methods.cmlora import dominance, refresh_steps
 from loratorio.compose.methods.frequency import join_bands, split_bands
 from loratorio.compose.methods.klora import scores
@@ -279,48 +281,97 @@ def test_klora_scores_do_not_depend_on_a_loras_overall_size() -> None:
         assert small[layer][0] == pytest.approx(large[layer][0])
 
 
-def test_a_style_acts_everywhere_with_its_mean_weight() -> None:
+def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
+    """With a style, it is LoRAtorio of the others on a model that has the style, but for the unconditional anchor."""
     model = FakeModel()
-    plain = run(Engine(Settings(), bank(3)), model)
-    styled = run(Engine(Settings(), bank(3), Cast.of(3, styles=[1])), model)
-    assert plain.weights is not None
+    engine = Engine(Settings(recentre=0), bank(3), Cast.of(3, styles=[1]))
+    styled = run(engine, model)
+    asked = {(row.mix, row.cond) for call in model.asked for row in call}
+    contents = {(1.0, STYLE, 0.0), (0.0, STYLE, 1.0)}
+    assert asked == {(mix, cond) for mix in contents for cond in (True, False)} | {((0.0, STYLE, 0.0), True)}
+    always = Cast.of(3, always=[1])
+    scaled = Cast(
+        *(
+            tuple(tuple(STYLE if i == 1 else own for i, own in enumerate(mix)) for mix in mixes)
+            for mixes in ((always.base,), always.solos, (always.merged,))
+        )
+    )
+    plain = run(Engine(Settings(recentre=0), bank(3), replace(scaled, base=scaled.base[0])), model)
+    torch.testing.assert_close(styled.cond, plain.cond)
     assert styled.weights is not None
-    torch.testing.assert_close(
-        styled.weights[1], plain.weights[1].mean(dim=(1, 2), keepdim=True).expand_as(plain.weights[1])
-    )
-    torch.testing.assert_close(styled.weights.sum(dim=0), torch.ones(2, *SHAPE[1:]))
-    ratio = plain.weights[0] / (plain.weights[0] + plain.weights[2])
-    torch.testing.assert_close(
-        styled.weights[0] / (styled.weights[0] + styled.weights[2]), ratio, rtol=1e-3, atol=1e-4
-    )
+    assert plain.weights is not None
+    torch.testing.assert_close(styled.weights[[0, 2]], plain.weights)
+    assert bool((styled.weights[1] == 1).all())
 
 
-def test_styles_alone_share_by_their_means() -> None:
-    result = run(Engine(Settings(), bank(2), Cast.of(2, styles=[0, 1])), FakeModel())
+def test_the_unconditional_anchor_is_the_base_without_styles() -> None:
+    model = FakeModel()
+    result = run(Engine(Settings(recentre=1), bank(3), Cast.of(3, styles=[1])), model)
+    assert result.uncond is not None
+    base = torch.stack([model.opinion((0.0,) * 3, False, slot) for slot in range(2)])
+    torch.testing.assert_close(result.uncond, base)
+
+
+def test_styles_alone_make_one_mix() -> None:
+    model = FakeModel()
+    result = run(Engine(Settings(), bank(2), Cast.of(2, styles=[0, 1])), model)
+    mixes = {row.mix for call in model.asked for row in call}
+    assert mixes == {(1.0, 1.0), (0.0, 0.0)}
     assert result.weights is not None
-    assert float(result.weights.std(dim=(2, 3)).max()) < 1e-6
-    torch.testing.assert_close(result.weights.sum(dim=0), torch.ones(2, *SHAPE[1:]))
+    assert bool((result.weights == 1).all())
+    assert result.weights.shape == (2, 2, *SHAPE[1:])
 
 
-def test_a_pool_runs_only_its_winners_between_scorings() -> None:
+def test_a_pool_runs_only_those_whose_word_matters() -> None:
     model = FakeModel()
     cast = Cast.of(12, pooled=range(1, 12))
     knobs = Settings(pool_size=3, pool_interval=5, temperature=10)
     engine = Engine(knobs, bank(12), cast)
-    per_step = []
+    heard: dict[Mix, int] = {}
     for index in range(10):
         before = len(model.asked)
         run(engine, model, index, batch=1)
         asked = [row for call in model.asked[before:] for row in call]
         assert max(len(call) for call in model.asked[before:]) <= 8
-        per_step.append(asked)
-    for index, asked in enumerate(per_step):
-        mixes = {row.mix for row in asked}
-        assert cast.solos[0] in mixes  # named in the prompt
-        if index in (0, 1, 5):
+        conds = [row.mix for row in asked if row.cond]
+        assert cast.solos[0] in conds  # named in the prompt
+        assert len(set(conds)) == len(conds)
+        if index in (0, 5):
             assert len(asked) == 13 + 1 + 4
         else:
-            assert len(asked) == 2 + 4  # the unconditional rows' drift is known since the scoring
+            # The base, the one that is named and the three that waited longest (all have like shares); then two with their
+            # unconditional rows, and the base's.
+            assert len(asked) == 5 + 1 + 2
+            waited = {mix: index - heard[mix] for mix in cast.solos[1:]}
+            longest = sorted(waited.values())[-3:]
+            assert sorted(waited[mix] for mix in conds if mix in waited) == longest
+        heard.update(dict.fromkeys(conds, index))
+
+
+@pytest.mark.parametrize("denoised", [True, False])
+def test_a_pool_loses_nothing_where_the_loras_keep_their_distance(denoised: bool) -> None:
+    """Each LoRA's noise is the base's plus a constant of its own: then what it said once holds for ever, at any σ."""
+
+    class Constant(FakeModel):
+        sigma = 1.0
+
+        def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+            random = torch.Generator().manual_seed(5)
+            own = torch.randn(3, *SHAPE, generator=random)
+            noise = own[0] + 0.2 * sum((i - 1.5) * part * own[1 + cond] for i, part in enumerate(mix))
+            return -self.sigma * noise if denoised else noise
+
+    knobs = Settings(pool_size=1, pool_interval=100, temperature=0.1, recentre=0.25)
+    model = Constant()
+    pooled, plain = Engine(knobs, bank(4), Cast.of(4, pooled=range(1, 4))), Engine(knobs, bank(4))
+    for index in range(12):
+        model.sigma = 0.8**index
+        step = Step(index, 20, torch.zeros(2, *SHAPE), 2, denoised=denoised)
+        own, wanted = pooled.step(step, model.predict), plain.step(step, model.predict)
+        torch.testing.assert_close(own.cond, wanted.cond, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own.weights, wanted.weights, rtol=1e-3, atol=1e-4)
+        if index > 8:  # by then every unconditional row was run once
+            torch.testing.assert_close(own.uncond, wanted.uncond, rtol=1e-4, atol=1e-5)
 
 
 def test_a_pool_that_scores_and_keeps_everything_is_plain_loratorio() -> None:
@@ -334,25 +385,6 @@ def test_a_pool_that_scores_and_keeps_everything_is_plain_loratorio() -> None:
     torch.testing.assert_close(pooled.uncond, plain.uncond)
 
 
-def test_a_pool_keeps_the_drift_that_it_measured_at_a_scoring() -> None:
-    """The model's unconditional rows differ from the base's by a constant per LoRA: then nothing is lost."""
-
-    class Drifting(FakeModel):
-        def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
-            own = super().opinion(mix if cond else (), cond, slot)
-            return own if cond else own + sum(i * part for i, part in enumerate(mix))
-
-    knobs = Settings(pool_size=3, pool_interval=5, temperature=10, recentre=0.25)
-    cast = Cast.of(4, pooled=range(1, 4))
-    model = Drifting()
-    pooled, plain = Engine(knobs, bank(4), cast), Engine(knobs, bank(4))
-    for index in range(8):
-        own, wanted = run(pooled, model, index), run(plain, model, index)
-        assert own.uncond is not None
-        assert wanted.uncond is not None
-        torch.testing.assert_close(own.uncond, wanted.uncond, rtol=1e-4, atol=1e-5)
-
-
 def test_candidates_with_hardly_any_share_are_not_run() -> None:
     class OneKnows(FakeModel):
         def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
@@ -363,6 +395,18 @@ def test_candidates_with_hardly_any_share_are_not_run() -> None:
     for index in range(3):
         run(engine, model, index)
     assert {row.mix for row in model.asked[-1]} == {(0.0,) * 5, (0.0, 0.0, 1.0, 0.0, 0.0)}
+
+
+def test_a_style_beside_a_pool_is_carried_by_its_candidates() -> None:
+    model = FakeModel()
+    cast = Cast.of(4, styles=[0], pooled=[1, 2, 3])
+    result = run(Engine(Settings(temperature=10), bank(4), cast), model)
+    asked = {(row.mix, row.cond) for call in model.asked for row in call}
+    assert ((STYLE, 0.0, 0.0, 0.0), True) in asked
+    assert ((0.0,) * 4, False) in asked
+    assert all(mix[0] == STYLE for mix, cond in asked if cond)
+    assert result.weights is not None
+    torch.testing.assert_close(result.weights.sum(dim=0), torch.full((2, *SHAPE[1:]), 2.0))
 
 
 def test_steps_that_are_not_composed_leave_the_pool_out() -> None:

@@ -75,9 +75,8 @@ def test_a_pool_beside_a_named_lora(model: Checkpoint, loras: Path) -> None:
     assert [tag.unet for tag in outcome.loras] == [0.8, 0.7, 0.7]
     assert any("broken" in note and "sd_turbo_lora" in note for note in outcome.notes)
     for weights in outcome.history.weights:
-        running = (weights.float().amax(dim=(1, 2, 3)) > 0).tolist()
-        assert running[0]
-        assert sum(running[1:]) == 1
+        assert weights.shape[0] == 3  # those that are not run at a step count by their last word
+        assert (weights.float().sum(dim=0) - 1).abs().max() < 1e-2
 
 
 def test_a_pool_of_everything_scored_always_is_the_named_loras_picture(

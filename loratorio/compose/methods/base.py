@@ -18,6 +18,9 @@ from ..catalogue import CATALOGUE, Entry
 
 Mix = tuple[float, ...]
 
+STYLE_SHARE = 0.7
+"""Of a style's strength, in the rows of the LoRAs that carry it: found by measurement (docs/METHODS.md)."""
+
 
 class LayeredMix(tuple[float, ...]):
     """A mix that differs between the model's layers.
@@ -54,6 +57,7 @@ class Cast:
         styles: per solo, whether it is a style, which acts all over the picture. Empty: none is.
         importance: per solo, how much its trigger words matter in the prompt (W-Composite). Empty: all alike.
         pooled: per solo, whether it is only a candidate, out of a pool. Empty: none is.
+        reference: the mix that the solos' conditional predictions are compared with, where it is not `base`.
     """
 
     base: Mix
@@ -62,6 +66,7 @@ class Cast:
     styles: tuple[bool, ...] = ()
     importance: tuple[float, ...] = ()
     pooled: tuple[bool, ...] = ()
+    reference: Mix | None = None
 
     @classmethod
     def of(
@@ -94,6 +99,42 @@ class Cast:
         return tuple(
             next(i for i, (own, base) in enumerate(zip(solo, self.base, strict=True)) if own != base)
             for solo in self.solos
+        )
+
+    @property
+    def compared(self) -> Mix:
+        """What the solos are compared with."""
+        return self.base if self.reference is None else self.reference
+
+    @property
+    def carried(self) -> tuple[int, ...]:
+        """Places of the solos that are carried by the others: the styles, but for candidates of a pool."""
+        pooled = self.pooled or (False,) * len(self.solos)
+        return tuple(i for i, style in enumerate(self.styles) if style and not pooled[i])
+
+    def carrying(self) -> Cast:
+        """The cast without its styles, which the mixes of the others and the reference have at `STYLE_SHARE`.
+
+        Styles alone, with nothing to carry them, are one mix of their own at full strength.
+        """
+        carried = self.carried
+        if not carried:
+            return self
+        numbers = {self.number_of_solo[i] for i in carried}
+        left = [i for i in range(len(self.solos)) if i not in carried]
+        share = STYLE_SHARE if left else 1.0
+
+        def with_styles(mix: Mix) -> Mix:
+            return tuple(share if i in numbers else own for i, own in enumerate(mix))
+
+        return Cast(
+            self.base,
+            tuple(with_styles(self.solos[i]) for i in left) or (with_styles(self.base),),
+            self.merged,
+            importance=tuple(self.importance[i] for i in left) if self.importance else (),
+            pooled=tuple(self.pooled[i] for i in left) if self.pooled else (),
+            styles=tuple(self.styles[i] for i in left),
+            reference=with_styles(self.base),
         )
 
     @property

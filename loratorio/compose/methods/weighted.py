@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..guidance import anchor
-from .base import Branch, Composition, Method, Mix, Predictions, Situation
+from .base import Branch, Composition, Method, Predictions, Situation
 
 
-def rows(solos: Sequence[Mix], base: Mix, now: Situation) -> list[Branch]:
-    """Rows of the base and of these LoRAs, without those whose weight or factor is known to be 1 or 0 beforehand."""
-    strength = now.tuning.recentre
+def rows(now: Situation) -> list[Branch]:
+    """Rows of the base and of the LoRAs, without those whose weight or factor is known to be 1 or 0 beforehand."""
+    solos, base, strength = now.cast.solos, now.cast.base, now.tuning.recentre
     # With one LoRA its weight is 1 whatever the base says, so the base's conditional rows are not run.
-    branches = [Branch(base, True)] if len(solos) > 1 else []
+    branches = [Branch(now.cast.compared, True)] if len(solos) > 1 else []
     branches += [Branch(mix, True) for mix in solos]
     if now.has_uncond:
         branches += [Branch(base, False)] if strength > 0 else []
@@ -28,7 +27,7 @@ class Weighted(Method):
     """ẽ is a weighted sum of the LoRAs' predictions, by weights measured on the conditional branch against the base."""
 
     def branches(self, now: Situation) -> list[Branch]:
-        return rows(now.cast.solos, now.cast.base, now)
+        return rows(now)
 
     def compose(self, now: Situation, predictions: Predictions) -> Composition:
         solos, strength = now.cast.solos, now.tuning.recentre

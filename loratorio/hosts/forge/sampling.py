@@ -127,7 +127,18 @@ class ComposedSampling:
     def _mixes(self) -> list[Mix]:
         """Every mix that a method may ask the model for."""
         cast = self._engine.cast
-        return [cast.base, *cast.solos, cast.merged, cast.chosen]
+        return list(
+            dict.fromkeys(
+                [
+                    cast.base,
+                    *cast.solos,
+                    *cast.carrying().solos,
+                    cast.carrying().compared,
+                    cast.merged,
+                    cast.chosen,
+                ]
+            )
+        )
 
     def _replace_unet(self) -> Patcher:
         """Give the model a clone of its UNet patcher without LoRAs. Returns the clone's predecessor."""
