@@ -67,9 +67,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--elements", default="", help="only these LoRAs of the toybox, with commas between")
     parser.add_argument("--counts", default="2,3,4,5", help="numbers of LoRAs, with commas between")
-    parser.add_argument("--steps", type=int, default=SAMPLING["steps"])
-    parser.add_argument("--cfg", type=float, default=SAMPLING["cfg"])
-    parser.add_argument("--sampler", default=SAMPLING["sampler"])
+    for name, of in (("steps", int), ("cfg", float), ("sampler", str)):
+        parser.add_argument(
+            f"--{name}", type=of, help=f"{SAMPLING[name]} for the toybox; with --webui the WebUI's own"
+        )
     parser.add_argument("--out", type=Path, default=Path("loratorio-bench"), help="folder of the results")
     parser.add_argument(
         "--report",
@@ -97,6 +98,7 @@ def add_parser(subparsers: Any) -> None:
         "--base-prompt", default="", help="with --webui: what stands before the trigger words"
     )
     parser.add_argument("--negative", default="", help="with --webui: the negative prompt")
+    parser.add_argument("--size", help="with --webui: of the pictures, e.g. 512x768; else the WebUI's own")
     parser.set_defaults(command=bench)
 
 
@@ -110,6 +112,9 @@ def bench(options: argparse.Namespace) -> None:
     from .runner import run
     from .store import Store
 
+    for name, value in SAMPLING.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     check(options)
     grid = the_grid(options)
     store = Store(options.out / "cells")

@@ -53,6 +53,7 @@ def bench_webui(options: argparse.Namespace) -> None:
         raise LoratorioError(
             "--webui needs --loras FILE: a JSON file of LoRAs and trigger words by category."
         )
+    sampling(options)
     categories, triggers = read_loras(options.loras)
     tasks = list(_tasks(options, categories, triggers))
     folder = options.out / "webui"
@@ -109,8 +110,7 @@ def _do(task: Task, options: argparse.Namespace, folder: Path, score: Score) -> 
         "prompt": task.prompt,
         "negative_prompt": options.negative,
         "seed": task.seed,
-        "steps": options.steps,
-        "cfg_scale": options.cfg,
+        **sampling(options),
         "alwayson_scripts": {"LoRAtorio": {"args": [{"enabled": True, **task.variant.knobs}]}},
     }
     answer = _ask(options.webui, "txt2img", body)
@@ -123,6 +123,17 @@ def _do(task: Task, options: argparse.Namespace, folder: Path, score: Score) -> 
         json.dumps({"score": score(picture, task.triggers), "seconds": seconds}), encoding="utf-8"
     )
     os.replace(temporary, result)
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said of sampling, under the API's names; the rest is the WebUI's own. Raises LoratorioError for a bad size."""
+    asked = {"steps": options.steps, "cfg_scale": options.cfg, "sampler_name": options.sampler}
+    if options.size is not None:
+        sides = options.size.lower().split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise LoratorioError(f"--size must be WIDTHxHEIGHT, such as 512x768, not {options.size!r}.")
+        asked |= {"width": int(sides[0]), "height": int(sides[1])}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _ask(url: str, path: str, body: Mapping[str, Any]) -> Any:

@@ -324,12 +324,21 @@ def test_webui_mode_asks_scores_and_resumes(
 ) -> None:
     monkeypatch.setenv("LORATORIO_SCORER", "tests.bench.test_bench:constant_scorer")
     chosen = options(
-        webui=webui, loras=lora_list, out=tmp_path / "out", counts="2", seeds=1, base_prompt="best"
+        webui=webui,
+        loras=lora_list,
+        out=tmp_path / "out",
+        counts="2",
+        seeds=1,
+        base_prompt="best",
+        size="512x768",
+        steps=9,
     )
     cli.bench(chosen)
     assert len(FakeWebUI.asked) == 2 * len(METHOD_ROWS)
     first = FakeWebUI.asked[0]
     assert first["prompt"] == "best, word, other, word, other <lora:character_1:1> <lora:style_1:1>"
+    assert (first["width"], first["height"], first["steps"]) == (512, 768, 9)
+    assert "cfg_scale" not in first
     methods = {
         body["alwayson_scripts"]["LoRAtorio"]["args"][0].get("method", "loratorio")
         for body in FakeWebUI.asked
@@ -345,6 +354,8 @@ def test_webui_mode_says_what_is_wrong(
 ) -> None:
     with pytest.raises(LoratorioError, match="--loras"):
         cli.bench(options(webui="http://127.0.0.1:9", out=tmp_path))
+    with pytest.raises(LoratorioError, match="--size"):
+        cli.bench(options(webui="http://127.0.0.1:9", loras=lora_list, out=tmp_path, size="big"))
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     with pytest.raises(LoratorioError, match="not a list of LoRAs"):
