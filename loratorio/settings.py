@@ -119,7 +119,7 @@ class Settings:
         minimum=1, maximum=64,
     )  # fmt: skip
     temperature: float = knob(
-        "float", 0.01, "Temperature", "How decided the choice is. Low: one LoRA a patch. High: all LoRAs equally everywhere.",
+        "float", 0.1, "Temperature", "How decided the choice is. Low: one LoRA a patch. High: all LoRAs equally everywhere.",
         minimum=0.0001, maximum=10, step=0.0001,
     )  # fmt: skip
     adaptive: bool = knob(
