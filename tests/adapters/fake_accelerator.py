@@ -1,0 +1,132 @@
+"""Run as a program: every method, knob and role once on a pretended accelerator.
+
+PyTorch's fake tensors have a device, a dtype and a shape, but no numbers. An operation on tensors of two devices fails as
+on a real GPU, so a machine without one can tell whether everything is brought to the device that it is used on. It runs
+in a process of its own: a pretended backend stays registered for good.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from loratorio.adapters.bank import Bank
+from loratorio.adapters.delta import Adapter, Dense, LowRank
+from loratorio.compose.methods import METHODS, Cast
+from loratorio.engine import Engine, Row, Step
+from loratorio.settings import Settings
+
+DEVICE = "gpu:0"
+LATENTS = {"pictures": (4, 9, 7), "frames": (4, 2, 9, 7)}
+KNOBS: tuple[dict[str, Any], ...] = (
+    {},
+    {"adaptive": True, "blend": "smooth", "top_k": 1, "rescale": 0.5, "weight_maps": True},
+    {"blend": "overlap", "recentre": 1.0, "start": 0.3, "end": 0.9},
+    {"recentre": 0.0, "patch_size": 1},
+)
+CASTS = {
+    "contents": Cast.of(3),
+    "a style": Cast.of(3, styles=[1]),
+    "styles": Cast.of(3, styles=[0, 1, 2]),
+    "always": Cast.of(3, always=[2]),
+    "importance": Cast.of(3, importance={0: 2.0}),
+    "a pool": Cast.of(3, pooled=[0, 1, 2]),
+}
+
+
+class Model(nn.Module):
+    """A convolution, a norm, a Linear layer and a 1×1 convolution."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": DEVICE, "dtype": dtype}
+        self.first = nn.Conv2d(4, 8, 3, padding=1, **where)
+        self.norm = nn.GroupNorm(2, 8, **where)
+        self.linear = nn.Linear(8, 8, **where)
+        self.last = nn.Conv2d(8, 4, 1, **where)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        hidden = self.norm(self.first(pictures))
+        result: Tensor = self.last(self.linear(hidden.movedim(1, -1)).movedim(-1, 1))
+        return result
+
+    def layers(self) -> dict[str, nn.Module]:
+        return dict(self.named_children())
+
+
+def adapter(name: str) -> Adapter:
+    """A LoRA that waits in main memory, as the hosts keep them."""
+    return Adapter(
+        name,
+        {
+            "first": [LowRank(torch.randn(4, 4, 3, 3), torch.randn(8, 4))],
+            "linear": [
+                LowRank(torch.randn(4, 8), torch.randn(8, 4)),
+                Dense(torch.randn(8, 8), torch.randn(8)),
+            ],
+            "norm": [Dense(torch.randn(8), torch.randn(8))],
+            "last": [Dense(torch.randn(4, 8, 1, 1), None)],
+        },
+    )
+
+
+def compose(model: Model, settings: Settings, cast: Cast, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Four steps of two pictures."""
+
+    def predict(rows: list[Row]) -> Tensor:
+        frames = shape[1] if len(shape) == 4 else 1
+        each = model(torch.randn(len(rows) * frames, 4, *shape[-2:], device=DEVICE, dtype=dtype))
+        return each.unflatten(0, (len(rows), frames)).movedim(1, 2) if frames > 1 else each
+
+    bank = Bank([adapter(name) for name in "abc"])
+    engine = Engine(settings, bank, cast)
+    with bank.attached(model.layers()), torch.inference_mode():
+        for index in range(4):
+            latents = torch.randn(2, *shape, device=DEVICE, dtype=dtype)
+            composed = engine.step(Step(index, 4, latents, 2, guidance=5.0), predict)  # type: ignore[arg-type]
+            for part in (composed.cond, composed.uncond):
+                assert part is not None
+                assert (str(part.device), part.dtype) == (DEVICE, torch.float32)
+                assert part.shape == latents.shape
+
+
+def main() -> None:
+    _setup_privateuseone_for_python_backend("gpu")
+    # Fake tensors have no numbers: where the code asks for one it gets some number.
+    FakeTensor.tolist = lambda self: list(range(len(self))) if self.ndim == 1 else 0  # type: ignore[method-assign, assignment]
+    Tensor.item = lambda self: 1.0  # type: ignore[method-assign]
+    Tensor.__bool__ = lambda self: True  # type: ignore[method-assign]
+    Tensor.__float__ = lambda self: 1.0  # type: ignore[method-assign]
+    Tensor.__int__ = lambda self: 1  # type: ignore[method-assign]
+    count = 0
+    with FakeTensorMode():
+        # The check itself must tell two devices apart.
+        try:
+            torch.ones(2, device=DEVICE) + torch.ones(2)
+        except RuntimeError:
+            pass
+        else:
+            raise AssertionError("fake tensors of two devices were added")
+        dtype = torch.float16
+        model = Model(dtype)
+        for method, knobs, cast in itertools.product(METHODS, KNOBS, CASTS):
+            own = method == "loratorio"
+            if not own and (knobs is not KNOBS[1] or cast == "a pool"):
+                continue
+            for kind, shape in LATENTS.items() if own else [("pictures", LATENTS["pictures"])]:
+                try:
+                    settings = Settings(enabled=True, method=method, **knobs)
+                    compose(model, settings, CASTS[cast], shape, dtype)
+                except Exception as problem:
+                    raise AssertionError(f"{method}, {knobs}, {cast}, {kind}") from problem
+                count += 1
+    print(f"{count} compositions")
+
+
+if __name__ == "__main__":
+    main()
