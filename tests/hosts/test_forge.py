@@ -194,8 +194,9 @@ def test_nothing_is_left_behind_when_sampling_ends_early(webui: Any, standin: An
 
     model.fails = fail
     if failing == "interrupt":
-        compose(standin, standin.job("a", "b"), **KNOBS)
+        _, job = compose(standin, standin.job("a", "b"), **KNOBS)
         webui.shared.state.interrupted = False
+        assert [each.loras for each in job.passes] == [("a", "b")]
     else:
         with pytest.raises(ValueError if failing == "model" else LoratorioError):
             compose(standin, standin.job("a", "b"), **KNOBS)

@@ -171,12 +171,18 @@ class ComposedSampling:
         sampler.launch_sampling = launch_composed
 
     def _run(self, func: Callable[[], Result], unet_before: Patcher) -> Result:
+        from modules.sd_samplers_common import InterruptedException
+
         denoiser = self._p.sampler.model_wrap_cfg
         first = denoiser.step
         adapters = [lora.adapter for lora in self._loras]
         try:
             with self._engine.bank.attached(layers_of(adapters, self._unet)):
                 result = func()
+        except InterruptedException:  # the host makes a picture of what there is
+            if self._composition is not None:
+                self._job.passes.append(self._account())
+            raise
         except LoratorioError as problem:
             raise answerable(problem) from problem.__cause__
         finally:

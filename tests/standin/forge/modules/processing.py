@@ -4,11 +4,8 @@ import networks
 import torch
 from backend.sampling.sampling_function import sampling_function, sampling_prepare
 from modules import prompt_parser, shared
+from modules.sd_samplers_common import InterruptedException
 from modules_forge.forge_sampler import forge_sample
-
-
-class InterruptedException(BaseException):
-    pass
 
 
 class CFGDenoiser:
