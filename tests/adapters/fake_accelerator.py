@@ -115,10 +115,10 @@ def main() -> None:
         dtype = torch.float16
         model = Model(dtype)
         for method, knobs, cast in itertools.product(METHODS, KNOBS, CASTS):
-            own = method == "loratorio"
-            if not own and (knobs is not KNOBS[1] or cast == "a pool"):
+            # What only LoRAtorio reads need not be tried with the others.
+            if method != "loratorio" and (knobs is not KNOBS[1] or cast not in ("contents", "importance")):
                 continue
-            for kind, shape in LATENTS.items() if own else [("pictures", LATENTS["pictures"])]:
+            for kind, shape in LATENTS.items() if knobs is KNOBS[0] else [("pictures", LATENTS["pictures"])]:
                 try:
                     settings = Settings(enabled=True, method=method, **knobs)
                     compose(model, settings, CASTS[cast], shape, dtype)
