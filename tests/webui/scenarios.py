@@ -123,7 +123,7 @@ SCENARIOS = [
     Scenario("inpainting, DDIM", "img2img", fields={**INPAINT, "sampler_name": "DDIM"}),
     Scenario("inpainting checkpoint, txt2img", checkpoint="inpainting"),
     Scenario("inpainting checkpoint", "img2img", fields=INPAINT, checkpoint="inpainting"),
-    Scenario("inpainting checkpoint, hires fix", fields=HIRES, checkpoint="inpainting"),
+    Scenario("inpainting checkpoint, hires fix", fields={**HIRES, "hr_upscaler": "Lanczos"}, checkpoint="inpainting"),
     Scenario("SD 2, v-prediction", checkpoint="v2"),
     Scenario("SD 2, DDIM", fields={"sampler_name": "DDIM"}, checkpoint="v2"),
     Scenario("SD 2, img2img", "img2img", fields=INIT, checkpoint="v2"),
@@ -133,5 +133,7 @@ SCENARIOS = [
     Scenario("SDXL, long prompt, padded", text=LONG, options={"pad_cond_uncond": True}, checkpoint="xl"),
     Scenario("SDXL, AND", text="a red circle AND a green field", checkpoint="xl"),
     Scenario("SDXL, hires fix", fields=HIRES, checkpoint="xl"),
+    Scenario("SDXL, batch", fields={"batch_size": 2, "n_iter": 2}, checkpoint="xl"),
+    Scenario("SDXL, img2img, batch", "img2img", fields={**INIT, "batch_size": 2}, checkpoint="xl"),
     Scenario("SDXL, inpainting", "img2img", fields=INPAINT, checkpoint="xl"),
 ]  # fmt: skip
