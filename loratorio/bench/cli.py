@@ -56,10 +56,10 @@ def add_parser(subparsers: Any) -> None:
         "--combinations", type=int, default=0, help="how many of each N for the main methods (0: all)"
     )
     parser.add_argument(
-        "--other-combinations", type=int, default=6, help="how many of each N for the other methods and roles"
+        "--other-combinations", type=int, default=4, help="how many of each N for the other methods and roles"
     )
     parser.add_argument(
-        "--ablation-combinations", type=int, default=4, help="how many of each N for the other tables"
+        "--ablation-combinations", type=int, default=3, help="how many of each N for the other tables"
     )
     parser.add_argument("--seeds", type=int, default=5, help="pictures per combination and method")
     parser.add_argument(
@@ -262,8 +262,8 @@ def command_line(options: argparse.Namespace) -> str:
     for name, default in (
         ("groups", ",".join(GROUPS)),
         ("combinations", 0),
-        ("other_combinations", 6),
-        ("ablation_combinations", 4),
+        ("other_combinations", 4),
+        ("ablation_combinations", 3),
         ("seeds", 5),
         ("ablation_seeds", 3),
         ("elements", ""),
