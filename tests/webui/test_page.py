@@ -176,7 +176,10 @@ def test_png_info_sends_everything(page: Any, loras: list[str], tmp_path: Path) 
 def test_a_picture_from_the_page_comes_back(page: Any, loras: list[str]) -> None:
     """Tick, move, generate with the page's own button; its infotext, pasted into the other tab, is the same panel."""
     go_to(page, "txt2img")
-    page.fill("#txt2img_prompt textarea", PROMPT.format(*loras))
+    # Whatever the tests before have left in the panel.
+    page.fill("#txt2img_prompt textarea", written(PROMPT.format(*loras), Settings(enabled=True), loras))
+    page.locator("#paste:visible").click()
+    wait_until(page, "txt2img", Settings(enabled=True))
     page.fill("#txt2img_steps input[type=number]", "2")
     page.fill("#txt2img_width input[type=number]", "64")
     page.fill("#txt2img_height input[type=number]", "64")
