@@ -269,7 +269,7 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
         pyplot.xlabel("LoRAs in the picture")
         pyplot.ylabel("elements found, % (95 %)")
         pyplot.ylim(0, 102)
-        pyplot.legend(fontsize=7, ncol=2)
+        pyplot.legend(fontsize=7, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
     for name, variants in (("methods", MAIN_ROWS), ("all_methods", METHOD_ROWS)):
         if any(not result.cell.pool and result.cell.is_of(variants[0]) for result in results):
