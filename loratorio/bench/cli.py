@@ -210,6 +210,8 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         yield from cells(variants, mixed, seeds, sampling)
 
     grid: list[Cell] = []
+    if options.quick:  # in nine minutes on a slow machine the main methods must be there
+        grid += part(MAIN_ROWS, every, options.seeds)
     if "others" in groups:
         grid += part(METHOD_ROWS, some, options.seeds)
     if "roles" in groups:
