@@ -202,7 +202,7 @@ def test_a_picture_from_the_page_comes_back(page: Any, loras: list[str]) -> None
     go_to(page, "txt2img")
     page.fill("#loratorio_txt2img_top_k input[type=number]", "3")
     page.locator("#loratorio_txt2img_top_k input[type=number]").blur()
-    page.locator("#image_buttons_txt2img #img2img_tab").click()
+    page.locator("#txt2img_send_to_img2img").click()
     page.locator("#img2img_prompt textarea").wait_for()
     wait_until(page, "img2img", Settings(enabled=True, temperature=0.0371, recentre=0.35, top_k=3))
 
