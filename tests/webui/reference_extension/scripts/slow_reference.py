@@ -73,7 +73,7 @@ def after(params):
     conds, unconds = [], []
     for active, (positive, negative) in zip([[]] + [[lora] for lora in loras], run["texts"], strict=True):
         networks.loaded_networks[:] = active
-        cond = prompt_parser.reconstruct_multicond_batch(positive, denoiser.step)[1]
+        parts, cond = prompt_parser.reconstruct_multicond_batch(positive, denoiser.step)
         uncond = prompt_parser.reconstruct_cond_batch(negative, denoiser.step)
         count = len(run["x"]) - len(run["p"].prompts)
         both = []
@@ -96,8 +96,10 @@ def after(params):
     )
     cond = sum(w[:, None] * e for w, e in zip(weights, conds[1:], strict=True))
     lam = run["knobs"]["recentre"]
+    # A prompt with AND has several conditional rows for an image, whose one unconditional row gets their mean weights.
+    means = [torch.stack([w[[row for row, _ in part]].mean(dim=0) for part in parts]) for w in weights]
     uncond = lam * unconds[0] + (1 - lam) * sum(
-        w[:, None] * e for w, e in zip(weights, unconds[1:], strict=True)
+        w[:, None] * e for w, e in zip(means, unconds[1:], strict=True)
     )
     params.x.copy_(torch.cat([cond, uncond]))
 
