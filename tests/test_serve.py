@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,31 +41,20 @@ def test_a_port_that_is_taken(studio: _Studio) -> None:
             serve.serve(studio, taken.getsockname()[1])
 
 
-def browser_path() -> str | None:
-    named = os.environ.get("LORATORIO_CHROMIUM")
-    return named or shutil.which("chromium") or shutil.which("chromium-browser")
-
-
 @pytest.fixture
-def page(studio: _Studio) -> Iterator[Any]:
-    if browser_path() is None:
-        pytest.skip("NOT TESTED: there is no chromium (see .ci/run)")
-    from playwright.sync_api import sync_playwright
-
+def page(studio: _Studio, browser: Any) -> Iterator[Any]:
     blocks = serve.build(studio)
     blocks.queue()
     _, address, _ = blocks.launch(
         server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, css=serve._CSS, theme=serve._theme()
     )
     try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-            opened = browser.new_page(viewport={"width": 1280, "height": 900})
-            opened.set_default_timeout(240_000)
-            opened.goto(address, timeout=240_000)
-            opened.wait_for_selector("#generate")
-            yield opened
-            browser.close()
+        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened.set_default_timeout(240_000)
+        opened.goto(address, timeout=240_000)
+        opened.wait_for_selector("#generate")
+        yield opened
+        opened.close()
     finally:
         blocks.close(verbose=False)
 

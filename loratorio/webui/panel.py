@@ -56,7 +56,7 @@ def further() -> list[Knob]:
 
 
 def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
-    with gr.Row():
+    with gr.Row(elem_classes="loratorio-row"):
         return {knob.name: _component(knob, getattr(settings, knob.name), tab) for knob in knobs}
 
 

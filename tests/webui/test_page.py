@@ -6,7 +6,6 @@ Beside LORATORIO_WEBUI_URL these need playwright and Chromium (LORATORIO_CHROMIU
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,22 +32,6 @@ CHOSEN = Settings(
     end=0.85,
     weight_maps=True,
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-    )
-    executable = (
-        os.environ.get("LORATORIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    )
-    if not executable:
-        pytest.skip("no Chromium: apt-get install chromium, or name one in LORATORIO_CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

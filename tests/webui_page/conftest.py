@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -18,24 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120  # seconds, for a page's server on a busy machine
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Chromium of the system: LORATORIO_CHROMIUM names it, or it is on the PATH."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-    )
-    executable = (
-        os.environ.get("LORATORIO_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    )
-    if not executable:
-        pytest.skip("no Chromium: apt-get install chromium, or name one in LORATORIO_CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="session", params=["gradio3", "gradio4"])
+@pytest.fixture(scope="module", params=["gradio3", "gradio4"])
 def server(request: pytest.FixtureRequest, browser: Any) -> Iterator[str]:
     """The address of tests/webui_page/page.py, served by one of the two Gradio versions."""
     python = ROOT / ".venvs" / request.param / "bin" / "python"
