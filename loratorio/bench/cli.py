@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +80,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--report-only", action="store_true", help="make no picture, only the report")
     parser.add_argument("--minutes", type=float, help="begin no new cell after this time")
-    parser.add_argument("--workers", type=int, default=1, help="cells at once")
+    # Models as small as the toybox's are no faster with two threads, and much slower where another program wants one.
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="cells at once (as many as processors)"
+    )
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
