@@ -17,8 +17,10 @@ from .test_scenarios import TOGETHER, is_composed, tagged
 def test_positional_arguments_equal_named_ones(webui: WebUI, loras: list[str]) -> None:
     prompt = tagged("a red circle", loras[:2])
     settings = Settings.from_mapping({"enabled": True, **TOGETHER})
-    by_place = webui.txt2img([getattr(settings, knob.name) for knob in KNOBS], prompt=prompt)
-    by_name = webui.txt2img(TOGETHER, prompt=prompt)
+    # All of them: what is not named has the default of the WebUI's settings page.
+    values = {knob.name: getattr(settings, knob.name) for knob in KNOBS}
+    by_place = webui.txt2img(list(values.values()), prompt=prompt)
+    by_name = webui.txt2img(values, prompt=prompt)
     assert (by_place.image == by_name.image).all()
     assert by_place.infotext == by_name.infotext
 
