@@ -255,7 +255,9 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
 
     notes = options.report.parent / "results" / "notes.md"
     own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
-    text = document(results, command_line(options), len(grid), by_name, own)
+    text = document(
+        results, command_line(options), len(grid), by_name, own, chosen_categories(options.elements)
+    )
     write_all({options.report: text.encode()})
     print(f"Written: {options.report} and {len(pictures)} plots in {folder}.")
 

@@ -20,6 +20,7 @@ from .plan import (
     MAIN_ROWS,
     METHOD_ROWS,
     ROLE_ROWS,
+    STYLE,
     TRUTH,
     Variant,
 )
@@ -194,6 +195,53 @@ def win_table(variants: Sequence[Variant], results: Sequence[Result], of: str = 
     return "\n".join(lines)
 
 
+def category_table(
+    variants: Sequence[Variant],
+    results: Sequence[Result],
+    categories: Mapping[str, Sequence[str]],
+    counts: Sequence[int] = (2, 3, 4, 5),
+) -> str:
+    """Share of each category's wanted elements that is found, over all N, and for each N in brackets.
+
+    Args:
+        categories: names of the elements by category.
+    """
+    results = comparable(variants, results)
+    lines = [
+        ["", *(f"{category} ({', '.join(map(str, counts))})" for category in categories)],
+        ["---", *["---"] * len(categories)],
+    ]
+    for variant in variants:
+        own = [result for result in results if result.cell.is_of(variant)]
+        if not own:
+            continue
+        cells = [variant.label]
+        for names in categories.values():
+            whole = percent(_share_of(names, own))
+            by_count = [_share_of(names, of_size(own, count)) for count in counts]
+            each = ", ".join("–" if math.isnan(share) else f"{100 * share:.0f}" for share in by_count)
+            cells.append(f"{whole} ({each})" if whole else "–")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _share_of(names: Sequence[str], results: Sequence[Result]) -> float:
+    """How often these elements are found where they are wanted; NaN where they never are."""
+    found = [
+        name in shot.found
+        for result in results
+        for name in result.cell.elements
+        if name in names
+        for shot in result.shots
+    ]
+    return sum(found) / len(found) if found else math.nan
+
+
+def without(names: Sequence[str], results: Sequence[Result]) -> list[Result]:
+    """Results of the combinations that have none of these elements."""
+    return [result for result in results if not set(names) & set(result.cell.elements)]
+
+
 def order(results: Sequence[Result]) -> str:
     """The main methods by elements found, most first: ``A > B ≈ C``, > where the 95 % interval of the paired difference leaves out 0.
 
@@ -329,8 +377,12 @@ def document(
     cells: int,
     plots_at: Mapping[str, str],
     notes: Sequence[str] = (),
+    categories: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
-    """docs/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean."""
+    """docs/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean.
+
+    With the elements by category, the main methods' table is followed by one of categories, and one of combinations without a style.
+    """
     pictures = [result for result in results if result.cell.made != "truth"]
     main = [result for result in results if not result.cell.pool]
     sampling = {
@@ -358,6 +410,14 @@ def document(
         sections.append(f"{_ORDER}{found}.")
     sections += [_COLUMNS, *_picture("methods", "Elements found by number of LoRAs", plots_at)]
     sections += ["### How often LoRAtorio has more of the elements", win_table(MAIN_ROWS, main)]
+    if categories:
+        sections += ["### By category", _CATEGORIES, category_table(MAIN_ROWS, main, categories)]
+        plain = without(categories.get(STYLE, ()), main)
+        if _has(MAIN_ROWS, plain) and len(plain) < len(main):
+            sections += ["### Without styles", _PLAIN, said_of(MAIN_ROWS, plain), table(MAIN_ROWS, plain)]
+            if found := order(plain):
+                sections.append(f"Without styles: {found}.")
+            sections += [win_table(MAIN_ROWS, plain)]
     others = [variant for variant in METHOD_ROWS if variant not in MAIN_ROWS]
     if _has(others, main):
         sections += ["## All methods", said_of(METHOD_ROWS, main), table(METHOD_ROWS, main)]
@@ -415,6 +475,10 @@ _COLUMNS = """- *N=2 … 5*, *all N*: share of the wanted elements that the toyb
   0 or 255. All as a difference to rendered truth: 0 is best.
 - *rows*: model rows a picture costs; *s*: seconds of processor time that a picture took on the machine at hand, sampling and
   decoding. Little pictures in batches of a few: other machines and sizes have other ratios (docs/BENCHMARKS.md)."""
+
+_CATEGORIES = "Share of each category's wanted elements that is found: over all N, and in brackets for each N, in per cent."
+
+_PLAIN = "The same cells, but only combinations that have no style."
 
 _ROLES = "Only combinations that have a style; the role is the style's."
 

@@ -196,6 +196,9 @@ def test_the_command_writes_the_report(
         "Combinations: 2 of N=2, 2 of N=3; 2 seeds each.",
         "By elements found: LoRAtorio > ",
         "All of its cells are done.",
+        "### By category",
+        "### Without styles",
+        "Without styles: LoRAtorio > ",
         "## All methods",
         "## Roles of styles",
         "role=always",
@@ -271,6 +274,26 @@ def test_win_rate_counts_ties_as_half() -> None:
     rate, low, high = report.win_rate(results([("a", "b"), ("a",), ()]), results([("a",), ("b",), ("a",)]))
     assert rate == pytest.approx(0.5)
     assert low <= rate <= high
+
+
+def test_shares_by_category_count_only_what_was_wanted() -> None:
+    variant = Variant("merge", "Merge", {"method": "merge"})
+
+    def result(elements: tuple[str, ...], *found: tuple[str, ...]) -> Result:
+        shots = tuple(Shot(i, each, 1.0, 0.5, 0.0, (0.0,)) for i, each in enumerate(found))
+        return Result(Cell("merge", elements, 0, len(found), variant.resolved()), shots, 1.0)
+
+    results = [
+        result(("robot", "ink"), ("robot", "night"), ("robot", "ink")),
+        result(("cat", "ink", "night"), ("cat",), ("ink", "night", "hat")),
+        result(("cat", "hat"), ("hat",), ("hat",)),
+    ]
+    lines = report.category_table([variant], results, CATEGORIES, counts=(2, 3)).splitlines()
+    assert lines[0] == (
+        "|  | character (2, 3) | clothing (2, 3) | style (2, 3) | background (2, 3) | object (2, 3) |"
+    )
+    assert lines[2:] == ["| Merge | 50 % (50, 50) | 100 % (100, –) | 50 % (50, 50) | 50 % (–, 50) | – |"]
+    assert report.without(CATEGORIES["style"], results) == results[2:]
 
 
 class FakeWebUI(BaseHTTPRequestHandler):
