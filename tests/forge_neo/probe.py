@@ -1,8 +1,10 @@
 """Runs inside Forge Neo's Python, in its folder: one of its model classes, tiny and random, composed and merged.
 
-    python probe.py FOLDER_OF_LORATORIO MODEL
+    python probe.py FOLDER_OF_LORATORIO MODEL [STORAGE]
 
 prints one line of JSON: relative errors of one LoRA to the host's own merge, of all to merging one at a time, and what is left.
+STORAGE is how the matrices of linear layers are stored: float32, float8 or gguf (Q8_0). The host merges into
+low-bit weights by rounding them again, so what LoRAtorio draws is then compared with a float32 model of the very same weights.
 """
 
 import json
@@ -11,7 +13,7 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
-project, model_name = sys.argv[1:3]
+project, model_name, storage = (*sys.argv[1:], "float32")[:3]
 scratch = tempfile.mkdtemp()
 sys.argv = ["launch.py", "--cpu", "--force-fp32", "--use-pytorch-cross-attention", "--disable-gpu-warning"]
 sys.argv += ["--lora-dir", scratch]
@@ -30,9 +32,11 @@ initialize.imports()
 import networks  # noqa: E402
 from backend import operations  # noqa: E402
 from backend.modules.k_prediction import PredictionDiscreteFlow, PredictionFlux  # noqa: E402
+from backend.operations_gguf import ParameterGGUF  # noqa: E402
 from backend.patcher.unet import UnetPatcher  # noqa: E402
 from backend.sampling import sampling_function as host_sampling  # noqa: E402
 from backend.sampling.condition import compile_conditions, compile_weighted_conditions  # noqa: E402
+from modules_forge.packages import gguf  # noqa: E402
 from modules_forge.packages.huggingface_guess import model_list  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -60,17 +64,71 @@ def seeded(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def is_matrix(name, tensor):
+    return name.endswith("weight") and tensor.ndim == 2 and tensor.shape[1] % 32 == 0 and "embed" not in name
+
+
+def stored(state):
+    """The weights as they are stored, and as they read."""
+    kept, read = dict(state), dict(state)
+    for name, weight in state.items():
+        if not is_matrix(name, weight):
+            continue
+        if storage == "float8":
+            kept[name] = weight.to(torch.float8_e4m3fn)
+            read[name] = kept[name].to(torch.float32)
+        elif storage == "gguf":
+            kind = gguf.GGMLQuantizationType.Q8_0
+            kept[name] = torch.from_numpy(gguf.quants.quantize(weight.numpy(), kind))
+            read[name] = ParameterGGUF(kept[name], tensor_type=kind, tensor_shape=weight.shape)
+            read[name] = read[name].dequantize_as_pytorch_parameter().data.to(torch.float32)
+    if storage == "gguf":
+        # As its loader makes them: all parameters are of this class, the small ones with no blocks.
+        kept = {
+            name: ParameterGGUF(
+                tensor,
+                tensor_type=kind if is_matrix(name, state[name]) else gguf.GGMLQuantizationType.F32,
+                tensor_shape=state[name].shape,
+            )
+            for name, tensor in kept.items()
+        }
+    return kept, read
+
+
 def patcher(make, config, guess, predictor):
-    with operations.using_forge_operations(
-        device=CPU, dtype=torch.float32, manual_cast_enabled=False, bnb_dtype=None
-    ):
-        model = make(**config).to(torch.float32)
+    """The model as it is stored, and in float32."""
+
+    def built(dtype, manual_cast=False, kind=None):
+        with operations.using_forge_operations(
+            device=CPU, dtype=dtype, manual_cast_enabled=manual_cast, bnb_dtype=kind
+        ):
+            return make(**config)
+
+    model = built(torch.float32).to(torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
             shift = 1.0 if parameter.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + shift)
+    if storage == "float32":
+        unet = patched(model, config, guess, predictor)
+        return unet, unet
+    kept, read = stored({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    model.load_state_dict(read)
+    if storage == "gguf":
+        low = built(torch.float32, kind="gguf")
+        low.load_state_dict(kept)
+    else:
+        low = built(torch.float32, manual_cast=True)
+        low.load_state_dict(read)
+        for name, layer in low.named_modules():
+            if isinstance(layer, torch.nn.Linear) and kept[f"{name}.weight"].dtype != torch.float32:
+                layer.weight = torch.nn.Parameter(kept[f"{name}.weight"], requires_grad=False)
+    return patched(low, config, guess, predictor), patched(model, config, guess, predictor)
+
+
+def patched(model, config, guess, predictor):
     model.config = config
     model.storage_dtype = model.computation_dtype = torch.float32
     model.load_device = model.offload_device = model.initial_device = CPU
@@ -176,21 +234,31 @@ def wan():
 
 
 class Probe:
-    def __init__(self, unet, cond, uncond, x, fused):
-        self.unet, self.cond, self.uncond, self.x = unet, cond, uncond, x
+    def __init__(self, unets, cond, uncond, x, fused):
+        self.unet, self.twin = unets
+        self.cond, self.uncond, self.x = cond, uncond, x
         self.clip = SimpleNamespace(cond_stage_model=torch.nn.Module())
         self.files = []
         for number, tensors in enumerate(
-            [lora(unet, 1, True), lora(unet, 2, False), fused or lora(unet, 3, True)]
+            [lora(self.twin, 1, True), lora(self.twin, 2, False), fused or lora(self.twin, 3, True)]
         ):
             self.files.append(f"{scratch}/{number}.safetensors")
             save_file({key: value.contiguous() for key, value in tensors.items()}, self.files[-1])
 
-    def merged(self, *files):
-        unet = self.unet
+    def merged(self, *files, into=None):
+        unet = into or self.twin
         for file in files:
             tensors = networks.load_lora_state_dict(file)
-            unet, _ = networks.load_lora_for_models(unet, self.clip, tensors, 1.0, 1.0, filename=file)
+            # This host's merging into GGUF's blocks leaves the model unusable: its users choose "on the fly".
+            unet, _ = networks.load_lora_for_models(
+                unet,
+                self.clip,
+                tensors,
+                1.0,
+                1.0,
+                filename=file,
+                online_mode=into is not None and storage == "gguf",
+            )
         return unet
 
     def host(self, unet):
@@ -210,12 +278,13 @@ class Probe:
             return_full=True,
         )
 
-    def composed(self, *files, **knobs):
+    def composed(self, *files, merged_before=True, **knobs):
         def objects(unet):
             return SimpleNamespace(unet=unet, clip=self.clip)
 
-        loaded = self.merged(*files)
-        host_sampling.sampling_prepare(loaded, x=self.x)  # a former merge stands in the weights
+        loaded = self.merged(*files, into=self.unet)
+        if merged_before:
+            host_sampling.sampling_prepare(loaded, x=self.x)  # a former merge stands in the weights
         sd_model = SimpleNamespace(
             forge_objects=objects(loaded),
             forge_objects_original=objects(self.unet),
@@ -271,9 +340,13 @@ def error(one, other):
 
 with torch.inference_mode():
     probe = Probe(*globals()[model_name]())
+    # First of all, when the host has not sampled with this model yet.
+    fresh = [probe.composed(file, merged_before=False, recentre=0) for file in probe.files]
     before = probe.host(probe.unet)[0]
-    solo = [
-        error(probe.composed(file, recentre=0), probe.host(probe.merged(file))[0]) for file in probe.files
+    own = [probe.host(probe.merged(file))[0] for file in probe.files]
+    solo = [error(one, other) for one, other in zip(fresh, own, strict=True)]
+    solo += [
+        error(probe.composed(file, recentre=0), other) for file, other in zip(probe.files, own, strict=True)
     ]
     all_three = error(probe.composed(*probe.files, recentre=0.5), probe.reference())
     effect = [error(probe.host(probe.merged(file))[0], before) for file in probe.files]
@@ -282,6 +355,7 @@ with torch.inference_mode():
 print(
     json.dumps(
         {
+            "plain": error(before, probe.host(probe.twin)[0]),
             "solo": solo,
             "all": all_three,
             "effect": effect,

@@ -522,3 +522,52 @@ def test_nunchaku_is_left_to_the_host(webui: Any, standin: Any, monkeypatch: Any
     composed, job = compose(standin, standin.job("a"), **KNOBS)
     assert torch.equal(composed, own)
     assert "Nunchaku" in job.notes[0]
+
+
+class Blocks(torch.nn.Parameter):
+    """As the hosts' GGUF weights: bytes in blocks, which `bake` rearranges once, in place, before they can be read."""
+
+    real_shape = torch.Size((2, 2))
+
+    def __new__(cls, data: torch.Tensor) -> Blocks:
+        return super().__new__(cls, data, requires_grad=False)
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.gguf_cls, self.baked = Blocks, False
+
+    def copy_with_data(self, data: torch.Tensor) -> Blocks:
+        other = Blocks(data)
+        other.baked = self.baked
+        return other
+
+    @staticmethod
+    def bake(weight: Blocks) -> None:
+        if not weight.baked:
+            weight.data, weight.baked = weight.data.flip(0), True
+
+    @staticmethod
+    def dequantised(weight: Blocks) -> torch.Tensor:
+        assert weight.baked, "GGUF Tensor is not baked!"
+        return weight.data.view(Blocks.real_shape).to(torch.float16)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_blocks_of_a_low_bit_weight_are_read_before_the_host_has_arranged_them(
+    webui: Any, monkeypatch: Any, used_before: bool
+) -> None:
+    from loratorio.hosts.forge.flavours import Flavour
+
+    monkeypatch.setitem(
+        sys.modules, "backend.operations_gguf", SimpleNamespace(dequantize_tensor=Blocks.dequantised)
+    )
+    layer: Any = torch.nn.Module()
+    layer.weight = Blocks(torch.tensor([4, 3, 2, 1], dtype=torch.int8))
+    if used_before:
+        Blocks.bake(layer.weight)
+    bytes_before = layer.weight.data.clone()
+    patcher = SimpleNamespace(model=SimpleNamespace(layer=layer, lora_loader=SimpleNamespace(backup={})))
+    read = Flavour().base_weight(patcher, "layer.weight")
+    assert read.dtype == torch.float32
+    assert read.tolist() == [[1, 2], [3, 4]]
+    assert torch.equal(layer.weight.data, bytes_before)
+    assert layer.weight.baked is used_before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -176,6 +176,10 @@ class Situation:
     index: int
     total: int
     has_uncond: bool
+
+    def carrying(self) -> Situation:
+        """The same of `Cast.carrying`."""
+        return replace(self, cast=self.cast.carrying())
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ class Loratorio(Weighted):
     name = "loratorio"
 
     def branches(self, now: Situation) -> list[Branch]:
-        return super().branches(replace(now, cast=now.cast.carrying()))
+        return super().branches(now.carrying())
 
     def compose(self, now: Situation, predictions: Predictions) -> Composition:
-        played = super().compose(replace(now, cast=now.cast.carrying()), predictions)
+        played = super().compose(now.carrying(), predictions)
         return replace(played, weights=with_carried(played.weights, now.cast))
 
     def begin(self, cast: Cast, changes: Changes) -> Method:
@@ -112,7 +112,7 @@ class FromPool(Loratorio):
         return not self._cond or now.index % max(1, now.tuning.pool_interval) == 0
 
     def branches(self, now: Situation) -> list[Branch]:
-        now = replace(now, cast=now.cast.carrying())
+        now = now.carrying()
         branches = [Branch(now.cast.compared, True)]
         branches += [Branch(now.cast.solos[place], True) for place in self._heard_at(now)]
         if now.has_uncond:
@@ -124,7 +124,7 @@ class FromPool(Loratorio):
         """After a scoring: the unconditional rows of those with the largest shares."""
         if not self.scores_at(now) or not now.has_uncond or now.tuning.recentre == 1:
             return []
-        now = replace(now, cast=now.cast.carrying())
+        now = now.carrying()
         # Nothing is remembered yet: a sampler may evaluate the step again.
         said = {place: self._word(now, predictions, place) for place in range(len(now.cast.solos))}
         weights = self.weights(now, self._of_all(now, predictions, said))
@@ -135,7 +135,7 @@ class FromPool(Loratorio):
         return [Branch(now.cast.solos[place], False) for place in sorted(chosen)]
 
     def compose(self, now: Situation, predictions: Predictions) -> Composition:
-        cast, now = now.cast, replace(now, cast=now.cast.carrying())
+        cast, now = now.cast, now.carrying()
         for place in self._heard_at(now):
             self._cond[place] = self._word(now, predictions, place)
         whole = self._of_all(now, predictions, self._cond)

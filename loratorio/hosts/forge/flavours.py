@@ -119,7 +119,7 @@ class Flavour:
         weight = patcher.model.lora_loader.backup.get(key)
         return self._dequantised(attrgetter(key)(patcher.model) if weight is None else weight)
 
-    def _dequantised(self, weight: Tensor) -> Tensor:
+    def _dequantised(self, weight: Any) -> Tensor:
         if hasattr(weight, "bnb_quantized"):
             from backend.operations_bnb import functional_dequantize_4bit
 
@@ -127,10 +127,14 @@ class Flavour:
         elif getattr(weight, "gguf_cls", None) is not None:
             from backend.operations_gguf import dequantize_tensor
 
+            if not weight.baked:  # the host rearranges the file's blocks when it first loads the model
+                weight = weight.copy_with_data(weight.data)
+                weight.gguf_cls.bake(weight)
             weight = dequantize_tensor(weight)
         elif hasattr(weight, "dequantize") and type(weight) not in (Tensor, torch.nn.Parameter):
             weight = weight.dequantize()
-        return weight.detach().to(torch.float32)
+        plain: Tensor = weight.detach().to(torch.float32)
+        return plain
 
     def merged(self, patches: Sequence[Patch], weight: Tensor, key: str) -> Tensor:
         """`weight` with these patches merged. `weight` itself may be overwritten."""

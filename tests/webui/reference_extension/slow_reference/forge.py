@@ -1,9 +1,6 @@
-"""The slow reference for the Forge family, as an extension of its own: LoRAtorio by letting the host merge one LoRA at a time.
+"""The Forge family: the host merges one LoRA at a time.
 
-Shares no code with LoRAtorio. Every prediction is one of the host's own sampling functions, on a patcher with one LoRA; the
-composition is a loop over patches in float64, as METHOD.md's formulas read. For txt2img and img2img with
-any sampler, batch size and AND; not for ControlNet and the like. Its one argument is
-`{"patch_size": …, "temperature": …, "top_k": …, "recentre": …}`; without it it does nothing.
+Every prediction is one of the host's own sampling functions, on a patcher with one LoRA. Txt2img, img2img, any sampler and batch size, AND.
 """
 
 import ast
@@ -11,37 +8,14 @@ import importlib.util
 import math
 from types import SimpleNamespace
 
-import gradio as gr
-import torch
-from modules import prompt_parser, scripts, sd_samplers_cfg_denoiser
+from modules import prompt_parser, sd_samplers_cfg_denoiser
 from modules.processing import StableDiffusionProcessing
 
-run = {}
+from . import omega, run
 
 
-class SlowReference(scripts.Script):
-    sorting_priority = 99
-
-    def title(self):
-        return "LoRAtorio slow reference"
-
-    def show(self, is_img2img):
-        return scripts.AlwaysVisible
-
-    def ui(self, is_img2img):
-        return [gr.JSON(value=None, visible=False)]
-
-    def process(self, p, knobs=None, *args):
-        run.clear()
-        if knobs:
-            run.update(p=p, knobs=knobs)
-
-    def process_before_every_sampling(self, p, knobs=None, *args, **kwargs):
-        if run:
-            run["states"] = [SimpleNamespace(unet=unet, texts=texts(p, clip)) for unet, clip in patchers(p)]
-
-    def postprocess(self, p, processed, *args):
-        run.clear()
+def begin_pass(p):
+    run["states"] = [SimpleNamespace(unet=unet, texts=texts(p, clip)) for unet, clip in patchers(p)]
 
 
 def patchers(p):
@@ -87,6 +61,11 @@ def texts(p, clip):
 
 
 own = sd_samplers_cfg_denoiser.sampling_function
+
+
+def install():
+    in_reforge = importlib.util.find_spec("ldm_patched") is not None
+    sd_samplers_cfg_denoiser.sampling_function = of_reforge if in_reforge else of_backend
 
 
 def of_backend(denoiser, denoiser_params, cond_scale, cond_composition, **rest):
@@ -151,10 +130,6 @@ def of_reforge(model, x, timestep, uncond, cond, cond_scale, model_options=None,
     return compose(predict, [entry["strength"] for entry in cond], x, cond_scale if guided else None)
 
 
-in_reforge = importlib.util.find_spec("ldm_patched") is not None
-sd_samplers_cfg_denoiser.sampling_function = of_reforge if in_reforge else of_backend
-
-
 def compose(predict, strengths, x, cond_scale):
     """`predict(state, part)` gives the denoised latents with and without the part's text. `cond_scale` None: no guidance."""
     z, knobs, states = x.double(), run["knobs"], run["states"]
@@ -173,27 +148,3 @@ def compose(predict, strengths, x, cond_scale):
     mixed = sum(w[:, None] * each for w, each in zip(weights, unconds[1:], strict=True))
     uncond = knobs["recentre"] * unconds[0] + (1 - knobs["recentre"]) * mixed
     return (uncond + cond_scale * sum(strengths) * (cond - uncond)).to(x)
-
-
-def omega(noise, patch_size, temperature, top_k):
-    """Weights (images, H, W) of every LoRA; `noise`: the base's prediction, then the LoRAs', (images, C, H, W) each."""
-    base, adapters = noise[0], noise[1:]
-    batch, _, height, width = base.shape
-    weights = [torch.zeros(batch, height, width, dtype=torch.float64, device=base.device) for _ in adapters]
-    for b in range(batch):
-        for y in range(0, height, patch_size):
-            for x in range(0, width, patch_size):
-                patch = (b, slice(None), slice(y, y + patch_size), slice(x, x + patch_size))
-                near = [
-                    torch.nn.functional.cosine_similarity(
-                        e[patch].flatten(), base[patch].flatten(), dim=0, eps=1e-30
-                    )
-                    for e in adapters
-                ]
-                shares = torch.softmax(-torch.stack(near) / temperature, dim=0)
-                if top_k:
-                    shares[torch.argsort(shares, descending=True)[top_k:]] = 0
-                    shares = shares / shares.sum()
-                for w, share in zip(weights, shares, strict=True):
-                    w[b, y : y + patch_size, x : x + patch_size] = share
-    return weights

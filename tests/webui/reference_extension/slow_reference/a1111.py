@@ -1,41 +1,15 @@
-"""The slow reference, as an extension of its own: LoRAtorio by switching the WebUI's LoRAs for every pass.
+"""AUTOMATIC1111's WebUI: its LoRAs are switched, and so merged anew, for every pass. Txt2img and img2img, any batch size."""
 
-Shares no code with LoRAtorio. Every pass runs through the WebUI's own merging, the composition is a loop over patches in
-float64, as METHOD.md's formulas read. Only for plain jobs of AUTOMATIC1111's WebUI: txt2img and img2img, any batch size.
-Its one argument is `{"patch_size": …, "temperature": …, "top_k": …, "recentre": …}`; without it it does nothing.
-"""
-
-import gradio as gr
 import networks
 import torch
-from modules import devices, prompt_parser, script_callbacks, scripts, sd_samplers, shared
+from modules import devices, prompt_parser, script_callbacks, sd_samplers, shared
 
-run = {}
+from . import omega, run
 
 
-class SlowReference(scripts.Script):
-    def title(self):
-        return "LoRAtorio slow reference"
-
-    def show(self, is_img2img):
-        return scripts.AlwaysVisible
-
-    def ui(self, is_img2img):
-        return [gr.JSON(value=None, visible=False)]
-
-    def process(self, p, knobs=None, *args):
-        run.clear()
-        if knobs:
-            run.update(p=p, knobs=knobs)
-
-    def process_before_every_sampling(self, p, knobs=None, *args, **kwargs):
-        if not run:
-            return
-        run["loras"] = list(networks.loaded_networks)
-        run["texts"] = [texts(p, [])] + [texts(p, [lora]) for lora in run["loras"]]
-
-    def postprocess(self, p, processed, *args):
-        run.clear()
+def begin_pass(p):
+    run["loras"] = list(networks.loaded_networks)
+    run["texts"] = [texts(p, [])] + [texts(p, [lora]) for lora in run["loras"]]
 
 
 def texts(p, loras):
@@ -104,28 +78,6 @@ def after(params):
     params.x.copy_(torch.cat([cond, uncond]))
 
 
-def omega(noise, patch_size, temperature, top_k):
-    base, adapters = noise[0], noise[1:]
-    batch, _, height, width = base.shape
-    weights = [torch.zeros(batch, height, width, dtype=torch.float64) for _ in adapters]
-    for b in range(batch):
-        for y in range(0, height, patch_size):
-            for x in range(0, width, patch_size):
-                patch = (b, slice(None), slice(y, y + patch_size), slice(x, x + patch_size))
-                near = [
-                    torch.nn.functional.cosine_similarity(
-                        e[patch].flatten(), base[patch].flatten(), dim=0, eps=1e-30
-                    )
-                    for e in adapters
-                ]
-                shares = torch.softmax(-torch.stack(near) / temperature, dim=0)
-                if top_k:
-                    shares[torch.argsort(shares, descending=True)[top_k:]] = 0
-                    shares = shares / shares.sum()
-                for w, share in zip(weights, shares, strict=True):
-                    w[b, y : y + patch_size, x : x + patch_size] = share
-    return weights
-
-
-script_callbacks.on_cfg_denoiser(before)
-script_callbacks.on_cfg_denoised(after)
+def install():
+    script_callbacks.on_cfg_denoiser(before)
+    script_callbacks.on_cfg_denoised(after)

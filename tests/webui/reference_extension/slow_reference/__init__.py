@@ -1,0 +1,33 @@
+"""LoRAtorio the slow way: the composition as a loop over patches in float64, as METHOD.md's formulas read. One file for each kind of host.
+
+Shares no code with LoRAtorio.
+"""
+
+import torch
+
+run = {}
+"""The job that is composed (`p`), its `knobs`, and what a host's part remembers; empty for all other jobs."""
+
+
+def omega(noise, patch_size, temperature, top_k):
+    """Weights (images, H, W) of every LoRA; `noise`: the base's prediction, then the LoRAs', (images, C, H, W) each."""
+    base, adapters = noise[0], noise[1:]
+    batch, _, height, width = base.shape
+    weights = [torch.zeros(batch, height, width, dtype=torch.float64, device=base.device) for _ in adapters]
+    for b in range(batch):
+        for y in range(0, height, patch_size):
+            for x in range(0, width, patch_size):
+                patch = (b, slice(None), slice(y, y + patch_size), slice(x, x + patch_size))
+                near = [
+                    torch.nn.functional.cosine_similarity(
+                        e[patch].flatten(), base[patch].flatten(), dim=0, eps=1e-30
+                    )
+                    for e in adapters
+                ]
+                shares = torch.softmax(-torch.stack(near) / temperature, dim=0)
+                if top_k:
+                    shares[torch.argsort(shares, descending=True)[top_k:]] = 0
+                    shares = shares / shares.sum()
+                for w, share in zip(weights, shares, strict=True):
+                    w[b, y : y + patch_size, x : x + patch_size] = share
+    return weights
