@@ -291,7 +291,7 @@ class Probe:
             forge_objects_after_applying_lora=objects(loaded),
             current_lora_hash=str([[file, 1.0, 1.0, False] for file in files]),
         )
-        denoiser = SimpleNamespace(step=0, steps=4, total_steps=4)
+        denoiser = SimpleNamespace(step=0, steps=4, total_steps=4, update_inner_model=lambda: None)
         sampler = SimpleNamespace(model_wrap_cfg=denoiser, launch_sampling=lambda steps, func: func())
         p = SimpleNamespace(
             sd_model=sd_model,

@@ -290,6 +290,61 @@ def test_hires_fix_composes_both_passes(standin: Any) -> None:
     assert [(each.loras, each.hires) for each in done.passes] == [(("a",), False), (("b",), True)]
 
 
+def test_the_refiner_is_composed_too(webui: Any, standin: Any) -> None:
+    refiner = webui.run.Model(standin.model.flavour, "refiner", seed=2)
+
+    def traces() -> list[list[Any]]:
+        found = []
+        for model in (standin.model, refiner):
+            objects = model.forge_objects_original
+            objects.unet.load()
+            layers = list(objects.unet.model.modules())
+            found.append([*(value.clone() for value in objects.unet.model.state_dict().values())])
+            found[-1].append(torch.tensor(sum(len(layer._forward_hooks) for layer in layers)))
+        return found
+
+    def job(*names: str) -> Any:
+        return standin.job(*names, refiner=refiner)
+
+    before = traces()
+    plain, own, merged = standin.run(job()), standin.run(job("a")), standin.run(job("a", "c"))
+    assert not close(own, standin.run(standin.job("a")))
+    composed, done = compose(standin, job("a"), recentre=0, **KNOBS)
+    assert close(composed, own)
+    assert close(compose(standin, job("a", "c"), **{**KNOBS, "method": "merge"})[0], merged)
+    both, done = compose(standin, job("a", "c"), weight_maps=True, **KNOBS)
+    assert not close(both, merged)
+    assert [each.loras for each in done.passes] == [("a", "c")]
+    assert done.passes[0].history.steps == [0, 1, 2, 3]
+    assert not done.notes
+    assert all(same(one, other) for one, other in zip(before, traces(), strict=True))
+    assert torch.equal(standin.run(job()), plain)
+    assert torch.equal(standin.run(job("a", "c")), merged)
+
+
+def test_loras_that_do_not_fit_the_refiner_are_left_out_there(webui: Any, standin: Any) -> None:
+    class Other(torch.nn.Module):
+        """Without any layer that the LoRAs know."""
+
+        def __init__(self, linear: Any) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Any, t: Any, context: Any, *rest: Any) -> Any:
+            return self.conv(x) + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+
+    refiner = webui.run.Model(standin.model.flavour, "refiner", seed=2, unet=Other)
+    own = standin.run(standin.job("b", refiner=refiner))
+    composed, done = compose(standin, standin.job("b", refiner=refiner), recentre=0, **KNOBS)
+    assert close(composed, own)
+    assert any("No LoRA of the prompt fits the refiner" in note for note in done.notes)
+    # The one with a text encoder part is composed by that.
+    merged = standin.run(standin.job("a", "b", refiner=refiner))
+    knobs = {**KNOBS, "method": "merge"}
+    composed, done = compose(standin, standin.job("a", "b", refiner=refiner), **knobs)
+    assert close(composed, merged)
+
+
 def test_second_order_samplers(standin: Any) -> None:
     own = standin.run(standin.job("a", second_order=True))
     composed, job = compose(

@@ -60,6 +60,7 @@ HIRES = {
     "hr_upscaler": "Latent",
     "denoising_strength": 0.7,
     "hr_second_pass_steps": 3,
+    "hr_additional_modules": ["Use same choices"],  # Forge's own API call fails without
 }
 LONG = "a red circle on a wide green field under a deep blue sky, " * 8
 CALLS = {"batch_cond_uncond": False}

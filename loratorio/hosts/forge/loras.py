@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def _is_of_unet(name: str) -> bool:
     return not name.startswith(("lora_te", "lora_prior_te", "text", "clip_", "t5", "bundle_emb"))
 
 
-def layers_of(adapters: list[Adapter], unet: Patcher) -> dict[str, nn.Module]:
+def layers_of(adapters: Sequence[Adapter], unet: Patcher) -> dict[str, nn.Module]:
     """The layers that these adapters change, by name."""
     return {name: unet.model.get_submodule(name) for adapter in adapters for name in adapter.deltas}
 

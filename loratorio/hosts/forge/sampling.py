@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.bank import Bank
+from ...adapters.delta import Adapter
 from ...compose.importance import importance, without_words
 from ...compose.methods import Composition, Mix
 from ...engine import Engine, Row
@@ -48,6 +50,8 @@ class ComposedSampling:
         self._flavour = flavour
         self._functions = flavour.sampling()
         self._evaluations = 0
+        self._refiner_note = "The refiner's steps were not composed: it has the LoRAs merged."
+        self._attachment = ExitStack()
         self._rows: StepRows | None = None
         self._composition: Composition | None = None
 
@@ -67,6 +71,7 @@ class ComposedSampling:
             self._job.note(why_not)
             return
         self._loras, players = self._read(files, players)
+        self._files = [lora.file for lora in self._loras]
         cast = cast_of(players, self._importance(players))
         remarks = [lora.remark for lora in self._loras]
         for remark in (*remarks, recognised_note(parts_of(players)), self._text_remark()):
@@ -78,7 +83,8 @@ class ComposedSampling:
         bank = Bank([lora.adapter for lora in self._loras])
         self._engine = Engine(self._job.settings, bank, cast)
         self._texts = TextConditioning(self._p, self._loras, self._mixes(), self._flavour)
-        self._enclose(self._replace_unet())
+        self._replace_unet()
+        self._enclose()
 
     def _read(self, files: Sequence[LoraFile], players: Sequence[Player]) -> tuple[list[Lora], list[Player]]:
         """The LoRAs, read by the host, without those candidates of a pool that cannot be used."""
@@ -101,11 +107,14 @@ class ComposedSampling:
     def _lora(self, file: LoraFile) -> Lora:
         """The LoRA; kept for the job's other batches, since some kinds take seconds to read."""
         sd_model = self._p.sd_model
-        key = ("lora", file, id(sd_model.forge_objects_original.unet.model))
-        if key not in self._job.scratch:
-            self._job.scratch[key] = read(file, sd_model, self._flavour)
-        lora: Lora = self._job.scratch[key]
-        return lora
+        model = sd_model.forge_objects_original.unet.model
+        key = ("lora", file)
+        known: tuple[Callable[[], Any], Lora] | None = self._job.scratch.get(key)
+        # A refiner, and the checkpoint that comes back after it, are other models.
+        if known is None or known[0]() is not model:
+            known = weakref.ref(model), read(file, sd_model, self._flavour)
+            self._job.scratch[key] = known
+        return known[1]
 
     def _text_remark(self) -> str:
         speaking = any(lora.clip is not None for lora in self._loras)
@@ -140,8 +149,8 @@ class ComposedSampling:
             )
         )
 
-    def _replace_unet(self) -> Patcher:
-        """Give the model a clone of its UNet patcher without LoRAs. Returns the clone's predecessor."""
+    def _replace_unet(self) -> None:
+        """Give the model a clone of its UNet patcher without LoRAs, until `_give_back_unet`."""
         objects = self._p.sd_model.forge_objects
         before = objects.unet
         unet = self._flavour.without_loras(before, self._p.sd_model)
@@ -156,28 +165,33 @@ class ComposedSampling:
             sum(size_in_bytes(lora.adapter, dtype) for lora in self._loras)
         )
         self._unet = objects.unet = unet
-        return before
+        self._unet_before: Patcher = before
 
-    def _enclose(self, unet_before: Patcher) -> None:
+    def _give_back_unet(self, objects: Any) -> None:
+        self._hook.function = self._rows = None
+        if objects.unet is self._unet:
+            objects.unet = self._unet_before
+
+    def _enclose(self) -> None:
         sampler = self._p.sampler
         # When called twice for one pass, the second enclosure replaces the first.
         launch = getattr(sampler.launch_sampling, "enclosed", sampler.launch_sampling)
 
         def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
-            result: Result = launch(steps, lambda: self._run(func, unet_before))
+            result: Result = launch(steps, lambda: self._run(func))
             return result
 
         launch_composed.enclosed = launch  # type: ignore[attr-defined]
         sampler.launch_sampling = launch_composed
 
-    def _run(self, func: Callable[[], Result], unet_before: Patcher) -> Result:
+    def _run(self, func: Callable[[], Result]) -> Result:
         from modules.sd_samplers_common import InterruptedException
 
         denoiser = self._p.sampler.model_wrap_cfg
         first = denoiser.step
-        adapters = [lora.adapter for lora in self._loras]
         try:
-            with self._engine.bank.attached(layers_of(adapters, self._unet)):
+            with self._attachment, self._following_the_refiner(denoiser):
+                self._attach()
                 result = func()
         except InterruptedException:  # the host makes a picture of what there is
             if self._composition is not None:
@@ -186,16 +200,63 @@ class ComposedSampling:
         except LoratorioError as problem:
             raise answerable(problem) from problem.__cause__
         finally:
-            self._hook.function = self._rows = None
-            objects = self._p.sd_model.forge_objects
-            if objects.unet is self._unet:
-                objects.unet = unet_before
+            self._give_back_unet(self._p.sd_model.forge_objects)
         if self._evaluations != denoiser.step - first:
             if not self._refined():
                 raise answerable(LoratorioError(BYPASSED))
-            self._job.note("The refiner's steps were not composed: it has the LoRAs merged.")
+            self._job.note(self._refiner_note)
         self._job.passes.append(self._account())
         return result
+
+    def _attach(self) -> None:
+        layers = layers_of(self._engine.bank.adapters, self._unet)
+        self._attachment.enter_context(self._engine.bank.attached(layers))
+
+    # -- the refiner: another model in the middle of the pass ------------------------------------------------------
+
+    @contextmanager
+    def _following_the_refiner(self, denoiser: Any) -> Iterator[None]:
+        """When the host has changed the model, and before it loads the new one's weights, take the LoRAs off that one too."""
+        update, objects = denoiser.update_inner_model, self._p.sd_model.forge_objects
+        is_own = "update_inner_model" in vars(denoiser)
+
+        def update_and_follow() -> None:
+            update()
+            self._attachment.close()
+            self._give_back_unet(objects)  # the host may keep the first model in memory
+            self._take_over()
+
+        denoiser.update_inner_model = update_and_follow
+        try:
+            yield
+        finally:
+            del denoiser.update_inner_model
+            if is_own:
+                denoiser.update_inner_model = update
+
+    def _take_over(self) -> None:
+        """Compose on the model that is the host's now. LoRAs that do not fit it do nothing there, as without us."""
+        files = self._flavour.applied(self._p)
+        why_not = self._flavour.obstacle(self._p)
+        if why_not or len(files) != len(self._files):
+            return
+        loras = []
+        for file, first in zip(files, self._loras, strict=True):
+            try:
+                loras.append(self._lora(file))
+            except LoratorioError:
+                loras.append(Lora(file, Adapter(first.file.name, {}), None))
+        fitting = [lora.adapter.deltas or lora.clip is not None for lora in loras]
+        if not any(fitting):
+            self._refiner_note = "No LoRA of the prompt fits the refiner: its steps are without them."
+            return
+        limit = self._engine.bank.plan_limit
+        self._loras = loras
+        self._engine.bank = Bank([lora.adapter for lora in loras])
+        self._engine.bank.plan_limit = limit
+        self._texts = TextConditioning(self._p, self._loras, self._mixes(), self._flavour)
+        self._replace_unet()
+        self._attach()
 
     def _refined(self) -> bool:
         return self._p.sd_model.forge_objects.unet.model is not self._unet.model or bool(
@@ -290,7 +351,7 @@ class ComposedSampling:
         self._engine.row_limit = min(limit, fitting) if limit else (fitting if fitting < wanted else 0)
 
     def _account(self) -> ComposedPass:
-        composed = [self._loras[number].file for number in self._engine.cast.number_of_solo]
+        composed = [self._files[number] for number in self._engine.cast.number_of_solo]
         return ComposedPass(
             loras=tuple(file.name for file in composed),
             strengths=tuple(file.unet for file in composed),

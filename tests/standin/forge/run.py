@@ -91,12 +91,12 @@ class ForgeObjects:
 
 
 class Model:
-    def __init__(self, flavour):
-        torch.manual_seed(1)
+    def __init__(self, flavour, name="base", seed=1, unet=UNet):
+        torch.manual_seed(seed)
         patcher = {"neo": NeoPatcher, "forge": ForgePatcher, "reforge": ReForgePatcher}[flavour]
-        self.name, self.flavour = "base", flavour
+        self.name, self.flavour = name, flavour
         self.forge_objects = ForgeObjects(
-            patcher(KModel(UNet(Linear if flavour == "forge" else torch.nn.Linear))),
+            patcher(KModel(unet(Linear if flavour == "forge" else torch.nn.Linear))),
             CLIP(patcher(TextEncoder())),
         )
         self.forge_objects_original = self.forge_objects.shallow_copy()
@@ -187,6 +187,6 @@ class Standin:
         data = {"lora": tags} if tags else {}
         return processing.StableDiffusionProcessing(prompts, negative, extra_network_data=data, **fields)
 
-    @staticmethod
-    def run(p):
+    def run(self, p):
+        shared.sd_model = self.model
         return processing.process_images(p)

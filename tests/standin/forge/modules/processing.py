@@ -17,6 +17,8 @@ class CFGDenoiser:
     def __call__(self, x, sigma, cond, uncond, cond_scale):
         if shared.state.interrupted:
             raise InterruptedException
+        if self.apply_refiner():
+            cond, uncond = self.sampler.conds
         parts, tensor = prompt_parser.reconstruct_multicond_batch(cond, self.step)
         uncond = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
         if self.p.is_hr_pass:
@@ -27,8 +29,25 @@ class CFGDenoiser:
         self.step += 1
         return denoised
 
+    def apply_refiner(self):
+        p = self.p
+        if p.refiner is None or self.step / self.total_steps < p.refiner_switch_at or p.sd_model is p.refiner:
+            return self.sampler.conds is not None
+        p.extra_generation_params["Refiner"] = p.refiner.name
+        shared.sd_model = p.refiner
+        networks.activate(p.extra_network_data)
+        p.setup_conds()
+        self.update_inner_model()
+        sampling_prepare(p.sd_model.forge_objects.unet)
+        return True
+
+    def update_inner_model(self):
+        self.sampler.conds = self.p.c, self.p.uc
+
 
 class Sampler:
+    conds = None
+
     def __init__(self, p, second_order=False):
         self.p, self.second_order = p, second_order
         self.model_wrap_cfg = CFGDenoiser(self)
@@ -63,6 +82,7 @@ class StableDiffusionProcessing:
     cached_hr_c = [None, None, None]
 
     def __init__(self, prompts, negative, **fields):
+        self.refiner, self.refiner_switch_at = None, 0.5
         self.prompts, self.negative_prompts = list(prompts), [negative] * len(prompts)
         self.steps, self.cfg_scale, self.hr_cfg = 4, 5.0, 1.0
         self.shape, self.seed, self.second_order = (4, 8, 8), 1, False
