@@ -31,6 +31,18 @@ from .plan import (
 QUICK_MINUTES = 9.0
 GROUPS = ("methods", "others", "roles", "better", "dynamic", "ablations")
 SAMPLING = {"steps": 12, "cfg": 3.0, "sampler": "euler"}
+GRID: Mapping[str, Any] = {
+    "groups": ",".join(GROUPS),
+    "combinations": 0,
+    "other_combinations": 8,
+    "ablation_combinations": 6,
+    "seeds": 5,
+    "ablation_seeds": 3,
+    "elements": "",
+    "counts": "2,3,4,5",
+    **SAMPLING,
+}
+"""What the tables are made of unless an option says otherwise."""
 PUBLISHED = Path(__file__).parents[2] / "docs" / "RESULTS.md"
 """In a clone: the tables that ship."""
 
@@ -50,24 +62,20 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--groups",
-        default=",".join(GROUPS),
+        default=GRID["groups"],
         help=f"which tables, of {', '.join(GROUPS)}, with commas between",
     )
-    parser.add_argument(
-        "--combinations", type=int, default=0, help="how many of each N for the main methods (0: all)"
-    )
-    parser.add_argument(
-        "--other-combinations", type=int, default=4, help="how many of each N for the other methods and roles"
-    )
-    parser.add_argument(
-        "--ablation-combinations", type=int, default=3, help="how many of each N for the other tables"
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="pictures per combination and method")
-    parser.add_argument(
-        "--ablation-seeds", type=int, default=3, help="pictures per combination in the other tables"
-    )
-    parser.add_argument("--elements", default="", help="only these LoRAs of the toybox, with commas between")
-    parser.add_argument("--counts", default="2,3,4,5", help="numbers of LoRAs, with commas between")
+    for name, about in (
+        ("combinations", "how many of each N for the main methods (0: all)"),
+        ("other_combinations", "how many of each N for the other methods and roles"),
+        ("ablation_combinations", "how many of each N for the other tables"),
+        ("seeds", "pictures per combination and method"),
+        ("ablation_seeds", "pictures per combination in the other tables"),
+        ("elements", "only these LoRAs of the toybox, with commas between"),
+        ("counts", "numbers of LoRAs, with commas between"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(GRID[name]), default=GRID[name], help=about)
     for name, of in (("steps", int), ("cfg", float), ("sampler", str)):
         parser.add_argument(
             f"--{name}", type=of, help=f"{SAMPLING[name]} for the toybox; with --webui the WebUI's own"
@@ -267,19 +275,7 @@ def command_line(options: argparse.Namespace) -> str:
     parts = ["loratorio bench"]
     if options.quick:
         parts.append("--quick")
-    for name, default in (
-        ("groups", ",".join(GROUPS)),
-        ("combinations", 0),
-        ("other_combinations", 4),
-        ("ablation_combinations", 3),
-        ("seeds", 5),
-        ("ablation_seeds", 3),
-        ("elements", ""),
-        ("counts", "2,3,4,5"),
-        ("steps", SAMPLING["steps"]),
-        ("cfg", SAMPLING["cfg"]),
-        ("sampler", SAMPLING["sampler"]),
-    ):
+    for name, default in GRID.items():
         value = getattr(options, name)
         if value != default:
             parts.append(f"--{name.replace('_', '-')} {value}")
