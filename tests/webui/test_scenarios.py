@@ -24,6 +24,11 @@ def tagged(text: str, loras: list[str], strengths: tuple[float, ...] = (1.0, 0.8
     )
 
 
+def upscalers(webui: WebUI) -> set[str]:
+    """Names of the WebUI's upscalers; not every host has one for latents, or Lanczos."""
+    return {each["name"] for kind in ("upscalers", "latent-upscale-modes") for each in webui.call(kind)}
+
+
 class Player:
     """Plays one scenario with any LoRAs and knobs."""
 
@@ -41,6 +46,8 @@ class Player:
             else:
                 options["sd_model_checkpoint"] = checkpoint
         self.fields["override_settings"] = options
+        if "hr_upscaler" in self.fields and self.fields["hr_upscaler"] not in upscalers(webui):
+            self.fields["hr_upscaler"] = "None"
 
     def __call__(self, count: int, composed: Any = None, **fields: Any) -> Pictures:
         prompt = tagged(self.scenario.text, self.loras[:count])
