@@ -140,6 +140,10 @@ class Settings:
         "float", 0.0, "Guidance rescale", "Against over-saturation: how far the guided contrast is brought back to the unguided.",
         step=0.05,
     )  # fmt: skip
+    share: float = knob(
+        "float", 0.0, "Shared part", "How much of every LoRA the others' passes have too. 0: nothing, as in the paper. 1: as merging.",
+        step=0.05,
+    )  # fmt: skip
     pool_size: int = knob(
         "int", 6, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last word counts.",
         minimum=1, maximum=100,

@@ -112,6 +112,7 @@ ROLE_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
     Variant("merge_anchored", "Merge, re-centred", {"method": "merge_anchored"}),
     Variant("loratorio", "LoRAtorio", {}),
+    Variant("share", "LoRAtorio, shared part 0.3", {"share": 0.3}),
     Variant("role_style", "LoRAtorio, role=style", {}, role="style"),
     Variant("role_always", "LoRAtorio, role=always", {}, role="always"),
 )
@@ -123,6 +124,11 @@ BETTER_ROWS: tuple[Variant, ...] = (
     Variant("overlap", "with overlapping patches", {"blend": "overlap", "adaptive": False, "rescale": 0.0}),
     Variant("adaptive", "with adaptive temperature", {"blend": "patches", "adaptive": True, "rescale": 0.0}),
     Variant("rescale", "with guidance rescale 0.7", {"blend": "patches", "adaptive": False, "rescale": 0.7}),
+    Variant(
+        "share",
+        "with a shared part of 0.3",
+        {"blend": "patches", "adaptive": False, "rescale": 0.0, "share": 0.3},
+    ),
     Variant(
         "start",
         "merged for the first fifth of the steps",
@@ -154,6 +160,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
     "temperature": ablation("temperature", (0.003, 0.01, 0.03, 0.1, 0.3)),
     "recentre": ablation("recentre", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "top_k": ablation("top_k", (1, 2, 0)),
+    "share": ablation("share", (0.0, 0.15, 0.3, 0.5, 1.0)),
 }
 """The curves that choose the defaults."""
 

@@ -322,6 +322,56 @@ def test_styles_alone_make_one_mix() -> None:
     assert result.weights.shape == (2, 2, *SHAPE[1:])
 
 
+@pytest.mark.parametrize("always", [(), (3,)])
+def test_a_shared_part_of_the_others_is_in_every_row_but_the_anchors(always: tuple[int, ...]) -> None:
+    """It is LoRAtorio on a model that has that part of all LoRAs, but for the unconditional anchor."""
+    model, count = FakeModel(), 3 + len(always)
+    cast = Cast.of(count, always=always)
+
+    class Sharing(FakeModel):
+        def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+            if mix == cast.base and not cond:
+                return super().opinion(mix, cond, slot)
+            return super().opinion(tuple(max(part, 0.25) for part in mix), cond, slot)
+
+    shared = run(Engine(Settings(share=0.25), bank(count), cast), model)
+    plain = run(Engine(Settings(), bank(count), cast), Sharing())
+    torch.testing.assert_close(shared.cond, plain.cond)
+    torch.testing.assert_close(shared.uncond, plain.uncond)
+    torch.testing.assert_close(shared.weights, plain.weights)
+    assert sum(map(len, model.asked)) == 2 * 2 * 4
+
+
+def test_sharing_everything_is_merging_recentred() -> None:
+    for uncond in (True, False):
+        model = FakeModel()
+        shared = run(Engine(Settings(share=1), bank(3)), model, uncond=uncond)
+        merged = run(Engine(Settings(method="merge_anchored"), bank(3)), FakeModel(), uncond=uncond)
+        torch.testing.assert_close(shared.cond, merged.cond)
+        torch.testing.assert_close(shared.uncond, merged.uncond)
+        assert {row.mix for row in model.asked[0] if row.cond} == {(1.0, 1.0, 1.0)}
+
+
+def test_one_lora_has_nothing_to_share_and_candidates_share_nothing() -> None:
+    one = FakeModel()
+    run(Engine(Settings(share=0.5), bank(1)), one)
+    assert {row.mix for row in one.asked[0]} == {(0.0,), (1.0,)}
+    pool = FakeModel()
+    run(Engine(Settings(share=0.5, pool_interval=1), bank(4), Cast.of(4, pooled=[2, 3])), pool)
+    conditional = {row.mix for call in pool.asked for row in call if row.cond}
+    assert conditional == {
+        (0.5, 0.5, 0.0, 0.0),
+        (1.0, 0.5, 0.0, 0.0),
+        (0.5, 1.0, 0.0, 0.0),
+        (0.5, 0.5, 1.0, 0.0),
+        (0.5, 0.5, 0.0, 1.0),
+    }
+    styled = Cast.of(3, styles=[0]).carrying(0.25)
+    assert styled.solos == ((STYLE, 1.0, 0.25), (STYLE, 0.25, 1.0))
+    assert styled.compared == (STYLE, 0.25, 0.25)
+    assert styled.base == (0.0, 0.0, 0.0)
+
+
 def test_a_pool_runs_only_those_whose_word_matters() -> None:
     model = FakeModel()
     cast = Cast.of(12, pooled=range(1, 12))

@@ -112,29 +112,35 @@ class Cast:
         pooled = self.pooled or (False,) * len(self.solos)
         return tuple(i for i, style in enumerate(self.styles) if style and not pooled[i])
 
-    def carrying(self) -> Cast:
+    def carrying(self, share: float = 0.0) -> Cast:
         """The cast without its styles, which the mixes of the others and the reference have at `STYLE_SHARE`.
 
         Styles alone, with nothing to carry them, are one mix of their own at full strength.
+
+        Args:
+            share: part of every other LoRA, but for candidates of a pool, that the others' mixes and the reference have too.
         """
         carried = self.carried
-        if not carried:
-            return self
-        numbers = {self.number_of_solo[i] for i in carried}
+        numbers = self.number_of_solo
         left = [i for i in range(len(self.solos)) if i not in carried]
-        share = STYLE_SHARE if left else 1.0
+        if not carried and (share == 0 or len(left) < 2):
+            return self
+        # What is in a mix by itself, by a LoRA's number; the mix's own LoRA has all of it anyway.
+        parts = {numbers[i]: STYLE_SHARE if left else 1.0 for i in carried}
+        if share and len(left) > 1:
+            parts |= {numbers[i]: share for i in left if not (self.pooled and self.pooled[i])}
 
-        def with_styles(mix: Mix) -> Mix:
-            return tuple(share if i in numbers else own for i, own in enumerate(mix))
+        def with_others(mix: Mix) -> Mix:
+            return tuple(max(own, parts.get(i, 0.0)) for i, own in enumerate(mix))
 
         return Cast(
             self.base,
-            tuple(with_styles(self.solos[i]) for i in left) or (with_styles(self.base),),
+            tuple(with_others(self.solos[i]) for i in left) or (with_others(self.base),),
             self.merged,
             importance=tuple(self.importance[i] for i in left) if self.importance else (),
             pooled=tuple(self.pooled[i] for i in left) if self.pooled else (),
-            styles=tuple(self.styles[i] for i in left),
-            reference=with_styles(self.base),
+            styles=tuple(self.styles[i] for i in left) if self.styles else (),
+            reference=with_others(self.base),
         )
 
     @property
@@ -162,6 +168,8 @@ class Tuning(Protocol):
     @property
     def recentre(self) -> float: ...
     @property
+    def share(self) -> float: ...
+    @property
     def pool_size(self) -> int: ...
     @property
     def pool_interval(self) -> int: ...
@@ -178,8 +186,8 @@ class Situation:
     has_uncond: bool
 
     def carrying(self) -> Situation:
-        """The same of `Cast.carrying`."""
-        return replace(self, cast=self.cast.carrying())
+        """The same of `Cast.carrying`, at the part that the knob says."""
+        return replace(self, cast=self.cast.carrying(self.tuning.share))
 
 
 @dataclass(frozen=True)

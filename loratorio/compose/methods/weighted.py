@@ -20,7 +20,8 @@ def rows(now: Situation) -> list[Branch]:
     if now.has_uncond:
         branches += [Branch(base, False)] if strength > 0 else []
         branches += [Branch(mix, False) for mix in solos] if strength < 1 else []
-    return branches
+    # LoRAs that share all of themselves are all one mix.
+    return list(dict.fromkeys(branches))
 
 
 class Weighted(Method):

@@ -136,13 +136,14 @@ class ComposedSampling:
     def _mixes(self) -> list[Mix]:
         """Every mix that a method may ask the model for."""
         cast = self._engine.cast
+        carrying = cast.carrying(self._job.settings.share)
         return list(
             dict.fromkeys(
                 [
                     cast.base,
                     *cast.solos,
-                    *cast.carrying().solos,
-                    cast.carrying().compared,
+                    *carrying.solos,
+                    carrying.compared,
                     cast.merged,
                     cast.chosen,
                 ]
