@@ -24,9 +24,11 @@ def tagged(text: str, loras: list[str], strengths: tuple[float, ...] = (1.0, 0.8
     )
 
 
-def upscalers(webui: WebUI) -> set[str]:
-    """Names of the WebUI's upscalers; not every host has one for latents, or Lanczos."""
-    return {each["name"] for kind in ("upscalers", "latent-upscale-modes") for each in webui.call(kind)}
+def upscaled(webui: WebUI, fields: dict[str, Any]) -> dict[str, Any]:
+    """A job's fields with an upscaler that the WebUI has: not every host has one for latents, or Lanczos."""
+    known = {each["name"] for kind in ("upscalers", "latent-upscale-modes") for each in webui.call(kind)}
+    lacking = "hr_upscaler" in fields and fields["hr_upscaler"] not in known
+    return {**fields, "hr_upscaler": "None"} if lacking else fields
 
 
 class Player:
@@ -34,7 +36,7 @@ class Player:
 
     def __init__(self, webui: WebUI, scenario: Scenario, extra: dict[str, Any], loras: list[str]) -> None:
         self.webui, self.scenario, self.loras = webui, scenario, loras
-        self.fields = dict(scenario.fields)
+        self.fields = upscaled(webui, dict(scenario.fields))
         options = dict(scenario.options)
         if scenario.checkpoint:
             if scenario.checkpoint not in extra:
@@ -46,8 +48,6 @@ class Player:
             else:
                 options["sd_model_checkpoint"] = checkpoint
         self.fields["override_settings"] = options
-        if "hr_upscaler" in self.fields and self.fields["hr_upscaler"] not in upscalers(webui):
-            self.fields["hr_upscaler"] = "None"
 
     def __call__(self, count: int, composed: Any = None, **fields: Any) -> Pictures:
         prompt = tagged(self.scenario.text, self.loras[:count])
@@ -162,7 +162,7 @@ def test_equals_the_slow_reference(
 
 def test_second_pass_names_its_own_loras(webui: WebUI, loras: list[str]) -> None:
     pictures = webui.txt2img(
-        TOGETHER, **HIRES, prompt=tagged("a", loras[:2]), hr_prompt=tagged("a", loras[1:])
+        TOGETHER, **upscaled(webui, HIRES), prompt=tagged("a", loras[:2]), hr_prompt=tagged("a", loras[1:])
     )
     assert all(name in pictures.infotext for name in loras)
 
