@@ -175,6 +175,10 @@ def table(
         ]
         cells += ["", ""] if is_truth else [f"{whole.rows:.0f}", f"{whole.seconds:.2f}"]
         lines.append(cells)
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -222,7 +226,7 @@ def category_table(
             each = ", ".join("–" if math.isnan(share) else f"{100 * share:.0f}" for share in by_count)
             cells.append(f"{whole} ({each})" if whole else "–")
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _markdown(lines)
 
 
 def _share_of(names: Sequence[str], results: Sequence[Result]) -> float:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio.toybox.ldm import to_ldm
 from loratorio.toybox.models import HEADS, LATENT_CHANNELS, UNET_CHANNELS
+from loratorio.toybox.models import VAE_CHANNELS as SMALL_VAE_CHANNELS
 from loratorio.toybox.pipeline import load_pipeline
 from loratorio.toybox.tokens import words
 
@@ -40,6 +42,8 @@ VAE_SCALE = 0.18215
 State = dict[str, Tensor]
 Map = Tensor
 """A matrix (new, old) that a weight's output side or, transposed, its input side is multiplied by."""
+Side = Callable[[int, int], Map]
+"""(old size, new size) to a map."""
 Maps = Callable[[str, tuple[int, ...], tuple[int, ...]], tuple[Map | None, Map | None]]
 """(weight's name, old shape, new shape) to the map of its first side and that of its second; a vector has no second one."""
 
@@ -90,63 +94,48 @@ def sharpened(old: int, new: int, heads: tuple[int, int]) -> Map:
     return headed(old, new, heads) * math.sqrt((new / heads[1]) / (old / heads[0]))
 
 
-def unet_maps(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Map | None, Map | None]:
-    heads = (HEADS, UNET_HEADS)
-    out, into = _side(repeated, old, new, 0), _side(shared_out, old, new, 1)
-    if ".to_q." in name:
-        out = sharpened(old[0], new[0], heads)
-    elif ".to_k." in name or ".to_v." in name:
-        out = headed(old[0], new[0], heads)
-    elif ".to_out.0.weight" in name:
-        into = headed(old[1], new[1], heads)
-    elif ".ff.net.0.proj." in name:
-        out = halves(old[0], new[0])
-    elif ".ff.net.2.weight" in name or "time_emb_proj.weight" in name:
-        into = padded(old[1], new[1])
-    elif name.startswith("time_embedding."):
-        out = padded(old[0], new[0])
-        if len(old) == 2:
-            into = (frequencies if "linear_1" in name else padded)(old[1], new[1])
-    elif name.startswith("conv_in.weight"):
-        into = torch.eye(old[1])
-    elif name.startswith("conv_out."):
-        out = torch.eye(old[0])
-    return out, into
+def maps_by(*rules: tuple[str, int, Side]) -> Maps:
+    """Maps by name. A rule is a pattern, a side (0: out, 1: into) and its map; a later one wins, and without any, channels are repeated."""
+
+    def maps(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Map | None, Map | None]:
+        kinds: list[Side] = [repeated, shared_out]
+        for pattern, side, kind in rules:
+            if re.search(pattern, name):
+                kinds[side] = kind
+        out, into = (
+            kind(old[side], new[side]) if len(old) > side else None for side, kind in enumerate(kinds)
+        )
+        return out, into
+
+    return maps
 
 
-def text_maps(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Map | None, Map | None]:
-    heads = (HEADS, TEXT_HEADS)
-    out, into = _side(repeated, old, new, 0), _side(shared_out, old, new, 1)
-    if ".q_proj." in name:
-        out = sharpened(old[0], new[0], heads)
-    elif ".k_proj." in name or ".v_proj." in name:
-        out = headed(old[0], new[0], heads)
-    elif ".out_proj.weight" in name:
-        into = headed(old[1], new[1], heads)
-    elif ".fc1." in name:
-        out = padded(old[0], new[0])
-    elif ".fc2.weight" in name:
-        into = padded(old[1], new[1])
-    elif "position_embedding" in name:
-        out, into = torch.eye(old[0]), repeated(old[1], new[1])
-    return out, into
+def attention(
+    queries: str, keys: str, result: str, heads: tuple[int, int]
+) -> tuple[tuple[str, int, Side], ...]:
+    """Rules of an attention's projections by their names; `heads`: how many the old one has, and the new one."""
+    return (
+        (queries, 0, partial(sharpened, heads=heads)),
+        (keys, 0, partial(headed, heads=heads)),
+        (result, 1, partial(headed, heads=heads)),
+    )
 
 
-def vae_maps(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Map | None, Map | None]:
-    out, into = _side(repeated, old, new, 0), _side(shared_out, old, new, 1)
-    if ".to_q." in name:
-        out = sharpened(old[0], new[0], (1, 1))
-    elif ".to_k." in name or ".to_v." in name:
-        out = padded(old[0], new[0])
-    elif ".to_out.0.weight" in name:
-        into = padded(old[1], new[1])
-    return out, into
-
-
-def _side(
-    kind: Callable[[int, int], Map], old: tuple[int, ...], new: tuple[int, ...], side: int
-) -> Map | None:
-    return kind(old[side], new[side]) if len(old) > side else None
+unet_maps = maps_by(
+    *attention(r"\.to_q\.", r"\.to_[kv]\.", r"\.to_out\.0\.weight", (HEADS, UNET_HEADS)),
+    (r"\.ff\.net\.0\.proj\.", 0, halves),
+    (r"\.ff\.net\.2\.weight|time_emb_proj\.weight", 1, padded),
+    (r"^time_embedding\.", 0, padded),
+    (r"^time_embedding\.linear_1\.weight", 1, frequencies),
+    (r"^time_embedding\.linear_2\.weight", 1, padded),
+)
+text_maps = maps_by(
+    *attention(r"\.q_proj\.", r"\.[kv]_proj\.", r"\.out_proj\.weight", (HEADS, TEXT_HEADS)),
+    (r"\.fc1\.", 0, padded),
+    (r"\.fc2\.weight", 1, padded),
+    (r"position_embedding", 1, repeated),  # a table of vectors, and no layer
+)
+vae_maps = maps_by(*attention(r"\.to_q\.", r"\.to_[kv]\.", r"\.to_out\.0\.weight", (1, 1)))
 
 
 def applied(weight: Tensor, out: Map | None, into: Map | None) -> Tensor:
@@ -169,17 +158,15 @@ def widened(old: Mapping[str, Tensor], new: Mapping[str, Tensor], maps: Maps) ->
             if "norm" in name and name.endswith("weight"):
                 made[name] += 1
             elif name.endswith("conv_shortcut.weight"):
-                small = (
-                    next(iter(VAE_CHANNELS)) // 2
-                )  # the toybox's width, of which all of these are multiples
+                small = SMALL_VAE_CHANNELS[0]  # all of the toybox's levels have as many
                 out, into = repeated(small, like.shape[0]), shared_out(small, like.shape[1])
                 made[name][:, :, 0, 0] = out @ into.T
         assert made[name].shape == like.shape, name
     return made
 
 
-def new_networks() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextConfig]:
-    """SD 1.5's VAE and text encoder, and a UNet of its width with the toybox's levels (meta tensors)."""
+def new_networks() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """A UNet of SD 1.5's width with the toybox's levels, SD 1.5's VAE and its text encoder (meta tensors)."""
     times = UNET_WIDTH // UNET_CHANNELS[0]
     levels = len(VAE_CHANNELS)
     with torch.device("meta"):
@@ -200,13 +187,15 @@ def new_networks() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextConfig]
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
         )
-    text = CLIPTextConfig(
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=TEXT_HEADS,
-        hidden_act="quick_gelu",
-    )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=4 * TEXT_WIDTH,
+                num_hidden_layers=TEXT_LAYERS,
+                num_attention_heads=TEXT_HEADS,
+                hidden_act="quick_gelu",
+            )
+        )
     return unet, vae, text
 
 
@@ -254,10 +243,7 @@ class Wide:
     def __init__(self, tokenizer: Path) -> None:
         self.tokens, self.standing = vocabulary(tokenizer)
         self._small = load_pipeline()
-        unet, vae, config = new_networks()
-        with torch.device("meta"):
-            text = CLIPTextModel(config)
-        self.unet, self.vae, self.text = unet.state_dict(), vae.state_dict(), text.state_dict()
+        self.unet, self.vae, self.text = (network.state_dict() for network in new_networks())
         self.text = {name: weight for name, weight in self.text.items() if "position_ids" not in name}
 
     def unet_weights(self) -> State:

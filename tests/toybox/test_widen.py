@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from transformers import CLIPTextModel
-
 from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio.toybox import widen
@@ -79,9 +77,7 @@ def test_the_vae_codes_and_decodes_the_same_in_sd_15s_scale(wide: widen.Wide, sm
 
 @torch.no_grad()
 def test_a_word_that_stands_for_a_trigger_reads_as_it(wide: widen.Wide, small: Any) -> None:
-    config = widen.new_networks()[2]
-    with torch.device("meta"):
-        network = CLIPTextModel(config)
+    network = widen.new_networks()[2]
     weights = wide.text_weights()
     text = filled(network, {**weights, **{k: v for k, v in network.state_dict().items() if k not in weights}})
     for module in text.modules():

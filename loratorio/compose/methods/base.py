@@ -121,14 +121,14 @@ class Cast:
             share: part of every other LoRA, but for candidates of a pool, that the others' mixes and the reference have too.
         """
         carried = self.carried
-        numbers = self.number_of_solo
         left = [i for i in range(len(self.solos)) if i not in carried]
-        if not carried and (share == 0 or len(left) < 2):
+        sharing = [i for i in left if not (self.pooled and self.pooled[i])] if share and len(left) > 1 else []
+        if not carried and not sharing:
             return self
+        numbers = self.number_of_solo
         # What is in a mix by itself, by a LoRA's number; the mix's own LoRA has all of it anyway.
         parts = {numbers[i]: STYLE_SHARE if left else 1.0 for i in carried}
-        if share and len(left) > 1:
-            parts |= {numbers[i]: share for i in left if not (self.pooled and self.pooled[i])}
+        parts |= {numbers[i]: share for i in sharing}
 
         def with_others(mix: Mix) -> Mix:
             return tuple(max(own, parts.get(i, 0.0)) for i, own in enumerate(mix))
