@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 help:
 	@sed -n 's/^# //p' Makefile | head -2
-	@echo "make serve  the toybox as a page in the browser              make lint   only style and types"
+	@echo "make serve  the toybox as a page in the browser              make lint   only style, types and import contracts"
 	@echo "make clean  remove the virtual environments and caches"
 
 demo: $(VENV)/standalone
@@ -26,10 +26,11 @@ serve: $(VENV)/standalone
 test: lint venvs pytest
 
 lint: $(VENV)/dev
-	@echo "== ruff and mypy"
+	@echo "== ruff, mypy and the import contracts"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 
 pytest: $(VENV)/dev
 	@echo "== pytest (ten minutes and more on two cores)"

@@ -5,7 +5,7 @@ The engine knows no host. A host calls `Engine.step` with the step and with a fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,17 +14,8 @@ from torch import Tensor
 
 from .adapters.bank import Bank
 from .compose.guidance import rescaled_cond
-from .compose.methods import (
-    METHODS,
-    Branch,
-    Cast,
-    Chosen,
-    Composition,
-    Method,
-    Mix,
-    Predictions,
-    Situation,
-)
+from .compose.methods import METHODS, Composition, MergeNamed, Method, Predictions, StepContext
+from .compose.mixes import Branch, Mix, Participants
 from .errors import LoratorioError
 from .settings import Settings
 
@@ -44,8 +35,9 @@ class Row(NamedTuple):
 
 
 Predict = Callable[[Sequence[Row]], Tensor]
-"""Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order.
-Called with the bank routed. May raise torch's out-of-memory errors: the engine then asks for fewer rows at a time."""
+"""Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order:
+denoised latents D or noise e, as the step says. Called with the bank routed (`Bank.routed_part` for some of the rows). May raise torch's
+out-of-memory errors: the engine then asks for fewer rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -99,67 +91,100 @@ POOL_PLANS = 4
 
 
 class Engine:
-    """Composes the steps of one generation. Make one per sampling, drop it afterwards.
+    """Composes the steps of one sampling. Make one per sampling, drop it afterwards.
 
     Args:
         settings: the knobs.
         bank: the generation's LoRAs, attached to the model by the host for as long as it samples.
-        cast: which of them are composed; by default all.
+        participants: which of them are composed; by default all.
         row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out. With a pool, whose
             scoring runs many LoRAs, 0 means `POOL_ROWS`.
     """
 
-    def __init__(self, settings: Settings, bank: Bank, cast: Cast | None = None, row_limit: int = 0) -> None:
+    def __init__(
+        self, settings: Settings, bank: Bank, participants: Participants | None = None, row_limit: int = 0
+    ) -> None:
         self.settings = settings
-        self.bank = bank
-        self.cast = cast or Cast.of(len(bank.adapters))
+        self.participants = participants or Participants.of(len(bank.adapters))
         if not bank.adapters:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
-        self.row_limit = row_limit
         self.history = WeightHistory()
+        self._row_limit = row_limit or (POOL_ROWS if any(self.participants.pooled) else 0)
         self._sessions: dict[str, Method] = {}
-        if any(self.cast.pooled):
+        self.bank = bank
+        self.rebind(bank)
+
+    def rebind(self, bank: Bank) -> None:
+        """Go on with the same LoRAs on another model, as when a refiner comes in.
+
+        Limits stay. Methods begin anew: nothing that they remember of one model's predictions or weights holds for another.
+        """
+        if len(bank.adapters) != len(self.bank.adapters):
+            raise ValueError(f"the bank must have {len(self.bank.adapters)} LoRAs, not {len(bank.adapters)}")
+        self.bank = bank
+        self._sessions.clear()
+        if any(self.participants.pooled):
             # Candidates that are only scored leave the device again with the next ones.
-            self.row_limit = row_limit or POOL_ROWS
             bank.plan_limit = POOL_PLANS
+
+    def limit_rows(self, rows: int) -> None:
+        """From now on no more than so many rows a model call. Never more than memory has allowed before."""
+        self._row_limit = min(self._row_limit or rows, max(1, rows))
+
+    @property
+    def row_limit(self) -> int:
+        """How many rows a model call may have; 0: all of a step's."""
+        return self._row_limit
 
     def branches(self, index: int, total: int, has_uncond: bool) -> list[Branch]:
         """The branches that a step will run, e.g. for a host that prepares text conditioning or counts its memory."""
-        method = self._method(index, total)
-        return method.branches(Situation(self.cast, self.settings, index, total, has_uncond))
+        method = self._method_at(index, total)
+        return self._session(method).branches(self._context(method, index, total, has_uncond))
 
     def step(self, step: Step, predict: Predict) -> Composition:
         """Run the rows this step needs and compose them.
 
         Returns:
-            The composed conditional and unconditional predictions of the same kind as the model's, float32.
+            The composed conditional and unconditional predictions of the same kind as the model's (noise e or denoised D), float32.
 
         Raises:
             LoratorioError: not even a single row fits into memory.
         """
-        situation = Situation(self.cast, self.settings, step.index, step.total, step.uncond_count > 0)
-        method = self._method(step.index, step.total)
-        branches = method.branches(situation)
-        predictions = self._predictions(step, branches, predict)
-        further = method.further(situation, predictions)
+        method = self._method_at(step.index, step.total)
+        now = self._context(method, step.index, step.total, step.uncond_count > 0)
+        session = self._session(method)
+        branches = session.branches(now)
+        by_layer = session.layer_mixes(now)
+        predictions = self._predictions(step, branches, by_layer, predict)
+        further = session.further(now, predictions)
         if further:
-            predictions = _joined(predictions, self._predictions(step, further, predict))
-        composition = self._rescaled(method.compose(situation, predictions), predictions, step)
+            predictions = _joined(predictions, self._predictions(step, further, by_layer, predict))
+        composition = self._rescaled(session.compose(now, predictions), predictions, step)
         if composition.weights is not None and self.settings.weight_maps:
             self.history.record(step.index, composition.weights)
         return _unfolded(composition, step)
 
-    def _method(self, index: int, total: int) -> Method:
-        """The method of this step, in its own object for this generation."""
-        composed = self.settings.active_at(index, total) and self.cast.solos
-        method = METHODS[self.settings.method] if composed else Chosen()
-        if method.name not in self._sessions:
-            self._sessions[method.name] = method.begin(self.cast, self.bank)
-        return self._sessions[method.name]
+    def _method_at(self, index: int, total: int) -> Method:
+        """The method of this step."""
+        composed = self.settings.active_at(index, total) and self.participants.singles
+        return METHODS[self.settings.method] if composed else _NOT_COMPOSED
 
-    def _predictions(self, step: Step, branches: Sequence[Branch], predict: Predict) -> Predictions:
+    def _session(self, method: Method) -> Method:
+        """The method in its own object for this sampling on this model."""
+        name = method.entry.name
+        if name not in self._sessions:
+            self._sessions[name] = method.begin(self.participants, self.bank)
+        return self._sessions[name]
+
+    def _context(self, method: Method, index: int, total: int, has_uncond: bool) -> StepContext:
+        knobs = {name: getattr(self.settings, name) for name in method.knobs}
+        return StepContext(self.participants, knobs, index, total, has_uncond)
+
+    def _predictions(
+        self, step: Step, branches: Sequence[Branch], by_layer: Mapping[str, Mix], predict: Predict
+    ) -> Predictions:
         rows = list(_rows(branches, len(step.latents), step.uncond_count))
-        return _predictions(step, branches, self._predict(rows, predict))
+        return _predictions(step, branches, self._predict(rows, by_layer, predict))
 
     def _rescaled(self, composition: Composition, predictions: Predictions, step: Step) -> Composition:
         """Guidance rescale, on what the sampler guides: D where it has D, else e."""
@@ -171,17 +196,17 @@ class Engine:
         cond = rescaled_cond(composition.cond, own_uncond, scale, strength)
         return Composition(cond, uncond, composition.weights)
 
-    def _predict(self, rows: Sequence[Row], predict: Predict) -> Tensor:
+    def _predict(self, rows: Sequence[Row], by_layer: Mapping[str, Mix], predict: Predict) -> Tensor:
         """All rows in as few calls as the limit and the memory allow, in order."""
         done: list[Tensor] = []
         start = 0
         while start < len(rows):
-            part = rows[start : start + (self.row_limit or len(rows))]
-            predicted = self._predicted(part, predict)
+            part = rows[start : start + (self._row_limit or len(rows))]
+            predicted = self._predicted(part, by_layer, predict)
             if predicted is None:
                 # Only here, where nothing holds the failed call's tensors any more, can their memory be given back.
                 _empty_cache()
-                self.row_limit = len(part) // 2
+                self._row_limit = len(part) // 2
                 continue
             if len(predicted) != len(part):
                 raise ValueError(f"the host predicted {len(predicted)} rows where {len(part)} were asked for")
@@ -189,10 +214,10 @@ class Engine:
             start += len(part)
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _predicted(self, rows: Sequence[Row], predict: Predict) -> Tensor | None:
+    def _predicted(self, rows: Sequence[Row], by_layer: Mapping[str, Mix], predict: Predict) -> Tensor | None:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
         try:
-            with self.bank.routed([row.mix for row in rows]):
+            with self.bank.routed([row.mix for row in rows], by_layer):
                 return predict(rows)
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
@@ -203,6 +228,8 @@ class Engine:
                 ) from problem
             return None
 
+
+_NOT_COMPOSED = MergeNamed()
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")
 

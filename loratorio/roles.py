@@ -10,14 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
+from .compose.importance import importance, without_words
+from .compose.mixes import Participants
 from .errors import LoratorioError
 
 if TYPE_CHECKING:
-    from .compose.methods import Cast
+    from torch import Tensor
 
 Role = Literal["content", "style", "always"]
 
@@ -48,7 +50,7 @@ _METADATA_KEYS = (
 
 
 @dataclass(frozen=True)
-class Player:
+class TaggedLora:
     """A LoRA as the roles see it.
 
     Attributes:
@@ -70,7 +72,7 @@ class Player:
 
 
 @dataclass(frozen=True)
-class Part:
+class AssignedRole:
     """The role of one LoRA. `recognised`: nobody asked for it, the file looks like it."""
 
     name: str
@@ -97,21 +99,21 @@ def looks_like_speed_lora(name: str, metadata: Mapping[str, str] | None = None) 
     )
 
 
-def parts_of(players: Sequence[Player]) -> list[Part]:
+def assigned_roles(loras: Sequence[TaggedLora]) -> list[AssignedRole]:
     """The role of every LoRA: what its tag says, else *always* for a speed LoRA that the prompt names, else *content*.
 
     Raises:
         LoratorioError: a tag names a role that does not exist.
     """
-    parts = []
-    for player in players:
-        if OPTION in player.options:
-            parts.append(Part(player.name, read_role(player.options[OPTION], player.name)))
-        elif not player.is_candidate and looks_like_speed_lora(player.name, player.metadata):
-            parts.append(Part(player.name, "always", recognised=True))
+    roles = []
+    for lora in loras:
+        if OPTION in lora.options:
+            roles.append(AssignedRole(lora.name, read_role(lora.options[OPTION], lora.name)))
+        elif not lora.is_candidate and looks_like_speed_lora(lora.name, lora.metadata):
+            roles.append(AssignedRole(lora.name, "always", recognised=True))
         else:
-            parts.append(Part(player.name, "content"))
-    return parts
+            roles.append(AssignedRole(lora.name, "content"))
+    return roles
 
 
 def trigger_words(metadata: Mapping[str, str], prompt: str) -> list[str]:
@@ -137,8 +139,10 @@ def _common_tags(metadata: Mapping[str, str]) -> list[str]:
     return [tag for tag, count in counts.items() if 2 * count >= most]
 
 
-def cast_of(players: Sequence[Player], importance: Mapping[int, float] | None = None) -> Cast:
-    """The generation's cast: which LoRAs are composed, and how..
+def participants_of(
+    loras: Sequence[TaggedLora], importance: Mapping[int, float] | None = None
+) -> Participants:
+    """The generation's participants: which LoRAs are composed, and how.
 
     Args:
         importance: by LoRA number, how much its trigger words matter in the prompt (W-Composite).
@@ -146,21 +150,34 @@ def cast_of(players: Sequence[Player], importance: Mapping[int, float] | None = 
     Raises:
         LoratorioError: a tag names a role that does not exist.
     """
-    from .compose.methods import Cast
-
-    parts = parts_of(players)
-    return Cast.of(
-        len(parts),
-        always=[i for i, part in enumerate(parts) if part.role == "always"],
-        styles=[i for i, part in enumerate(parts) if part.role == "style"],
-        pooled=[i for i, player in enumerate(players) if player.is_candidate],
+    roles = assigned_roles(loras)
+    return Participants.of(
+        len(roles),
+        always=[i for i, each in enumerate(roles) if each.role == "always"],
+        styles=[i for i, each in enumerate(roles) if each.role == "style"],
+        pooled=[i for i, lora in enumerate(loras) if lora.is_candidate],
         importance=importance,
     )
 
 
-def recognised_note(parts: Sequence[Part]) -> str:
+def prompt_importance(
+    loras: Sequence[TaggedLora], prompt: str, encode: Callable[[list[str]], Sequence[Tensor]]
+) -> dict[int, float] | None:
+    """By LoRA number, how much its trigger words matter in the prompt (W-Composite); None where no trigger words are known.
+
+    encode: the base model's conditioning of each text, (tokens, width).
+    """
+    words = {i: trigger_words(lora.metadata, prompt) for i, lora in enumerate(loras)}
+    known = [i for i, own in words.items() if own]
+    if not known:
+        return None
+    tokens = encode([prompt, *(without_words(prompt, words[i]) for i in known)])
+    return dict(zip(known, importance(tokens[0], tokens[1:]), strict=True))
+
+
+def recognised_note(roles: Sequence[AssignedRole]) -> str:
     """A sentence on the speed LoRAs that nobody gave a role, or nothing."""
-    names = [part.name for part in parts if part.recognised]
+    names = [role.name for role in roles if role.recognised]
     if not names:
         return ""
     several = len(names) > 1

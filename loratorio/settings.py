@@ -8,10 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
-from .compose.catalogue import CATALOGUE
+from .compose.methods import METHODS
 from .errors import LoratorioError
 
 Kind = Literal["bool", "int", "float", "choice"]
+
+Group = Literal["method", "weights", "guidance", "pool", "steps", "shown"]
+GROUPS: dict[Group, str] = {
+    "method": "Method",
+    "weights": "Where each LoRA is used",
+    "guidance": "Guidance",
+    "pool": "Pools",
+    "steps": "Steps",
+    "shown": "What is shown",
+}
+"""What knobs are about, and the headings under which they stand where there is room for headings."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,8 @@ class Knob:
     Attributes:
         name: in Python, API and (with dashes) on the command line.
         label: in the panel. help: its tooltip, in plain words.
+        group: what it is about.
+        row: of the panel; knobs of one row stand side by side. folded: in the panel's fold, for what most pictures do without.
         minimum, maximum, step: of a number; the range is closed.
         choices: names and labels of a choice.
     """
@@ -30,6 +43,9 @@ class Knob:
     default: bool | int | float | str
     label: str
     help: str
+    group: Group
+    row: int
+    folded: bool = False
     minimum: float = 0
     maximum: float = 1
     step: float = 1
@@ -44,6 +60,16 @@ class Knob:
     def option(self) -> str:
         """On the command line."""
         return "--" + self.name.replace("_", "-")
+
+    def ignored_by(self, method: str) -> bool:
+        """Whether this knob is without effect on that method's pictures."""
+        of_methods = {name for each in METHODS.values() for name in each.knobs}
+        return self.name in of_methods and self.name not in METHODS[method].knobs
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether it has too many steps for a slider: a pixel of one would be many of them."""
+        return (self.maximum - self.minimum) / self.step > 1000
 
     def check(self, value: Any) -> bool | int | float | str:
         """`value` as this knob's own type. Raises LoratorioError with a sentence when it cannot be."""
@@ -95,79 +121,86 @@ class Knob:
         return int(number) if whole else number
 
 
-def knob(kind: Kind, default: bool | int | float | str, label: str, help: str, **limits: Any) -> Any:
+def knob(
+    kind: Kind,
+    default: bool | int | float | str,
+    label: str,
+    help: str,
+    group: Group,
+    row: int,
+    **more: Any,
+) -> Any:
     """A dataclass field that carries its `Knob` (whose name is filled in from the field's)."""
-    return field(default=default, metadata={"knob": (kind, default, label, help, limits)})
+    return field(default=default, metadata={"knob": (kind, default, label, help, group, row, more)})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The knobs of one generation, checked: making one with a bad value raises LoratorioError."""
+    """The knobs of one generation, checked: making one with a bad value raises LoratorioError.
+
+    Their order is that of the API's positional arguments: a new knob goes to the end, whatever its row in the panel.
+    """
 
     enabled: bool = knob(
-        "bool",
-        False,
-        "Enable",
-        "Compose the prompt's LoRAs instead of merging them. Off: the picture is the WebUI's own.",
-    )
+        "bool", False, "Enable", "Compose the prompt's LoRAs instead of merging them. Off: the picture is the WebUI's own.",
+        "method", 0,
+    )  # fmt: skip
     method: str = knob(
         "choice", "loratorio", "Method", "How the LoRAs are brought together. LoRAtorio: patch by patch, the LoRA that knows it.",
-        choices=tuple((entry.name, entry.label) for entry in CATALOGUE.values()),
+        "method", 1, choices=tuple((each.entry.name, each.entry.label) for each in METHODS.values()),
     )  # fmt: skip
     patch_size: int = knob(
         "int", 2, "Patch size", "Side of a patch in latent pixels (one is 8 picture pixels). Smaller: finer borders between LoRAs.",
-        minimum=1, maximum=64,
+        "weights", 2, minimum=1, maximum=64,
     )  # fmt: skip
     temperature: float = knob(
         "float", 0.1, "Temperature", "How decided the choice is. Low: one LoRA a patch. High: all LoRAs equally everywhere.",
-        minimum=0.0001, maximum=10, step=0.0001,
+        "weights", 1, minimum=0.0001, maximum=10, step=0.0001,
     )  # fmt: skip
     adaptive: bool = knob(
         "bool", False, "Adaptive temperature", "The temperature follows how far the LoRAs lie apart, which is little in the first steps.",
+        "weights", 5, folded=True,
     )  # fmt: skip
     top_k: int = knob(
-        "int", 0, "Top-k", "How many LoRAs may share a patch. 0: all of them.", minimum=0, maximum=100
-    )
+        "int", 0, "Top-k", "How many LoRAs may share a patch. 0: all of them.",
+        "weights", 2, minimum=0, maximum=100,
+    )  # fmt: skip
     blend: str = knob(
         "choice", "patches", "Patch borders", "How weights change between patches: at once, interpolated, or from overlapping patches.",
-        choices=(("patches", "Hard"), ("smooth", "Interpolated"), ("overlap", "Overlapping")),
+        "weights", 5, folded=True, choices=(("patches", "Hard"), ("smooth", "Interpolated"), ("overlap", "Overlapping")),
     )  # fmt: skip
     recentre: float = knob(
         "float", 0.5, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
-        step=0.05,
+        "guidance", 3, step=0.05,
     )  # fmt: skip
     rescale: float = knob(
         "float", 0.0, "Guidance rescale", "Against over-saturation: how far the guided contrast is brought back to the unguided.",
-        step=0.05,
+        "guidance", 6, folded=True, step=0.05,
     )  # fmt: skip
     share: float = knob(
         "float", 0.0, "Shared part", "How much of every LoRA the others' passes have too. 0: nothing, as in the paper. 1: as merging.",
-        step=0.05,
+        "weights", 6, folded=True, step=0.05,
     )  # fmt: skip
     pool_size: int = knob(
-        "int", 6, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last word counts.",
-        minimum=1, maximum=100,
+        "int", 6, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last prediction counts.",
+        "pool", 7, folded=True, minimum=1, maximum=100,
     )  # fmt: skip
     pool_interval: int = knob(
-        "int", 20, "Pool interval", "A pool's LoRAs are all run on the first step and then every so many.", minimum=1, maximum=1000,
+        "int", 20, "Pool interval", "A pool's LoRAs are all run on the first step and then every so many.",
+        "pool", 7, folded=True, minimum=1, maximum=1000,
     )  # fmt: skip
     start: float = knob(
-        "float",
-        0.0,
-        "Active from",
-        "Part of the steps after which composing begins; before it the LoRAs are merged.",
-        step=0.05,
-    )
+        "float", 0.0, "Active from", "Part of the steps after which composing begins; before it the LoRAs are merged.",
+        "steps", 4, step=0.05,
+    )  # fmt: skip
     end: float = knob(
-        "float",
-        1.0,
-        "Active to",
-        "Part of the steps after which composing ends; after it the LoRAs are merged.",
-        step=0.05,
-    )
+        "float", 1.0, "Active to", "Part of the steps after which composing ends; after it the LoRAs are merged.",
+        "steps", 4, step=0.05,
+    )  # fmt: skip
     weight_maps: bool = knob(
-        "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used."
-    )
+        "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used.",
+        "shown", 3,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for each in KNOBS:
@@ -197,13 +230,19 @@ class Settings:
 
 
 def _knob_of(name: str, metadata: Mapping[str, Any]) -> Knob:
-    kind, default, label, help_text, limits = metadata["knob"]
+    kind, default, label, help_text, group, row, more = metadata["knob"]
     if kind == "float":
-        limits = {"step": 0.01, **limits}
-    return Knob(name=name, kind=cast(Kind, kind), default=default, label=label, help=help_text, **limits)
+        more = {"step": 0.01, **more}
+    return Knob(name, cast(Kind, kind), default, label, help_text, group, row, **more)
 
 
 KNOBS: tuple[Knob, ...] = tuple(_knob_of(each.name, each.metadata) for each in fields(Settings))
-"""All knobs, in the order in which they are shown."""
+"""All knobs, in the order of the API's positional arguments."""
 
 KNOB_BY_NAME: dict[str, Knob] = {each.name: each for each in KNOBS}
+
+
+def panel_rows(folded: bool) -> list[list[Knob]]:
+    """The knobs of the panel row by row, but for the tick box: those in sight, or those in the fold."""
+    shown = [each for each in KNOBS if each.row and each.folded is folded]
+    return [[each for each in shown if each.row == row] for row in sorted({each.row for each in shown})]

@@ -15,7 +15,8 @@ if ROOT not in sys.path:
     sys.path.append(ROOT)
 
 from loratorio.hosts import webui_host  # noqa: E402
-from loratorio.hosts.base import Job, refuse  # noqa: E402
+from loratorio.hosts.shared.host import refuse  # noqa: E402
+from loratorio.job import Job  # noqa: E402
 from loratorio.webui import api, infotext, options, panel, pools, xyz  # noqa: E402
 
 options.register()
@@ -55,7 +56,6 @@ class LoratorioScript(scripts.Script):
         with stopping(p):
             if job_of(p):
                 pools.restore(job_of(p))
-                webui_host().process_batch(job_of(p))
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         with stopping(p):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
-from loratorio.compose.methods import Branch, Cast, Mix
+from loratorio.compose.mixes import Branch, Mix, Participants
 from loratorio.engine import Engine, Predict, Row, Step, is_out_of_memory
 from loratorio.errors import LoratorioError
 from loratorio.settings import Settings
@@ -200,7 +200,7 @@ def test_outside_of_its_part_of_the_steps_the_loras_are_merged() -> None:
 def test_loras_that_always_act_are_in_every_row() -> None:
     calls: list[list[Row]] = []
     latents = torch.randn(1, 4, 4, 4)
-    Engine(Settings(), loras(3), Cast.of(3, always=[1])).step(step_of(latents), fake(latents, calls))
+    Engine(Settings(), loras(3), Participants.of(3, always=[1])).step(step_of(latents), fake(latents, calls))
     assert {row.mix for row in calls[0]} == {(0.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.0, 1.0, 1.0)}
 
 

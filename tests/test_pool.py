@@ -9,7 +9,7 @@ import pytest
 
 from loratorio.errors import LoratorioError
 from loratorio.pool import expanded, load_candidates, pool_files
-from loratorio.roles import Player, cast_of
+from loratorio.roles import TaggedLora, participants_of
 
 
 @pytest.fixture
@@ -113,5 +113,7 @@ def test_a_pool_tag_becomes_lora_tags_for_hosts_that_know_only_those(folder: Pat
 
 
 def test_a_tag_says_that_its_lora_is_a_candidate() -> None:
-    cast = cast_of([Player("cat"), Player("red", {"pool": "1"}), Player("tall", {"pool": "0"})])
-    assert cast.pooled == (False, True, False)
+    participants = participants_of(
+        [TaggedLora("cat"), TaggedLora("red", {"pool": "1"}), TaggedLora("tall", {"pool": "0"})]
+    )
+    assert participants.pooled == (False, True, False)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from loratorio import cli
-from loratorio.knob_table import with_table
+from lab.knob_table import with_table
+from loratorio.standalone import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_knobs_is_current() -> None:
-    assert with_table(README) == README, "run: python -m loratorio.knob_table"
+    assert with_table(README) == README, "run: loratorio-lab knob-table"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/ARCHITECTURE.md"])

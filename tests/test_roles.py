@@ -1,4 +1,4 @@
-"""Roles: what a tag says, what a file looks like, and the cast that comes of it."""
+"""Roles: what a tag says, what a file looks like, and the participants that come of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.engine import Engine, Step
 from loratorio.errors import LoratorioError
-from loratorio.roles import Player, cast_of, looks_like_speed_lora, parts_of, recognised_note
+from loratorio.roles import (
+    TaggedLora,
+    assigned_roles,
+    looks_like_speed_lora,
+    participants_of,
+    recognised_note,
+)
 from loratorio.settings import Settings
 
 
@@ -55,12 +61,12 @@ def test_speed_loras_are_known_by_metadata() -> None:
 
 
 def test_the_tag_has_the_last_word() -> None:
-    parts = parts_of(
+    parts = assigned_roles(
         [
-            Player("lcm-lora"),
-            Player("lcm-dog", {"role": "content"}),
-            Player("ink", {"role": " Style "}),
-            Player("cat", {"role": "always"}),
+            TaggedLora("lcm-lora"),
+            TaggedLora("lcm-dog", {"role": "content"}),
+            TaggedLora("ink", {"role": " Style "}),
+            TaggedLora("cat", {"role": "always"}),
         ]
     )
     assert [part.role for part in parts] == ["always", "content", "style", "always"]
@@ -73,28 +79,28 @@ def test_the_tag_has_the_last_word() -> None:
 
 def test_an_unknown_role_is_a_sentence() -> None:
     with pytest.raises(LoratorioError, match=r"role of LoRA ink .* did you mean style"):
-        parts_of([Player("ink", {"role": "styl"})])
+        assigned_roles([TaggedLora("ink", {"role": "styl"})])
 
 
 def test_cast() -> None:
-    players = [
-        Player("lcm-lora"),
-        Player("robot"),
-        Player("ink", {"role": "style"}),
-        Player("hat", pooled=True),
+    loras = [
+        TaggedLora("lcm-lora"),
+        TaggedLora("robot"),
+        TaggedLora("ink", {"role": "style"}),
+        TaggedLora("hat", pooled=True),
     ]
-    cast = cast_of(players)
-    assert cast.base == (1.0, 0.0, 0.0, 0.0)
-    assert cast.solos == ((1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, 1.0))
-    assert cast.styles == (False, True, False)
-    assert cast.pooled == (False, False, True)
-    assert cast.number_of_solo == (1, 2, 3)
-    assert cast.chosen == (1.0, 1.0, 1.0, 0.0)
+    participants = participants_of(loras)
+    assert participants.base == (1.0, 0.0, 0.0, 0.0)
+    assert participants.singles == ((1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, 1.0))
+    assert participants.styles == (False, True, False)
+    assert participants.pooled == (False, False, True)
+    assert participants.numbers == (1, 2, 3)
+    assert participants.named == (1.0, 1.0, 1.0, 0.0)
 
 
 def test_speed_loras_alone_are_simply_merged() -> None:
     loras = Bank([Adapter("lcm-lora", {})])
-    engine = Engine(Settings(), loras, cast_of([Player("lcm-lora")]))
+    engine = Engine(Settings(), loras, participants_of([TaggedLora("lcm-lora")]))
     assert [branch.mix for branch in engine.branches(0, 4, True)] == [(1.0,), (1.0,)]
     result = engine.step(Step(0, 4, torch.zeros(1, 4, 2, 2), 1), lambda rows: torch.ones(len(rows), 4, 2, 2))
     assert bool((result.cond == 1).all())

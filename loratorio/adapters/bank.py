@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import LoratorioError
 from .apply import add_dense, add_low_rank
 from .delta import Adapter, Fitted, fit_all
-from .stacks import Mix, Stacks
+from .stacks import Coefficients, Stacks
 
 
 class Change(NamedTuple):
@@ -34,7 +34,7 @@ class Change(NamedTuple):
 class _Segment:
     """Rows `start` to `stop` of a batch, all under one mix."""
 
-    mix: Mix
+    mix: Coefficients
     start: int
     stop: int
 
@@ -52,6 +52,22 @@ _Plan = dict[tuple[str, torch.device, torch.dtype], list[_Job]]
 """The jobs of every layer for one way to route rows."""
 
 
+@dataclass(frozen=True)
+class _Routing:
+    """How the rows of the next model calls are routed.
+
+    Attributes:
+        mixes: one for each row. segments: of the rows that any LoRA acts on.
+        by_layer: the mix that takes the place of every segment's in a layer.
+        plan: the jobs that were worked out for this routing.
+    """
+
+    mixes: tuple[Coefficients, ...] = ()
+    segments: tuple[_Segment, ...] = ()
+    by_layer: Mapping[str, Coefficients] = field(default_factory=dict)
+    plan: _Plan = field(default_factory=dict)
+
+
 class Bank:
     """Row routing for a fixed list of LoRAs.
 
@@ -66,10 +82,8 @@ class Bank:
         # A step that is cut into single rows needs each LoRA's own, one that is run whole a stack of them all.
         self.plan_limit = 2 * len(self.adapters) + 4
         self._plans: dict[tuple[_Segment, ...], _Plan] = {}
+        self._routing = _Routing()
         self._use({})
-        self._plan: _Plan = {}
-        self._segments: tuple[_Segment, ...] = ()
-        self._row_count = 0
 
     @contextmanager
     def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -89,21 +103,36 @@ class Bank:
             yield
 
     @contextmanager
-    def routed(self, mixes: Sequence[Mix]) -> Iterator[None]:
-        """While this lasts, row i of every model call gets `mixes[i]`.
+    def routed(
+        self, mixes: Sequence[Coefficients], by_layer: Mapping[str, Coefficients] | None = None
+    ) -> Iterator[None]:
+        """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
         A model that folds more into its batch dimension (frames, crops) gives every row the same number of entries.
-        Raises ValueError for a mix that has not one coefficient per adapter.
+
+        Args:
+            by_layer: by a layer's name, the mix that every row with any LoRA gets there instead.
+
+        Raises:
+            ValueError: a mix has not one coefficient per adapter.
         """
         if any(len(mix) != len(self.adapters) for mix in mixes):
             raise ValueError(f"every mix must have {len(self.adapters)} coefficients, one per LoRA")
-        before = self._segments, self._row_count, self._plan
-        self._segments, self._row_count = tuple(_segments(mixes)), len(mixes)
-        self._plan = self._plan_for(self._segments)
+        before, segments = self._routing, tuple(_segments(mixes))
+        # What differs between layers is another at each step: not worth keeping.
+        plan: _Plan = {} if by_layer else self._plan_for(segments)
+        self._routing = _Routing(tuple(mixes), segments, by_layer or {}, plan)
         try:
             yield
         finally:
-            self._segments, self._row_count, self._plan = before
+            self._routing = before
+
+    @contextmanager
+    def routed_part(self, numbers: Sequence[int]) -> Iterator[None]:
+        """While this lasts, model calls have only those of the routed rows that have these numbers, in this order."""
+        routing = self._routing
+        with self.routed([routing.mixes[number] for number in numbers], routing.by_layer):
+            yield
 
     def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
         """Layer by layer, what each LoRA (by number) adds to the layer's weight. Nothing while the bank is not attached."""
@@ -115,8 +144,6 @@ class Bank:
             yield name, {number: change for number, change in made.items() if change is not None}
 
     def _plan_for(self, segments: tuple[_Segment, ...]) -> _Plan:
-        if any(hasattr(segment.mix, "at") for segment in segments):
-            return {}  # equal to a plain mix, and another one in each step
         if segments not in self._plans and self._stacks.most >= self.plan_limit:
             # Start afresh before stacks that may never be used again fill the memory.
             self._plans.clear()
@@ -149,13 +176,14 @@ class Bank:
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         """The forward hook of every touched layer: each row's delta, added to the layer's output in place."""
-        if not self._segments:
+        if not self._routing.segments:
             return
         rows: Tensor = args[0] if args else next(iter(kwargs.values()))
-        per_row, rest = divmod(rows.shape[0], self._row_count)
+        count = len(self._routing.mixes)
+        per_row, rest = divmod(rows.shape[0], count)
         if rest:
             raise LoratorioError(
-                f"The layer {name} was given {rows.shape[0]} entries for {self._row_count} rows: this model, or another "
+                f"The layer {name} was given {rows.shape[0]} entries for {count} rows: this model, or another "
                 "extension, regroups the batch in a way that LoRAtorio cannot follow."
             )
         # Under autocast a layer's output is in the dtype that it computed in.
@@ -166,13 +194,15 @@ class Bank:
 
     def _jobs(self, name: str, like: Tensor) -> list[_Job]:
         key = (name, like.device, like.dtype)
-        if key not in self._plan:
-            self._plan[key] = list(self._planned(name, like))
-        return self._plan[key]
+        plan = self._routing.plan
+        if key not in plan:
+            plan[key] = list(self._planned(name, like))
+        return plan[key]
 
     def _planned(self, name: str, like: Tensor) -> Iterator[_Job]:
-        # A mix may differ between layers (a method that chooses one LoRA for each).
-        here = [_Segment(_at(segment.mix, name), segment.start, segment.stop) for segment in self._segments]
+        here = self._routing.segments
+        if name in self._routing.by_layer:
+            here = tuple(replace(segment, mix=self._routing.by_layer[name]) for segment in here)
         active = [segment for segment in here if self._stacks.touches(name, segment.mix)]
         for run in _adjacent_runs(active):
             stack = self._stacks.low_rank(name, tuple(segment.mix for segment in run), like)
@@ -183,12 +213,6 @@ class Bank:
             if change is not None:
                 add = partial(add_dense, delta=change[0], factor=change[1])
                 yield _Job(segment.start, segment.stop, add)
-
-
-def _at(mix: Mix, layer: str) -> Mix:
-    """The mix of one layer: a mix that is not the same everywhere says so by a method `at`."""
-    own: Mix = mix.at(layer) if hasattr(mix, "at") else mix
-    return own
 
 
 def _change(fitted: Fitted, strength: float) -> Change | None:
@@ -207,7 +231,7 @@ def _change(fitted: Fitted, strength: float) -> Change | None:
     )
 
 
-def _segments(mixes: Sequence[Mix]) -> Iterator[_Segment]:
+def _segments(mixes: Sequence[Coefficients]) -> Iterator[_Segment]:
     """Runs of rows with one mix; rows of the base alone (all zeros) need nothing and have no segment."""
     start = 0
     for mix, run in groupby(mixes):

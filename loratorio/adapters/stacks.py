@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .delta import Adapter, Dense, Fitted
 
-Mix = tuple[float, ...]
+Coefficients = tuple[float, ...]
+"""How much of each adapter acts on a row; the engine's mixes are of this kind."""
 FittedByLayer = Mapping[str, Mapping[int, Fitted]]
 """Per layer name, what each adapter (by number) that touches it does there."""
 
@@ -29,7 +30,7 @@ class Stacks:
     def __init__(self, adapters: Sequence[Adapter], fitted: FittedByLayer) -> None:
         self._strengths = [adapter.strength for adapter in adapters]
         self._fitted = fitted
-        self._low_rank: dict[_Key, dict[tuple[Mix, ...], Stack | None]] = {}
+        self._low_rank: dict[_Key, dict[tuple[Coefficients, ...], Stack | None]] = {}
         self._dense: dict[_Key, dict[tuple[tuple[int, float], ...], Dense]] = {}
 
     @property
@@ -44,13 +45,13 @@ class Stacks:
         self._low_rank.clear()
         self._dense.clear()
 
-    def touches(self, name: str, mix: Mix) -> bool:
+    def touches(self, name: str, mix: Coefficients) -> bool:
         """Whether this mix changes this layer at all."""
         return any(True for _ in self._active(name, mix))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def low_rank(self, name: str, mixes: tuple[Mix, ...], like: Tensor) -> Stack | None:
+    def low_rank(self, name: str, mixes: tuple[Coefficients, ...], like: Tensor) -> Stack | None:
         """The stack of these mixes in one layer; None where none of them has a low-rank change there."""
         known = self._low_rank.setdefault((name, like.device, like.dtype), {})
         for others, stack in known.items():
@@ -64,7 +65,7 @@ class Stacks:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def dense(self, name: str, mix: Mix, like: Tensor) -> tuple[Dense, float] | None:
+    def dense(self, name: str, mix: Coefficients, like: Tensor) -> tuple[Dense, float] | None:
         """A mix's dense change of one layer, and the factor that it still needs; None where it has none."""
         active = tuple((number, factor) for number, factor, own in self._active(name, mix) if own.dense)
         if not active:
@@ -78,13 +79,13 @@ class Stacks:
             known[active] = self._sum(name, active, like)
         return known[active], factor
 
-    def _active(self, name: str, mix: Mix) -> Iterator[tuple[int, float, Fitted]]:
+    def _active(self, name: str, mix: Coefficients) -> Iterator[tuple[int, float, Fitted]]:
         for number, fitted in self._fitted[name].items():
             factor = mix[number] * self._strengths[number]
             if factor:
                 yield number, factor, fitted
 
-    def _stack(self, name: str, mixes: tuple[Mix, ...], like: Tensor) -> Stack | None:
+    def _stack(self, name: str, mixes: tuple[Coefficients, ...], like: Tensor) -> Stack | None:
         factors = [self._factors(name, mix, like.device) for mix in mixes]
         present = [pair for pair in factors if pair is not None]
         if not present:
@@ -97,7 +98,7 @@ class Stacks:
                 down_stack[place, : len(pair[0])], up_stack[place, : len(pair[0])] = pair
         return down_stack, up_stack
 
-    def _factors(self, name: str, mix: Mix, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def _factors(self, name: str, mix: Coefficients, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """One mix's down (r, in, …) and up (r, out) in float32, the ranks of its LoRAs one after another."""
         downs, ups = [], []
         for _, factor, fitted in self._active(name, mix):
@@ -129,7 +130,7 @@ def _weighted_sum(parts: Sequence[tuple[Tensor | None, float]], like: Tensor) ->
     return total.to(like.dtype)
 
 
-def _position(part: tuple[Mix, ...], whole: tuple[Mix, ...]) -> int | None:
+def _position(part: tuple[Coefficients, ...], whole: tuple[Coefficients, ...]) -> int | None:
     """Where `part` stands in `whole`, in one piece."""
     starts = range(len(whole) - len(part) + 1)
     return next((start for start in starts if whole[start : start + len(part)] == part), None)

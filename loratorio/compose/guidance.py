@@ -5,8 +5,12 @@ Works on noise e and on denoised latents D alike: the weights sum to 1 over the 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from .lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def compose(adapters: Tensor, weights: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ Letters in shapes: N LoRAs, B images, C channels, H×W latent pixels, h×w patch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from .lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLENDS = ("patches", "smooth", "overlap")
 """How weights go over from patch to patch: at once, by interpolation between patch centres, or as the mean of overlapping patches."""
@@ -180,9 +182,9 @@ def _patch_sum(values: Tensor, patch_size: int, stride: int | None) -> Tensor:
     # A patch never reaches over more than the picture.
     rows, columns = min(patch_size, height), min(patch_size, width)
     if stride is not None:
-        return F.avg_pool2d(values.unsqueeze(1), (rows, columns), stride).squeeze(1)
+        return torch.nn.functional.avg_pool2d(values.unsqueeze(1), (rows, columns), stride).squeeze(1)
     # Zeros add nothing to a border patch's sums: it is made of the pixels that are there.
-    padded = F.pad(values, (0, -width % columns, 0, -height % rows))
+    padded = torch.nn.functional.pad(values, (0, -width % columns, 0, -height % rows))
     across = padded.shape[-1] // columns
     return padded.reshape(len(values), -1, rows, across, columns).sum(dim=(2, 4))
 
@@ -190,13 +192,17 @@ def _patch_sum(values: Tensor, patch_size: int, stride: int | None) -> Tensor:
 def _interpolated(weights: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """Weights between the patches' centres by linear interpolation: (N, B, h, w) to (N, B, height, width)."""
     size = (weights.shape[-2] * patch_size, weights.shape[-1] * patch_size)
-    return F.interpolate(weights, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+    return torch.nn.functional.interpolate(weights, size=size, mode="bilinear", align_corners=False)[
+        ..., :height, :width
+    ]
 
 
 def _mean_of_covering(weights: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """The mean, at every pixel, of the weights of all patches that lie over it: (N, B, h, w) to (N, B, height, width)."""
     side = (height - weights.shape[-2] + 1, width - weights.shape[-1] + 1)
     padding = (side[1] - 1, side[1] - 1, side[0] - 1, side[0] - 1)
-    summed = F.avg_pool2d(F.pad(weights, padding), side, 1)
-    covered = F.avg_pool2d(F.pad(torch.ones_like(weights[:1, :1]), padding), side, 1)
+    summed = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(weights, padding), side, 1)
+    covered = torch.nn.functional.avg_pool2d(
+        torch.nn.functional.pad(torch.ones_like(weights[:1, :1]), padding), side, 1
+    )
     return summed / covered

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 
 from ..errors import LoratorioError
-from .base import WebUIHost
+from .shared.host import WebUIHost
 
 # The first whose landmark (a top-level module that only this WebUI has) can be found is the host.
 _LANDMARKS = (("modules_forge", "forge"), ("modules", "a1111"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratorio.toybox.world import ELEMENTS, Element
+from .elements import ELEMENTS, Element
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "model" / "toybox.safetensors"

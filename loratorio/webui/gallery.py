@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ..hosts.base import ComposedPass, Job
+    from ..job import Job, PassRecord
 
 
 def add_maps(job: Job, processed: Any) -> None:
@@ -34,9 +34,9 @@ def add_maps(job: Job, processed: Any) -> None:
             _save(job.p, each, infotext)
 
 
-def _pictures(job: Job, processed: Any) -> Iterator[tuple[Image.Image, str, ComposedPass, int]]:
+def _pictures(job: Job, processed: Any) -> Iterator[tuple[Image.Image, str, PassRecord, int]]:
     """Each picture with its infotext, the last pass that was composed for it, and its number in its batch."""
-    last: dict[int, ComposedPass] = {}
+    last: dict[int, PassRecord] = {}
     for done in job.passes:
         if done.history.steps:
             last[done.batch] = done
@@ -51,7 +51,7 @@ def _pictures(job: Job, processed: Any) -> Iterator[tuple[Image.Image, str, Comp
                 yield processed.images[first + number * stride], texts[number], done, row
 
 
-def _draw(p: Any, picture: Image.Image, done: ComposedPass, row: int) -> list[Image.Image]:
+def _draw(p: Any, picture: Image.Image, done: PassRecord, row: int) -> list[Image.Image]:
     """The maps of one picture; of its inpainted part alone where only that was sampled."""
     region = getattr(p, "paste_to", None)
     if region is not None:

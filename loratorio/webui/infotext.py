@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
+from ..infotext import HIRES_LORAS_KEY, LORAS_KEY, params
 from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
 if TYPE_CHECKING:
-    from ..hosts.base import ComposedPass
-
-LORAS_KEY = "LoRAtorio LoRAs"
-HIRES_LORAS_KEY = "LoRAtorio hires LoRAs"
+    from ..job import PassRecord
 
 Params = Mapping[str, Any]
 """An infotext as the WebUI parsed it: field names and values, all text."""
-
-
-def params(
-    settings: Settings,
-    loras: Iterable[tuple[str, float]],
-    hires_loras: Iterable[tuple[str, float]] = (),
-) -> dict[str, str]:
-    """The fields for `p.extra_generation_params`: every knob, and the LoRAs that were composed with their strengths.
-
-    Nothing when the box is unticked. The WebUI quotes the values itself where they need it; its rule mistakes a value
-    that starts with a quotation mark, but quotes any that has a colon, and so every list of LoRAs is safe, whatever a
-    LoRA is called.
-    """
-    if not settings.enabled:
-        return {}
-    fields = {knob.infotext_key: text(knob, getattr(settings, knob.name)) for knob in KNOBS}
-    for key, composed in ((LORAS_KEY, list(loras)), (HIRES_LORAS_KEY, list(hires_loras))):
-        if composed:
-            fields[key] = ", ".join(f"{name}:{number(strength)}" for name, strength in composed)
-    return fields
 
 
 def begin(fields: dict[str, Any], settings: Settings) -> None:
@@ -49,7 +27,7 @@ def begin(fields: dict[str, Any], settings: Settings) -> None:
     fields.update(params(settings, ()))
 
 
-def finish(fields: dict[str, Any], settings: Settings, passes: Sequence[ComposedPass]) -> None:
+def finish(fields: dict[str, Any], settings: Settings, passes: Sequence[PassRecord]) -> None:
     """Add what was composed in the last batch: in its first pass and, if that had other LoRAs, in its hires pass."""
     last: dict[bool, list[tuple[str, float]]] = {False: [], True: []}
     for each in passes:
@@ -59,19 +37,6 @@ def finish(fields: dict[str, Any], settings: Settings, passes: Sequence[Composed
     for key in (LORAS_KEY, HIRES_LORAS_KEY):
         fields.pop(key, None)
     fields.update(params(settings, last[False], last[True] if last[True] != last[False] else ()))
-
-
-def text(knob: Knob, value: Any) -> str:
-    """A knob's value as the infotext shows it; `knob.check` reads it back exactly."""
-    if knob.kind == "choice":
-        return dict(knob.choices)[value]
-    return str(value) if knob.kind == "bool" else number(value)
-
-
-def number(value: float) -> str:
-    """The shortest text that is read back as exactly this number."""
-    value = float(value)
-    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def value_from(knob: Knob, params: Params) -> Any:

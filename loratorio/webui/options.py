@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import LoratorioError
 from ..settings import KNOBS, Knob, Settings
+from .components import component, shown
 
 SECTION = ("loratorio", "LoRAtorio")
 
@@ -40,29 +41,16 @@ def register() -> None:
     Without a callback: to register one, the WebUI inspects the whole call stack, which takes longer than all else that
     is done at start-up.
     """
+    import gradio as gr
     from modules import shared
 
     for knob in _offered():
-        info = shared.OptionInfo(_shown(knob), knob.label, *_component(knob), section=SECTION)
+        name, values = component(knob)
+        default = shown(knob, knob.default)
+        info = shared.OptionInfo(default, knob.label, getattr(gr, name), values or None, section=SECTION)
         shared.opts.add_option(option_name(knob), info.info(knob.help).needs_reload_ui())
 
 
 def _offered() -> tuple[Knob, ...]:
     """Not the tick box: with it on by default, API calls that never heard of this extension would be composed."""
     return tuple(knob for knob in KNOBS if knob.name != "enabled")
-
-
-def _shown(knob: Knob) -> Any:
-    return dict(knob.choices)[str(knob.default)] if knob.kind == "choice" else knob.default
-
-
-def _component(knob: Knob) -> tuple[Any, Any]:
-    """The component of the settings page and its arguments."""
-    import gradio as gr
-
-    if knob.kind == "bool":
-        return gr.Checkbox, None
-    if knob.kind == "choice":
-        return gr.Dropdown, {"choices": [label for _, label in knob.choices]}
-    limits = {"minimum": knob.minimum, "maximum": knob.maximum, "step": knob.step}
-    return (gr.Number if (knob.maximum - knob.minimum) / knob.step > 1000 else gr.Slider), limits

@@ -11,14 +11,12 @@ from typing import Any
 import gradio as gr
 
 from ..roles import looks_like_speed_lora
-from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings, panel_rows
 from . import gradio_compat as compat
 from . import options
+from .components import component, shown
 
 TITLE = "LoRAtorio"
-
-ROWS = (("method", "temperature"), ("patch_size", "top_k"), ("recentre", "weight_maps"), ("start", "end"))
-"""Knobs that stand side by side. The ones that are not named here are folded away below them."""
 
 NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
 """What the line says before javascript/loratorio.js has read the prompt; the same sentence is there."""
@@ -36,23 +34,15 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
     components: dict[str, Any] = {"enabled": box}
     with inside:
         gr.HTML(_line(tab), elem_id=f"loratorio_{tab}_line")
-        for row in ROWS:
-            components |= _row([KNOB_BY_NAME[name] for name in row], settings, tab)
-        rest = further()
-        if rest:
-            with gr.Accordion("More", open=False, elem_id=f"loratorio_{tab}_more"):
-                for i in range(0, len(rest), 2):
-                    components |= _row(rest[i : i + 2], settings, tab)
-    for component in components.values():
+        for row in panel_rows(folded=False):
+            components |= _row(row, settings, tab)
+        with gr.Accordion("More", open=False, elem_id=f"loratorio_{tab}_more"):
+            for row in panel_rows(folded=True):
+                components |= _row(row, settings, tab)
+    for each in components.values():
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
-        component.do_not_save_to_config = True
+        each.do_not_save_to_config = True
     return [components[knob.name] for knob in KNOBS]
-
-
-def further() -> list[Knob]:
-    """The knobs that most pictures do without."""
-    named = {"enabled", *(name for row in ROWS for name in row)}
-    return [knob for knob in KNOBS if knob.name not in named]
 
 
 def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
@@ -87,13 +77,5 @@ def _component(knob: Knob, value: Any, tab: str) -> Any:
         "interactive": True,
         **compat.tooltip(knob.help),
     }
-    if knob.kind == "bool":
-        return gr.Checkbox(value, **shared)
-    if knob.kind == "choice":
-        labels = dict(knob.choices)
-        return gr.Dropdown(list(labels.values()), value=labels[value], **shared)
-    limits = {"minimum": knob.minimum, "maximum": knob.maximum, "step": knob.step}
-    if (knob.maximum - knob.minimum) / knob.step > 1000:
-        # Too fine for a slider: a pixel of it would be many steps.
-        return gr.Number(value, **limits, **shared)
-    return gr.Slider(value=value, **limits, **shared)
+    name, values = component(knob)
+    return getattr(gr, name)(value=shown(knob, value), **values, **shared)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..pool import expanded
 
 if TYPE_CHECKING:
-    from ..hosts.base import Job
+    from ..job import Job
 
 
 def expand(job: Job, prompts: list[str]) -> None:
@@ -29,12 +29,12 @@ def expand(job: Job, prompts: list[str]) -> None:
     if hires:
         own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size)
         # These are no copies, and so have to be put back.
-        job.scratch["hires prompts"] = hires
+        job.hires_prompts = hires
         p.all_hr_prompts = list(hires)
         p.all_hr_prompts[own] = [expanded(prompt, folder) for prompt in hires[own]]
 
 
 def restore(job: Job) -> None:
     """Once the WebUI has read the batch's prompts: the job's prompts for the infotext are as the user wrote them."""
-    if "hires prompts" in job.scratch:
-        job.p.all_hr_prompts = job.scratch.pop("hires prompts")
+    if job.hires_prompts is not None:
+        job.p.all_hr_prompts, job.hires_prompts = job.hires_prompts, None

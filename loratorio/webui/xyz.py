@@ -8,9 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LoratorioError
-from ..hosts.base import answerable
+from ..infotext import number
 from ..settings import KNOBS, Knob
-from .infotext import number
 
 PREFIX = "[LoRAtorio] "
 _FIELD = "loratorio_xyz"
@@ -76,8 +75,7 @@ def _confirm(knob: Knob) -> Callable[[Any, Sequence[Any]], None]:
             try:
                 knob.check(value)
             except LoratorioError as problem:
-                sentence = LoratorioError(f"X/Y/Z plot, {PREFIX}{knob.label}: {problem}")
-                raise answerable(sentence) from problem
+                raise LoratorioError(f"X/Y/Z plot, {PREFIX}{knob.label}: {problem}") from problem
 
     return confirm
 

@@ -17,7 +17,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, Dense, LowRank
-from loratorio.compose.methods import METHODS, Cast
+from loratorio.compose.methods import METHODS
+from loratorio.compose.mixes import Participants
 from loratorio.engine import Engine, Row, Step
 from loratorio.settings import Settings
 
@@ -30,13 +31,13 @@ KNOBS: tuple[dict[str, Any], ...] = (
     {"blend": "overlap", "recentre": 1.0, "start": 0.3, "end": 0.9},
     {"recentre": 0.0, "patch_size": 1},
 )
-CASTS = {
-    "contents": Cast.of(3),
-    "a style": Cast.of(3, styles=[1]),
-    "styles": Cast.of(3, styles=[0, 1, 2]),
-    "always": Cast.of(3, always=[2]),
-    "importance": Cast.of(3, importance={0: 2.0}),
-    "a pool": Cast.of(3, pooled=[0, 1, 2]),
+PARTICIPANTS = {
+    "contents": Participants.of(3),
+    "a style": Participants.of(3, styles=[1]),
+    "styles": Participants.of(3, styles=[0, 1, 2]),
+    "always": Participants.of(3, always=[2]),
+    "importance": Participants.of(3, importance={0: 2.0}),
+    "a pool": Participants.of(3, pooled=[0, 1, 2]),
 }
 
 
@@ -76,7 +77,9 @@ def adapter(name: str) -> Adapter:
     )
 
 
-def compose(model: Model, settings: Settings, cast: Cast, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def compose(
+    model: Model, settings: Settings, participants: Participants, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Four steps of two pictures."""
 
     def predict(rows: list[Row]) -> Tensor:
@@ -85,7 +88,7 @@ def compose(model: Model, settings: Settings, cast: Cast, shape: tuple[int, ...]
         return each.unflatten(0, (len(rows), frames)).movedim(1, 2) if frames > 1 else each
 
     bank = Bank([adapter(name) for name in "abc"])
-    engine = Engine(settings, bank, cast)
+    engine = Engine(settings, bank, participants)
     with bank.attached(model.layers()), torch.inference_mode():
         for index in range(4):
             latents = torch.randn(2, *shape, device=DEVICE, dtype=dtype)
@@ -115,16 +118,18 @@ def main() -> None:
             raise AssertionError("fake tensors of two devices were added")
         dtype = torch.float16
         model = Model(dtype)
-        for method, knobs, cast in itertools.product(METHODS, KNOBS, CASTS):
+        for method, knobs, participants in itertools.product(METHODS, KNOBS, PARTICIPANTS):
             # What only LoRAtorio reads need not be tried with the others.
-            if method != "loratorio" and (knobs is not KNOBS[1] or cast not in ("contents", "importance")):
+            if method != "loratorio" and (
+                knobs is not KNOBS[1] or participants not in ("contents", "importance")
+            ):
                 continue
             for kind, shape in LATENTS.items() if knobs is KNOBS[0] else [("pictures", LATENTS["pictures"])]:
                 try:
                     settings = Settings(enabled=True, method=method, **knobs)
-                    compose(model, settings, CASTS[cast], shape, dtype)
+                    compose(model, settings, PARTICIPANTS[participants], shape, dtype)
                 except Exception as problem:
-                    raise AssertionError(f"{method}, {knobs}, {cast}, {kind}") from problem
+                    raise AssertionError(f"{method}, {knobs}, {participants}, {kind}") from problem
                 count += 1
     print(f"{count} compositions")
 

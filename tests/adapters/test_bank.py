@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, Dense, LowRank
-from loratorio.adapters.stacks import Mix
-from loratorio.compose.methods import LayeredMix
+from loratorio.compose.mixes import Mix
 from loratorio.errors import LoratorioError
 
 from .layers import KINDS, LAYERS, deltas_for, low_rank, merged, relative_error, rows_for
@@ -176,7 +175,7 @@ def test_a_mix_that_differs_between_layers_and_steps() -> None:
     both = (1.0, 1.0)
     with torch.no_grad(), bank.attached(dict(model.items())):
         for chosen in ({"one": (1.0, 0.0)}, {"one": (0.0, 1.0), "two": (0.0, 0.0)}, {}):
-            with bank.routed([LayeredMix.of(both, chosen)] * 2):
+            with bank.routed([both] * 2, chosen):
                 for name, layer in model.items():
                     expected = merged(layer, adapters, chosen.get(name, both), name)(rows.double())
                     assert relative_error(layer(rows), expected) < 1e-5

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.importance import importance, without_words
-from loratorio.compose.methods import METHODS, Cast, Composition, LayeredMix, Mix
-from loratorio.compose.methods.base import STYLE_SHARE as STYLE
+from loratorio.compose.methods import METHODS, Composition, StepContext
 from loratorio.compose.methods.cmlora import dominance, refresh_steps
 from loratorio.compose.methods.frequency import join_bands, split_bands
 from loratorio.compose.methods.klora import scores
+from loratorio.compose.mixes import STYLE_SHARE as STYLE
+from loratorio.compose.mixes import Mix, Participants
 from loratorio.engine import Engine, Row, Step
 from loratorio.settings import Settings
 
@@ -153,10 +154,12 @@ def test_frequency_gives_each_band_to_the_lora_that_acts_there() -> None:
 
 
 def test_w_composite_weighs_by_importance() -> None:
-    cast = Cast.of(3, importance={0: 2.0, 1: 0.0, 2: 2.0})
+    participants = Participants.of(3, importance={0: 2.0, 1: 0.0, 2: 2.0})
     model = FakeModel()
-    result = run(Engine(Settings(method="w_composite"), bank(3), cast), model)
-    wanted = (model.opinion(cast.solos[0], True, 0) + model.opinion(cast.solos[2], True, 0)) / 2
+    result = run(Engine(Settings(method="w_composite"), bank(3), participants), model)
+    wanted = (
+        model.opinion(participants.singles[0], True, 0) + model.opinion(participants.singles[2], True, 0)
+    ) / 2
     torch.testing.assert_close(result.cond[0], wanted)
 
 
@@ -223,8 +226,7 @@ def test_klora_takes_from_every_layer_the_lora_that_is_stronger_there() -> None:
         engine = Engine(Settings(method="klora"), loras)
         branches = engine.branches(10, 20, True)
         assert len(branches) == 2
-        with loras.routed([branches[0].mix] * 2):
-            composed = model(rows)
+        composed = engine.step(Step(0, 20, rows, 0, denoised=False), lambda asked: model(rows)).cond
     first, second = (
         layer.weight + delta.dense() * strength
         for layer, delta, strength in (
@@ -242,28 +244,28 @@ def test_klora_turns_to_the_style_as_time_goes_on() -> None:
     same = {name: [low_rank(1.0, 7)] for name in ("first", "second")}
     loras = Bank([Adapter("content", same), Adapter("style", same)])
     with loras.attached(layers(model)):
-        engine = Engine(Settings(method="klora"), loras)
-        chosen = []
-        for index in (0, 6, 8, 19):
-            mix = engine.branches(index, 20, False)[0].mix
-            assert isinstance(mix, LayeredMix)
-            chosen.append(mix.at("first").index(1.0))
+        content_first = Participants.of(2)
+        chosen = [klora_mixes(loras, content_first, index)["first"].index(1.0) for index in (0, 6, 8, 19)]
         assert chosen == [0, 0, 1, 1]
-        swapped = Engine(Settings(method="klora"), loras, Cast.of(2, styles=[0]))
-        mix = swapped.branches(0, 20, False)[0].mix
-        assert isinstance(mix, LayeredMix)
-        assert mix.at("first").index(1.0) == 1
+        assert klora_mixes(loras, Participants.of(2, styles=[0]), 0)["first"].index(1.0) == 1
 
 
 def test_klora_keeps_the_loras_that_always_act() -> None:
     model, loras = two_loras()
     loras = Bank([*loras.adapters, Adapter("lcm", {"first": [low_rank(3.0, 9)]})])
+    participants = Participants.of(3, always=[2])
     with loras.attached(layers(model)):
-        mix = Engine(Settings(method="klora"), loras, Cast.of(3, always=[2])).branches(0, 20, False)[0].mix
-        assert isinstance(mix, LayeredMix)
-        assert mix.at("first") == (1.0, 0.0, 1.0)
-        assert mix == (1.0, 1.0, 1.0)
-        assert mix.at("not touched") == (1.0, 1.0, 1.0)
+        mixes = klora_mixes(loras, participants, 0)
+        assert mixes["first"] == (1.0, 0.0, 1.0)
+        assert "not touched" not in mixes
+        (branch,) = Engine(Settings(method="klora"), loras, participants).branches(0, 20, False)
+        assert branch.mix == (1.0, 1.0, 1.0)
+
+
+def klora_mixes(loras: Bank, participants: Participants, index: int) -> Mapping[str, Mix]:
+    """By layer, the mix of K-LoRA's step `index` of 20."""
+    method = METHODS["klora"].begin(participants, loras)
+    return method.layer_mixes(StepContext(participants, {}, index, 20, has_uncond=False))
 
 
 def test_klora_scores_do_not_depend_on_a_loras_overall_size() -> None:
@@ -284,16 +286,16 @@ def test_klora_scores_do_not_depend_on_a_loras_overall_size() -> None:
 def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
     """With a style, it is LoRAtorio of the others on a model that has the style, but for the unconditional anchor."""
     model = FakeModel()
-    engine = Engine(Settings(recentre=0), bank(3), Cast.of(3, styles=[1]))
+    engine = Engine(Settings(recentre=0), bank(3), Participants.of(3, styles=[1]))
     styled = run(engine, model)
     asked = {(row.mix, row.cond) for call in model.asked for row in call}
     contents = {(1.0, STYLE, 0.0), (0.0, STYLE, 1.0)}
     assert asked == {(mix, cond) for mix in contents for cond in (True, False)} | {((0.0, STYLE, 0.0), True)}
-    always = Cast.of(3, always=[1])
-    scaled = Cast(
+    always = Participants.of(3, always=[1])
+    scaled = Participants(
         *(
             tuple(tuple(STYLE if i == 1 else own for i, own in enumerate(mix)) for mix in mixes)
-            for mixes in ((always.base,), always.solos, (always.merged,))
+            for mixes in ((always.base,), always.singles, (always.merged,))
         )
     )
     plain = run(Engine(Settings(recentre=0), bank(3), replace(scaled, base=scaled.base[0])), model)
@@ -306,7 +308,7 @@ def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
 
 def test_the_unconditional_anchor_is_the_base_without_styles() -> None:
     model = FakeModel()
-    result = run(Engine(Settings(recentre=1), bank(3), Cast.of(3, styles=[1])), model)
+    result = run(Engine(Settings(recentre=1), bank(3), Participants.of(3, styles=[1])), model)
     assert result.uncond is not None
     base = torch.stack([model.opinion((0.0,) * 3, False, slot) for slot in range(2)])
     torch.testing.assert_close(result.uncond, base)
@@ -314,7 +316,7 @@ def test_the_unconditional_anchor_is_the_base_without_styles() -> None:
 
 def test_styles_alone_make_one_mix() -> None:
     model = FakeModel()
-    result = run(Engine(Settings(), bank(2), Cast.of(2, styles=[0, 1])), model)
+    result = run(Engine(Settings(), bank(2), Participants.of(2, styles=[0, 1])), model)
     mixes = {row.mix for call in model.asked for row in call}
     assert mixes == {(1.0, 1.0), (0.0, 0.0)}
     assert result.weights is not None
@@ -326,16 +328,16 @@ def test_styles_alone_make_one_mix() -> None:
 def test_a_shared_part_of_the_others_is_in_every_row_but_the_anchors(always: tuple[int, ...]) -> None:
     """It is LoRAtorio on a model that has that part of all LoRAs, but for the unconditional anchor."""
     model, count = FakeModel(), 3 + len(always)
-    cast = Cast.of(count, always=always)
+    participants = Participants.of(count, always=always)
 
     class Sharing(FakeModel):
         def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
-            if mix == cast.base and not cond:
+            if mix == participants.base and not cond:
                 return super().opinion(mix, cond, slot)
             return super().opinion(tuple(max(part, 0.25) for part in mix), cond, slot)
 
-    shared = run(Engine(Settings(share=0.25), bank(count), cast), model)
-    plain = run(Engine(Settings(), bank(count), cast), Sharing())
+    shared = run(Engine(Settings(share=0.25), bank(count), participants), model)
+    plain = run(Engine(Settings(), bank(count), participants), Sharing())
     torch.testing.assert_close(shared.cond, plain.cond)
     torch.testing.assert_close(shared.uncond, plain.uncond)
     torch.testing.assert_close(shared.weights, plain.weights)
@@ -357,7 +359,7 @@ def test_one_lora_has_nothing_to_share_and_candidates_share_nothing() -> None:
     run(Engine(Settings(share=0.5), bank(1)), one)
     assert {row.mix for row in one.asked[0]} == {(0.0,), (1.0,)}
     pool = FakeModel()
-    run(Engine(Settings(share=0.5, pool_interval=1), bank(4), Cast.of(4, pooled=[2, 3])), pool)
+    run(Engine(Settings(share=0.5, pool_interval=1), bank(4), Participants.of(4, pooled=[2, 3])), pool)
     conditional = {row.mix for call in pool.asked for row in call if row.cond}
     assert conditional == {
         (0.5, 0.5, 0.0, 0.0),
@@ -366,25 +368,25 @@ def test_one_lora_has_nothing_to_share_and_candidates_share_nothing() -> None:
         (0.5, 0.5, 1.0, 0.0),
         (0.5, 0.5, 0.0, 1.0),
     }
-    styled = Cast.of(3, styles=[0]).carrying(0.25)
-    assert styled.solos == ((STYLE, 1.0, 0.25), (STYLE, 0.25, 1.0))
+    styled = Participants.of(3, styles=[0]).with_shared_parts(0.25)
+    assert styled.singles == ((STYLE, 1.0, 0.25), (STYLE, 0.25, 1.0))
     assert styled.compared == (STYLE, 0.25, 0.25)
     assert styled.base == (0.0, 0.0, 0.0)
 
 
 def test_a_pool_runs_only_those_whose_word_matters() -> None:
     model = FakeModel()
-    cast = Cast.of(12, pooled=range(1, 12))
+    participants = Participants.of(12, pooled=range(1, 12))
     knobs = Settings(pool_size=3, pool_interval=5, temperature=10)
-    engine = Engine(knobs, bank(12), cast)
-    heard: dict[Mix, int] = {}
+    engine = Engine(knobs, bank(12), participants)
+    last_run: dict[Mix, int] = {}
     for index in range(10):
         before = len(model.asked)
         run(engine, model, index, batch=1)
         asked = [row for call in model.asked[before:] for row in call]
         assert max(len(call) for call in model.asked[before:]) <= 8
         conds = [row.mix for row in asked if row.cond]
-        assert cast.solos[0] in conds  # named in the prompt
+        assert participants.singles[0] in conds  # named in the prompt
         assert len(set(conds)) == len(conds)
         if index in (0, 5):
             assert len(asked) == 13 + 1 + 4
@@ -392,10 +394,10 @@ def test_a_pool_runs_only_those_whose_word_matters() -> None:
             # The base, the one that is named and the three that waited longest (all have like shares); then two with their
             # unconditional rows, and the base's.
             assert len(asked) == 5 + 1 + 2
-            waited = {mix: index - heard[mix] for mix in cast.solos[1:]}
+            waited = {mix: index - last_run[mix] for mix in participants.singles[1:]}
             longest = sorted(waited.values())[-3:]
             assert sorted(waited[mix] for mix in conds if mix in waited) == longest
-        heard.update(dict.fromkeys(conds, index))
+        last_run.update(dict.fromkeys(conds, index))
 
 
 @pytest.mark.parametrize("denoised", [True, False])
@@ -413,7 +415,7 @@ def test_a_pool_loses_nothing_where_the_loras_keep_their_distance(denoised: bool
 
     knobs = Settings(pool_size=1, pool_interval=100, temperature=0.1, recentre=0.25)
     model = Constant()
-    pooled, plain = Engine(knobs, bank(4), Cast.of(4, pooled=range(1, 4))), Engine(knobs, bank(4))
+    pooled, plain = Engine(knobs, bank(4), Participants.of(4, pooled=range(1, 4))), Engine(knobs, bank(4))
     for index in range(12):
         model.sigma = 0.8**index
         step = Step(index, 20, torch.zeros(2, *SHAPE), 2, denoised=denoised)
@@ -428,7 +430,7 @@ def test_a_pool_that_scores_and_keeps_everything_is_plain_loratorio() -> None:
     knobs = Settings(pool_size=100, pool_interval=1, temperature=10)
     model = FakeModel()
     plain = run(Engine(knobs, bank(4)), model, 3)
-    pooled = run(Engine(knobs, bank(4), Cast.of(4, pooled=range(4))), model, 3)
+    pooled = run(Engine(knobs, bank(4), Participants.of(4, pooled=range(4))), model, 3)
     torch.testing.assert_close(pooled.cond, plain.cond)
     assert pooled.uncond is not None
     assert plain.uncond is not None
@@ -440,17 +442,17 @@ def test_candidates_with_hardly_any_share_are_not_run() -> None:
         def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
             return super().opinion((), cond, slot) * (-1 if mix[2] else 1)
 
-    engine = Engine(Settings(pool_size=3), bank(5), Cast.of(5, pooled=range(5)))
+    engine = Engine(Settings(pool_size=3), bank(5), Participants.of(5, pooled=range(5)))
     model = OneKnows()
     for index in range(3):
         run(engine, model, index)
     assert {row.mix for row in model.asked[-1]} == {(0.0,) * 5, (0.0, 0.0, 1.0, 0.0, 0.0)}
 
 
-def test_a_style_beside_a_pool_is_carried_by_its_candidates() -> None:
+def test_a_style_beside_a_pool_acts_in_its_candidates_rows() -> None:
     model = FakeModel()
-    cast = Cast.of(4, styles=[0], pooled=[1, 2, 3])
-    result = run(Engine(Settings(temperature=10), bank(4), cast), model)
+    participants = Participants.of(4, styles=[0], pooled=[1, 2, 3])
+    result = run(Engine(Settings(temperature=10), bank(4), participants), model)
     asked = {(row.mix, row.cond) for call in model.asked for row in call}
     assert ((STYLE, 0.0, 0.0, 0.0), True) in asked
     assert ((0.0,) * 4, False) in asked
@@ -460,11 +462,11 @@ def test_a_style_beside_a_pool_is_carried_by_its_candidates() -> None:
 
 
 def test_steps_that_are_not_composed_leave_the_pool_out() -> None:
-    engine = Engine(Settings(start=0.5), bank(4), Cast.of(4, pooled=[1, 2, 3]))
+    engine = Engine(Settings(start=0.5), bank(4), Participants.of(4, pooled=[1, 2, 3]))
     assert {branch.mix for branch in engine.branches(0, 20, True)} == {(1.0, 0.0, 0.0, 0.0)}
 
 
 def test_only_the_loras_in_use_stay_on_the_device() -> None:
     loras = bank(100)
-    Engine(Settings(), loras, Cast.of(100, pooled=range(100)))
+    Engine(Settings(), loras, Participants.of(100, pooled=range(100)))
     assert loras.plan_limit <= 4

@@ -41,8 +41,8 @@ from modules_forge.packages.huggingface_guess import model_list  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from loratorio.compose.weights import spatial_weights  # noqa: E402
-from loratorio.hosts.base import Job  # noqa: E402
 from loratorio.hosts.forge import Forge  # noqa: E402
+from loratorio.job import Job  # noqa: E402
 from loratorio.settings import Settings  # noqa: E402
 
 CPU = torch.device("cpu")

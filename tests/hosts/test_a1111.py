@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loratorio.errors import LoratorioError
-from loratorio.hosts.base import Job
+from loratorio.job import Job
 from loratorio.settings import Settings
 
 
@@ -24,7 +24,6 @@ def compose(p: Any, **knobs: Any) -> tuple[torch.Tensor, Job]:
 
     job = Job(p, Settings(enabled=True, **knobs), tell=p.comment)
     p.events = [
-        ("process_batch", lambda p: HOST.process_batch(job)),
         ("process_before_every_sampling", lambda p: HOST.before_sampling(job)),
     ]
     from modules import processing

@@ -15,7 +15,7 @@ import torch
 
 from loratorio.compose.weights import spatial_weights
 from loratorio.errors import LoratorioError
-from loratorio.hosts.base import Job
+from loratorio.job import Job
 from loratorio.settings import Settings
 
 STANDIN = Path(__file__).parent.parent / "standin" / "forge"
@@ -78,7 +78,7 @@ def compose(
     job = Job(p, Settings(enabled=True, **knobs), tell=p.comment)
     ours = host(standin)
     event = "process_before_every_sampling"
-    p.events = [("process_batch", lambda p: ours.process_batch(job))]
+    p.events = []
     p.events += [(event, before)] if before else []
     p.events += [(event, lambda p: ours.before_sampling(job))]
     p.events += [(event, after)] if after else []

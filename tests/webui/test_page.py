@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from loratorio.infotext import LORAS_KEY, params, text
 from loratorio.settings import KNOBS, Settings
-from loratorio.webui import infotext, xyz
+from loratorio.webui import xyz
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -80,7 +81,7 @@ def shown(page: Any, tab: str) -> dict[str, Any]:
 
 def wait_until(page: Any, tab: str, settings: Settings) -> None:
     """Wait until the panel shows these settings, and check that it does."""
-    expected = {knob.name: infotext.text(knob, getattr(settings, knob.name)) for knob in KNOBS}
+    expected = {knob.name: text(knob, getattr(settings, knob.name)) for knob in KNOBS}
     expected = {
         knob.name: getattr(settings, knob.name) if knob.kind != "choice" else expected[knob.name]
         for knob in KNOBS
@@ -94,8 +95,8 @@ def wait_until(page: Any, tab: str, settings: Settings) -> None:
 
 def written(prompt: str, settings: Settings, loras: list[str]) -> str:
     """The infotext of a picture, as the WebUI writes it."""
-    fields = infotext.params(settings, [(loras[0], 0.8), (loras[1], 0.65)])
-    fields[infotext.LORAS_KEY] = '"' + fields[infotext.LORAS_KEY] + '"'
+    fields = params(settings, [(loras[0], 0.8), (loras[1], 0.65)])
+    fields[LORAS_KEY] = '"' + fields[LORAS_KEY] + '"'
     head = "Steps: 4, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 128x128, "
     return f"{prompt}\n{head}" + ", ".join(f"{key}: {value}" for key, value in fields.items())
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio.errors import LoratorioError
+from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, number, params
 from loratorio.settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 from loratorio.webui import api, infotext, options, xyz
 
@@ -45,7 +46,7 @@ names = st.text(
 
 @given(settings(), st.lists(st.tuples(names, st.floats(-4, 4)), max_size=5))
 def test_every_knob_comes_back_exactly(chosen: Settings, loras: list[tuple[str, float]]) -> None:
-    text = written("a fox", infotext.params(chosen, loras))
+    text = written("a fox", params(chosen, loras))
     fields = read(text)
     assert fields["Seed"] == "1"
     assert fields["Prompt"] == "a fox"
@@ -55,17 +56,17 @@ def test_every_knob_comes_back_exactly(chosen: Settings, loras: list[tuple[str, 
 
 @given(st.lists(st.tuples(names, st.floats(-4, 4)), min_size=1, max_size=5))
 def test_lora_names_survive_the_hosts_quoting(loras: list[tuple[str, float]]) -> None:
-    fields = read(written("", infotext.params(Settings(enabled=True), loras, loras)))
-    expected = ", ".join(f"{name}:{infotext.number(strength)}" for name, strength in loras)
-    assert fields[infotext.LORAS_KEY] == expected
-    assert fields[infotext.HIRES_LORAS_KEY] == expected
+    fields = read(written("", params(Settings(enabled=True), loras, loras)))
+    expected = ", ".join(f"{name}:{number(strength)}" for name, strength in loras)
+    assert fields[LORAS_KEY] == expected
+    assert fields[HIRES_LORAS_KEY] == expected
 
 
 def test_readable() -> None:
-    fields = infotext.params(Settings(enabled=True), [("fox", 0.8), ("ink", 1.0)])
+    fields = params(Settings(enabled=True), [("fox", 0.8), ("ink", 1.0)])
     assert fields["LoRAtorio"] == "True"
     assert fields["LoRAtorio method"] == "LoRAtorio"
-    assert fields["LoRAtorio temperature"] == infotext.number(Settings().temperature)
+    assert fields["LoRAtorio temperature"] == number(Settings().temperature)
     assert fields["LoRAtorio LoRAs"] == "fox:0.8, ink:1"
     assert len(fields) == len(KNOBS) + 1
 
@@ -78,7 +79,7 @@ def test_keys_are_ones_that_the_hosts_can_read() -> None:
 
 
 def test_unticked_leaves_no_trace() -> None:
-    assert infotext.params(Settings(), [("fox", 1.0)]) == {}
+    assert params(Settings(), [("fox", 1.0)]) == {}
 
 
 def sampled(names: tuple[str, ...], hires: bool = False) -> Any:
@@ -87,16 +88,16 @@ def sampled(names: tuple[str, ...], hires: bool = False) -> Any:
 
 def test_hires_pass_is_named_only_if_it_differs() -> None:
     def fields(*passes: Any) -> dict[str, Any]:
-        made = {"Seed": 1, infotext.HIRES_LORAS_KEY: "of the batch before"}
+        made = {"Seed": 1, HIRES_LORAS_KEY: "of the batch before"}
         infotext.finish(made, Settings(enabled=True), passes)
         assert made["Seed"] == 1
         return made
 
-    assert infotext.HIRES_LORAS_KEY not in fields(sampled(("fox",)), sampled(("fox",), hires=True))
-    assert fields(sampled(("fox",)), sampled(("ink",), hires=True))[infotext.HIRES_LORAS_KEY] == "ink:1"
+    assert HIRES_LORAS_KEY not in fields(sampled(("fox",)), sampled(("fox",), hires=True))
+    assert fields(sampled(("fox",)), sampled(("ink",), hires=True))[HIRES_LORAS_KEY] == "ink:1"
     second_batch = fields(sampled(("fox",)), sampled(("ink",), hires=True), sampled(("dog",)))
-    assert infotext.HIRES_LORAS_KEY not in second_batch
-    assert second_batch[infotext.LORAS_KEY] == "dog:1"
+    assert HIRES_LORAS_KEY not in second_batch
+    assert second_batch[LORAS_KEY] == "dog:1"
 
 
 def test_knobs_are_written_when_the_job_begins() -> None:
@@ -244,20 +245,23 @@ def test_settings_page_gives_the_defaults(webui: SimpleNamespace, capsys: pytest
     assert options.defaults() == Settings()
 
 
-def test_importing_needs_no_torch() -> None:
-    """The panel's part of a WebUI's start-up: what it imports is light."""
+AT_START = (
+    "compose errors hosts infotext job pool roles settings webui "
+    "compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.weights "
+    "hosts.shared hosts.shared.host "
+    "webui.api webui.components webui.infotext webui.options webui.pools webui.xyz"
+)
+"""What `scripts/loratorio_script.py` imports but for the page's part (`webui.panel`), and below `compose.methods` every method."""
+
+
+def test_start_imports_a_short_list_and_nothing_heavy() -> None:
     code = (
-        "import sys; import loratorio.webui.api, loratorio.webui.infotext, loratorio.webui.options, loratorio.webui.xyz; "
-        "print([name for name in ('torch', 'numpy', 'gradio') if name in sys.modules])"
+        "import sys; import loratorio.hosts, loratorio.hosts.shared.host, loratorio.job, loratorio.webui.api, loratorio.webui.infotext, "
+        "loratorio.webui.options, loratorio.webui.pools, loratorio.webui.xyz; "
+        "print([name for name in ('torch', 'numpy', 'gradio', 'PIL') if name in sys.modules]); "
+        "print(*sorted(name for name in sys.modules if name.startswith('loratorio.') and '.methods.' not in name))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
-def test_catalogue_and_methods_are_the_same_list() -> None:
-    pytest.importorskip("torch")
-    from loratorio.compose.catalogue import CATALOGUE
-    from loratorio.compose.methods import METHODS
-
-    assert list(CATALOGUE) == list(METHODS)
-    assert all(method.entry.name == name for name, method in METHODS.items())
+    heavy, ours = result.stdout.splitlines()
+    assert heavy == "[]"
+    assert ours.split() == sorted(f"loratorio.{name}" for name in AT_START.split())

@@ -1,34 +1,24 @@
-"""Ways to compose LoRAs. A method says which model rows a step needs and makes one prediction of them.
+"""Ways to compose LoRAs, a file each: which model rows a step needs, and how one prediction is made of them.
 
-One file per family; `METHODS` is the registry that every surface shows.
+Importing this imports no torch: a page and ``--help`` list the methods, and compute nothing.
 """
 
 from __future__ import annotations
 
-from .anchored import AnchoredComposite, AnchoredMerge
-from .base import (
-    Branch,
-    Cast,
-    Change,
-    Changes,
-    Composition,
-    LayeredMix,
-    Method,
-    Mix,
-    Predictions,
-    Situation,
-    Tuning,
-    both,
-)
+from .base import Changes, Composition, Entry, Method, Predictions, StepContext
 from .cmlora import CMLoRA
-from .composite import Composite, WComposite
+from .composite import Composite
+from .composite_anchored import RecentredComposite
 from .frequency import Frequency
 from .klora import KLoRA
 from .loratorio import Loratorio
-from .single import Chosen, Merge, Switch
+from .merge import Merge, MergeNamed
+from .merge_anchored import RecentredMerge
+from .switch import Switch
+from .w_composite import WComposite
 
 METHODS: dict[str, Method] = {
-    method.name: method
+    method.entry.name: method
     for method in (
         Loratorio(),
         Merge(),
@@ -38,25 +28,19 @@ METHODS: dict[str, Method] = {
         KLoRA(),
         Frequency(),
         WComposite(),
-        AnchoredMerge(),
-        AnchoredComposite(),
+        RecentredMerge(),
+        RecentredComposite(),
     )
 }
-"""Every way to compose, by name, in the catalogue's order."""
+"""Every way to compose, by name, in the order in which a user sees them."""
 
 __all__ = [
     "METHODS",
-    "Branch",
-    "Cast",
-    "Change",
     "Changes",
-    "Chosen",
     "Composition",
-    "LayeredMix",
+    "Entry",
+    "MergeNamed",
     "Method",
-    "Mix",
     "Predictions",
-    "Situation",
-    "Tuning",
-    "both",
+    "StepContext",
 ]

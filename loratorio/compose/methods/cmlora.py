@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from .base import (
-    Branch,
-    Cast,
-    Changes,
-    Composition,
-    Method,
-    Mix,
-    Predictions,
-    Situation,
-    both,
-    weighted_sum,
-)
+from ..lazy_torch import torch
+from ..mixes import Branch, Mix, Participants
+from .base import Changes, Composition, Entry, Method, Predictions, StepContext, both, weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CMLoRA(Method):
@@ -31,15 +24,15 @@ class CMLoRA(Method):
     frequency in their first predictions), and a weight below the others' where the code's schedule ends (here it stops at theirs).
     """
 
-    name = "cmlora"
+    entry = Entry("cmlora", "CMLoRA", "arXiv 2502.04923")
 
-    def begin(self, cast: Cast, changes: Changes) -> Method:
+    def begin(self, participants: Participants, changes: Changes) -> Method:
         return _Cached()
 
-    def branches(self, now: Situation) -> list[Branch]:
-        return both(now.cast.solos, now)
+    def branches(self, now: StepContext) -> list[Branch]:
+        return both(now.participants.singles, now)
 
-    def compose(self, now: Situation, predictions: Predictions) -> Composition:
+    def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         return _Cached().compose(now, predictions)
 
 
@@ -50,19 +43,18 @@ class _Cached(CMLoRA):
         self._order: list[int] = []
         self._refreshes = 0
         self._refreshed_at = -1
-        self._shape: tuple[bool, int] | None = None
         self._others: dict[bool, Tensor] = {}  # by cond: Σ over the others of (theirs − the dominant's)
 
-    def branches(self, now: Situation) -> list[Branch]:
+    def branches(self, now: StepContext) -> list[Branch]:
         if self._refreshes_at(now):
-            return both(now.cast.solos, now)
+            return both(now.participants.singles, now)
         return both([self._dominant(now)], now)
 
-    def compose(self, now: Situation, predictions: Predictions) -> Composition:
+    def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         if self._refreshes_at(now):
             self._refresh(now, predictions)
         dominant = self._dominant(now)
-        count = len(now.cast.solos)
+        count = len(now.participants.singles)
         # Weights: dominance d against 1 for each of the others, over their sum. As Σ w = 1, the mean is
         # the dominant's prediction plus the others' differences from it.
         share = 1 / (dominance(count, self._refreshes - 1) + count - 1)
@@ -73,25 +65,25 @@ class _Cached(CMLoRA):
 
         return Composition(composed(True), composed(False) if now.has_uncond else None)
 
-    def _refreshes_at(self, now: Situation) -> bool:
+    def _refreshes_at(self, now: StepContext) -> bool:
         # A sampler may evaluate a step twice, or the cache may not fit what is asked now.
         stale = not self._others or (now.has_uncond and False not in self._others)
         return stale or (now.index != self._refreshed_at and now.index in refresh_steps(now.total))
 
-    def _dominant(self, now: Situation) -> Mix:
-        return now.cast.solos[self._order[(self._refreshes - 1) % len(self._order)]]
+    def _dominant(self, now: StepContext) -> Mix:
+        return now.participants.singles[self._order[(self._refreshes - 1) % len(self._order)]]
 
-    def _refresh(self, now: Situation, predictions: Predictions) -> None:
-        solos = now.cast.solos
+    def _refresh(self, now: StepContext, predictions: Predictions) -> None:
+        singles = now.participants.singles
         if not self._order:
-            energies = [high_frequency_share(predictions.noise_by_mix[mix]) for mix in solos]
-            self._order = sorted(range(len(solos)), key=lambda i: -energies[i])
+            energies = [high_frequency_share(predictions.noise_by_mix[mix]) for mix in singles]
+            self._order = sorted(range(len(singles)), key=lambda i: -energies[i])
         self._refreshes += 1
         self._refreshed_at = now.index
         dominant = self._dominant(now)
         self._others = {}
         for cond in (True, False) if now.has_uncond else (True,):
-            each = [predictions.by_branch[Branch(mix, cond)] for mix in solos]
+            each = [predictions.by_branch[Branch(mix, cond)] for mix in singles]
             own = predictions.by_branch[Branch(dominant, cond)].to(torch.float32)
             self._others[cond] = weighted_sum(each, [1.0] * len(each)) - len(each) * own
 

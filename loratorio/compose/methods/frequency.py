@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from ..lazy_torch import torch
 from ..weights import keep_top_k
-from .base import Predictions, Situation
+from .base import Entry, Predictions, StepContext
 from .weighted import Weighted, stacked_noise
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Frequency(Weighted):
@@ -21,20 +22,21 @@ class Frequency(Weighted):
     depth (here Haar, two levels), and the unconditional score (here the same weights, re-centred as in LoRAtorio).
     """
 
-    name = "frequency"
+    entry = Entry("frequency", "Frequency bands", "after MultLFG, arXiv 2505.20525")
+    knobs = ("recentre", "top_k")
     levels = 2
 
-    def weights(self, now: Situation, predictions: Predictions) -> Tensor:
+    def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
         """(N, Bc, bands)."""
         noise = stacked_noise(now, predictions).to(torch.float32)
         if len(noise) == 1:
             return noise.new_ones((1, noise.shape[1], 3 * self.levels + 1))
-        base = predictions.noise_by_mix[now.cast.base].to(torch.float32)
+        base = predictions.noise_by_mix[now.participants.base].to(torch.float32)
         # Energy as a share of each row's own, so that the unit of the predictions does not matter.
         energy = torch.stack([band_energies(each - base, self.levels) for each in noise])
         total = energy.sum(dim=0, keepdim=True)
         even = torch.full_like(energy, 1 / len(noise))
-        return keep_top_k(torch.where(total > 0, energy / total, even), now.tuning.top_k)
+        return keep_top_k(torch.where(total > 0, energy / total, even), now.knobs["top_k"])
 
     def combine(self, predictions: Tensor, weights: Tensor) -> Tensor:
         bands: list[Tensor] | None = None
@@ -55,7 +57,7 @@ def split_bands(picture: Tensor, levels: int) -> list[Tensor]:
     bands: list[Tensor] = []
     for _ in range(levels):
         height, width = picture.shape[-2:]
-        picture = F.pad(picture, (0, width % 2, 0, height % 2), mode="replicate")
+        picture = torch.nn.functional.pad(picture, (0, width % 2, 0, height % 2), mode="replicate")
         a, b = picture[..., 0::2, 0::2], picture[..., 0::2, 1::2]
         c, d = picture[..., 1::2, 0::2], picture[..., 1::2, 1::2]
         bands += [(a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2]

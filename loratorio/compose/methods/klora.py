@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ..lazy_torch import torch
+from ..mixes import Mix, Participants
+from .base import Changes, Entry, Method, StepContext
+from .one_mix import OneMix
 
-from .base import Cast, Change, Changes, LayeredMix, Method, Mix, Situation
-from .single import OneMix
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALPHA, BETA = 1.5, 0.5
 _LARGEST = (
@@ -26,13 +30,13 @@ class KLoRA(OneMix):
     The text encoder's part of the LoRAs is merged.
     """
 
-    name = "klora"
+    entry = Entry("klora", "K-LoRA", "arXiv 2502.18461")
 
-    def begin(self, cast: Cast, changes: Changes) -> Method:
+    def begin(self, participants: Participants, changes: Changes) -> Method:
         return _Chosen(changes)
 
-    def mix(self, now: Situation) -> Mix:
-        return now.cast.merged
+    def mix(self, now: StepContext) -> Mix:
+        return now.participants.merged
 
 
 class _Chosen(KLoRA):
@@ -42,21 +46,23 @@ class _Chosen(KLoRA):
         self._changes = changes
         self._scores: dict[str, dict[int, float]] = {}
 
-    def mix(self, now: Situation) -> Mix:
+    def layer_mixes(self, now: StepContext) -> Mapping[str, Mix]:
+        participants = now.participants
         if not self._scores:
-            self._scores = scores(self._changes, now.cast.number_of_solo)
+            self._scores = scores(self._changes, participants.numbers)
         growth = ALPHA * now.index / max(1, now.total) + BETA
-        cast = now.cast
-        styles = cast.styles if any(cast.styles) else (*[False] * (len(cast.solos) - 1), True)
+        styles = participants.styles
+        if not any(styles):
+            styles = (*[False] * (len(participants.singles) - 1), True)
         factor = {
             number: growth if style else 1.0
-            for number, style in zip(cast.number_of_solo, styles, strict=True)
+            for number, style in zip(participants.numbers, styles, strict=True)
         }
-        solo = dict(zip(cast.number_of_solo, cast.solos, strict=True))
-        by_layer = {}
-        for layer, sums in self._scores.items():
-            by_layer[layer] = solo[max(sums, key=lambda number: sums[number] * factor[number])]
-        return LayeredMix.of(cast.merged, by_layer)
+        single = dict(zip(participants.numbers, participants.singles, strict=True))
+        return {
+            layer: single[max(sums, key=lambda number: sums[number] * factor[number])]
+            for layer, sums in self._scores.items()
+        }
 
 
 def scores(changes: Changes, numbers: tuple[int, ...]) -> dict[str, dict[int, float]]:
@@ -79,7 +85,7 @@ def scores(changes: Changes, numbers: tuple[int, ...]) -> dict[str, dict[int, fl
     }
 
 
-def _count(changes: list[Change]) -> int:
+def _count(changes: Sequence[tuple[Tensor, int]]) -> int:
     """K = (∏r)^(2/N): r₁·r₂ for two."""
     logarithm = sum(math.log(max(1, rank)) for _, rank in changes)
     return max(1, round(math.exp(2 * logarithm / len(changes))))

@@ -7,24 +7,24 @@ sampler's model wrapper answers with composed rows. One `finally` puts everythin
 
 from __future__ import annotations
 
-from ..base import Job
-from .sampling import ComposedSampling
+from collections.abc import Callable
+from typing import Any
+
+from ...job import Job
+from .sampling import A1111Pass
 
 
 class A1111:
-    """The WebUI as `scripts/loratorio_script.py` sees it (see `loratorio.hosts.base.WebUIHost`)."""
+    """The WebUI as `scripts/loratorio_script.py` sees it (see `loratorio.hosts.shared.host.WebUIHost`)."""
 
     name = "AUTOMATIC1111"
-
-    def process_batch(self, job: Job) -> None:
-        """Nothing to do: the WebUI makes its own conditioning first, ours is made when sampling asks for it."""
 
     def before_sampling(self, job: Job) -> None:
         sampler = job.p.sampler
         launch = sampler.launch_sampling
 
-        def launch_composed(steps, func):  # type: ignore[no-untyped-def]
-            return launch(steps, lambda: ComposedSampling(job, sampler).run(func))
+        def launch_composed(steps: int, func: Callable[[], Any]) -> Any:
+            return launch(steps, lambda: A1111Pass(job).sample(func))
 
         sampler.launch_sampling = launch_composed
 

@@ -1,4 +1,4 @@
-"""The LoRAs that the WebUI has activated: which ones, which text states they give, and what each adds to the UNet.
+"""The LoRAs that the WebUI has activated: which ones, whether they change text, and what each adds to the UNet.
 
 The WebUI's own Lora extension (`networks`) reads the files and knows every kind of LoRA; here its modules are turned
 into deltas.
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, fit
 from ...errors import LoratorioError
-from ...roles import Player
+from ...roles import TaggedLora
+from ..shared.sampling_pass import ActiveLora
+from ..shared.tags import TagOptions
 
 Network = Any  # networks.Network of the WebUI's Lora extension
 
@@ -83,22 +85,19 @@ def changes_text(lora: Network) -> bool:
     )
 
 
-def players(p: Any, loras: Sequence[Network]) -> list[Player]:
-    """The LoRAs with what their tags say (`<lora:name:0.8:role=style>`) and what their files say of themselves.
-
-    The WebUI's own Lora extension passes over named arguments that it does not know.
-    """
-    data = p.hr_extra_network_data if p.is_hr_pass else p.extra_network_data
-    tags = [tag for kind in ("lora", "lyco") for tag in (data or {}).get(kind, ())]
-    options: dict[str, list[Mapping[str, str]]] = {}
-    for tag in tags:
-        options.setdefault(tag.positional[0], []).append(tag.named)
-    found = []
-    for lora in loras:
-        named = (options.get(lora.mentioned_name) or [{}]).pop(0)
-        metadata = lora.network_on_disk.metadata or {}
-        found.append(Player(name_of(lora), named, metadata))
-    return found
+def active_loras(p: Any) -> list[ActiveLora]:
+    """The pass's LoRAs with what their tags and their files say of them."""
+    options = TagOptions(p)
+    return [
+        ActiveLora(
+            TaggedLora(
+                name_of(network), options.take(network.mentioned_name), network.network_on_disk.metadata or {}
+            ),
+            float(network.unet_multiplier),
+            network,
+        )
+        for network in lora_extension().loaded_networks
+    ]
 
 
 def name_of(lora: Network) -> str:
@@ -107,7 +106,7 @@ def name_of(lora: Network) -> str:
 
 
 def identity(lora: Network) -> tuple[Any, ...]:
-    """Equal for two activations of one LoRA that give the same deltas and the same text."""
+    """Equal for two activations of one LoRA that give the same deltas."""
     return lora.name, lora.mtime, lora.te_multiplier, lora.unet_multiplier, lora.dyn_dim
 
 

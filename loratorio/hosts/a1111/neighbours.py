@@ -6,19 +6,14 @@ combines a step's finished rows; both go together with composing and need nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from ..base import NO_LORA
-from .loras import Network
 
-
-def obstacle(p: Any, loras: Sequence[Network]) -> str | None:
+def obstacle(p: Any) -> str | None:
     """The sentence that says why this pass is left to the WebUI's own merging; None if it can be composed."""
     from modules import shared
 
-    if not loras:
-        return NO_LORA
     model = shared.sd_model
     if getattr(model, "is_sd3", False):
         return _merged_because("Stable Diffusion 3 is not supported here")

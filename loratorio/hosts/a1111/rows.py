@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compose.methods import Mix
+from ...compose.mixes import Mix
 from ...engine import Row, Step
-from .conditioning import TextConditioning
+from ..shared.text import Prompts, TextConditioning
 
 Text = Any
 """Text conditioning of rows: a tensor (rows, tokens, width), or a dict of tensors for SDXL."""
@@ -28,7 +28,8 @@ class StepRows:
         images: number of images, which is the number of unconditional rows.
         skips_uncond: whether the WebUI leaves the unconditional rows out of this step.
         guidance: the CFG scale of this step.
-        own_text: the conditional and unconditional text that the WebUI made for it.
+        place: number of the step, and how many there are.
+        own: the conditioning that the WebUI made itself. own_text: the step's of it, conditional and unconditional.
     """
 
     params: Any
@@ -38,21 +39,29 @@ class StepRows:
     images: int
     skips_uncond: bool
     guidance: float
+    place: tuple[int, int]
+    own: Prompts
     own_text: tuple[Text, Text]
     _padded: dict[Mix, tuple[Text, Text]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, params: Any, denoiser: Any, sampler_args: dict[str, Any], texts: TextConditioning
+        cls,
+        params: Any,
+        denoiser: Any,
+        sampler_args: dict[str, Any],
+        texts: TextConditioning,
+        place: tuple[int, int],
     ) -> StepRows:
         from modules import prompt_parser
 
-        parts, cond = prompt_parser.reconstruct_multicond_batch(sampler_args["cond"], denoiser.step)
-        uncond = prompt_parser.reconstruct_cond_batch(sampler_args["uncond"], denoiser.step)
+        own = Prompts(sampler_args["cond"], sampler_args["uncond"])
+        parts, cond = prompt_parser.reconstruct_multicond_batch(own.cond, denoiser.step)
+        uncond = prompt_parser.reconstruct_cond_batch(own.uncond, denoiser.step)
         owners = tuple(image for image, rows in enumerate(parts) for _ in rows)
         skips = _skips_uncond(denoiser, params.sigma, sampler_args["s_min_uncond"])
         guidance = sampler_args["cond_scale"] * denoiser.cond_scale_miltiplier
-        return cls(params, denoiser, texts, owners, len(parts), skips, guidance, (cond, uncond))
+        return cls(params, denoiser, texts, owners, len(parts), skips, guidance, place, own, (cond, uncond))
 
     def trouble(self) -> str | None:
         """Why these rows cannot be composed, if so."""
@@ -61,7 +70,7 @@ class StepRows:
                 "Another extension adds rows to the sampler's steps, which LoRAtorio cannot compose: "
                 "the LoRAs were merged as usual."
             )
-        if not self.texts.is_shared and not self._text_is_the_webuis():
+        if not self.texts.is_the_hosts and not self._text_is_the_webuis():
             return (
                 "Another extension changes the text conditioning while sampling, which LoRAtorio cannot do for each "
                 "LoRA: the LoRAs were merged as usual."
@@ -76,16 +85,14 @@ class StepRows:
     def step(self) -> Step:
         from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 
-        denoiser, total = self.denoiser, max(1, self.denoiser.steps)
-        # The denoiser counts evaluations, of which Heun and its like make two a step.
-        index = int(denoiser.step * total / max(1, denoiser.total_steps))
+        index, total = self.place
         return Step(
-            index=min(index, total - 1),
+            index=index,
             total=total,
             latents=self.params.x[: len(self.owners)],
             uncond_count=0 if self.skips_uncond else self.images,
             owners=self.owners,
-            denoised=not isinstance(denoiser, CFGDenoiserTimesteps),
+            denoised=not isinstance(self.denoiser, CFGDenoiserTimesteps),
             guidance=self.guidance,
         )
 
@@ -125,9 +132,9 @@ class StepRows:
     def _unpadded(self, mix: Mix) -> tuple[Text, Text]:
         from modules import prompt_parser
 
-        if self.texts.is_shared:
+        if self.texts.is_the_hosts:
             return self.params.text_cond, self.params.text_uncond
-        prompts, step = self.texts.of(mix), self.denoiser.step
+        prompts, step = self.texts.of(mix) or self.own, self.denoiser.step
         cond = prompt_parser.reconstruct_multicond_batch(prompts.cond, step)[1]
         return cond, prompt_parser.reconstruct_cond_batch(prompts.uncond, step)
 
@@ -151,7 +158,7 @@ def _skips_uncond(denoiser: Any, sigma: Tensor, s_min_uncond: float) -> bool:
     """Whether the WebUI is about to drop the unconditional rows: "skip early CFG" or negative guidance minimum sigma.
 
     The WebUI decides after its callback and tells nobody, so its two rules stand here again. If they ever differ, it
-    asks for rows that were not composed, and the job stops (see `ComposedSampling._answer`).
+    asks for rows that were not composed, and the job stops (see `A1111Pass`).
     """
     from modules.shared import opts
 

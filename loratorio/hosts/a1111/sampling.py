@@ -8,226 +8,185 @@ model wrapper on them in one or several parts, and combines what comes back. Her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...adapters.bank import Bank
-from ...compose.importance import importance, without_words
-from ...engine import Engine, Row, WeightHistory
+from ...compose.mixes import Participants
+from ...engine import Engine, Row
 from ...errors import LoratorioError
-from ...pool import Candidates
-from ...roles import Player, cast_of, parts_of, recognised_note, trigger_words
-from ..base import ALL_ALWAYS, BYPASSED, ComposedPass, Job, answerable
-from .conditioning import Prompts, TextConditioning, encoded
+from ...job import Job
+from ..shared.calls import ModelCall, predicted_by
+from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
+from ..shared.text import TextConditioning, encoded
+from .conditioning import conditioning_under
 from .loras import (
-    Network,
     activated,
+    active_loras,
     adapter_of,
+    changes_text,
     identity,
     lora_extension,
-    name_of,
-    players,
     restore_base,
     unet_layers,
 )
 from .neighbours import obstacle, remarks
 from .rows import StepRows
 
-Result = TypeVar("Result")
+
+@dataclass
+class _Evaluation:
+    """What lasts for one evaluation of the model: the callback's parameters, composed rows (R, C, H, W), how many were asked for."""
+
+    params: Any
+    answers: Tensor | None = None
+    answered: int = 0
 
 
-class ComposedSampling:
-    """Composes what `sampler` samples. Make one per pass; `run` encloses the WebUI's sampling loop."""
+class A1111Pass(SamplingPass):
+    """Composes what the job's sampler samples."""
 
-    def __init__(self, job: Job, sampler: Any) -> None:
-        self._job = job
-        self._p = job.p
-        self._sampler = sampler
-        self._denoiser = sampler.model_wrap_cfg
-        self._loras: tuple[Network, ...] = ()
-        self._left_out = False
-        self._attachment = ExitStack()
-        self._engine: Engine | None = None
-        self._model: Any = None
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._denoiser = self.p.sampler.model_wrap_cfg
+        self._networks = tuple(lora_extension().loaded_networks)
+        self._texts: TextConditioning
+        self._bound_to: Any = None  # the checkpoint that the LoRAs are attached to
+        self._evaluation: _Evaluation | None = None
+        self._model: Any = None  # the WebUI's model wrapper while it answers with our rows
         self._own_forward: Any = None
-        self._params: Any = None
-        self._answers: Tensor | None = None
-        self._answered = 0
-        self._owners: tuple[int, ...] = ()
-        self._steps_composed = 0
         self._given_up = False
 
-    def run(self, sample: Callable[[], Result]) -> Result:
+    def sample(self, sample: Callable[[], Result]) -> Result:
         """`sample()`, composed where that is possible and with the WebUI's own merging where it is not.
 
         Raises:
             LoratorioError: the picture would not be what was asked for.
         """
-        try:
-            return self._run(sample)
-        except LoratorioError as problem:
-            raise answerable(problem) from problem.__cause__
-
-    def _run(self, sample: Callable[[], Result]) -> Result:
-        from modules.sd_samplers_common import InterruptedException
-
-        self._loras = tuple(lora_extension().loaded_networks)
-        known = players(self._p, self._loras)
-        why_not = obstacle(self._p, self._loras)
-        if why_not and any(player.is_candidate for player in known):
-            raise LoratorioError(
-                f"{why_not} With a pool that is no picture of use: take the pool out of the prompt."
-            )
-        if why_not:
-            self._job.note(why_not)
+        participants = self.admit()
+        if participants is None:
             return sample()
-        known = self._without_misfits(known)
-        self._cast = cast_of(known, self._importance(known))
-        for remark in (*remarks(self._p), recognised_note(parts_of(known))):
-            if remark:
-                self._job.note(remark)
-        if not self._cast.solos:
-            self._job.note(ALL_ALWAYS)
-            return sample()
-        first_step = self._denoiser.step
-        with ExitStack() as undo:
-            undo.callback(self._attachment.close)
-            self._bind()
-            undo.enter_context(self._listening())
-            undo.enter_context(self._refiner_conditioned())
-            try:
-                result = sample()
-            except InterruptedException:  # the WebUI makes a picture of what there is
-                if self._steps_composed:
-                    self._job.passes.append(self._account())
-                raise
-        if not self._given_up:
-            if self._steps_composed != self._denoiser.step - first_step:
-                raise LoratorioError(BYPASSED)
-            self._job.passes.append(self._account())
-        return result
+        self._begin(participants)
+        return self.run(sample)
 
-    def _without_misfits(self, known: list[Player]) -> list[Player]:
-        """Leave out the candidates of a pool that this model has no use for; the page says which."""
+    # -- what is asked before the first step --------------------------------------------------------------------------
+
+    def active_loras(self) -> list[ActiveLora]:
+        return active_loras(self.p)
+
+    def obstacle(self) -> str | None:
+        return obstacle(self.p)
+
+    def remarks(self) -> Iterator[str]:
+        return remarks(self.p)
+
+    def model_identity(self) -> Hashable:
         from modules import shared
 
-        if not any(player.is_candidate for player in known):
-            return known
-        layers = unet_layers(shared.sd_model)
-        restore_base(layers)
-        self._model_info = shared.sd_model.sd_checkpoint_info
-        fitting: list[tuple[Network, Player]] = []
-        skipped: list[tuple[str, str]] = []
-        for lora, player in zip(self._loras, known, strict=True):
-            try:
-                self._adapter(lora, layers, is_refiner=False)
-            except LoratorioError as problem:
-                if not player.is_candidate:
-                    raise
-                skipped.append((player.name, str(problem)))
-            else:
-                fitting.append((lora, player))
-        if not fitting:
-            raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
-        if skipped:
-            self._job.note(Candidates((), tuple(skipped)).note)
-            self._left_out = True
-        self._loras = tuple(lora for lora, _ in fitting)
-        return [player for _, player in fitting]
+        filename: str = shared.sd_model.sd_checkpoint_info.filename
+        return filename
 
-    def _importance(self, known: Sequence[Player]) -> dict[int, float] | None:
-        """By LoRA, how much its trigger words matter in the prompt; only asked for by the method that uses it."""
-        if self._job.settings.method != "w_composite":
-            return None
-        prompt = (self._p.hr_prompts if self._p.is_hr_pass else self._p.prompts)[0]
-        words = {i: trigger_words(player.metadata, prompt) for i, player in enumerate(known)}
-        told = [i for i, own in words.items() if own]
-        if not told:
-            return None
-        tokens = encoded([prompt, *(without_words(prompt, words[i]) for i in told)])
-        return dict(zip(told, importance(tokens[0], tokens[1:]), strict=True))
+    def identity(self, lora: ActiveLora) -> Hashable:
+        return identity(lora.source)
 
-    # -- what lasts for a model: once, and again when the refiner comes in ---------------------------------------
+    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
+        layers = self._layers()
+        restore_base(layers)  # some kinds depend on the weight that they change
+        adapter = adapter_of(lora.source, layers, skip_misfits=is_refiner)
+        adapter.check_finite()
+        return ReadLora(lora, adapter)
 
-    def _bind(self) -> None:
+    def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
+        # The WebUI may have made the network anew since its deltas were kept: text is made with the present one.
+        network = lora.source
+        return replace(super().read_once(lora, is_refiner), text=network if changes_text(network) else None)
+
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        from modules import devices, shared
+
+        with activated(()), devices.autocast():
+            return encoded(shared.sd_model, texts)
+
+    # -- what lasts for a model: once, and again when the refiner comes in --------------------------------------------
+
+    def _begin(self, participants: Participants) -> None:
+        from modules import shared
+
+        # No more rows a call than the WebUI would give it when told to save memory.
+        limit = 0 if shared.opts.batch_cond_uncond else max(1, len(self.p.prompts))
+        self.engine = Engine(self.job.settings, self.bank(), participants, limit)
+
+    def _attach(self) -> None:
         """Take the LoRAs off the current model and attach them as the bank."""
         from modules import shared
 
-        self._attachment.close()
-        is_refiner = self._engine is not None
-        self._model_info = shared.sd_model.sd_checkpoint_info
-        self._attachment.enter_context(activated(()))
-        layers = unet_layers(shared.sd_model)
+        self.attachment.enter_context(activated(()))
+        layers = self._layers()
         restore_base(layers)
-        bank = Bank([self._adapter(lora, layers, is_refiner) for lora in self._loras])
-        if self._engine is not None:
-            bank.plan_limit = self._engine.bank.plan_limit
-            self._engine.bank = bank
-        else:
-            self._engine = Engine(self._job.settings, bank, self._cast, self._row_limit())
-        self._attachment.enter_context(bank.attached(layers))
-        args = self._sampler_args()
-        # What the WebUI made with all of the prompt's LoRAs is of use unless some of them were left out.
-        merged = None if self._left_out else Prompts(args["cond"], args["uncond"])
-        self._texts = TextConditioning(self._p, self._loras, merged)
+        self._bound_to = shared.sd_model.sd_checkpoint_info
+        self.attachment.enter_context(self.engine.bank.attached(layers))
+        networks = [lora.active.source for lora in self.loras]
+        self._texts = TextConditioning(
+            [lora.text is not None for lora in self.loras],
+            partial(conditioning_under, self.p, networks),
+            # What the WebUI made with all of the prompt's LoRAs is of use unless some of them were left out.
+            host_has_merged=len(self.loras) == len(self._networks),
+        )
 
-    def _adapter(self, lora: Network, layers: Any, is_refiner: bool) -> Any:
-        """The LoRA's adapter; kept for the job's other batches, since some kinds take seconds to make."""
-        key = ("adapter", identity(lora), self._model_info.filename)
-        if key not in self._job.scratch:
-            adapter = adapter_of(lora, layers, skip_misfits=is_refiner)
-            adapter.check_finite()
-            self._job.scratch[key] = adapter
-        return self._job.scratch[key]
+    def _follow_refiner(self) -> None:
+        """The same LoRAs on the model that has come in."""
+        self.attachment.close()
+        self.loras = tuple(self.read_once(lora.active, is_refiner=True) for lora in self.loras)
+        self.engine.rebind(self.bank())
+        self._attach()
 
-    def _row_limit(self) -> int:
-        """Rows a model call may have: no more than the WebUI would give it when told to save memory."""
+    @staticmethod
+    def _layers() -> dict[str, torch.nn.Module]:
         from modules import shared
 
-        return 0 if shared.opts.batch_cond_uncond else max(1, len(self._p.prompts))
+        return unet_layers(shared.sd_model)
 
     def _sampler_args(self) -> dict[str, Any]:
         """What the WebUI's sampler hands to its denoiser at every step."""
-        args: dict[str, Any] = self._sampler.sampler_extra_args
+        args: dict[str, Any] = self.p.sampler.sampler_extra_args
         return args
 
-    @contextmanager
-    def _refiner_conditioned(self) -> Iterator[None]:
-        """When the refiner comes in, the WebUI makes its conditioning anew: with the prompt's LoRAs, as it does without us."""
-        set_up = self._p.setup_conds
-
-        def set_up_with_loras() -> None:
-            with activated(self._loras):
-                set_up()
-
-        self._p.setup_conds = set_up_with_loras
-        try:
-            yield
-        finally:
-            del self._p.setup_conds
-
-    # -- what lasts for a step -----------------------------------------------------------------------------------
+    # -- the sampling loop --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
+    def enclosed(self) -> Iterator[None]:
         from modules import script_callbacks
 
-        script_callbacks.on_cfg_denoiser(self._see)
+        self._attach()
+        set_up = self.p.setup_conds
+
+        def set_up_with_loras() -> None:
+            # When the refiner comes in, the WebUI makes its conditioning anew: with the prompt's LoRAs, as it does without us.
+            with activated(self._networks):
+                set_up()
+
+        self.p.setup_conds = set_up_with_loras
+        script_callbacks.on_cfg_denoiser(self._before_evaluation)
         try:
             yield
         finally:
-            script_callbacks.remove_callbacks_for_function(self._see)
+            script_callbacks.remove_callbacks_for_function(self._before_evaluation)
             self._unwrap()
+            del self.p.setup_conds
 
-    def _see(self, params: Any) -> None:
+    def missed(self) -> None:
+        if not self._given_up:
+            super().missed()
+
+    def _before_evaluation(self, params: Any) -> None:
         """The `cfg_denoiser` callback: a step begins. Other extensions may still change `params`: read it later."""
         if params.denoiser is self._denoiser:
-            self._params, self._answers, self._answered = params, None, 0
+            self._evaluation = _Evaluation(params)
             self._wrap(self._denoiser.inner_model)
 
     def _wrap(self, model: Any) -> None:
@@ -245,67 +204,60 @@ class ComposedSampling:
             self._model = None
 
     def _answer(self, model: Callable[..., Tensor], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """Called by the WebUI in the place of its model, with the next `len(x)` rows of the step."""
-        if self._params is None:
+        """Called by the WebUI in the place of its model, with the next `len(x)` rows of the step.
+
+        x: (R, C, H, W). Gives what the model would: denoised latents, or noise for a timestep sampler.
+        """
+        evaluation = self._evaluation
+        if evaluation is None:
             raise LoratorioError(BYPASSED)
-        if self._answers is None and not self._given_up:
-            self._compose_step(model)
-        if self._given_up:
+        if evaluation.answers is None and not self._given_up:
+            evaluation.answers = self._composed(model, evaluation.params)
+        if evaluation.answers is None:
             return model(x, sigma, **kwargs)
-        assert self._answers is not None
-        answer = self._answers[self._answered : self._answered + len(x)]
+        answer = evaluation.answers[evaluation.answered : evaluation.answered + len(x)]
         if answer.shape != x.shape:
             raise LoratorioError(BYPASSED)
-        self._answered += len(x)
+        evaluation.answered += len(x)
         return answer.to(x.dtype)
 
-    def _compose_step(self, model: Callable[..., Tensor]) -> None:
+    def _composed(self, model: Callable[..., Tensor], params: Any) -> Tensor | None:
+        """The step's composed rows, conditional ones first, (R, C, H, W); None if the pass is left to the WebUI."""
         from modules import shared
 
-        if shared.sd_model.sd_checkpoint_info != self._model_info:
-            self._bind()
-        rows = StepRows.of(self._params, self._denoiser, self._sampler_args(), self._texts)
+        if shared.sd_model.sd_checkpoint_info != self._bound_to:
+            self._follow_refiner()
+        rows = StepRows.of(
+            params, self._denoiser, self._sampler_args(), self._texts, self.place_in_sampling()
+        )
         trouble = rows.trouble()
-        if trouble and self._steps_composed:
+        if trouble and self.evaluations:
             raise LoratorioError(trouble)
         if trouble:
             self._give_up(trouble)
-            return
-        assert self._engine is not None
-        composition = self._engine.step(rows.step(), partial(self._predict, model, rows))
-        self._owners = rows.owners
+            return None
+        composition = self.engine.step(rows.step(), partial(self._predict, model, rows))
+        self.owners = rows.owners
+        self.evaluations += 1
         parts = [composition.cond] if composition.uncond is None else [composition.cond, composition.uncond]
-        self._answers = torch.cat(parts)
-        self._steps_composed += 1
+        return torch.cat(parts)
 
     def _predict(self, model: Callable[..., Tensor], step_rows: StepRows, rows: Sequence[Row]) -> Tensor:
         """The WebUI's model on any rows of the step; rows whose text is of different length go in calls of their own."""
         lengths = [step_rows.tokens(row) for row in rows]
-        if len(set(lengths)) == 1:
-            x, sigma, cond = step_rows.inputs(rows)
+
+        def run(numbers: Sequence[int]) -> Tensor:
+            x, sigma, cond = step_rows.inputs([rows[number] for number in numbers])
             return model(x, sigma, cond=cond)
-        assert self._engine is not None
-        predicted: dict[int, Tensor] = {}
+
+        calls = []
         for length in dict.fromkeys(lengths):
-            numbers = [number for number, each in enumerate(lengths) if each == length]
-            part = [rows[number] for number in numbers]
-            with self._engine.bank.routed([row.mix for row in part]):
-                predicted.update(zip(numbers, self._predict(model, step_rows, part), strict=True))
-        return torch.stack([predicted[number] for number in range(len(rows))])
+            numbers = tuple(number for number, each in enumerate(lengths) if each == length)
+            calls.append(ModelCall(numbers, partial(run, numbers)))
+        return predicted_by(calls, self.engine.bank)
 
     def _give_up(self, why: str) -> None:
         """Before the first step is made: leave the whole pass to the WebUI's own merging."""
-        self._attachment.close()
+        self.attachment.close()
         self._given_up = True
-        self._job.note(why)
-
-    def _account(self) -> ComposedPass:
-        composed = [self._loras[number] for number in self._cast.number_of_solo]
-        return ComposedPass(
-            loras=tuple(map(name_of, composed)),
-            strengths=tuple(float(lora.unet_multiplier) for lora in composed),
-            batch=self._p.iteration,
-            hires=bool(self._p.is_hr_pass),
-            history=self._engine.history if self._engine else WeightHistory(),
-            owners=self._owners,
-        )
+        self.job.note(why)

@@ -8,24 +8,22 @@ rows back. The sampler's `launch_sampling` encloses the sampling loop: one `fina
 
 from __future__ import annotations
 
-from ..base import Job, refuse
+from ...job import Job
+from ..shared.host import refuse
 from .flavours import Flavour, flavour
-from .sampling import ComposedSampling
+from .sampling import ForgePass
 
 
 class Forge:
-    """The WebUI as `scripts/loratorio_script.py` sees it (see `loratorio.hosts.base.WebUIHost`)."""
+    """The WebUI as `scripts/loratorio_script.py` sees it (see `loratorio.hosts.shared.host.WebUIHost`)."""
 
     def __init__(self, member: Flavour | None = None) -> None:
         self._flavour = member or flavour()
         self.name = self._flavour.name
 
-    def process_batch(self, job: Job) -> None:
-        """Nothing to do: text conditioning is made when a pass is about to sample."""
-
     def before_sampling(self, job: Job) -> None:
         try:
-            ComposedSampling(job, self._flavour).install()
+            ForgePass(job, self._flavour).install()
         except Exception as problem:
             refuse(job.p, problem)
 

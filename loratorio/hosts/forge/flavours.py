@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ...adapters.delta import LowRank
+from ..shared.tags import TagOptions
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
-See = Callable[..., tuple[Any, ...]]
+BeforeEvaluation = Callable[..., tuple[Any, ...]]
 """(model, cond, uncond, x, sigma, model options) before a step's conditions are batched, to the same, changed."""
 Patch = Sequence[Any]  # [strength, value, strength of the model, offset, function, …]
 
@@ -63,14 +64,13 @@ class Flavour:
         import networks
 
         known = {each.network_on_disk.filename: each for each in networks.loaded_networks}
-        options = _tag_options(p)
+        options = TagOptions(p)
         files = []
         for path, unet, text, *_ in ast.literal_eval(p.sd_model.current_lora_hash):
             network = known.get(path)
             name = network.mentioned_name if network else Path(path).stem
             metadata = network.network_on_disk.metadata if network else {}
-            named = options.get(name) or [{}]
-            files.append(LoraFile(name, path, float(unet), float(text), named.pop(0), metadata or {}))
+            files.append(LoraFile(name, path, float(unet), float(text), options.take(name), metadata or {}))
         return files
 
     def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
@@ -181,9 +181,9 @@ class Flavour:
     hook_option = "sampler_pre_cfg_function"
     """The model option, a list of functions, that is asked before the host batches a step's conditions."""
 
-    def hook(self, see: See) -> Callable[..., tuple[Any, ...]]:
-        """`see` in the form that the host calls."""
-        return see
+    def hook(self, before: BeforeEvaluation) -> Callable[..., tuple[Any, ...]]:
+        """`before` in the form that the host calls."""
+        return before
 
 
 class Comfy(Flavour):
@@ -305,7 +305,7 @@ class ReForge(Comfy):
             conds.CONDRegular,
         )
 
-    def hook(self, see: See) -> Callable[..., tuple[Any, ...]]:
+    def hook(self, before: BeforeEvaluation) -> Callable[..., tuple[Any, ...]]:
         def modifier(
             model: Any,
             x: Tensor,
@@ -318,7 +318,7 @@ class ReForge(Comfy):
         ) -> tuple[Any, ...]:
             # After this the host drops the unconditional rows of CFG 1.
             guided = not math.isclose(cond_scale, 1.0) or options.get("disable_cfg1_optimization", False)
-            model, cond, seen, x, sigma, options = see(
+            model, cond, seen, x, sigma, options = before(
                 model, cond, uncond if guided else None, x, sigma, options
             )
             return model, x, sigma, seen if guided else uncond, cond, cond_scale, options, seed
@@ -338,15 +338,6 @@ def add_control(control: Any, c: dict[str, Any], x: Tensor, sigma: Tensor, block
 
 def _patch_count(patcher: Patcher) -> int:
     return sum(len(patches) for patches in patcher.patches.values())
-
-
-def _tag_options(p: Any) -> dict[str, list[Mapping[str, str]]]:
-    """By LoRA name, the named arguments of its tags in the prompt, one mapping per tag."""
-    data = p.hr_extra_network_data if getattr(p, "is_hr_pass", False) else p.extra_network_data
-    options: dict[str, list[Mapping[str, str]]] = {}
-    for tag in (data or {}).get("lora", ()):
-        options.setdefault(tag.positional[0], []).append(tag.named)
-    return options
 
 
 def _plain_low_rank(weights: Sequence[Any]) -> LowRank | None:

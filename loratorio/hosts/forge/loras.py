@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,32 +11,17 @@ from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank
 from ...errors import LoratorioError
+from ..shared.sampling_pass import ActiveLora, ReadLora
 from .flavours import Flavour, LoraFile, Patch, Patcher
 
 
-@dataclass(frozen=True)
-class Lora:
-    """One LoRA of the prompt, read by the host.
-
-    Attributes:
-        file: its name and strengths.
-        adapter: what it adds to the UNet, strength included.
-        clip: the host's text encoder with this LoRA alone; None if it leaves text as it is.
-        remark: what the user should know of it, or nothing.
-    """
-
-    file: LoraFile
-    adapter: Adapter
-    clip: Any
-    remark: str = ""
-
-
-def read(file: LoraFile, sd_model: Any, flavour: Flavour) -> Lora:
+def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
     """Let the host read a LoRA.
 
     Raises:
         LoratorioError: it fits nothing in this model, or changes what is no layer's weight or bias.
     """
+    file: LoraFile = lora.source
     original = sd_model.forge_objects_original
     unet, clip = flavour.load(original.unet, original.clip, file)
     if unet is original.unet and clip is original.clip:
@@ -49,7 +34,7 @@ def read(file: LoraFile, sd_model: Any, flavour: Flavour) -> Lora:
     remark = ""
     if not adapter.deltas and file.unet and any(map(_is_of_unet, flavour.names_in(file))):
         remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."
-    return Lora(file, adapter, None if clip is original.clip else clip, remark)
+    return ReadLora(lora, adapter, None if clip is original.clip else clip, remark)
 
 
 def _is_of_unet(name: str) -> bool:

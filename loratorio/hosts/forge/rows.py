@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...compose.methods import Branch, Composition, Mix
+from ...compose.methods import Composition
+from ...compose.mixes import Branch, Mix
 from ...engine import Row, Step
 from ...errors import LoratorioError
-from .conditioning import TextConditioning
+from ..shared.text import TextConditioning
 from .flavours import Sampling
 
 MARK = "loratorio_block"
@@ -95,11 +96,12 @@ class StepRows:
             )
         return block
 
-    def step(self, index: int, total: int, guidance: float) -> Step:
+    def step(self, place: tuple[int, int], guidance: float) -> Step:
+        """place: number of the step, and how many there are."""
         images, parts = len(self.x), len(self._active[True])
         return Step(
-            index=index,
-            total=total,
+            index=place[0],
+            total=place[1],
             latents=torch.cat([self.x] * parts),
             uncond_count=images * len(self._active[False]),
             owners=tuple(range(images)) * parts,

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...adapters.bank import Bank
 from ...adapters.delta import Adapter
-from ...compose.importance import importance, without_words
-from ...compose.methods import Composition, Mix
-from ...engine import Engine, Row
+from ...compose.methods import Composition
+from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
-from ...pool import Candidates
-from ...roles import Player, cast_of, parts_of, recognised_note, trigger_words
-from ..base import ALL_ALWAYS, BYPASSED, NO_LORA, ComposedPass, Job, answerable
-from .conditioning import TextConditioning, encoded
-from .flavours import Flavour, LoraFile, Patcher
-from .loras import Lora, layers_of, read, size_in_bytes
-from .rows import MARK, StepRows
+from ...job import Job
+from ...roles import TaggedLora
+from ..shared.calls import ModelCall, predicted_by
+from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
+from ..shared.text import TextConditioning, encoded
+from .conditioning import conditioning_under, text_encoder
+from .flavours import Flavour, Patcher
+from .loras import layers_of, read, size_in_bytes
+from .rows import MARK, Call, StepRows
 
-Result = TypeVar("Result")
+MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
+REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
+REFINER_WITHOUT = "No LoRA of the prompt fits the refiner: its steps are without them."
 
 
 class Hook:
@@ -41,232 +43,169 @@ class Hook:
         return self
 
 
-class ComposedSampling:
-    """Composes what `job.p.sampler` is about to sample. Make one per pass, `install` it, and the pass does the rest."""
+@dataclass
+class _Evaluation:
+    """What lasts for one evaluation of the model: the host's rows, the step they stand for, and the composed predictions of it."""
+
+    rows: StepRows
+    step: Step
+    composition: Composition | None = None
+
+
+class ForgePass(SamplingPass):
+    """Composes what the job's sampler is about to sample. `install` it, and the pass does the rest."""
 
     def __init__(self, job: Job, flavour: Flavour) -> None:
-        self._job = job
-        self._p = job.p
+        super().__init__(job)
         self._flavour = flavour
         self._functions = flavour.sampling()
-        self._evaluations = 0
-        self._refiner_note = "The refiner's steps were not composed: it has the LoRAs merged."
-        self._attachment = ExitStack()
-        self._rows: StepRows | None = None
-        self._composition: Composition | None = None
+        self._texts: TextConditioning
+        self._hook: Hook
+        self._unet: Patcher  # the clone without LoRAs, and what stood in its place
+        self._unet_before: Patcher
+        self._evaluation: _Evaluation | None = None
+        self._refiner_note = REFINER_MERGED
 
     def install(self) -> None:
         """Put a clone without LoRAs in the place of the pass's UNet, and enclose the sampling loop.
 
         Where the LoRAs cannot be composed, nothing is changed and the job is told why.
         """
-        files = self._flavour.applied(self._p)
-        players = [Player(file.name, file.options, file.metadata) for file in files]
-        why_not = self._flavour.obstacle(self._p) if files else NO_LORA
-        if why_not and any(player.is_candidate for player in players):
-            raise LoratorioError(
-                f"{why_not} With a pool that is no picture of use: take the pool out of the prompt."
-            )
-        if why_not:
-            self._job.note(why_not)
-            return
-        self._loras, players = self._read(files, players)
-        self._files = [lora.file for lora in self._loras]
-        cast = cast_of(players, self._importance(players))
-        remarks = [lora.remark for lora in self._loras]
-        for remark in (*remarks, recognised_note(parts_of(players)), self._text_remark()):
-            if remark:
-                self._job.note(remark)
-        if not cast.solos:
-            self._job.note(ALL_ALWAYS)
-            return
-        bank = Bank([lora.adapter for lora in self._loras])
-        self._engine = Engine(self._job.settings, bank, cast)
-        self._texts = TextConditioning(self._p, self._loras, self._mixes(), self._flavour)
-        self._replace_unet()
-        self._enclose()
+        participants = self.admit()
+        if participants is not None:
+            self.engine = Engine(self.job.settings, self.bank(), participants)
+            self._make_texts()
+            self._replace_unet()
+            self._enclose()
 
-    def _read(self, files: Sequence[LoraFile], players: Sequence[Player]) -> tuple[list[Lora], list[Player]]:
-        """The LoRAs, read by the host, without those candidates of a pool that cannot be used."""
-        loras, playing, skipped = [], [], []
-        for file, player in zip(files, players, strict=True):
-            try:
-                loras.append(self._lora(file))
-                playing.append(player)
-            except LoratorioError as problem:
-                if not player.is_candidate:
-                    raise
-                skipped.append((file.name, str(problem)))
-        note = Candidates(tuple(loras), tuple(skipped)).note
-        if not loras:
-            raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
-        if note:
-            self._job.note(note)
-        return loras, playing
+    # -- what is asked before the first step --------------------------------------------------------------------------
 
-    def _lora(self, file: LoraFile) -> Lora:
-        """The LoRA; kept for the job's other batches, since some kinds take seconds to read."""
-        sd_model = self._p.sd_model
-        model = sd_model.forge_objects_original.unet.model
-        key = ("lora", file)
-        known: tuple[Callable[[], Any], Lora] | None = self._job.scratch.get(key)
+    def active_loras(self) -> list[ActiveLora]:
+        return [
+            ActiveLora(TaggedLora(file.name, file.options, file.metadata), file.unet, file)
+            for file in self._flavour.applied(self.p)
+        ]
+
+    def obstacle(self) -> str | None:
+        return self._flavour.obstacle(self.p)
+
+    def remarks(self) -> Iterator[str]:
+        if self._flavour.text_sees_pictures() and any(lora.text is not None for lora in self.loras):
+            yield MERGED_TEXT
+
+    def model_identity(self) -> Hashable:
         # A refiner, and the checkpoint that comes back after it, are other models.
-        if known is None or known[0]() is not model:
-            known = weakref.ref(model), read(file, sd_model, self._flavour)
-            self._job.scratch[key] = known
-        return known[1]
+        return weakref.ref(self.p.sd_model.forge_objects_original.unet.model)
 
-    def _text_remark(self) -> str:
-        speaking = any(lora.clip is not None for lora in self._loras)
-        return MERGED_TEXT if speaking and self._flavour.text_sees_pictures() else ""
+    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
+        try:
+            return read(lora, self.p.sd_model, self._flavour)
+        except LoratorioError:
+            if not is_refiner:
+                raise
+            return ReadLora(lora, Adapter(lora.tagged.name, {}))
 
-    def _importance(self, players: Sequence[Player]) -> dict[int, float] | None:
-        """By LoRA, how much its trigger words matter in the prompt; only asked for by the method that uses it."""
-        if self._job.settings.method != "w_composite":
-            return None
-        hires = getattr(self._p, "is_hr_pass", False)
-        prompt = (self._p.hr_prompts if hires else self._p.prompts)[0]
-        words = {i: trigger_words(player.metadata, prompt) for i, player in enumerate(players)}
-        told = [i for i, own in words.items() if own]
-        if not told:
-            return None
-        tokens = encoded(self._p, [prompt, *(without_words(prompt, words[i]) for i in told)])
-        return dict(zip(told, importance(tokens[0], tokens[1:]), strict=True))
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        with text_encoder(self.p, self.p.sd_model.forge_objects_original.clip):
+            return encoded(self.p.sd_model, texts)
 
-    def _mixes(self) -> list[Mix]:
-        """Every mix that a method may ask the model for."""
-        cast = self._engine.cast
-        carrying = cast.carrying(self._job.settings.share)
-        return list(
-            dict.fromkeys(
-                [
-                    cast.base,
-                    *cast.solos,
-                    *carrying.solos,
-                    carrying.compared,
-                    cast.merged,
-                    cast.chosen,
-                ]
-            )
+    # -- what lasts for a model: once, and again when the refiner comes in --------------------------------------------
+
+    def _make_texts(self) -> None:
+        """Text conditioning under every mix. Before the UNet is loaded: on a small GPU the text encoder would drive it out."""
+        merged_text = self._flavour.text_sees_pictures()
+        changes_text = [lora.text is not None and not merged_text for lora in self.loras]
+        self._texts = TextConditioning(
+            changes_text, partial(conditioning_under, self.p, self.loras, self._flavour)
         )
+        self._texts.prepare(self.engine.participants.mixes(self.job.settings.share))
 
     def _replace_unet(self) -> None:
         """Give the model a clone of its UNet patcher without LoRAs, until `_give_back_unet`."""
-        objects = self._p.sd_model.forge_objects
+        objects = self.p.sd_model.forge_objects
         before = objects.unet
-        unet = self._flavour.without_loras(before, self._p.sd_model)
+        unet = self._flavour.without_loras(before, self.p.sd_model)
         option = self._flavour.hook_option
         hooks = unet.model_options.get(option, [])
-        self._hook = Hook(self._flavour.hook(self._see))
+        self._hook = Hook(self._flavour.hook(self._before_evaluation))
         # A host may call us twice for one pass, our clone of the first time being in place.
         kept = [hook for hook in hooks if not isinstance(hook, Hook)]
         unet.model_options[option] = [*kept, self._hook]
         dtype = self._flavour.computation_dtype(unet)
         unet.add_extra_preserved_memory_during_sampling(
-            sum(size_in_bytes(lora.adapter, dtype) for lora in self._loras)
+            sum(size_in_bytes(lora.adapter, dtype) for lora in self.loras)
         )
         self._unet = objects.unet = unet
-        self._unet_before: Patcher = before
+        self._unet_before = before
 
     def _give_back_unet(self, objects: Any) -> None:
-        self._hook.function = self._rows = None
+        self._hook.function = self._evaluation = None
         if objects.unet is self._unet:
             objects.unet = self._unet_before
 
+    def _attach(self) -> None:
+        bank = self.engine.bank
+        self.attachment.enter_context(bank.attached(layers_of(bank.adapters, self._unet)))
+
+    def _follow_refiner(self, objects: Any) -> None:
+        """Compose on the model that is the host's now. LoRAs that do not fit it do nothing there, as without us."""
+        self.attachment.close()
+        self._give_back_unet(objects)  # the host may keep the first model in memory
+        active = self.active_loras()
+        if self.obstacle() or len(active) != len(self.loras):
+            return
+        loras = tuple(self.read_once(lora, is_refiner=True) for lora in active)
+        if not any(lora.adapter.deltas or lora.text is not None for lora in loras):
+            self._refiner_note = REFINER_WITHOUT
+            return
+        self.loras = loras
+        self.engine.rebind(self.bank())
+        self._make_texts()
+        self._replace_unet()
+        self._attach()
+
+    # -- the sampling loop --------------------------------------------------------------------------------------------
+
     def _enclose(self) -> None:
-        sampler = self._p.sampler
+        sampler = self.p.sampler
         # When called twice for one pass, the second enclosure replaces the first.
         launch = getattr(sampler.launch_sampling, "enclosed", sampler.launch_sampling)
 
         def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
-            result: Result = launch(steps, lambda: self._run(func))
+            result: Result = launch(steps, lambda: self.run(func))
             return result
 
         launch_composed.enclosed = launch  # type: ignore[attr-defined]
         sampler.launch_sampling = launch_composed
 
-    def _run(self, func: Callable[[], Result]) -> Result:
-        from modules.sd_samplers_common import InterruptedException
-
-        denoiser = self._p.sampler.model_wrap_cfg
-        first = denoiser.step
-        try:
-            with self._attachment, self._following_the_refiner(denoiser):
-                self._attach()
-                result = func()
-        except InterruptedException:  # the host makes a picture of what there is
-            if self._composition is not None:
-                self._job.passes.append(self._account())
-            raise
-        except LoratorioError as problem:
-            raise answerable(problem) from problem.__cause__
-        finally:
-            self._give_back_unet(self._p.sd_model.forge_objects)
-        if self._evaluations != denoiser.step - first:
-            if not self._refined():
-                raise answerable(LoratorioError(BYPASSED))
-            self._job.note(self._refiner_note)
-        self._job.passes.append(self._account())
-        return result
-
-    def _attach(self) -> None:
-        layers = layers_of(self._engine.bank.adapters, self._unet)
-        self._attachment.enter_context(self._engine.bank.attached(layers))
-
-    # -- the refiner: another model in the middle of the pass ------------------------------------------------------
-
     @contextmanager
-    def _following_the_refiner(self, denoiser: Any) -> Iterator[None]:
-        """When the host has changed the model, and before it loads the new one's weights, take the LoRAs off that one too."""
-        update, objects = denoiser.update_inner_model, self._p.sd_model.forge_objects
+    def enclosed(self) -> Iterator[None]:
+        denoiser, objects = self.p.sampler.model_wrap_cfg, self.p.sd_model.forge_objects
+        update = denoiser.update_inner_model
         is_own = "update_inner_model" in vars(denoiser)
 
         def update_and_follow() -> None:
+            # The host has changed the model, and has not loaded the new one's weights yet.
             update()
-            self._attachment.close()
-            self._give_back_unet(objects)  # the host may keep the first model in memory
-            self._take_over()
+            self._follow_refiner(objects)
 
         denoiser.update_inner_model = update_and_follow
         try:
+            self._attach()
             yield
         finally:
             del denoiser.update_inner_model
             if is_own:
                 denoiser.update_inner_model = update
+            self._give_back_unet(self.p.sd_model.forge_objects)
 
-    def _take_over(self) -> None:
-        """Compose on the model that is the host's now. LoRAs that do not fit it do nothing there, as without us."""
-        files = self._flavour.applied(self._p)
-        why_not = self._flavour.obstacle(self._p)
-        if why_not or len(files) != len(self._files):
-            return
-        loras = []
-        for file, first in zip(files, self._loras, strict=True):
-            try:
-                loras.append(self._lora(file))
-            except LoratorioError:
-                loras.append(Lora(file, Adapter(first.file.name, {}), None))
-        fitting = [lora.adapter.deltas or lora.clip is not None for lora in loras]
-        if not any(fitting):
-            self._refiner_note = "No LoRA of the prompt fits the refiner: its steps are without them."
-            return
-        limit = self._engine.bank.plan_limit
-        self._loras = loras
-        self._engine.bank = Bank([lora.adapter for lora in loras])
-        self._engine.bank.plan_limit = limit
-        self._texts = TextConditioning(self._p, self._loras, self._mixes(), self._flavour)
-        self._replace_unet()
-        self._attach()
+    def missed(self) -> None:
+        came_in = self.p.sd_model.forge_objects.unet.model is not self._unet.model
+        if not came_in and not self.p.extra_generation_params.get("Refiner"):
+            super().missed()
+        self.job.note(self._refiner_note)
 
-    def _refined(self) -> bool:
-        return self._p.sd_model.forge_objects.unet.model is not self._unet.model or bool(
-            self._p.extra_generation_params.get("Refiner")
-        )
-
-    # -- what lasts for an evaluation of the model ----------------------------------------------------------------
-
-    def _see(
+    def _before_evaluation(
         self,
         model: Any,
         cond: list[Any],
@@ -275,91 +214,68 @@ class ComposedSampling:
         sigma: Tensor,
         options: dict[str, Any],
     ) -> tuple[Any, ...]:
-        """The host is about to run these conditions on `x`: mark them, and answer in the place of the model."""
-        denoiser = self._p.sampler.model_wrap_cfg
+        """The host is about to run these conditions on `x` (B, C, H, W): mark them, and answer in the place of the model."""
+        denoiser = self.p.sampler.model_wrap_cfg
         rows = StepRows(self._functions, self._texts, denoiser.step, cond, uncond, x, sigma)
-        self._rows = rows
-        self._composition = None
-        self._evaluations += 1
-        # Seen from here a second-order sampler evaluates twice a step.
-        per_step = max(1, (denoiser.total_steps or 1) // (denoiser.steps or 1))
-        self._step = rows.step(denoiser.step // per_step, max(denoiser.steps or 1, 1), self._guidance())
+        self._evaluation = _Evaluation(rows, rows.step(self.place_in_sampling(), self._guidance()))
+        self.evaluations += 1
         inner = options.get("model_function_wrapper")
         answer = partial(self._answer, model, inner)
         return model, *rows.marked(), x, sigma, {**options, "model_function_wrapper": answer}
 
     def _guidance(self) -> float:
         """The CFG scale of this pass."""
-        own = getattr(self._p, "hr_cfg", None) if getattr(self._p, "is_hr_pass", False) else None
-        return float(self._p.cfg_scale if own is None else own)
+        own = getattr(self.p, "hr_cfg", None) if self.is_hires else None
+        return float(self.p.cfg_scale if own is None else own)
 
     def _answer(self, model: Any, inner: Any, apply_model: Any, args: dict[str, Any]) -> Tensor:
-        """The composed rows of the blocks that the host asks for; all of the step's at its first call."""
+        """The composed denoised rows (R, C, H, W) of the blocks that the host asks for; all of the step's at its first call."""
         c = dict(args["c"])
         marks = c.pop(MARK, None)
-        rows = self._rows
+        evaluation = self._evaluation
         if (
-            rows is None
+            evaluation is None
             or marks is None
             or args["input"].shape[0] != len(marks)
-            or args["input"].shape[1:] != rows.x.shape[1:]
+            or args["input"].shape[1:] != evaluation.rows.x.shape[1:]
         ):
             raise LoratorioError(BYPASSED)
-        if self._composition is None:
+        rows = evaluation.rows
+        if evaluation.composition is None:
             self._limit_rows(model, rows)
 
-            def run(batch: Tensor, sigma: Tensor, c: dict[str, Any], cond_or_uncond: list[int]) -> Tensor:
+            def run(call: Call) -> Tensor:
                 if inner is None:
-                    return apply_model(batch, sigma, **c)  # type: ignore[no-any-return]
-                call = {"input": batch, "timestep": sigma, "c": c, "cond_or_uncond": cond_or_uncond}
-                return inner(apply_model, call)  # type: ignore[no-any-return]
+                    return apply_model(call.x, call.sigma, **call.c)  # type: ignore[no-any-return]
+                asked = {
+                    "input": call.x,
+                    "timestep": call.sigma,
+                    "c": call.c,
+                    "cond_or_uncond": call.cond_or_uncond,
+                }
+                return inner(apply_model, asked)  # type: ignore[no-any-return]
 
             predict = partial(self._predict, rows, c["transformer_options"], run)
-            self._composition = self._engine.step(self._step, predict)
-        return rows.pick(self._composition, marks).to(args["input"].dtype)
+            evaluation.composition = self.engine.step(evaluation.step, predict)
+            self.owners = evaluation.step.owners
+        return rows.pick(evaluation.composition, marks).to(args["input"].dtype)
 
     def _predict(
-        self, rows: StepRows, options: dict[str, Any], run: Callable[..., Tensor], wanted: Sequence[Row]
+        self, rows: StepRows, options: dict[str, Any], run: Callable[[Call], Tensor], wanted: Sequence[Row]
     ) -> Tensor:
         """The host's model on any rows of the step; conditions that cannot share a batch go in calls of their own."""
-        calls = rows.calls(wanted, options)
-        predicted: dict[int, Tensor] = {}
-        for call in calls:
-            with self._routed(wanted, call.numbers, len(calls) == 1):
-                output = run(call.x, call.sigma, call.c, call.cond_or_uncond)
-            predicted.update(zip(call.numbers, output, strict=True))
-        return torch.stack([predicted[number] for number in range(len(wanted))])
-
-    @contextmanager
-    def _routed(self, wanted: Sequence[Row], numbers: Sequence[int], already: bool) -> Iterator[None]:
-        if already:
-            yield
-            return
-        with self._engine.bank.routed([wanted[number].mix for number in numbers]):
-            yield
+        calls = [ModelCall(call.numbers, partial(run, call)) for call in rows.calls(wanted, options)]
+        return predicted_by(calls, self.engine.bank)
 
     def _limit_rows(self, model: Any, rows: StepRows) -> None:
         """As many rows a call as fit into what the host says is free, and no more than memory has allowed before."""
         images = len(rows.x)
-        wanted = (len(self._engine.cast.solos) + 1) * rows.count
+        wanted = (len(self.engine.participants.singles) + 1) * rows.count
         free = self._flavour.free_memory(rows.x.device)
         fitting = wanted
         while fitting > 1 and self._flavour.needed_memory(model, [fitting, *rows.x.shape[1:]]) >= free:
             fitting = fitting // 2
         if fitting > images:
             fitting -= fitting % images
-        limit = self._engine.row_limit
-        self._engine.row_limit = min(limit, fitting) if limit else (fitting if fitting < wanted else 0)
-
-    def _account(self) -> ComposedPass:
-        composed = [self._files[number] for number in self._engine.cast.number_of_solo]
-        return ComposedPass(
-            loras=tuple(file.name for file in composed),
-            strengths=tuple(file.unet for file in composed),
-            batch=self._p.iteration,
-            hires=bool(getattr(self._p, "is_hr_pass", False)),
-            history=self._engine.history,
-        )
-
-
-MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
+        if fitting < wanted:
+            self.engine.limit_rows(fitting)

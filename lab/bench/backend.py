@@ -1,0 +1,171 @@
+"""Where a cell's pictures are made and judged: the toybox on the standalone host, and its classifier."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loratorio.errors import LoratorioError
+from loratorio.toybox.elements import BY_NAME
+
+from . import measures
+from .plan import Cell
+from .store import ImageResult, Result
+
+Pixels = NDArray[np.uint8]
+
+
+class Backend(Protocol):
+    """What a worker needs; made once per process."""
+
+    def generate(self, cell: Cell) -> tuple[list[Pixels], int]:
+        """A cell's pictures, (H, W, 3) each, one per seed, and how many model rows were run for them."""
+        ...
+
+    def classify(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        """Per picture the elements that are found in it, and the features (D,)."""
+        ...
+
+
+def make_backend(path: str) -> Backend:
+    """The backend that ``module:function`` makes: a name, so that a worker on another machine can make its own."""
+    module, _, name = path.partition(":")
+    maker: Callable[[], Backend] = getattr(importlib.import_module(module), name)
+    return maker()
+
+
+def do_cell(backend: Backend, cell: Cell) -> Result:
+    """Make and judge one cell."""
+    # Of the processor, not of the clock: on a shared machine only that compares.
+    since = time.process_time()
+    pictures, rows = backend.generate(cell)
+    seconds = time.process_time() - since
+    period = 8 * int(cell.knobs.get("patch_size", default_patch_size()))
+    images = tuple(
+        ImageResult(
+            cell.seed + i,
+            found,
+            measures.border_ratio(picture, period),
+            measures.saturation(picture),
+            measures.clipped(picture),
+            tuple(round(float(value), 5) for value in features),
+        )
+        for i, (picture, (found, features)) in enumerate(
+            zip(pictures, backend.classify(pictures), strict=True)
+        )
+    )
+    return Result(cell, images, seconds, rows)
+
+
+def default_patch_size() -> int:
+    from loratorio.settings import Settings
+
+    return Settings().patch_size
+
+
+class ToyboxBackend:
+    """The toybox that ships: its world, model, LoRAs and classifier."""
+
+    def __init__(self) -> None:
+        from lab.toybox import classifier, shapes, world
+        from loratorio import toybox
+        from loratorio.standalone.checkpoint import load_checkpoint
+
+        missing = [
+            file for file in (toybox.CHECKPOINT, toybox.LORA_DIR, classifier.FILE) if not file.exists()
+        ]
+        if missing:
+            raise LoratorioError(f"The toybox is not whole: {missing[0]} is missing. Install loratorio anew.")
+        self._world, self._classify = world, classifier
+        self._loras, self._size = toybox.LORA_DIR, shapes.PIXELS
+        self._checkpoint = load_checkpoint(toybox.CHECKPOINT)
+        # A processor does convolutions a fifth faster so; the numbers are the same.
+        self._checkpoint.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._known: dict[tuple[Any, ...], Any] = {}
+        self._classifier = classifier.load_classifier()
+
+    def prompt(self, cell: Cell) -> str:
+        """The caption of a scene with these elements, and the tags."""
+        # The same scene for every variant and seed of a combination.
+        scene = self._world.random_scene(random.Random("+".join(cell.elements)), *cell.elements)
+        caption = self._world.caption(scene)
+        if cell.pool:
+            return f"{caption} <pool:*>"
+        tags = [f"<lora:{name}{self._role(name, cell)}>" for name in cell.elements]
+        return f"{caption} {' '.join(tags)}"
+
+    def _role(self, name: str, cell: Cell) -> str:
+        style = BY_NAME[name].category == "style"
+        return f":role={cell.role}" if style and cell.role else ""
+
+    def generate(self, cell: Cell) -> tuple[list[Pixels], int]:
+        if cell.made == "truth":
+            rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
+            scenes = [self._world.random_scene(rng, *cell.elements) for _ in range(cell.count)]
+            return [self._world.render(scene) for scene in scenes], 0
+        from loratorio.settings import KNOB_BY_NAME, Settings
+        from loratorio.standalone.generate import Request, generate
+
+        settings = Settings(enabled=True).with_values(
+            {k: v for k, v in cell.knobs.items() if k in KNOB_BY_NAME}
+        )
+        sampling = {k: v for k, v in cell.knobs.items() if k not in KNOB_BY_NAME}
+        request = Request(
+            self.prompt(cell),
+            settings=settings,
+            seed=cell.seed,
+            batch=cell.count,
+            width=self._size,
+            height=self._size,
+            **sampling,
+        )
+        rows = RowCount(self._checkpoint.unet)
+        with rows:
+            outcome = generate(self._checkpoint, self._loras, request, load=self._load)
+        return [np.asarray(image) for image in outcome.images], rows.count
+
+    def _load(self, file: Path, name: str, *given: Any) -> Any:
+        """`load_lora`, every file once: there are twelve, and thousands of cells."""
+        from loratorio.standalone.lora_files import load_lora
+
+        key = (file, name, *given[1:])
+        if key not in self._known:
+            self._known[key] = load_lora(file, name, *given)
+        return self._known[key]
+
+    def classify(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        array = np.stack(list(pictures))
+        found = self._classify.classify(array, self._classifier)
+        features = self._classify.features(array, self._classifier)
+        names = [tuple(sorted(name for name, there in each.items() if there)) for each in found]
+        return list(zip(names, features, strict=True))
+
+
+class RowCount:
+    """Counts the rows that go through a model while it is entered."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.count = 0
+
+    def __enter__(self) -> None:
+        def count(module: Any, args: tuple[Any, ...]) -> None:
+            self.count += len(args[0])
+
+        self._handle = self._model.register_forward_pre_hook(count)
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def toybox() -> Backend:
+    """The default backend."""
+    return ToyboxBackend()

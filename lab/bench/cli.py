@@ -1,0 +1,289 @@
+"""`loratorio-lab bench`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loratorio.errors import LoratorioError
+
+from .plan import (
+    ABLATIONS,
+    BETTER_ROWS,
+    CHARACTER,
+    DYNAMIC_ROWS,
+    MAIN_ROWS,
+    METHOD_ROWS,
+    ROLE_ROWS,
+    STYLE,
+    Cell,
+    Variant,
+    cells,
+    combinations,
+    distinct,
+    sample,
+)
+
+QUICK_MINUTES = 9.0
+GROUPS = ("methods", "others", "roles", "better", "dynamic", "ablations")
+SAMPLING = {"steps": 12, "cfg": 3.0, "sampler": "euler"}
+GRID: Mapping[str, Any] = {
+    "groups": ",".join(GROUPS),
+    "combinations": 0,
+    "other_combinations": 8,
+    "ablation_combinations": 6,
+    "seeds": 5,
+    "ablation_seeds": 3,
+    "elements": "",
+    "counts": "2,3,4,5",
+    **SAMPLING,
+}
+"""What the tables are made of unless an option says otherwise."""
+PUBLISHED = Path(__file__).parents[2] / "docs" / "RESULTS.md"
+"""In a clone: the tables that ship."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="loratorio-lab bench",
+        description="Makes pictures of every combination by every method, measures them, and writes tables and plots. "
+        "Goes on from what is in --out after it was stopped. With --webui it does the same with your own LoRAs in a running WebUI.",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a part of the methods' tables, in under ten minutes on two cores, and whether the published order holds",
+    )
+    parser.add_argument(
+        "--groups",
+        default=GRID["groups"],
+        help=f"which tables, of {', '.join(GROUPS)}, with commas between",
+    )
+    for name, about in (
+        ("combinations", "how many of each N for the main methods (0: all)"),
+        ("other_combinations", "how many of each N for the other methods and roles"),
+        ("ablation_combinations", "how many of each N for the other tables"),
+        ("seeds", "pictures per combination and method"),
+        ("ablation_seeds", "pictures per combination in the other tables"),
+        ("elements", "only these LoRAs of the toybox, with commas between"),
+        ("counts", "numbers of LoRAs, with commas between"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(GRID[name]), default=GRID[name], help=about)
+    for name, of in (("steps", int), ("cfg", float), ("sampler", str)):
+        parser.add_argument(
+            f"--{name}", type=of, help=f"{SAMPLING[name]} for the toybox; with --webui the WebUI's own"
+        )
+    parser.add_argument("--out", type=Path, default=Path("loratorio-bench"), help="folder of the results")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        help="write the tables here (docs/RESULTS.md), and plots into results/ beside it",
+    )
+    parser.add_argument("--report-only", action="store_true", help="make no picture, only the report")
+    parser.add_argument("--minutes", type=float, help="begin no new cell after this time")
+    # Models as small as the toybox's are no faster with two threads, and much slower where another program wants one.
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="cells at once (as many as processors)"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="on Ray: 'local' for this machine, 'auto' or an address for a cluster",
+    )
+    parser.add_argument("--backend", default="lab.bench.backend:toybox", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--webui",
+        metavar="URL",
+        help="measure your own LoRAs in a running WebUI, by CLIPScore (needs open_clip)",
+    )
+    parser.add_argument(
+        "--loras", type=Path, help="with --webui: JSON file of the LoRAs and their trigger words by category"
+    )
+    parser.add_argument(
+        "--base-prompt", default="", help="with --webui: what stands before the trigger words"
+    )
+    parser.add_argument("--negative", default="", help="with --webui: the negative prompt")
+    parser.add_argument("--size", help="with --webui: of the pictures, e.g. 512x768; else the WebUI's own")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command. Raises LoratorioError where something in the input is wrong."""
+    bench(parser().parse_args(arguments))
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Make what is missing, and report."""
+    if options.webui:
+        from .webui import bench_webui
+
+        bench_webui(options)
+        return
+    from .runner import run
+    from .store import Store
+
+    for name, value in SAMPLING.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    check(options)
+    grid = the_grid(options)
+    store = Store(options.out / "cells")
+    if not options.report_only:
+        minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
+        until = None if minutes is None else time.monotonic() + 60 * minutes
+        since = time.monotonic()
+
+        def tell(done: int, total: int, cell: Cell) -> None:
+            spent = time.monotonic() - since
+            print(
+                f"{done}/{total} after {spent:.0f} s: {cell.variant} {'+'.join(cell.elements)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        count = run(grid, store, options.backend, options.workers, options.ray, until, tell)
+        left = len(store.missing(grid))
+        print(f"{count} cells done now, {len(grid) - left} of {len(grid)} in {options.out}.")
+    _report(options, grid, store)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises LoratorioError for numbers that make no sense."""
+    for what, least in (
+        ("seeds", 1),
+        ("ablation_seeds", 1),
+        ("workers", 1),
+        ("combinations", 0),
+        ("other_combinations", 0),
+        ("ablation_combinations", 0),
+        ("steps", 1),
+    ):
+        if getattr(options, what) < least:
+            raise LoratorioError(
+                f"--{what.replace('_', '-')} must be {least} or more, not {getattr(options, what)}."
+            )
+    for group in options.groups.split(","):
+        if group not in GROUPS:
+            raise LoratorioError(f"--groups must be of {', '.join(GROUPS)}, not {group!r}.")
+    if not set(options.counts.split(",")) <= {"2", "3", "4", "5"}:
+        raise LoratorioError(
+            f"--counts must be of 2, 3, 4 and 5, with commas between, not {options.counts!r}."
+        )
+
+
+def chosen_categories(names: str) -> Mapping[str, Sequence[str]]:
+    """The toybox's elements by category, or of them those that `names` (with commas) has. Raises LoratorioError."""
+    categories = toybox_categories()
+    if not names:
+        return categories
+    wanted = {name.strip() for name in names.split(",")}
+    unknown = wanted - {name for own in categories.values() for name in own}
+    if unknown or not wanted & set(categories[CHARACTER]):
+        known = ", ".join(name for own in categories.values() for name in own)
+        raise LoratorioError(f"--elements must be of {known}, a character among them, not {names!r}.")
+    return {category: [name for name in own if name in wanted] for category, own in categories.items()}
+
+
+def toybox_categories() -> Mapping[str, Sequence[str]]:
+    """The toybox's elements by category, the character first; those whose LoRA is there."""
+    from loratorio import toybox
+    from loratorio.toybox.elements import CATEGORIES
+
+    order = [CHARACTER, *(name for name in CATEGORIES if name != CHARACTER)]
+    present = [element for element in toybox.ELEMENTS if toybox.lora_file(element).is_file()]
+    if not present:
+        raise LoratorioError(
+            f"The toybox is not whole: no LoRA is in {toybox.LORA_DIR}. Install loratorio anew."
+        )
+    return {name: [element.name for element in present if element.category == name] for name in order}
+
+
+def the_grid(options: argparse.Namespace) -> list[Cell]:
+    """All cells that the options ask for, each once. First a part of every table, last the main methods on all that is left."""
+    groups = ["others", "methods"] if options.quick else options.groups.split(",")
+    counts = [int(count) for count in options.counts.split(",")]
+    sampling = {"steps": options.steps, "cfg": options.cfg, "sampler": options.sampler}
+    categories = chosen_categories(options.elements)
+    every, some, few = options.combinations, options.other_combinations, options.ablation_combinations
+    if options.quick:
+        every, some = 6, 1
+    few_seeds = min(options.seeds, options.ablation_seeds)
+
+    def part(variants: Sequence[Variant], limit: int, seeds: int, of: Sequence[str] = ()) -> Iterator[Cell]:
+        # By rounds over N, so that a grid that is stopped has as many of each, as far as there are.
+        chosen = [
+            sample([c for c in combinations(categories, n) if not of or set(c) & set(of)], limit)
+            for n in counts
+        ]
+        longest = max((len(each) for each in chosen), default=0)
+        mixed = [each[i] for i in range(longest) for each in chosen if i < len(each)]
+        yield from cells(variants, mixed, seeds, sampling)
+
+    grid: list[Cell] = []
+    if options.quick:  # in nine minutes on a slow machine the main methods must be there
+        grid += part(MAIN_ROWS, every, options.seeds)
+    if "others" in groups:
+        grid += part(METHOD_ROWS, some, options.seeds)
+    if "roles" in groups:
+        grid += part(ROLE_ROWS, some, options.seeds, categories.get(STYLE, ()))
+    if "better" in groups:
+        grid += part(BETTER_ROWS, few, few_seeds)
+    if "dynamic" in groups:
+        grid += part(DYNAMIC_ROWS, few, few_seeds)
+    if "ablations" in groups:
+        grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
+    if "methods" in groups:
+        grid += part(MAIN_ROWS, every, options.seeds)
+    return distinct(grid)
+
+
+def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> None:
+    from .report import agrees, document, order, plots, published_order, table
+
+    results = list(store.read(grid))
+    if not results:
+        print("There are no results yet.")
+        return
+    print(table(MAIN_ROWS, results))
+    found = order(results)
+    published = published_order(PUBLISHED) if PUBLISHED.is_file() else ""
+    if found:
+        print(f"By elements found: {found}.")
+    if found and published:
+        verdict = "agrees with" if agrees(found, published) else "DIFFERS from"
+        print(f"This {verdict} the published order, {published} (≈: not clearly apart).")
+    if options.report is None:
+        return
+    folder = options.report.parent / "results"
+    pictures = plots(results, folder)
+    by_name = {file.stem: f"results/{file.name}" for file in pictures}
+    from loratorio.standalone.output import write_all
+
+    notes = options.report.parent / "results" / "notes.md"
+    own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
+    text = document(
+        results, command_line(options), len(grid), by_name, own, chosen_categories(options.elements)
+    )
+    write_all({options.report: text.encode()})
+    print(f"Written: {options.report} and {len(pictures)} plots in {folder}.")
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """The command that makes this report, as a user types it."""
+    parts = ["loratorio-lab bench"]
+    if options.quick:
+        parts.append("--quick")
+    for name, default in GRID.items():
+        value = getattr(options, name)
+        if value != default:
+            parts.append(f"--{name.replace('_', '-')} {value}")
+    if options.report is not None:
+        parts.append("--report docs/RESULTS.md")
+    return " ".join(parts)

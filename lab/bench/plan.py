@@ -1,0 +1,227 @@
+"""What is compared: combinations of elements, variants (a method with its knobs), and the grid of cells made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loratorio.settings import KNOB_BY_NAME, KNOBS, Settings
+
+CHARACTER = "character"
+STYLE = "style"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table.
+
+    Attributes:
+        name: in results, `label` in tables.
+        knobs: settings other than the defaults.
+        role: of the style LoRAs, where it is not *content*.
+        pool: all LoRAs of the toybox are candidates, and none is named.
+        made: ``picture`` by the model, or ``truth``: rendered.
+    """
+
+    name: str
+    label: str
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    role: str = ""
+    pool: bool = False
+    made: str = "picture"
+
+    def resolved(self) -> dict[str, Any]:
+        """Every knob that matters to the picture, at this variant's value. A default that changes makes new cells."""
+        settings = Settings().with_values(self.knobs)
+        used = [
+            knob.name
+            for knob in KNOBS
+            if knob.group != "shown" and knob.name != "enabled" and not knob.ignored_by(settings.method)
+        ]
+        if not self.pool:
+            used = [name for name in used if KNOB_BY_NAME[name].group != "pool"]
+        return {name: getattr(settings, name) for name in used}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination under one variant, for some seeds: what a worker does at once.
+
+    Attributes:
+        elements: names, of different categories.
+        seed, count: the first seed, and how many follow one another.
+        variant: the first that asked for this; others may be the same work.
+        knobs: every knob that matters to the picture, and `steps`, `cfg`, `sampler`.
+    """
+
+    variant: str
+    elements: tuple[str, ...]
+    seed: int
+    count: int
+    knobs: Mapping[str, Any]
+    role: str = ""
+    pool: bool = False
+    made: str = "picture"
+
+    @property
+    def key(self) -> str:
+        """The same for the same work and for no other: name of the result's file."""
+        work = {name: value for name, value in asdict(self).items() if name != "variant"}
+        content = json.dumps(work, sort_keys=True)
+        made = self.knobs.get("method", self.made)
+        return f"{made}.{'+'.join(self.elements)}.{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    def is_of(self, variant: Variant) -> bool:
+        """Whether this cell is what the variant asks for."""
+        if (self.made, self.role, self.pool) != (variant.made, variant.role, variant.pool):
+            return False
+        return self.made == "truth" or variant.resolved().items() <= self.knobs.items()
+
+
+TRUTH = Variant("truth", "Rendered truth", made="truth")
+
+METHOD_ROWS: tuple[Variant, ...] = (
+    Variant("merge", "Merge", {"method": "merge"}),
+    Variant("merge_anchored", "Merge, re-centred", {"method": "merge_anchored"}),
+    Variant("composite", "Composite", {"method": "composite"}),
+    Variant("composite_anchored", "Composite, re-centred", {"method": "composite_anchored"}),
+    Variant("switch", "Switch", {"method": "switch"}),
+    Variant("cmlora", "CMLoRA", {"method": "cmlora"}),
+    Variant("klora", "K-LoRA", {"method": "klora"}),
+    Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
+    Variant("w_composite", "W-Composite", {"method": "w_composite"}),
+    Variant("loratorio", "LoRAtorio", {}),
+)
+"""All methods."""
+
+MAIN_ROWS = tuple(
+    row for row in METHOD_ROWS if row.name in ("merge", "merge_anchored", "composite", "loratorio")
+)
+"""Those that are run on every combination."""
+
+ROLE_ROWS: tuple[Variant, ...] = (
+    Variant("merge", "Merge", {"method": "merge"}),
+    Variant("merge_anchored", "Merge, re-centred", {"method": "merge_anchored"}),
+    Variant("loratorio", "LoRAtorio", {}),
+    Variant("share", "LoRAtorio, shared part 0.3", {"share": 0.3}),
+    Variant("role_style", "LoRAtorio, role=style", {}, role="style"),
+    Variant("role_always", "LoRAtorio, role=always", {}, role="always"),
+)
+"""What a style LoRA's role does; only for combinations that have one."""
+
+BETTER_ROWS: tuple[Variant, ...] = (
+    Variant("plain", "LoRAtorio as in the paper", {"blend": "patches", "adaptive": False, "rescale": 0.0}),
+    Variant("smooth", "with interpolated weights", {"blend": "smooth", "adaptive": False, "rescale": 0.0}),
+    Variant("overlap", "with overlapping patches", {"blend": "overlap", "adaptive": False, "rescale": 0.0}),
+    Variant("adaptive", "with adaptive temperature", {"blend": "patches", "adaptive": True, "rescale": 0.0}),
+    Variant("rescale", "with guidance rescale 0.7", {"blend": "patches", "adaptive": False, "rescale": 0.7}),
+    Variant(
+        "share",
+        "with a shared part of 0.3",
+        {"blend": "patches", "adaptive": False, "rescale": 0.0, "share": 0.3},
+    ),
+    Variant(
+        "start",
+        "merged for the first fifth of the steps",
+        {"blend": "patches", "adaptive": False, "rescale": 0.0, "start": 0.2},
+    ),
+)
+"""What the paper does not have, one at a time."""
+
+DYNAMIC_ROWS: tuple[Variant, ...] = (
+    Variant("pool_merge", "Merge of all", {"method": "merge"}, pool=True),
+    Variant("pool", "LoRAtorio, pool", {}, pool=True),
+    Variant(
+        "pool_every_step",
+        "LoRAtorio, all scored at every step",
+        {"pool_interval": 1, "pool_size": 100},
+        pool=True,
+    ),
+)
+"""The whole toybox as a pool, and the prompt alone to say what is wanted."""
+
+
+def ablation(knob: str, values: Sequence[Any], **fixed: Any) -> tuple[Variant, ...]:
+    """A row for each value of one knob; the other knobs at their defaults or as `fixed`."""
+    return tuple(Variant(f"{knob}={value}", f"{knob} {value}", {**fixed, knob: value}) for value in values)
+
+
+ABLATIONS: dict[str, tuple[Variant, ...]] = {
+    "patch_size": ablation("patch_size", (1, 2, 4)),
+    "temperature": ablation("temperature", (0.003, 0.01, 0.03, 0.1, 0.3)),
+    "recentre": ablation("recentre", (0.0, 0.25, 0.5, 0.75, 1.0)),
+    "top_k": ablation("top_k", (1, 2, 0)),
+    "share": ablation("share", (0.0, 0.15, 0.3, 0.5, 1.0)),
+}
+"""The curves that choose the defaults."""
+
+
+def combinations(categories: Mapping[str, Sequence[str]], count: int) -> list[tuple[str, ...]]:
+    """Every ComposLoRA-style combination of `count` elements: a character, and at most one element per category.
+
+    Args:
+        categories: names of the elements by category; the order is kept.
+    """
+    others = [name for name in categories if name != CHARACTER]
+    found = []
+    for character in categories[CHARACTER]:
+        for chosen in itertools.combinations(others, count - 1):
+            for rest in itertools.product(*(categories[name] for name in chosen)):
+                found.append((character, *rest))
+    return found
+
+
+def sample(items: Sequence[tuple[str, ...]], limit: int) -> list[tuple[str, ...]]:
+    """`limit` of them (0: all), always in the same order, each element as often as the others in however many one takes."""
+    rng = random.Random(0)
+    left = list(items)
+    rng.shuffle(left)
+    used: dict[str, int] = {}
+    chosen = []
+    for _ in range(min(limit or len(items), len(items))):
+        best = min(left, key=lambda item: sum(used.get(name, 0) for name in item))
+        left.remove(best)
+        chosen.append(best)
+        for name in best:
+            used[name] = used.get(name, 0) + 1
+    return chosen
+
+
+def cells(
+    variants: Sequence[Variant],
+    combos: Sequence[tuple[str, ...]],
+    seeds: int,
+    sampling: Mapping[str, Any],
+    truth_per_combination: int = 16,
+) -> list[Cell]:
+    """The grid, combination by combination, so that a grid that was stopped has whole rows of the table."""
+    grid = []
+    for combo in combos:
+        for variant in (TRUTH, *variants):
+            truth = variant.made == "truth"
+            grid.append(
+                Cell(
+                    variant.name,
+                    combo,
+                    0,
+                    truth_per_combination if truth else seeds,
+                    {} if truth else {**sampling, **variant.resolved()},
+                    variant.role,
+                    variant.pool,
+                    variant.made,
+                )
+            )
+    return distinct(grid)
+
+
+def distinct(grid: Sequence[Cell]) -> list[Cell]:
+    """Each piece of work once, in the order of the first that asks for it."""
+    by_key: dict[str, Cell] = {}
+    for cell in grid:
+        by_key.setdefault(cell.key, cell)
+    return list(by_key.values())

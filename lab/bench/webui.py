@@ -1,0 +1,202 @@
+"""`loratorio-lab bench --webui URL`: a user's own LoRAs through a running WebUI, scored with CLIPScore.
+
+The LoRAs are described as ComposLoRA's testbed does it, in a JSON file: ``{category: [{"id": name, "trigger": [words]}]}``
+with a category ``character``; one more level of styles (``{"anime": {…}}``) is understood too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib
+import io
+import json
+import os
+import statistics
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratorio.errors import LoratorioError
+
+from .plan import CHARACTER, METHOD_ROWS, Variant, combinations, sample
+
+Score = Callable[[Any, str], float]
+"""A PIL picture and a text to the CLIPScore, 100·cos, as in the papers."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to ask for."""
+
+    variant: Variant
+    loras: tuple[str, ...]
+    prompt: str
+    triggers: str
+    seed: int
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.variant.name}.{'+'.join(self.loras)}.{self.seed}"
+
+
+def bench_webui(options: argparse.Namespace) -> None:
+    """Make and score the pictures that are not there yet, then print the table.
+
+    Raises:
+        LoratorioError: no LoRA list, no answer from the WebUI, or open_clip is not installed.
+    """
+    if options.loras is None:
+        raise LoratorioError(
+            "--webui needs --loras FILE: a JSON file of LoRAs and trigger words by category."
+        )
+    sampling(options)
+    categories, triggers = read_loras(options.loras)
+    tasks = list(_tasks(options, categories, triggers))
+    folder = options.out / "webui"
+    folder.mkdir(parents=True, exist_ok=True)
+    score = _scorer()
+    until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for task in tasks:
+        if until is not None and time.monotonic() > until:
+            break
+        _do(task, options, folder, score)
+    print(table(tasks, folder))
+
+
+def read_loras(file: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """LoRA names by category, the character first, and each one's trigger words. Raises LoratorioError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if CHARACTER not in content and len(content) == 1:
+            content = next(iter(content.values()))
+        order = [CHARACTER, *(name for name in content if name != CHARACTER)]
+        categories = {name: [str(each["id"]) for each in content[name]] for name in order}
+        triggers = {
+            str(each["id"]): ", ".join(each.get("trigger", [])) for own in content.values() for each in own
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as problem:
+        raise LoratorioError(
+            f'{file} is not a list of LoRAs as {{"character": [{{"id": "name", "trigger": ["word"]}}], …}}: {problem!r}.'
+        ) from problem
+    return categories, triggers
+
+
+def _tasks(
+    options: argparse.Namespace, categories: Mapping[str, Sequence[str]], triggers: Mapping[str, str]
+) -> Iterator[Task]:
+    for count in (int(each) for each in options.counts.split(",")):
+        for combo in sample(combinations(categories, count), options.combinations):
+            words = ", ".join(triggers[name] for name in combo if triggers[name])
+            tags = " ".join(f"<lora:{name}:1>" for name in combo)
+            prompt = f"{options.base_prompt}{', ' if options.base_prompt else ''}{words} {tags}"
+            for variant in METHOD_ROWS:
+                for seed in range(options.seeds):
+                    yield Task(variant, combo, prompt, words, seed)
+
+
+def _do(task: Task, options: argparse.Namespace, folder: Path, score: Score) -> None:
+    """One picture, unless it is there; picture first, score last, so that what has a score is whole."""
+    from PIL import Image
+
+    result = folder / f"{task.file_name}.json"
+    if result.is_file():
+        return
+    since = time.perf_counter()
+    body = {
+        "prompt": task.prompt,
+        "negative_prompt": options.negative,
+        "seed": task.seed,
+        **sampling(options),
+        "alwayson_scripts": {"LoRAtorio": {"args": [{"enabled": True, **task.variant.knobs}]}},
+    }
+    answer = _ask(options.webui, "txt2img", body)
+    seconds = time.perf_counter() - since
+    data = base64.b64decode(answer["images"][0].partition(",")[2] or answer["images"][0])
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    (folder / f"{task.file_name}.png").write_bytes(data)
+    temporary = result.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(
+        json.dumps({"score": score(picture, task.triggers), "seconds": seconds}), encoding="utf-8"
+    )
+    os.replace(temporary, result)
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said of sampling, under the API's names; the rest is the WebUI's own. Raises LoratorioError for a bad size."""
+    asked = {"steps": options.steps, "cfg_scale": options.cfg, "sampler_name": options.sampler}
+    if options.size is not None:
+        sides = options.size.lower().split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise LoratorioError(f"--size must be WIDTHxHEIGHT, such as 512x768, not {options.size!r}.")
+        asked |= {"width": int(sides[0]), "height": int(sides[1])}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _ask(url: str, path: str, body: Mapping[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/sdapi/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=3600) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as problem:
+        raise LoratorioError(
+            f"The WebUI refused the picture ({problem.code}): {problem.read().decode()[:500]}"
+        ) from problem
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as problem:
+        raise LoratorioError(
+            f"No WebUI answers at {url} ({problem}): start it with --api, and check the address."
+        ) from problem
+
+
+def _scorer() -> Score:
+    """CLIPScore by open_clip's ViT-B-32, or ``LORATORIO_SCORER=module:function``, which makes a scorer of your own."""
+    own = os.environ.get("LORATORIO_SCORER")
+    if own:
+        module, _, name = own.partition(":")
+        made: Score = getattr(importlib.import_module(module), name)()
+        return made
+    try:
+        import open_clip
+    except ImportError:
+        raise LoratorioError("--webui scores with open_clip: pip install 'loratorio[lab]'.") from None
+    import torch
+
+    model, _, prepare = open_clip.create_model_and_transforms("ViT-B-32", pretrained="openai")
+    words = open_clip.get_tokenizer("ViT-B-32")
+    model.eval()
+
+    def score(picture: Any, text: str) -> float:
+        with torch.inference_mode():
+            seen = model.encode_image(prepare(picture).unsqueeze(0))
+            said = model.encode_text(words([text]))
+        return 100 * float(torch.cosine_similarity(seen, said).clamp_min(0))
+
+    return score
+
+
+def table(tasks: Sequence[Task], folder: Path) -> str:
+    """Mean CLIPScore by method and N, of what is there."""
+    counts = sorted({len(task.loras) for task in tasks})
+    lines = [
+        f"| | {' | '.join(f'N={count}' for count in counts)} | mean | s |",
+        f"| --- |{' ---: |' * (len(counts) + 2)}",
+    ]
+    for variant in METHOD_ROWS:
+        own = [
+            (len(task.loras), folder / f"{task.file_name}.json") for task in tasks if task.variant == variant
+        ]
+        results = [(n, json.loads(file.read_text(encoding="utf-8"))) for n, file in own if file.is_file()]
+        if not results:
+            continue
+        by_count = [[each["score"] for n, each in results if n == count] for count in counts]
+        cells = [f"{statistics.mean(scores):.2f}" if scores else "" for scores in by_count]
+        whole = statistics.mean(each["score"] for _, each in results)
+        seconds = statistics.mean(each["seconds"] for _, each in results)
+        lines.append(f"| {variant.label} | {' | '.join(cells)} | {whole:.2f} | {seconds:.1f} |")
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""``loratorio-lab COMMAND``: training, checks, tables and benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from loratorio.errors import LoratorioError
+
+COMMANDS = {
+    "bench": ("lab.bench.cli", "combinations × methods × seeds on the toybox, measured"),
+    "step-time": ("lab.benchmarks.step_time", "what one denoising step costs"),
+    "pool-cost": ("lab.benchmarks.pool_cost", "what a pool costs and what it changes"),
+    "train": ("lab.train.train", "train the toybox, or a part of it"),
+    "check": ("lab.toybox.check", "does each LoRA of the toybox draw what it was trained on?"),
+    "widen": ("lab.toybox.widen", "the toybox in the widths of Stable Diffusion 1.5"),
+    "knob-table": ("lab.knob_table", "write README's table of knobs anew"),
+}
+"""Module, whose `main` takes the arguments and gives an exit code or None, and what it is for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. 0: done; 2: something in the input is wrong, and a sentence on stderr says what; 130: stopped by Ctrl-C."""
+    name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    if name not in COMMANDS:
+        asked = name in ("", "-h", "--help")
+        print("usage: loratorio-lab COMMAND [OPTIONS]; loratorio-lab COMMAND --help\n")
+        for command, (_, about) in COMMANDS.items():
+            print(f"  {command:12s}{about}")
+        return 0 if asked else 2
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+    except LoratorioError as problem:
+        print(f"loratorio-lab: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nloratorio-lab: stopped. What was finished is kept.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The table of knobs in README.md, made from the settings: ``loratorio-lab knob-table`` writes it anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from loratorio.settings import KNOBS, Knob
+
+_MARKS = ("<!-- knobs: made by loratorio-lab knob-table -->", "<!-- end of knobs -->")
+
+
+def table() -> str:
+    """All knobs as Markdown."""
+    rows = [
+        "| in the panel | in Python and the API | values | default | what it does |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    rows += [
+        f"| {knob.label} | `{knob.name}` | {_values(knob)} | {_value(knob, knob.default)} | {knob.help} |"
+        for knob in KNOBS
+    ]
+    return "\n".join(rows)
+
+
+def with_table(text: str) -> str:
+    """`text` with the table between its marks made anew. Raises ValueError without marks."""
+    pattern = re.compile(f"({re.escape(_MARKS[0])}).*({re.escape(_MARKS[1])})", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"the text has no {_MARKS[0]}")
+    return pattern.sub(lambda marks: f"{marks[1]}\n{table()}\n{marks[2]}", text)
+
+
+def _values(knob: Knob) -> str:
+    if knob.kind == "bool":
+        return "on, off"
+    if knob.kind == "choice":
+        return ", ".join(f"`{name}`" for name, _ in knob.choices)
+    return f"{knob.minimum:g} to {knob.maximum:g}"
+
+
+def _value(knob: Knob, value: object) -> str:
+    if knob.kind == "bool":
+        return "on" if value else "off"
+    return f"`{value}`" if knob.kind == "choice" else f"{value}"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    readme = Path(__file__).parent.parent / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

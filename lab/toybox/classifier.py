@@ -1,0 +1,97 @@
+"""A small network that says which elements a picture shows. It is part of how the toybox and the benchmark are measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lab.toybox.shapes import PIXELS
+from loratorio import toybox
+from loratorio.toybox.elements import ELEMENTS
+
+NAMES = tuple(element.name for element in ELEMENTS)
+WIDTH = 128
+"""Length of a picture's feature vector."""
+
+FILE = Path(__file__).parent / "classifier.safetensors"
+
+
+def classifier_file(folder: Path) -> Path:
+    """Where the classifier of a toybox in `folder` lies: beside this file for the one that ships."""
+    return FILE if folder == toybox.FOLDER else folder / "model" / FILE.name
+
+
+Pictures = Tensor | np.ndarray | Sequence[Image.Image]
+
+
+class Classifier(nn.Module):
+    """Presence of each element, judged apart. forward: (B, 3, 64, 64) in [-1, 1] to logits (B, elements)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (3, 32, 64, 96, WIDTH)
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+            layers += [
+                nn.Conv2d(a, b, 5 if i == 0 else 3, stride=2, padding=2 if i == 0 else 1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
+            ]
+        layers += [nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(8, WIDTH), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(WIDTH, len(NAMES))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, WIDTH): mean and peak of each channel over the picture, averaged."""
+        h = self.body(images)
+        pooled: Tensor = (h.mean(dim=(2, 3)) + h.amax(dim=(2, 3))) / 2
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def load_classifier(file: Path = FILE) -> Classifier:
+    model = Classifier()
+    model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    return model.eval().requires_grad_(False)
+
+
+def as_tensor(pictures: Pictures) -> Tensor:
+    """(B, 3, 64, 64) in [-1, 1] from PIL pictures, uint8 (B, H, W, 3) or a tensor that is one already. Other sizes are resized."""
+    if isinstance(pictures, Tensor):
+        return pictures.float()
+    array = np.stack([np.asarray(p.convert("RGB") if isinstance(p, Image.Image) else p) for p in pictures])
+    images = torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if images.shape[-2:] != (PIXELS, PIXELS):
+        images = nn.functional.interpolate(images, (PIXELS, PIXELS), mode="area")
+    return images
+
+
+@torch.no_grad()
+def probabilities(pictures: Pictures, model: Classifier | None = None) -> list[dict[str, float]]:
+    """For each picture, how sure the classifier is of each element, in [0, 1]."""
+    found = (model or load_classifier())(as_tensor(pictures)).sigmoid()
+    return [dict(zip(NAMES, (float(p) for p in row), strict=True)) for row in found]
+
+
+def classify(
+    pictures: Pictures, model: Classifier | None = None, threshold: float = 0.5
+) -> list[dict[str, bool]]:
+    """For each picture, which elements it shows."""
+    return [{name: p >= threshold for name, p in row.items()} for row in probabilities(pictures, model)]
+
+
+@torch.no_grad()
+def features(pictures: Pictures, model: Classifier | None = None) -> np.ndarray:
+    """(B, WIDTH) float32, for a Fréchet distance between sets of pictures."""
+    found: np.ndarray = (model or load_classifier()).features(as_tensor(pictures)).numpy()
+    return found

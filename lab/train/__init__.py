@@ -1,0 +1,1 @@
+"""Trains everything that ships in the toybox: `loratorio-lab train --help`."""

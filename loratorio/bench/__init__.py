@@ -1,1 +1,0 @@
-"""`loratorio bench`: combinations × methods × seeds on the toybox, measured, with tables and plots made by one command."""

@@ -1,0 +1,25 @@
+"""What the methods have in common that ask the model under a single mix a step: as cheap as a plain step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from ..lazy_torch import torch
+from ..mixes import Branch, Mix
+from .base import Composition, Method, Predictions, StepContext, both
+
+
+class OneMix(Method):
+    """A method that asks the model under a single mix and takes its prediction."""
+
+    @abstractmethod
+    def mix(self, now: StepContext) -> Mix:
+        """The mix of this step."""
+
+    def branches(self, now: StepContext) -> list[Branch]:
+        return both([self.mix(now)], now)
+
+    def compose(self, now: StepContext, predictions: Predictions) -> Composition:
+        mix = self.mix(now)
+        uncond = predictions.uncond(mix).to(torch.float32) if now.has_uncond else None
+        return Composition(predictions.cond(mix).to(torch.float32), uncond)

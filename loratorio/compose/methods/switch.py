@@ -1,0 +1,22 @@
+"""LoRA-Switch (arXiv 2402.16843)."""
+
+from __future__ import annotations
+
+from ..mixes import Mix
+from .base import Entry, StepContext
+from .one_mix import OneMix
+
+
+class Switch(OneMix):
+    """LoRA-Switch: one LoRA at a time, the next one every five steps.
+
+    Taken from the paper: the rule and its interval for ordinary pictures (τ = 5). Left open there: what unconditional
+    score goes with it; here the same LoRA's.
+    """
+
+    entry = Entry("switch", "Switch", "arXiv 2402.16843")
+    steps_per_lora = 5
+
+    def mix(self, now: StepContext) -> Mix:
+        singles = now.participants.singles
+        return singles[now.index // self.steps_per_lora % len(singles)]

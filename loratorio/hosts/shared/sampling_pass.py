@@ -1,0 +1,252 @@
+"""One sampling pass of a WebUI, composed: what is the same in every one of them.
+
+A host derives from `SamplingPass` and says where LoRAs come from, how text is made and how rows are run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ...adapters.bank import Bank
+from ...adapters.delta import Adapter
+from ...compose.methods import METHODS
+from ...compose.mixes import Participants
+from ...engine import Engine
+from ...errors import LoratorioError
+from ...job import Job, PassRecord
+from ...pool import Candidates
+from ...roles import TaggedLora, assigned_roles, participants_of, prompt_importance, recognised_note
+
+NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
+
+ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
+
+BYPASSED = (
+    "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
+    "Untick LoRAtorio, or switch the other extension off."
+)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ActiveLora:
+    """A LoRA that the WebUI has activated for the pass.
+
+    Attributes:
+        tagged: what the prompt and its file say of it.
+        strength: in the UNet.
+        source: what the host reads it from.
+    """
+
+    tagged: TaggedLora
+    strength: float
+    source: Any
+
+
+@dataclass(frozen=True)
+class ReadLora:
+    """A LoRA as it acts on one model.
+
+    Attributes:
+        adapter: what it adds to the UNet, strength included.
+        text: what the host makes text conditioning with it from; None if it leaves text as it is.
+        remark: what the user should know of it, or nothing.
+    """
+
+    active: ActiveLora
+    adapter: Adapter
+    text: Any = None
+    remark: str = ""
+
+
+class SamplingPass(ABC):
+    """Composes one pass. Make one per pass; `admit` it, then `run` encloses the WebUI's sampling loop.
+
+    Attributes:
+        job, p: the press of the button that it belongs to, and the WebUI's processing object.
+        loras: those that take part, in the order of a mix's coefficients.
+        engine: composes the pass's steps.
+        attachment: what is undone when the pass ends, or its model goes.
+        evaluations: how often the model was composed so far.
+        owners: image of each conditional row of the last evaluation.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.p = job.p
+        self.loras: tuple[ReadLora, ...] = ()
+        self.engine: Engine
+        self.attachment = ExitStack()
+        self.evaluations = 0
+        self.owners: tuple[int, ...] = ()
+
+    # -- what a host says ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def active_loras(self) -> list[ActiveLora]:
+        """The LoRAs that the WebUI has activated for this pass, in the prompt's order."""
+
+    @abstractmethod
+    def obstacle(self) -> str | None:
+        """The sentence that says why this pass is left to the WebUI's own merging; None if it can be composed."""
+
+    def remarks(self) -> Iterator[str]:
+        """Sentences on what will not be composed although the pass is."""
+        yield from ()
+
+    @abstractmethod
+    def model_identity(self) -> Hashable:
+        """Equal as long as the model that samples is the same one."""
+
+    def identity(self, lora: ActiveLora) -> Hashable:
+        """Equal for two activations of one LoRA that act in the same way."""
+        return lora.source  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
+        """The LoRA on the model that samples now. Of one for another model a refiner gets what fits, as without us.
+
+        Raises:
+            LoratorioError: it does not fit the model.
+        """
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """The base model's conditioning of each text, (tokens, width)."""
+
+    @abstractmethod
+    def enclosed(self) -> AbstractContextManager[Any]:
+        """What surrounds the sampling loop beside `attachment`."""
+
+    def missed(self) -> None:
+        """The WebUI's sampler has evaluated a model oftener, or more rarely, than it was composed."""
+        raise LoratorioError(BYPASSED)
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def admit(self) -> Participants | None:
+        """Who is composed in this pass; None, and a note, where the WebUI's own merging takes it.
+
+        Raises:
+            LoratorioError: the picture would not be what was asked for.
+        """
+        active = self.active_loras()
+        why_not = self.obstacle() if active else NO_LORA
+        if why_not and any(lora.tagged.is_candidate for lora in active):
+            raise LoratorioError(
+                f"{why_not} With a pool that is no picture of use: take the pool out of the prompt."
+            )
+        if why_not:
+            self.job.note(why_not)
+            return None
+        self.loras = tuple(self._usable(active))
+        tagged = [lora.active.tagged for lora in self.loras]
+        participants = participants_of(tagged, self._importance(tagged))
+        own_remarks = [lora.remark for lora in self.loras]
+        for remark in (*own_remarks, *self.remarks(), recognised_note(assigned_roles(tagged))):
+            if remark:
+                self.job.note(remark)
+        if not participants.singles:
+            self.job.note(ALL_ALWAYS)
+            return None
+        return participants
+
+    def _usable(self, active: Sequence[ActiveLora]) -> Iterator[ReadLora]:
+        """The LoRAs, read, without those candidates of a pool that this model has no use for; a note says which."""
+        skipped: list[tuple[str, str]] = []
+        for lora in active:
+            try:
+                yield self.read_once(lora)
+            except LoratorioError as problem:
+                if not lora.tagged.is_candidate:
+                    raise
+                skipped.append((lora.tagged.name, str(problem)))
+        if len(skipped) == len(active):
+            raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
+        if skipped:
+            self.job.note(Candidates((), tuple(skipped)).note)
+
+    def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
+        """`read`, kept for the job's other batches, since some kinds take seconds to make."""
+        key = (self.identity(lora), self.model_identity(), is_refiner)
+        if key not in self.job.adapters:
+            self.job.adapters[key] = self.read(lora, is_refiner)
+        known: ReadLora = self.job.adapters[key]
+        return replace(known, active=lora)  # the tag may say something else in the next batch
+
+    def _importance(self, tagged: Sequence[TaggedLora]) -> dict[int, float] | None:
+        """By LoRA, how much its trigger words matter in the prompt; only asked for by a method that uses it."""
+        if not METHODS[self.job.settings.method].uses_importance:
+            return None
+        return prompt_importance(tagged, self.prompt, self.encode)
+
+    @property
+    def is_hires(self) -> bool:
+        """Whether this is the second pass of hires fix."""
+        return bool(getattr(self.p, "is_hr_pass", False))
+
+    @property
+    def prompt(self) -> str:
+        """The first picture's, as this pass has it."""
+        prompts: list[str] = self.p.hr_prompts if self.is_hires else self.p.prompts
+        return prompts[0]
+
+    def bank(self) -> Bank:
+        """The LoRAs of this pass, ready to be attached."""
+        return Bank([lora.adapter for lora in self.loras])
+
+    # -- the sampling loop --------------------------------------------------------------------------------------------
+
+    def run(self, sample: Callable[[], Result]) -> Result:
+        """`sample()`, the WebUI's sampling loop, composed and accounted for.
+
+        Raises:
+            LoratorioError: the picture would not be what was asked for.
+        """
+        from modules.sd_samplers_common import InterruptedException
+
+        denoiser = self.p.sampler.model_wrap_cfg
+        first = denoiser.step
+        try:
+            with self.attachment, self.enclosed():
+                result = sample()
+        except InterruptedException:  # the WebUI makes a picture of what there is
+            if self.evaluations:
+                self.record()
+            raise
+        if self.evaluations != denoiser.step - first:
+            self.missed()
+        if self.evaluations:
+            self.record()
+        return result
+
+    def record(self) -> None:
+        """Account for what was composed."""
+        composed = [self.loras[number].active for number in self.engine.participants.numbers]
+        self.job.passes.append(
+            PassRecord(
+                loras=tuple(lora.tagged.name for lora in composed),
+                strengths=tuple(lora.strength for lora in composed),
+                batch=self.p.iteration,
+                hires=self.is_hires,
+                history=self.engine.history,
+                owners=self.owners,
+            )
+        )
+
+    def place_in_sampling(self) -> tuple[int, int]:
+        """Number of the step, from 0, at which the WebUI's sampler stands, and how many steps there are.
+
+        A WebUI's denoiser counts evaluations, of which Heun and its like make two a step, and some samplers more than it reckons with.
+        """
+        denoiser = self.p.sampler.model_wrap_cfg
+        total = max(1, denoiser.steps or 1)
+        per_step = max(1, (denoiser.total_steps or 1) // total)
+        return min(denoiser.step // per_step, total - 1), total

@@ -1,0 +1,82 @@
+"""Text conditioning per mix of LoRAs, made by the WebUI's own prompt parser and text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...compose.mixes import Mix
+
+
+class Prompts(NamedTuple):
+    """Prompt schedules as the WebUI's sampler takes them; `uncond` is None where the pass has no unconditional rows."""
+
+    cond: Any
+    uncond: Any
+
+
+class TextConditioning:
+    """The conditioning of one sampling pass under any mix of its LoRAs, each made once.
+
+    Args:
+        changes_text: for each LoRA whether text conditioning depends on it. Mixes that differ only in others share theirs.
+        make: the conditioning under a mix whose coefficients of LoRAs without text are 0.
+        host_has_merged: whether the conditioning that the WebUI made itself is the one with all of these LoRAs.
+    """
+
+    def __init__(
+        self, changes_text: Sequence[bool], make: Callable[[Mix], Prompts], host_has_merged: bool = True
+    ) -> None:
+        self._changes_text = tuple(changes_text)
+        self._make = make
+        self._made: dict[Mix, Prompts] = {}
+        self._merged = self._state((1.0,) * len(self._changes_text)) if host_has_merged else None
+
+    def prepare(self, mixes: Iterable[Mix]) -> None:
+        """Make what is missing for these mixes."""
+        for mix in mixes:
+            self.of(mix)
+
+    def of(self, mix: Mix) -> Prompts | None:
+        """The conditioning of `mix`; None where it is what the WebUI made itself."""
+        state = self._state(mix)
+        if state == self._merged:
+            return None
+        if state not in self._made:
+            self._made[state] = self._make(state)
+        return self._made[state]
+
+    @property
+    def is_the_hosts(self) -> bool:
+        """Whether all mixes have the conditioning that the WebUI made itself."""
+        return self._merged is not None and not any(self._changes_text)
+
+    def _state(self, mix: Mix) -> Mix:
+        return tuple(
+            coefficient if changes else 0.0
+            for coefficient, changes in zip(mix, self._changes_text, strict=True)
+        )
+
+
+def set_up_conds(p: Any) -> Prompts:
+    """Let the WebUI parse the pass's prompts and encode them."""
+    from modules.processing import StableDiffusionProcessing
+
+    if getattr(p, "is_hr_pass", False):
+        p.hr_c = p.hr_uc = None
+        p.calculate_hr_conds()
+        return Prompts(p.hr_c, p.hr_uc)
+    # The base class's: the one of txt2img would make the second pass's conditioning (or activate its LoRAs) as well.
+    StableDiffusionProcessing.setup_conds(p)
+    return Prompts(p.c, p.uc)
+
+
+def encoded(sd_model: Any, texts: Sequence[str]) -> list[Tensor]:
+    """The conditioning of each text by the text encoder as it is now, (tokens, width)."""
+    from modules import prompt_parser
+
+    schedules = prompt_parser.get_learned_conditioning(sd_model, prompt_parser.SdConditioning(texts), 1)
+    conds = [schedule[-1].cond for schedule in schedules]
+    return [cond["crossattn"] if isinstance(cond, dict) else cond for cond in conds]

@@ -1,0 +1,364 @@
+"""A Stable Diffusion checkpoint from disk: SD 1.x, 2.x or SDXL, as a diffusers folder or as one .safetensors file.
+
+A single file holds weights alone. What shape the model has and how it cuts text into tokens comes, in this order, from
+a folder with a diffusers model's configuration files, from a .yaml beside the file, or from the hub through diffusers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..errors import LoratorioError
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+"""Files that run code when they are opened. They never are."""
+
+_KNOWN_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_LATENT_PIXEL = 8  # picture pixels a side
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to run, on one device and in one dtype.
+
+    Attributes:
+        name: for people: the file's or folder's name without extension.
+        text_encoders, tokenizers: one pair for SD, two for SDXL.
+        schedule: betas and prediction type, as diffusers' schedulers take them.
+        native_size: side in pixels of the pictures that it was trained on.
+        zero_empty_negative: SDXL's habit: an empty negative prompt is all zeros.
+    """
+
+    name: str
+    unet: nn.Module
+    vae: nn.Module
+    text_encoders: tuple[nn.Module, ...]
+    tokenizers: tuple[Any, ...]
+    schedule: Mapping[str, Any]
+    native_size: int
+    zero_empty_negative: bool = False
+
+    @property
+    def is_sdxl(self) -> bool:
+        return len(self.text_encoders) == 2
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def latent_scale(self) -> int:
+        """Picture pixels per latent pixel: 8."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))  # type: ignore[union-attr, arg-type]
+
+    @property
+    def prediction_type(self) -> str:
+        return str(self.schedule["prediction_type"])
+
+
+def load_checkpoint(
+    path: Path, config: Path | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """The checkpoint at `path`, in evaluation mode.
+
+    Args:
+        path: a diffusers folder, or a .safetensors file.
+        config: for a file: a folder in diffusers' layout that has the model's configuration and tokenizer files, or a .yaml.
+
+    Raises:
+        LoratorioError: missing, a pickle, damaged, not a Stable Diffusion text-to-image model, or configuration out of reach.
+    """
+    if not path.exists():
+        raise LoratorioError(f"There is no checkpoint {path}: check the path.")
+    loaded = _from_folder(path) if path.is_dir() else _from_file(path, config)
+    if loaded.unet.config.in_channels != loaded.vae.config.latent_channels:  # type: ignore[union-attr]
+        raise LoratorioError(
+            f"{path.name} is not a plain text-to-image model (its UNet takes {loaded.unet.config.in_channels} channels): "  # type: ignore[union-attr]
+            "inpainting and editing models cannot be used here."
+        )
+    with _quiet():
+        for module in (loaded.unet, loaded.vae, *loaded.text_encoders):
+            module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return loaded
+
+
+def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file.
+
+    Args:
+        what: for the sentence, e.g. ``LoRA rose`` or ``The checkpoint``.
+
+    Raises:
+        LoratorioError: a pickle (by its name; it is not opened), another kind of file, or one that is cut short.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise LoratorioError(
+            f"{what} is a pickle ({path.name}), which can run any program when it is opened, so it was not. "
+            "Get it as .safetensors."
+        )
+    if path.suffix.lower() != ".safetensors":
+        raise LoratorioError(f"{what} must be a .safetensors file, not {path.name}.")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError, ValueError, KeyError) as problem:
+        raise LoratorioError(
+            f"{what} cannot be read: {path} is damaged or incomplete ({problem}). Get it again."
+        ) from problem
+
+
+def _from_folder(path: Path) -> Checkpoint:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise LoratorioError(f"{path} is a folder without model_index.json: not a diffusers model.")
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if kind not in _KNOWN_PIPELINES:
+        raise LoratorioError(f"{path} is a {kind}; only {' and '.join(_KNOWN_PIPELINES)} can be used here.")
+    extra = {} if kind == "StableDiffusionXLPipeline" else {"safety_checker": None, "feature_extractor": None}
+    try:
+        with _quiet():
+            pipe = getattr(diffusers, kind).from_pretrained(
+                path, use_safetensors=True, local_files_only=True, **extra
+            )
+    except (OSError, ValueError, SafetensorError, RuntimeError) as problem:
+        raise LoratorioError(
+            f"{path} cannot be loaded as a diffusers model: {_first_line(problem)}"
+        ) from problem
+    return _of_pipeline(pipe, path.name)
+
+
+def _of_pipeline(pipe: Any, name: str) -> Checkpoint:
+    numbers = ("", "_2") if hasattr(pipe, "text_encoder_2") else ("",)
+    return Checkpoint(
+        name,
+        pipe.unet,
+        pipe.vae,
+        tuple(getattr(pipe, f"text_encoder{number}") for number in numbers),
+        tuple(getattr(pipe, f"tokenizer{number}") for number in numbers),
+        _schedule(pipe.scheduler.config),
+        int(pipe.unet.config.sample_size) * _LATENT_PIXEL,
+        bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
+    )
+
+
+def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = (*_SCHEDULE, "rescale_betas_zero_snr")
+    return {**_SCHEDULE, **{key: config[key] for key in wanted if config.get(key) is not None}}
+
+
+def _from_file(path: Path, config: Path | None) -> Checkpoint:
+    tensors = read_safetensors(path, f"The checkpoint {path.name}")
+    source = config or _config_beside(path)
+    if source is not None and not source.exists():
+        raise LoratorioError(f"There is no model configuration {source}: check the path.")
+    diffusers_layout = any(key.startswith("unet.") for key in tensors)
+    if not diffusers_layout and not any(key.startswith("model.diffusion_model.") for key in tensors):
+        raise LoratorioError(
+            f"{path.name} holds no Stable Diffusion UNet: it is not a checkpoint of SD 1.x, SD 2.x or SDXL."
+        )
+    try:
+        with _quiet():
+            if source is not None and source.suffix.lower() in (".yaml", ".yml"):
+                return _from_yaml(path, tensors, source)
+            folder = source or _config_from_hub(path, tensors)
+            build = _from_diffusers_layout if diffusers_layout else _from_ldm_layout
+            return build(path, tensors, folder)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as problem:
+        raise LoratorioError(
+            f"The checkpoint {path.name} does not fit its configuration ({source or 'from the hub'}): {_first_line(problem)}"
+        ) from problem
+
+
+def _config_beside(path: Path) -> Path | None:
+    """``model/`` (with model_index.json) or ``model.yaml`` next to ``model.safetensors``."""
+    folder = path.with_suffix("")
+    if (folder / "model_index.json").is_file():
+        return folder
+    return next(
+        (each for each in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if each.is_file()), None
+    )
+
+
+def _config_from_hub(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """The configuration and tokenizer (no weights) of the model that the file is a version of, by diffusers' own table."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if "text_encoder_2.text_model.embeddings.token_embedding.weight" in tensors:
+        repository = "stabilityai/stable-diffusion-xl-base-1.0"
+    else:
+        repository = single_file_utils.fetch_diffusers_config(dict(tensors))["pretrained_model_name_or_path"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
+        raise LoratorioError(
+            f"{path.name} holds weights alone. Its configuration and tokenizer ({repository}) could not be fetched from the "
+            f"hub, and are not on this machine. Connect it once, or put a folder named {path.stem} beside the file, or give "
+            "--config: a folder in diffusers' layout with the .json and tokenizer files."
+        ) from problem
+
+
+def _from_ldm_layout(path: Path, tensors: dict[str, Tensor], folder: Path) -> Checkpoint:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    encoders, tokenizers = [], []
+    for number in ("", "_2") if "text_encoder_2" in index else ("",):
+        encoders.append(
+            _ldm_text_encoder(tensors, folder, f"text_encoder{number}", with_projection=bool(number))
+        )
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}"))
+    local = {"config": str(folder), "local_files_only": True}
+    return Checkpoint(
+        path.stem,
+        _complete(UNet2DConditionModel.from_single_file(dict(tensors), subfolder="unet", **local), path),
+        _complete(AutoencoderKL.from_single_file(dict(tensors), subfolder="vae", **local), path),
+        tuple(_complete(encoder, path) for encoder in encoders),
+        tuple(tokenizers),
+        _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
+        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * _LATENT_PIXEL,
+        bool(index.get("force_zeros_for_empty_prompt", False)),
+    )
+
+
+def _ldm_text_encoder(
+    tensors: dict[str, Tensor], folder: Path, subfolder: str, with_projection: bool
+) -> nn.Module:
+    kind = CLIPTextModelWithProjection if with_projection else CLIPTextModel
+    model: nn.Module = single_file_utils.create_diffusers_clip_model_from_ldm(
+        kind, tensors, subfolder=subfolder, config=str(folder), local_files_only=True
+    )
+    return model
+
+
+def _from_diffusers_layout(path: Path, tensors: dict[str, Tensor], folder: Path) -> Checkpoint:
+    """Weights under ``unet.``, ``vae.``, ``text_encoder.`` and ``text_encoder_2.``."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    numbers = ("", "_2") if "text_encoder_2" in index else ("",)
+
+    def filled(model: nn.Module, prefix: str) -> nn.Module:
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        names = set(model.state_dict())
+        # Transformers 5 took the level ``text_model`` out of CLIPTextModel.
+        own = {key if key in names else key.removeprefix("text_model."): value for key, value in own.items()}
+        missing = names - own.keys() - {key for key in names if key.endswith("position_ids")}
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, the first is {prefix}{min(missing)}")
+        model.load_state_dict({key: value for key, value in own.items() if key in names}, strict=False)
+        return model
+
+    encoders = []
+    for number in numbers:
+        kind = CLIPTextModelWithProjection if number else CLIPTextModel
+        settings = kind.config_class.from_pretrained(folder / f"text_encoder{number}")
+        encoders.append(filled(kind(settings), f"text_encoder{number}."))
+    return Checkpoint(
+        path.stem,
+        filled(UNet2DConditionModel.from_config(_json(folder / "unet" / "config.json")), "unet."),
+        filled(AutoencoderKL.from_config(_json(folder / "vae" / "config.json")), "vae."),
+        tuple(encoders),
+        tuple(CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}") for number in numbers),
+        _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
+        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * _LATENT_PIXEL,
+        bool(index.get("force_zeros_for_empty_prompt", False)),
+    )
+
+
+def _from_yaml(path: Path, tensors: dict[str, Tensor], yaml: Path) -> Checkpoint:
+    """A file in the original layout with its original configuration; the tokenizer and the text encoder's
+    configuration lie in a folder that the .yaml names (``cond_stage_config.params.version``) or in ``text`` beside it."""
+    original: Any = single_file_utils.fetch_original_config(str(yaml))
+    if not isinstance(original, dict) or "model" not in original:
+        raise ValueError(f"{yaml.name} has no section named model")
+    params = original["model"]["params"]
+    folder = _text_folder(yaml, params.get("cond_stage_config") or {})
+    schedule = {
+        **_SCHEDULE,
+        "num_train_timesteps": int(params.get("timesteps", 1000)),
+        "beta_start": float(params.get("linear_start", _SCHEDULE["beta_start"])),
+        "beta_end": float(params.get("linear_end", _SCHEDULE["beta_end"])),
+        "prediction_type": "v_prediction" if params.get("parameterization") == "v" else "epsilon",
+    }
+    return Checkpoint(
+        path.stem,
+        _complete(UNet2DConditionModel.from_single_file(dict(tensors), original_config=original), path),
+        _complete(AutoencoderKL.from_single_file(dict(tensors), original_config=original), path),
+        (_complete(_ldm_text_encoder(tensors, folder, "", with_projection=False), path),),
+        (CLIPTokenizer.from_pretrained(folder),),
+        schedule,
+        int(params.get("image_size") or 64) * _LATENT_PIXEL,
+    )
+
+
+def _text_folder(yaml: Path, section: Mapping[str, Any]) -> Path:
+    named = (section.get("params") or {}).get("version")
+    candidates = [yaml.parent / str(named)] if named else []
+    candidates += [yaml.parent / "text", yaml.parent / yaml.stem / "text"]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    raise LoratorioError(
+        f"{yaml.name} says nothing of the tokenizer. Put the text encoder's config.json and the tokenizer's files into "
+        f"{yaml.parent / 'text'}."
+    )
+
+
+def _complete(model: nn.Module, path: Path) -> nn.Module:
+    """`model`, if every weight was in the file. Weights that were not are left without storage by diffusers."""
+    missing = [name for name, value in model.named_parameters() if value.is_meta]
+    if missing:
+        raise LoratorioError(
+            f"The checkpoint {path.name} lacks {len(missing)} weights that its configuration asks for, "
+            f"the first is {missing[0]}: the file is incomplete, or it is another kind of model."
+        )
+    return model
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading without the libraries' own progress bars and advice, which tell the user nothing."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()

@@ -1,0 +1,74 @@
+"""``loratorio demo``: three of the toybox's LoRAs, composed by every method."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..compose.methods import METHODS
+from ..settings import Settings
+from . import example
+from .output import check_writable, png, write_all
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .generate import Outcome, Request
+    from .model import LoadedModel
+
+STEPS = 12
+
+
+def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = None) -> None:
+    """Make the pictures, and write them only when all are there."""
+    from ..sheet import contact_sheet
+    from .describe import describe
+    from .generate import Request
+    from .model import weight_maps
+
+    check_writable(out)
+    started = time.monotonic()
+    request = Request(
+        example.prompt(),
+        settings=Settings(enabled=True, weight_maps=True),
+        steps=steps or STEPS,
+        cfg=model.cfg,
+        seed=seed,
+        width=model.size,
+        height=model.size,
+    )
+    files: dict[Path, bytes] = {}
+    pictures: dict[str, Image.Image] = {}
+
+    def make(label: str, file: str, request: Request) -> Outcome:
+        outcome = model.run(request, label)
+        pictures[label] = outcome.images[0]
+        files[out / f"{file}.png"] = png(outcome.images[0], describe(model.checkpoint, outcome, 0))
+        return outcome
+
+    print(f"Prompt: {request.prompt}   (seed {seed}, {request.steps} steps, CFG {request.cfg:g})")
+    make("No LoRA", "0-base", replace(request, prompt=example.TEXT))
+    for number, name in enumerate(example.LORAS, 1):
+        alone = replace(
+            request, prompt=f"{example.TEXT} <lora:{name}>", settings=Settings(enabled=True, method="merge")
+        )
+        make(f"{name} alone", f"{number}-{name}-alone", alone)
+    for entry in (each.entry for each in METHODS.values()):
+        own = replace(request, settings=request.settings.with_values({"method": entry.name}))
+        outcome = make(entry.label, f"method-{entry.name}", own)
+        for name, picture in weight_maps(outcome, 0).items():
+            files[out / f"map-{entry.name}-{name}.png"] = png(picture)
+    sheet = contact_sheet(
+        [list(pictures.values())],
+        list(pictures),
+        title=request.prompt,
+        per_line=max(4, (len(pictures) + 2) // 3),
+    )
+    files[out / "contact-sheet.png"] = png(sheet)
+    write_all(files)
+    print(f"{len(files)} files in {out.resolve()}, after {time.monotonic() - started:.0f} s:")
+    print(f"  {out / 'contact-sheet.png'}   every method side by side")
+    print(f"  {out / 'method-*.png'}        each picture, with its settings for a WebUI's PNG Info")
+    print(f"  {out / 'map-*.png'}           where and when each LoRA was used")

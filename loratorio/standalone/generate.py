@@ -1,0 +1,282 @@
+"""From a prompt with LoRA tags to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..adapters.bank import Bank
+from ..compose.methods import METHODS, Composition
+from ..compose.mixes import Branch, Mix
+from ..engine import Engine, Predict, Row, Step, WeightHistory
+from ..errors import LoratorioError
+from ..settings import Settings
+from .checkpoint import Checkpoint
+from .lora_files import load_lora
+from .lora_set import Load, load_lora_set
+from .prompt import PromptLora, split_loras
+from .schedule import SamplingSchedule, denoise, find_sampler
+from .text import TextConditioner
+
+_MIXES_AT_ONCE = 16
+
+Progress = Callable[[int, int], None]
+"""Told (steps done, all steps)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made.
+
+    Attributes:
+        prompt: with LoRA tags.
+        settings: the knobs. `enabled` off means that the LoRAs are merged.
+        width, height: in pixels, divisible by 8.
+        seed: of the first image; image i of the batch has seed + i, so that it comes out the same alone.
+        init_image, strength: for img2img: the picture, and how much of it is made anew (0 to 1).
+    """
+
+    prompt: str
+    negative: str = ""
+    settings: Settings = field(default_factory=lambda: Settings(enabled=True))
+    steps: int = 20
+    cfg: float = 7.0
+    sampler: str = "euler"
+    seed: int = 0
+    width: int = 512
+    height: int = 512
+    batch: int = 1
+    init_image: Image.Image | None = None
+    strength: float = 0.75
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Pictures, and what they were made of.
+
+    Attributes:
+        images: one per image of the batch; `seeds` theirs.
+        loras: of the prompt, in order.
+        history: Ω over the sampling if the weight maps were asked for; N of it are `composed`.
+        composed: names of the composed LoRAs, a pool's candidates among them.
+        notes: sentences for the user, on LoRAs that were left out or recognised.
+    """
+
+    request: Request
+    images: list[Image.Image]
+    seeds: list[int]
+    loras: list[PromptLora]
+    composed: list[str]
+    history: WeightHistory
+    notes: tuple[str, ...] = ()
+
+
+def generate(
+    checkpoint: Checkpoint,
+    lora_dir: Path | None,
+    request: Request,
+    progress: Progress | None = None,
+    load: Load = load_lora,
+) -> Outcome:
+    """Make the pictures. `load` reads a LoRA file; one that remembers saves time where many pictures share LoRAs.
+
+    Raises:
+        LoratorioError: anything in the request, the prompt or the LoRA files that cannot be used.
+    """
+    text, tags = split_loras(request.prompt)
+    check(request, tags, checkpoint.latent_scale)
+    loras = load_lora_set(tags, lora_dir, checkpoint, load)
+    settings = (
+        request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
+    )
+    bank = Bank([lora.unet for lora in loras.loras])
+    weighed = METHODS[settings.method].uses_importance
+    with torch.inference_mode():
+        texts = loras.conditioner(checkpoint, _prompts(request, text))
+        participants = loras.weighed(text, checkpoint) if weighed else loras.participants
+        engine = Engine(settings, bank, participants) if loras.loras else None
+        latents = _sample(checkpoint, request, text, bank, engine, texts, progress)
+        images = _decode(checkpoint, latents)
+    return Outcome(
+        request,
+        images,
+        [request.seed + i for i in range(request.batch)],
+        list(loras.tags),
+        loras.composed,
+        engine.history if engine else WeightHistory(),
+        loras.notes,
+    )
+
+
+def check(request: Request, tags: Sequence[PromptLora], latent_scale: int = 8) -> None:
+    """Everything about a request that needs no model. Raises LoratorioError."""
+    find_sampler(request.sampler)
+    for what, pixels in (("width", request.width), ("height", request.height)):
+        if pixels % latent_scale or pixels < latent_scale:
+            raise LoratorioError(
+                f"The {what} must be divisible by {latent_scale}, not {pixels}: "
+                f"the nearest is {max(1, round(pixels / latent_scale)) * latent_scale}."
+            )
+    largest = max(request.width, request.height) // latent_scale
+    if request.settings.patch_size > largest:
+        raise LoratorioError(
+            f"patch_size is {request.settings.patch_size}, but the latent of a {request.width}×{request.height} picture is only "
+            f"{request.width // latent_scale}×{request.height // latent_scale}: choose {largest} or less."
+        )
+    pooled = any(tag.pool for tag in tags)
+    if tags and not pooled and request.settings.top_k > len(tags):
+        raise LoratorioError(
+            f"top_k is {request.settings.top_k}, but the prompt has {len(tags)} LoRA{'s' if len(tags) > 1 else ''}: "
+            "choose fewer, or 0 for all."
+        )
+    for what, number, lowest, highest in (
+        ("steps", request.steps, 1, 1000),
+        ("batch", request.batch, 1, 64),
+        ("cfg", request.cfg, 1, 100),
+        ("strength", request.strength, 0.01, 1),
+        ("seed", request.seed, 0, 2**63 - 1),
+    ):
+        if not lowest <= number <= highest:
+            raise LoratorioError(f"{what} must be from {lowest:g} to {highest:g}, not {number:g}.")
+
+
+def _sample(
+    checkpoint: Checkpoint,
+    request: Request,
+    text: str,
+    bank: Bank,
+    engine: Engine | None,
+    texts: TextConditioner,
+    progress: Progress | None,
+) -> Tensor:
+    """Clean latents (B, C, H/8, W/8), float32."""
+    device, scale = checkpoint.device, checkpoint.latent_scale
+    generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.batch)]
+    channels = int(checkpoint.unet.config.in_channels)  # type: ignore[union-attr, arg-type]
+    shape = (1, channels, request.height // scale, request.width // scale)
+    noise = torch.cat([torch.randn(shape, generator=each) for each in generators]).to(device)
+    picture = None if request.init_image is None else _encode(checkpoint, request)
+    strength = 1.0 if picture is None else request.strength
+    schedule = SamplingSchedule.of(
+        find_sampler(request.sampler), checkpoint.schedule, request.steps, strength, device
+    )
+    with bank.attached(dict(checkpoint.unet.named_modules())):
+        # Only now: some methods look at the attached LoRAs before they say which mixes they need.
+        _prepare(texts, request, text, engine, schedule.steps)
+        return denoise(
+            schedule,
+            schedule.start(noise, picture),
+            generators,
+            request.cfg,
+            engine.step if engine else _plain_step,
+            _model(checkpoint, request, text, texts),
+            progress,
+        )
+
+
+def _prompts(request: Request, text: str) -> list[str]:
+    return [text] if request.cfg == 1 else [text, request.negative]
+
+
+def _prepare(
+    conditioner: TextConditioner, request: Request, text: str, engine: Engine | None, steps: int
+) -> None:
+    """The conditioning of both prompts under every mix that the steps will ask for."""
+    branches: dict[Branch, None] = {}
+    for index in range(steps):
+        branches.update(
+            dict.fromkeys(engine.branches(index, steps, request.cfg != 1) if engine else [Branch((), True)])
+        )
+    mixes = list(dict.fromkeys(branch.mix for branch in branches))
+    for start in range(0, len(mixes), _MIXES_AT_ONCE):  # a pool has many
+        conditioner.prepare(_prompts(request, text), mixes[start : start + _MIXES_AT_ONCE])
+
+
+def _model(checkpoint: Checkpoint, request: Request, text: str, texts: TextConditioner) -> Any:
+    """The UNet as `denoise` runs it."""
+    sizes = torch.tensor([request.height, request.width, 0, 0, request.height, request.width])
+
+    def run(scaled: Tensor, time: Any, rows: Sequence[Row]) -> Tensor:
+        told = [texts.of(text if row.cond else request.negative, row.mix) for row in rows]
+        options: dict[str, Any] = {}
+        if checkpoint.is_sdxl:
+            options["added_cond_kwargs"] = {
+                "text_embeds": torch.stack([each.pooled for each in told if each.pooled is not None]),
+                "time_ids": sizes.to(checkpoint.device, checkpoint.dtype).expand(len(rows), -1),
+            }
+        noisy = scaled[[row.slot for row in rows]].to(checkpoint.dtype)
+        tokens = torch.stack([each.tokens for each in told])
+        predicted: Tensor = checkpoint.unet(noisy, time, tokens, **options).sample
+        return predicted.to(torch.float32)
+
+    return run
+
+
+def _plain_step(step: Step, predict: Predict) -> Composition:
+    """A step without any LoRA."""
+    none: Mix = ()
+    rows = [Row(none, True, slot) for slot in range(len(step.latents))]
+    rows += [Row(none, False, slot) for slot in range(step.uncond_count)]
+    predicted = predict(rows)
+    count = len(step.latents)
+    return Composition(predicted[:count], predicted[count:] if step.uncond_count else None)
+
+
+def _encode(checkpoint: Checkpoint, request: Request) -> Tensor:
+    """The initial picture's latents, once per image of the batch."""
+    assert request.init_image is not None
+    picture = request.init_image.convert("RGB").resize(
+        (request.width, request.height), Image.Resampling.LANCZOS
+    )
+    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).unsqueeze(0) / 127.5 - 1
+    with _VaeDtype(checkpoint) as dtype:
+        latents = checkpoint.vae.encode(pixels.to(checkpoint.device, dtype)).latent_dist.mode()  # type: ignore[operator]
+    config = checkpoint.vae.config
+    shift = getattr(config, "shift_factor", None) or 0.0
+    return ((latents.float() - shift) * config.scaling_factor).repeat(request.batch, 1, 1, 1)  # type: ignore[no-any-return, union-attr]
+
+
+def _decode(checkpoint: Checkpoint, latents: Tensor) -> list[Image.Image]:
+    if not bool(torch.isfinite(latents).all()):
+        raise LoratorioError(
+            "The model gave NaN or infinite numbers. Use --dtype fp32, a lower --cfg or lower LoRA strengths."
+        )
+    config = checkpoint.vae.config
+    shift = getattr(config, "shift_factor", None) or 0.0
+    latents = latents / config.scaling_factor + shift  # type: ignore[union-attr, operator]
+    images = []
+    with _VaeDtype(checkpoint) as dtype:
+        for row in latents.to(dtype).split(1):  # one at a time: the decoder is what needs most memory
+            pixels = checkpoint.vae.decode(row).sample[0].float()  # type: ignore[operator]
+            if not bool(torch.isfinite(pixels).all()):
+                raise LoratorioError("The VAE gave NaN: this one needs --dtype fp32 or bf16.")
+            array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            images.append(Image.fromarray(array.permute(1, 2, 0).cpu().numpy()))
+    return images
+
+
+class _VaeDtype:
+    """While inside, a VAE that overflows in half precision (SDXL's) is in float32; gives the dtype it computes in."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._vae, self._dtype = checkpoint.vae, checkpoint.dtype
+        self._upcast = checkpoint.dtype == torch.float16 and bool(
+            getattr(checkpoint.vae.config, "force_upcast", False)
+        )
+
+    def __enter__(self) -> torch.dtype:
+        if self._upcast:
+            self._vae.to(torch.float32)
+            return torch.float32
+        return self._dtype
+
+    def __exit__(self, *_: object) -> None:
+        if self._upcast:
+            self._vae.to(self._dtype)

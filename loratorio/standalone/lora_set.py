@@ -1,0 +1,129 @@
+"""The LoRAs of one generation: those that the prompt names, those out of its pools, and each one's role."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..adapters.bank import Bank
+from ..compose.mixes import Mix, Participants
+from ..errors import LoratorioError
+from ..pool import load_candidates, pool_files
+from ..roles import (
+    TaggedLora,
+    assigned_roles,
+    looks_like_speed_lora,
+    participants_of,
+    prompt_importance,
+    recognised_note,
+)
+from .checkpoint import Checkpoint
+from .lora_files import LoadedLora, find_lora, load_lora
+from .prompt import PromptLora
+from .text import TextConditioner
+
+Load = Callable[[Path, str, Checkpoint, float, float], LoadedLora]
+"""`load_lora`, or what keeps files that are asked for again."""
+
+
+@dataclass(frozen=True)
+class LoraSet:
+    """All LoRAs of a generation, in the order of the bank.
+
+    Attributes:
+        tags: one per LoRA; a pool's tag is repeated under each candidate's own name.
+        tagged: the LoRAs as the roles see them.
+        notes: sentences for the user: files that were skipped, speed LoRAs that were recognised.
+    """
+
+    tags: tuple[PromptLora, ...]
+    loras: tuple[LoadedLora, ...]
+    tagged: tuple[TaggedLora, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def participants(self) -> Participants:
+        return participants_of(self.tagged)
+
+    @property
+    def composed(self) -> list[str]:
+        """Names of the composed LoRAs, in the order of the weights."""
+        return [self.tagged[number].name for number in self.participants.numbers]
+
+    def conditioner(self, checkpoint: Checkpoint, texts: Sequence[str]) -> TextConditioner:
+        """For these texts, under any mix of the LoRAs."""
+        banks = [Bank([lora.text[i] for lora in self.loras]) for i in range(len(checkpoint.text_encoders))]
+        return TextConditioner(checkpoint, banks, texts)
+
+    def weighed(self, prompt: str, checkpoint: Checkpoint) -> Participants:
+        """The participants with each LoRA's importance in the prompt, for W-Composite; those without trigger words count as average."""
+
+        def encode(texts: list[str]) -> list[Tensor]:
+            conditioner = self.conditioner(checkpoint, texts)
+            base: Mix = (0.0,) * len(self.tagged)
+            return [conditioner.of(text, base).tokens for text in texts]
+
+        return participants_of(self.tagged, prompt_importance(self.tagged, prompt, encode))
+
+
+def load_lora_set(
+    tags: Sequence[PromptLora], folder: Path | None, checkpoint: Checkpoint, load: Load = load_lora
+) -> LoraSet:
+    """Load what the tags ask for, each file by `load`.
+
+    Raises:
+        LoratorioError: a LoRA that is named cannot be used (one out of a pool is skipped instead), or a pool is empty.
+    """
+    parts: list[tuple[PromptLora, LoadedLora, TaggedLora]] = []
+    notes: list[str] = []
+    names = [tag.name for tag in tags if not tag.pool]
+    for tag in tags:
+        if folder is None:
+            raise LoratorioError(
+                f"The prompt names LoRA {tag.name}, but there is no LoRA folder: give --lora-dir."
+            )
+        if not tag.pool:
+            parts.append(_load(tag, find_lora(folder, tag.name), checkpoint, load))
+            continue
+        taken = [*names, *(own.name for own, _, _ in parts)]
+        candidates = load_candidates(
+            pool_files(tag.name, folder, taken),
+            lambda file, tag=tag: _candidate(tag, file, checkpoint, load),  # type: ignore[misc]
+        )
+        parts += candidates.loaded
+        notes += [candidates.note] if candidates.note else []
+    tagged = tuple(each for _, _, each in parts)
+    recognised = recognised_note(assigned_roles(tagged))
+    notes += [recognised] if recognised else []
+    return LoraSet(
+        tuple(tag for tag, _, _ in parts), tuple(lora for _, lora, _ in parts), tagged, tuple(notes)
+    )
+
+
+def _load(
+    tag: PromptLora, file: Path, checkpoint: Checkpoint, load: Load
+) -> tuple[PromptLora, LoadedLora, TaggedLora]:
+    lora = load(file, tag.name, checkpoint, tag.te, tag.unet)
+    return tag, lora, TaggedLora(tag.name, tag.options, read_metadata(file), tag.pool)
+
+
+def _candidate(
+    tag: PromptLora, file: Path, checkpoint: Checkpoint, load: Load
+) -> tuple[PromptLora, LoadedLora, TaggedLora]:
+    if "role" not in tag.options and looks_like_speed_lora(file.stem, read_metadata(file)):
+        raise LoratorioError(
+            f"{file.stem} is a speed LoRA, which is no matter of choice: name it in the prompt."
+        )
+    return _load(replace(tag, name=file.stem), file, checkpoint, load)
+
+
+def read_metadata(file: Path) -> Mapping[str, str]:
+    """What a .safetensors file says of itself; nothing if it cannot be read."""
+    with contextlib.suppress(SafetensorError, OSError), safe_open(str(file), framework="pt") as opened:
+        return dict(opened.metadata() or {})
+    return {}

@@ -1,0 +1,127 @@
+"""The WebUI's prompt language: LoRA tags, emphasis, BREAK."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..errors import LoratorioError
+
+_TAG = re.compile(r"<(\w+):([^<>]*)>")
+_MARKS = re.compile(
+    r"\\[\\()\[\]]|\(|\[|\]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL
+)
+_EMPHASIS = 1.1
+
+
+@dataclass(frozen=True)
+class PromptLora:
+    """A LoRA tag: ``<lora:name>``, ``<lora:name:0.8>``, ``<lora:name:te:unet>``, ``<lora:name:te=0.5:unet=1>``.
+
+    Attributes:
+        te, unet: strength in the text encoder and in the UNet.
+        options: further ``word=value`` parts, such as ``role=style``; unread here.
+        pool: it is a ``<pool:…>`` tag, whose name is a folder, a glob or a list.
+    """
+
+    name: str
+    te: float = 1.0
+    unet: float = 1.0
+    options: Mapping[str, str] = field(default_factory=dict)
+    pool: bool = False
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of prompt with one emphasis. `chunk_break`: the piece is the word BREAK, and a new chunk begins."""
+
+    text: str
+    weight: float = 1.0
+    chunk_break: bool = False
+
+
+def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
+    """The prompt without its tags, and the LoRAs that they name, in order.
+
+    Raises:
+        LoratorioError: a strength is not a number, a tag of another kind, or a LoRA that is named twice.
+    """
+    loras: list[PromptLora] = []
+    for kind, content in _TAG.findall(prompt):
+        if kind.lower() not in ("lora", "lyco", "pool"):
+            raise LoratorioError(
+                f"<{kind}:{content}> is not known here: only <lora:name:strength> and <pool:folder> tags are."
+            )
+        lora = _read_tag(content, pool=kind.lower() == "pool")
+        if any(lora.name == other.name for other in loras):
+            raise LoratorioError(
+                f"LoRA {lora.name} is in the prompt twice. Keep one, with the strength that you want."
+            )
+        loras.append(lora)
+    return re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip(), loras
+
+
+def _read_tag(content: str, pool: bool) -> PromptLora:
+    name, *parts = (part.strip() for part in content.split(":"))
+    if not name:
+        raise LoratorioError(f"<{'pool' if pool else 'lora'}:{content}> names no LoRA.")
+    options = dict(part.split("=", 1) for part in parts if "=" in part)
+    positional = [part for part in parts if "=" not in part]
+    te = _strength(name, options.pop("te", positional[0] if positional else "1"))
+    unet = options.pop("unet", positional[1] if len(positional) > 1 else None)
+    return PromptLora(name, te, te if unet is None else _strength(name, unet), options, pool)
+
+
+def _strength(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise LoratorioError(f"The strength of LoRA {name} must be a number, not {text!r}.")
+    return value
+
+
+def emphasised(prompt: str) -> list[Fragment]:
+    """Cut a prompt by emphasis: ``(word)`` × 1.1, ``((word))`` × 1.21, ``(word:1.3)`` × 1.3, ``[word]`` ÷ 1.1, ``\\(`` a bracket.
+
+    Brackets that are not closed count to the end of the prompt.
+    """
+    pieces: list[Fragment] = []
+    open_brackets: list[tuple[str, int]] = []  # the bracket, and the number of pieces before it
+
+    def multiply(start: int, factor: float) -> None:
+        for i in range(start, len(pieces)):
+            pieces[i] = Fragment(pieces[i].text, pieces[i].weight * factor, pieces[i].chunk_break)
+
+    for match in _MARKS.finditer(prompt):
+        mark, weight = match.group(0), match.group(1)
+        last_open = open_brackets[-1][0] if open_brackets else ""
+        if mark in "([" and len(mark) == 1:
+            open_brackets.append((mark, len(pieces)))
+        elif weight is not None and last_open == "(":
+            multiply(open_brackets.pop()[1], float(weight))
+        elif mark == ")" and last_open == "(":
+            multiply(open_brackets.pop()[1], _EMPHASIS)
+        elif mark == "]" and last_open == "[":
+            multiply(open_brackets.pop()[1], 1 / _EMPHASIS)
+        elif mark == "BREAK":
+            pieces.append(Fragment("", chunk_break=True))
+        else:
+            pieces.append(Fragment(mark[1:] if len(mark) == 2 and mark[0] == "\\" else mark))
+    for bracket, start in reversed(open_brackets):
+        multiply(start, _EMPHASIS if bracket == "(" else 1 / _EMPHASIS)
+    return _joined(pieces)
+
+
+def _joined(pieces: list[Fragment]) -> list[Fragment]:
+    """Neighbours of one weight as one piece, so that words are not cut where the reader looked."""
+    joined: list[Fragment] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if last and not last.chunk_break and not piece.chunk_break and last.weight == piece.weight:
+            joined[-1] = Fragment(last.text + piece.text, piece.weight)
+        else:
+            joined.append(piece)
+    return joined

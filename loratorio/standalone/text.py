@@ -1,0 +1,161 @@
+"""Text conditioning, for each mix of LoRAs its own.
+
+Letters in shapes: R texts, K chunks of 77 tokens, W width of the conditioning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.bank import Bank
+from ..compose.mixes import Mix
+from .checkpoint import Checkpoint
+from .prompt import emphasised
+
+_ROOM = 75  # tokens of a chunk, beside its begin and end marks
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told of one text: `tokens` (77·K, W), and SDXL's `pooled` (W′) or None."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class TextConditioner:
+    """Conditioning of a generation's texts under every mix, computed once; all rows of a request in one batch.
+
+    Mixes that differ only in LoRAs without a text-encoder part share their conditioning.
+
+    Args:
+        banks: for each text encoder the LoRAs' deltas, in the order of the generation's LoRAs.
+        texts: all texts that will be asked for; they decide how many chunks every one has.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, banks: Sequence[Bank], texts: Sequence[str]) -> None:
+        self._checkpoint = checkpoint
+        self._banks = tuple(banks)
+        touched = [
+            any(bank.adapters[i].deltas for bank in self._banks) for i in range(len(banks[0].adapters))
+        ]
+        self._touched = tuple(touched)
+        self._chunks = [_aligned(tokenizer, texts) for tokenizer in checkpoint.tokenizers]
+        self._known: dict[tuple[str, Mix], Conditioning] = {}
+
+    def prepare(self, texts: Sequence[str], mixes: Sequence[Mix]) -> None:
+        """Compute what is missing for these texts under these mixes."""
+        wanted = dict.fromkeys((text, self._effective(mix)) for mix in mixes for text in texts)
+        missing = [each for each in wanted if each not in self._known]
+        if not missing:
+            return
+        encoded = [self._encode(number, missing) for number in range(len(self._banks))]
+        for i, key in enumerate(missing):
+            tokens = torch.cat([tokens[i] for tokens, _ in encoded], dim=-1)
+            pooled = encoded[-1][1]
+            self._known[key] = Conditioning(tokens, None if pooled is None else pooled[i])
+
+    def of(self, text: str, mix: Mix) -> Conditioning:
+        key = (text, self._effective(mix))
+        if key not in self._known:
+            self.prepare([text], [mix])
+        return self._known[key]
+
+    def _effective(self, mix: Mix) -> Mix:
+        return tuple(part if touched else 0.0 for part, touched in zip(mix, self._touched, strict=True))
+
+    def _encode(self, number: int, wanted: Sequence[tuple[str, Mix]]) -> tuple[Tensor, Tensor | None]:
+        """Tokens (R, 77·K, W) and, of SDXL's second encoder, pooled (R, W′)."""
+        encoder, chunks = self._checkpoint.text_encoders[number], self._chunks[number]
+        device = self._checkpoint.device
+        rows = [chunk for text, _ in wanted for chunk in chunks[text]]
+        mixes = [mix for text, mix in wanted for _ in chunks[text]]
+        ids = torch.tensor([chunk.tokens for chunk in rows], device=device)
+        bank = self._banks[number]
+        with ExitStack() as stack:
+            stack.enter_context(bank.attached(dict(encoder.named_modules())))
+            stack.enter_context(bank.routed(mixes))
+            output = encoder(ids, output_hidden_states=True)
+        hidden = output.hidden_states[-2] if self._checkpoint.is_sdxl else output.last_hidden_state
+        weights = torch.tensor([chunk.weights for chunk in rows], device=device)
+        hidden = _weighted(hidden, weights).reshape(len(wanted), -1, hidden.shape[-1])
+        # A long text is pooled as its first chunk is.
+        per_text = len(rows) // len(wanted)
+        pooled = output.text_embeds[::per_text] if hasattr(output, "text_embeds") else None
+        hidden, pooled = self._without_empty_negative(hidden, pooled, wanted)
+        return hidden, pooled
+
+    def _without_empty_negative(
+        self, hidden: Tensor, pooled: Tensor | None, wanted: Sequence[tuple[str, Mix]]
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._checkpoint.zero_empty_negative:
+            given = torch.tensor([bool(text) for text, _ in wanted], device=hidden.device)
+            hidden = hidden * given.view(-1, 1, 1)
+            pooled = None if pooled is None else pooled * given.view(-1, 1)
+        return hidden, pooled
+
+
+def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Emphasis as in the WebUI: tokens (R, 77, W) times weights (R, 77), with every chunk's mean kept as it was."""
+    if bool((weights == 1).all()):
+        return hidden
+    before = hidden.to(torch.float32)
+    after = before * weights.unsqueeze(-1)
+    ratio = before.mean(dim=(-2, -1), keepdim=True) / after.mean(dim=(-2, -1), keepdim=True)
+    # A chunk whose mean the emphasis brought to nothing cannot be scaled back.
+    ratio = torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio))
+    return (after * ratio).to(hidden.dtype)
+
+
+def _aligned(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[_Chunk]]:
+    """Chunks of every text, all of the same number: shorter texts get empty ones."""
+    chunks = {text: _chunks(tokenizer, text) for text in texts}
+    longest = max(len(each) for each in chunks.values())
+    return {text: each + [_chunk(tokenizer, [], [])] * (longest - len(each)) for text, each in chunks.items()}
+
+
+def _chunks(tokenizer: Any, text: str) -> list[_Chunk]:
+    """The text cut into chunks of 75 tokens with begin and end marks; at least one."""
+    done: list[_Chunk] = []
+    tokens: list[int] = []
+    weights: list[float] = []
+
+    def close() -> None:
+        done.append(_chunk(tokenizer, tokens, weights))
+        tokens.clear()
+        weights.clear()
+
+    for fragment in emphasised(text):
+        if fragment.chunk_break:
+            close()
+            continue
+        for token in tokenizer(fragment.text, add_special_tokens=False, verbose=False).input_ids:
+            if len(tokens) == _ROOM:
+                close()
+            tokens.append(token)
+            weights.append(fragment.weight)
+    if tokens or not done:
+        close()
+    return done
+
+
+def _chunk(tokenizer: Any, tokens: Sequence[int], weights: Sequence[float]) -> _Chunk:
+    """Begin mark, tokens, end mark, padding: 77 in all."""
+    padding = _ROOM - len(tokens)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return _Chunk(
+        (tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *[pad] * padding),
+        (1.0, *weights, 1.0, *[1.0] * padding),
+    )

@@ -1,1 +1,0 @@
-"""Trains everything that ships in the toybox: `python -m loratorio.toybox.train --help`."""

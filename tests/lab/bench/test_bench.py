@@ -1,0 +1,386 @@
+"""The benchmark's own machinery: grid, measures, resuming, workers, report, the WebUI mode."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib.util
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lab.bench import cli, measures, report
+from lab.bench.plan import MAIN_ROWS, METHOD_ROWS, Cell, Variant, cells, combinations, sample
+from lab.bench.runner import run
+from lab.bench.store import ImageResult, Result, Store
+from loratorio.errors import LoratorioError
+
+BACKEND = "tests.lab.bench.fake_backend:make"
+CATEGORIES = {
+    "character": ["robot", "cat"],
+    "clothing": ["stripes", "hat"],
+    "style": ["ink"],
+    "background": ["night", "rays"],
+    "object": ["cactus"],
+}
+SAMPLING = {"steps": 4, "cfg": 3.0, "sampler": "euler"}
+
+
+def small_grid() -> list[Cell]:
+    return cells(
+        MAIN_ROWS,
+        combinations(CATEGORIES, 2)[:2],
+        3,
+        SAMPLING,
+        truth_per_combination=4,
+    )
+
+
+def test_combinations_are_composloras() -> None:
+    for count, expected in ((2, 2 * 6), (5, 2 * 2 * 1 * 2 * 1)):
+        found = combinations(CATEGORIES, count)
+        assert len(found) == len(set(found)) == expected
+        for combo in found:
+            assert combo[0] in CATEGORIES["character"]
+            places = [name for name, own in CATEGORIES.items() if set(own) & set(combo)]
+            assert len(places) == count
+    few = sample(combinations(CATEGORIES, 3), 5)
+    assert few == sample(combinations(CATEGORIES, 3), 5)
+    assert len(set(few)) == 5
+    used = Counter(name for combo in few for name in combo)
+    assert {"robot", "cat"} <= used.keys()
+    assert sample([("a",)], 0) == [("a",)]
+    every = sample(combinations(CATEGORIES, 3), 0)
+    assert every[:5] == few
+    assert sorted(every) == sorted(combinations(CATEGORIES, 3))
+
+
+def test_cells_are_known_by_their_work() -> None:
+    first, second = Variant("a", "A", {}), Variant("b", "B", {"patch_size": 8})
+    grid = cells([first, second, Variant("again", "A", {})], [("robot", "ink")], 2, SAMPLING)
+    assert [cell.variant for cell in grid] == ["truth", "a", "b"]
+    assert grid[1].is_of(Variant("again", "A", {}))
+    assert not grid[1].is_of(second)
+    more_steps = cells([first], [("robot", "ink")], 2, {**SAMPLING, "steps": 5})
+    assert more_steps[1].key != grid[1].key
+
+
+def test_measures() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert measures.border_ratio(noise, 16) == pytest.approx(1, abs=0.05)
+    blocks = (
+        np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8) // 2 + noise // 16
+    )
+    assert measures.border_ratio(blocks, 16) > 3
+    assert measures.border_ratio(np.zeros((32, 32, 3), np.uint8), 16) == 1
+    assert measures.saturation(np.full((4, 4, 3), 90, np.uint8)) == 0
+    assert measures.saturation(np.zeros((4, 4, 3), np.uint8) + np.array([200, 0, 0], np.uint8)) == 1
+    assert measures.clipped(np.full((4, 4, 3), 255, np.uint8)) == 1
+
+
+def test_frechet_of_gaussians() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(20000, 2))
+    assert measures.frechet(first, first) == pytest.approx(0, abs=1e-9)
+    # |Δμ|² + Σ(σ₁−σ₂)²: 9 + 2·(1−2)²
+    second = 2 * rng.normal(size=(20000, 2)) + np.array([3.0, 0.0])
+    assert measures.frechet(first, second) == pytest.approx(11, rel=0.03)
+    assert np.isnan(measures.frechet(first[:1], second))
+
+
+def test_intervals_resample_whole_groups() -> None:
+    same = [np.ones(5), np.zeros(5)] * 10
+    low, high = measures.bootstrap(same)
+    assert low < 0.35
+    assert high > 0.65
+    assert measures.wins([1, 0.5, 0], [0, 0.5, 1]).tolist() == [1, 0.5, 0]
+
+
+def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAKE_BACKEND_LOG", str(log))
+    grid, store = small_grid(), Store(tmp_path / "cells")
+    done: list[int] = []
+
+    def stop_after_three(count: int, total: int, cell: Cell) -> None:
+        done.append(count)
+        if count == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(grid, store, BACKEND, tell=stop_after_three)
+    (store.folder / "half.123.part").write_text("{")
+    assert run(grid, store, BACKEND) == len(grid) - 3
+    assert run(grid, store, BACKEND) == 0
+    keys = [line.split()[1] for line in log.read_text().splitlines()]
+    assert sorted(keys) == sorted(cell.key for cell in grid)
+    assert len(list(store.read())) == len(grid)
+    assert run(cells(METHOD_ROWS, [("robot", "ink")], 1, SAMPLING), store, BACKEND, until=0.0) == 0
+
+
+def test_processes_do_each_cell_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAKE_BACKEND_LOG", str(log))
+    grid = small_grid()
+    assert run(grid, Store(tmp_path / "cells"), BACKEND, workers=2) == len(grid)
+    keys = [line.split()[1] for line in log.read_text().splitlines()]
+    assert sorted(keys) == sorted(cell.key for cell in grid)
+
+
+def test_ray_is_asked_for_by_name_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoratorioError, match="pip install"):
+        run(small_grid(), Store(tmp_path), BACKEND, ray_address="local")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'loratorio[ray]')"
+)
+def test_two_ray_workers_one_of_them_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, died = tmp_path / "log", tmp_path / "died"
+    for name, value in (("LOG", str(log)), ("DIE", str(died)), ("SECONDS", "0.3")):
+        monkeypatch.setenv(f"FAKE_BACKEND_{name}", value)
+    grid, store = small_grid(), Store(tmp_path / "cells")
+    assert run(grid, store, BACKEND, workers=2, ray_address="local") == len(grid)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    killed = died.read_text()
+    finished = [key for pid, key in lines if (pid, key) != (killed, next(k for p, k in lines if p == killed))]
+    assert sorted(finished) == sorted(cell.key for cell in grid)
+    assert len({pid for pid, _ in lines}) >= 2
+    assert not store.missing(grid)
+    assert run(grid, store, BACKEND, workers=2, ray_address="local") == 0
+
+
+def options(**changes: Any) -> argparse.Namespace:
+    values = cli.parser().parse_args(["--backend", BACKEND])
+    for name, value in changes.items():
+        setattr(values, name, value)
+    return values
+
+
+def test_the_command_writes_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "toybox_categories", lambda: CATEGORIES)
+    to = tmp_path / "docs" / "RESULTS.md"
+    (to.parent / "results").mkdir(parents=True)
+    (to.parent / "results" / "notes.md").write_text("A note by hand.")
+    chosen = options(
+        out=tmp_path / "out",
+        report=to,
+        combinations=2,
+        other_combinations=1,
+        ablation_combinations=1,
+        seeds=2,
+        counts="2,3",
+    )
+    cli.bench(chosen)
+    text = to.read_text()
+    for part in (
+        "LoRAtorio",
+        "CMLoRA",
+        "K-LoRA",
+        "## Methods",
+        "Combinations: 2 of N=2, 2 of N=3; 2 seeds each.",
+        "By elements found: LoRAtorio > ",
+        "All of its cells are done.",
+        "### By category",
+        "### Without styles",
+        "Without styles: LoRAtorio > ",
+        "## All methods",
+        "## Roles of styles",
+        "role=always",
+        "A note by hand.",
+        "### temperature",
+        "as a pool",
+        "wins",
+    ):
+        assert part in text, part
+    assert (
+        "loratorio-lab bench --combinations 2 --other-combinations 1 --ablation-combinations 1 --seeds 2 --counts 2,3"
+        in text
+    )
+    assert "| LoRAtorio | 100 % | 100 % |" in text
+    assert "| Merge | 50 % | 33 % |" in text
+    assert (to.parent / "results" / "methods.png").is_file()
+    assert (to.parent / "results" / "ablation_temperature.png").is_file()
+    before = capsys.readouterr()
+    assert "\n0 cells" not in "\n" + before.out
+    cli.bench(chosen)
+    assert "0 cells done now" in capsys.readouterr().out
+    assert to.read_text() == text
+    next(file for file in (tmp_path / "out" / "cells").glob("merge.*")).unlink()
+    chosen.report_only = True
+    cli.bench(chosen)
+    assert "1 of its" in to.read_text()
+
+
+def test_the_quick_grid_says_whether_the_published_order_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = tmp_path / "RESULTS.md"
+    monkeypatch.setattr(cli, "toybox_categories", lambda: CATEGORIES)
+    monkeypatch.setattr(cli, "PUBLISHED", published)
+    chosen = options(out=tmp_path / "out", quick=True, seeds=1)
+    for order, verdict in (
+        ("LoRAtorio > Merge ≈ Composite ≈ Merge, re-centred", "agrees with"),
+        ("Merge > LoRAtorio ≈ Composite ≈ Merge, re-centred", "DIFFERS from"),
+    ):
+        published.write_text(f"# Results\n\nBy elements found: {order}.\n")
+        cli.bench(chosen)
+        assert verdict in capsys.readouterr().out
+
+
+def test_orders_agree_unless_what_is_clearly_apart_is_turned_round() -> None:
+    assert report.agrees("a > b > c", "a > b ≈ c")
+    assert report.agrees("a ≈ c > b", "a > b ≈ c")
+    assert not report.agrees("b ≈ a > c", "a > b ≈ c")
+    assert not report.agrees("a > b", "a > c")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": 0},
+        {"workers": 0},
+        {"groups": "method"},
+        {"counts": "1,2"},
+        {"combinations": -1},
+        {"elements": "ink,nobody"},
+    ],
+)
+def test_bad_numbers_are_sentences(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(LoratorioError):
+        cli.bench(options(out=tmp_path, **changes))
+
+
+def test_win_rate_counts_ties_as_half() -> None:
+    def results(found: list[tuple[str, ...]]) -> list[Result]:
+        images = tuple(ImageResult(i, each, 1.0, 0.5, 0.0, (0.0,)) for i, each in enumerate(found))
+        return [Result(Cell("x", ("a", "b"), 0, len(found), {}), images, 1.0)]
+
+    rate, low, high = report.win_rate(results([("a", "b"), ("a",), ()]), results([("a",), ("b",), ("a",)]))
+    assert rate == pytest.approx(0.5)
+    assert low <= rate <= high
+
+
+def test_shares_by_category_count_only_what_was_wanted() -> None:
+    variant = Variant("merge", "Merge", {"method": "merge"})
+
+    def result(elements: tuple[str, ...], *found: tuple[str, ...]) -> Result:
+        images = tuple(ImageResult(i, each, 1.0, 0.5, 0.0, (0.0,)) for i, each in enumerate(found))
+        return Result(Cell("merge", elements, 0, len(found), variant.resolved()), images, 1.0)
+
+    results = [
+        result(("robot", "ink"), ("robot", "night"), ("robot", "ink")),
+        result(("cat", "ink", "night"), ("cat",), ("ink", "night", "hat")),
+        result(("cat", "hat"), ("hat",), ("hat",)),
+    ]
+    lines = report.category_table([variant], results, CATEGORIES, counts=(2, 3)).splitlines()
+    assert lines[0] == (
+        "|  | character (2, 3) | clothing (2, 3) | style (2, 3) | background (2, 3) | object (2, 3) |"
+    )
+    assert lines[2:] == ["| Merge | 50 % (50, 50) | 100 % (100, –) | 50 % (50, 50) | 50 % (–, 50) | – |"]
+    assert report.without(CATEGORIES["style"], results) == results[2:]
+
+
+class FakeWebUI(BaseHTTPRequestHandler):
+    asked: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).asked.append(body)
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (10, 20, 30)).save(buffer, "PNG")
+        answer = json.dumps({"images": [base64.b64encode(buffer.getvalue()).decode()], "info": "{}"}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def webui() -> Iterator[str]:
+    FakeWebUI.asked = []
+    server = HTTPServer(("127.0.0.1", 0), FakeWebUI)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+
+
+def constant_scorer() -> Any:
+    return lambda picture, text: float(len(text))
+
+
+@pytest.fixture
+def lora_list(tmp_path: Path) -> Path:
+    file = tmp_path / "lora_info.json"
+    content = {
+        kind: [{"id": f"{kind}_1", "trigger": ["word", "other"]}] for kind in ("style", "character", "object")
+    }
+    file.write_text(json.dumps({"anime": content}))
+    return file
+
+
+def test_webui_mode_asks_scores_and_resumes(
+    tmp_path: Path,
+    webui: str,
+    lora_list: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LORATORIO_SCORER", "tests.lab.bench.test_bench:constant_scorer")
+    chosen = options(
+        webui=webui,
+        loras=lora_list,
+        out=tmp_path / "out",
+        counts="2",
+        seeds=1,
+        base_prompt="best",
+        size="512x768",
+        steps=9,
+    )
+    cli.bench(chosen)
+    assert len(FakeWebUI.asked) == 2 * len(METHOD_ROWS)
+    first = FakeWebUI.asked[0]
+    assert first["prompt"] == "best, word, other, word, other <lora:character_1:1> <lora:style_1:1>"
+    assert (first["width"], first["height"], first["steps"]) == (512, 768, 9)
+    assert "cfg_scale" not in first
+    methods = {
+        body["alwayson_scripts"]["LoRAtorio"]["args"][0].get("method", "loratorio")
+        for body in FakeWebUI.asked
+    }
+    assert methods == {variant.knobs.get("method", "loratorio") for variant in METHOD_ROWS}
+    assert "| LoRAtorio | 24.00 | 24.00 |" in capsys.readouterr().out
+    cli.bench(chosen)
+    assert len(FakeWebUI.asked) == 2 * len(METHOD_ROWS)
+
+
+def test_webui_mode_says_what_is_wrong(
+    tmp_path: Path, lora_list: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LoratorioError, match="--loras"):
+        cli.bench(options(webui="http://127.0.0.1:9", out=tmp_path))
+    with pytest.raises(LoratorioError, match="--size"):
+        cli.bench(options(webui="http://127.0.0.1:9", loras=lora_list, out=tmp_path, size="big"))
+    bad = tmp_path / "bad.json"
+    bad.write_text("[]")
+    with pytest.raises(LoratorioError, match="not a list of LoRAs"):
+        cli.bench(options(webui="http://127.0.0.1:9", loras=bad, out=tmp_path))
+    monkeypatch.setenv("LORATORIO_SCORER", "tests.lab.bench.test_bench:constant_scorer")
+    with pytest.raises(LoratorioError, match="No WebUI answers"):
+        cli.bench(options(webui="http://127.0.0.1:9", loras=lora_list, out=tmp_path))

@@ -1,0 +1,73 @@
+"""The files that ship: there, small enough, readable, and right about what they claim."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lab.toybox.classifier import classify, features, probabilities
+from lab.toybox.world import random_elements, random_scene, render
+from loratorio import toybox
+
+MEGABYTE = 1_000_000
+
+
+def test_all_is_there_and_below_25_megabytes() -> None:
+    assert toybox.CHECKPOINT.exists()
+    assert toybox.CONFIG.exists()
+    trained = [*toybox.FOLDER.rglob("*.safetensors"), *toybox.THUMBNAIL_DIR.glob("*.png")]
+    assert sum(file.stat().st_size for file in trained) <= 25 * MEGABYTE
+    for element in toybox.ELEMENTS:
+        assert toybox.lora_file(element).exists()
+        with Image.open(toybox.thumbnail_file(element)) as picture:
+            assert picture.size == (128, 128)
+
+
+@pytest.mark.parametrize("element", toybox.ELEMENTS, ids=lambda e: e.name)
+def test_loras_are_finite_and_reach_both_networks(element) -> None:
+    weights = load_file(toybox.lora_file(element))
+    assert all(torch.isfinite(value.float()).all() for value in weights.values())
+    assert any(key.startswith("lora_unet_") for key in weights)
+    assert any(key.startswith("lora_te_text_model_") for key in weights)
+    with safe_open(toybox.lora_file(element), "pt") as opened:
+        assert opened.metadata()["modelspec.trigger_phrase"] == element.trigger
+
+
+def test_classifier_knows_rendered_scenes() -> None:
+    rng = random.Random(77)
+    scenes = [random_scene(rng, *random_elements(rng, i % 6)) for i in range(60)]
+    found = classify([render(scene) for scene in scenes])
+    right = [
+        {name for name, there in row.items() if there} == set(s.elements())
+        for row, s in zip(found, scenes, strict=True)
+    ]
+    assert np.mean(right) >= 0.95
+
+
+def test_classifier_takes_pil_arrays_and_other_sizes() -> None:
+    picture = render(random_scene(random.Random(1), "ink"))
+    large = Image.fromarray(picture).resize((128, 128))
+    assert probabilities([large])[0]["ink"] > 0.5
+    assert features(np.stack([picture, picture])).shape == (2, 128)
+
+
+def test_text_encoder_output_has_a_mean() -> None:
+    """A mean of exactly zero would be 0/0 in a WebUI's "Original" emphasis."""
+    pytest.importorskip("diffusers")
+    from transformers import CLIPTokenizer
+
+    from lab.toybox.pipeline import load_text_encoder
+    from lab.train.diffusion import tokenise
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(toybox.TEXT_DIR))
+    with torch.no_grad():
+        state = load_text_encoder()(
+            tokenise(tokenizer, ["", "a doll in red, white background"])
+        ).last_hidden_state
+    assert (state.mean(dim=(1, 2)).abs() > 1e-4).all()

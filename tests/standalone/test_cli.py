@@ -1,0 +1,306 @@
+"""Both commands as a user types them, and every bad input: one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from loratorio.compose.methods import METHODS
+from loratorio.settings import KNOBS
+from loratorio.standalone import cli, output
+from loratorio.standalone.checkpoint import load_checkpoint
+from tests import tiny
+
+PROMPT = "a red circle <lora:rose:0.8> <lora:dusk:0.5>"
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model ``sd`` and LoRAs in ``loras``, good and bad."""
+    root = tmp_path_factory.mktemp("studio")
+    model = load_checkpoint(tiny.save_sd(root / "sd"))
+    xl = load_checkpoint(tiny.save_sdxl(root / "sdxl"))
+    loras = root / "loras"
+    for seed, name in enumerate(("rose", "dusk")):
+        tiny.save_kohya(
+            loras / f"{name}.safetensors", model.unet, model.text_encoders[0], size=0.1, seed=seed
+        )
+    tiny.save_kohya(loras / "forxl.safetensors", xl.unet)
+    (loras / "cut.safetensors").write_bytes((loras / "rose.safetensors").read_bytes()[:5000])
+    (loras / "evil.pt").write_bytes(b"\x80\x04.")
+    (loras / "evil2.ckpt").write_bytes(b"\x80\x04.")
+    sick = load_file(loras / "rose.safetensors")
+    next(value for name, value in sick.items() if "up" in name).view(-1)[0] = torch.nan
+    save_file(sick, loras / "sick.safetensors")
+    return root
+
+
+@pytest.fixture
+def run(
+    studio: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs ``loratorio COMMAND PROMPT OPTIONS`` on the small model; gives exit code, stdout and stderr."""
+
+    def typed(command: str, prompt: str = PROMPT, *options: str) -> tuple[int, str, str]:
+        common = [
+            "--checkpoint",
+            str(studio / "sd"),
+            "--lora-dir",
+            str(studio / "loras"),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        common += ["--steps", "2", "--cfg", "3", "--device", "cpu"]
+        code = cli.main([command, prompt, *common, *options])
+        printed = capfd.readouterr()
+        return code, printed.out, printed.err
+
+    return typed
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(file.name for file in (folder / "out").iterdir()) if (folder / "out").exists() else []
+
+
+def test_generate(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, printed, _ = run(
+        "generate", PROMPT, "--weight-maps", "--batch", "2", "--seed", "5", "--size", "64x72"
+    )
+    assert code == 0
+    maps = [f"0000{i}-{5 + i}-map-{name}.png" for i in (0, 1) for name in ("all", "dusk", "rose")]
+    assert pictures(tmp_path) == sorted([*maps, "00000-5.png", "00001-6.png"])
+    assert len(printed.splitlines()) == 8
+    picture = Image.open(tmp_path / "out" / "00001-6.png")
+    assert picture.size == (64, 72)
+    text = picture.text["parameters"]
+    assert text.startswith(
+        f"{PROMPT}\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 6, Size: 64x72, Model: sd, LoRAtorio: True,"
+    )
+    assert 'LoRAtorio LoRAs: "rose:0.8, dusk:0.5"' in text
+    # Older pictures are never written over.
+    assert run("generate", PROMPT)[0] == 0
+    assert pictures(tmp_path)[-1] == "00002-0.png"
+
+
+def test_compare_methods_and_values(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    assert run("compare")[0] == 0
+    assert run("compare", PROMPT, "--by", "patch-size", "--values", "1,2,8", "--batch", "2")[0] == 0
+    assert pictures(tmp_path) == ["00000-by-method.png", "00001-by-patch-size.png"]
+    methods, sizes = (Image.open(tmp_path / "out" / name) for name in pictures(tmp_path))
+    assert methods.width > len(METHODS) * 256 > sizes.width > 3 * 256
+    assert sizes.height > 2 * 256
+
+
+def test_to_a_named_file_with_img2img(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    Image.new("RGB", (100, 50), "teal").save(tmp_path / "in.jpg")
+    options = (
+        "--init-image",
+        str(tmp_path / "in.jpg"),
+        "--strength",
+        "0.5",
+        "--out",
+        str(tmp_path / "p.png"),
+    )
+    assert run("generate", PROMPT, *options)[0] == 0
+    assert "Denoising strength: 0.5" in Image.open(tmp_path / "p.png").text["parameters"]
+
+
+def test_no_lora_is_the_plain_picture(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, _, said = run("generate", "a red circle")
+    assert code == 0
+    assert "no <lora:name> in the prompt" in said
+    assert "LoRAtorio:" not in Image.open(tmp_path / "out" / "00000-0.png").text["parameters"]
+
+
+def test_one_lora(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run("generate", "a <lora:rose>")[0] == 0
+
+
+BAD = {
+    "not found": (["generate", "a <lora:rosa>"], r"LoRA rosa is not in .*nearest names are: rose"),
+    "other architecture": (
+        ["generate", "a <lora:forxl>"],
+        r"LoRA forxl does not fit the layer \S+: its matrices are \S+ and \S+, the model's weight \S+",
+    ),
+    "cut short": (["generate", "a <lora:cut>"], r"LoRA cut cannot be read: .* damaged or incomplete"),
+    "pickle": (["generate", "a <lora:evil>"], r"LoRA evil is a pickle \(evil\.pt\)"),
+    "another pickle": (["generate", "a <lora:evil2>"], r"LoRA evil2 is a pickle"),
+    "NaN": (["generate", "a <lora:sick>"], r"LoRA sick holds NaN or infinite numbers in layer"),
+    "twice": (["generate", "a <lora:rose> <lora:rose:0.5>"], r"LoRA rose is in the prompt twice"),
+    "k > N": (["generate", PROMPT, "--top-k", "3"], r"top_k is 3, but the prompt has 2 LoRAs"),
+    "patch": (
+        ["generate", PROMPT, "--patch-size", "9"],
+        r"patch_size is 9, but the latent of a 64×64 picture is only 8×8",
+    ),
+    "patch at all": (["generate", PROMPT, "--patch-size", "0"], r"patch_size must be from 1 to"),
+    "temperature 0": (["generate", PROMPT, "--temperature", "0"], r"temperature must be from 0\.0001"),
+    "temperature -1": (["generate", PROMPT, "--temperature=-1"], r"temperature must be from 0\.0001"),
+    "temperature nan": (
+        ["generate", PROMPT, "--temperature", "nan"],
+        r"temperature must be a number, not 'nan'",
+    ),
+    "method": (["generate", PROMPT, "--method", "mrege"], r"method must be one of .*did you mean merge"),
+    "sampler": (["generate", PROMPT, "--sampler", "ddm"], r"sampler must be one of .*did you mean ddim"),
+    "size": (["generate", PROMPT, "--size", "100"], r"width must be divisible by 8, not 100"),
+    "size in words": (["generate", PROMPT, "--size", "big"], r"size must be like 512 or 512x768, not 'big'"),
+    "steps": (["generate", PROMPT, "--steps", "many"], r"steps must be a whole number, not 'many'"),
+    "device": (["generate", PROMPT, "--device", "tpu"], r"device must be auto, cpu, cuda or mps"),
+    "dtype": (["generate", PROMPT, "--dtype", "int4"], r"dtype must be auto, fp32, fp16 or bf16"),
+    "no checkpoint": (
+        ["generate", PROMPT, "--checkpoint", "none.safetensors"],
+        r"There is no checkpoint none\.safetensors",
+    ),
+    "pickled checkpoint": (
+        ["generate", PROMPT, "--checkpoint", "{loras}/evil2.ckpt"],
+        r"is a pickle \(evil2\.ckpt\)",
+    ),
+    "no picture": (["generate", PROMPT, "--init-image", "none.png"], r"There is no picture none\.png"),
+    "bad picture": (["generate", PROMPT, "--init-image", "{loras}/evil.pt"], r"cannot be read as a picture"),
+    "start after end": (
+        ["generate", PROMPT, "--start", "0.8", "--end", "0.2"],
+        r"start \(0\.8\) is after end",
+    ),
+    "compare by nothing": (["compare", PROMPT, "--by", "colour"], r"--by must be one of method"),
+    "compare without values": (
+        ["compare", PROMPT, "--by", "temperature"],
+        r"Say which values of temperature",
+    ),
+    "compare bad value": (
+        ["compare", PROMPT, "--by", "temperature", "--values", "0.1,x"],
+        r"temperature must be a number, not 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(run: Callable[..., tuple[int, str, str]], studio: Path, tmp_path: Path, case: str) -> None:
+    typed, says = BAD[case]
+    code, printed, said = run(*[word.replace("{loras}", str(studio / "loras")) for word in typed])
+    assert code == 2
+    assert printed == ""
+    sentence = said.strip().splitlines()[-1]
+    assert re.search(f"^loratorio: .*{says}", sentence), sentence
+    assert pictures(tmp_path) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "out" / "00000-0.png"
+    kept.parent.mkdir()
+    kept.write_bytes(b"older")
+    synced = os.fsync
+    count = iter(range(10))
+
+    def full(file: int) -> None:
+        if next(count) == 1:  # the first file still fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(file)
+
+    monkeypatch.setattr(output.os, "fsync", full)
+    code, printed, said = run("generate", PROMPT, "--batch", "2")
+    assert code == 2
+    assert "is full" in said
+    assert printed == ""
+    assert pictures(tmp_path) == ["00000-0.png"]
+    assert kept.read_bytes() == b"older"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_really_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "new" / "a.png"
+
+    def to_full(path: Path, mode: str) -> object:
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(output, "open", to_full, raising=False)
+    with pytest.raises(output.LoratorioError, match="is full"):
+        output.write_all({target: b"x" * 100000})
+    assert not target.parent.exists()
+
+
+def test_a_folder_that_is_a_file(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    code, _, said = run("generate")
+    assert code == 2
+    assert "is a file" in said
+    assert (tmp_path / "out").read_text() == "in the way"
+
+
+def test_help_names_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for knob in KNOBS:
+        if knob.name != "enabled":
+            assert knob.option in text
+    for option in (
+        "--checkpoint",
+        "--lora-dir",
+        "--steps",
+        "--cfg",
+        "--sampler",
+        "--seed",
+        "--size",
+        "--batch",
+    ):
+        assert option in text
+
+
+def test_ctrl_c_leaves_no_half_written_file(studio: Path, tmp_path: Path) -> None:
+    """The command in a process of its own, interrupted while it samples."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "loratorio",
+        "generate",
+        PROMPT,
+        "--checkpoint",
+        str(studio / "sd"),
+    ]
+    command += [
+        "--lora-dir",
+        str(studio / "loras"),
+        "--steps",
+        "1000",
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and children would inherit that.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert process.stderr is not None
+    shown = b""
+    until = time.monotonic() + 240
+    try:
+        while b"step/s" not in shown and time.monotonic() < until:
+            shown += process.stderr.read1(4096)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, shown + rest
+    assert b"stopped" in rest
+    assert pictures(tmp_path) == []

@@ -1,0 +1,245 @@
+"""From request to pictures, with models of random weights: samplers, kinds of model, and what must give the same picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from loratorio.errors import LoratorioError
+from loratorio.settings import Settings
+from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
+from loratorio.standalone.generate import Request, generate
+from loratorio.standalone.schedule import SAMPLERS, SamplingSchedule
+from tests import tiny
+
+PROMPT = "a red (circle:1.2) <lora:one:0.8> <lora:two:0.5:1>"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    saved = {
+        "eps": tiny.save_sd(root / "eps"),
+        "v": tiny.save_sd(root / "v", prediction_type="v_prediction"),
+        "sdxl": tiny.save_sdxl(root / "sdxl"),
+    }
+    for kind, folder in saved.items():
+        model = load_checkpoint(folder)
+        for seed, name in enumerate(("one", "two")):
+            text = model.text_encoders[0] if name == "one" else None
+            tiny.save_kohya(
+                root / f"loras-{kind}" / f"{name}.safetensors", model.unet, text, size=0.15, seed=seed
+            )
+    return saved
+
+
+@pytest.fixture(scope="module")
+def load(folders: dict[str, Path]) -> Callable[[str], tuple[Checkpoint, Path]]:
+    known: dict[str, Checkpoint] = {}
+
+    def loaded(kind: str) -> tuple[Checkpoint, Path]:
+        if kind not in known:
+            known[kind] = load_checkpoint(folders[kind])
+        return known[kind], folders[kind].with_name(f"loras-{kind}")
+
+    return loaded
+
+
+def request(prompt: str = PROMPT, steps: int = 3, **changes: object) -> Request:
+    return replace(
+        Request(prompt, "bad", Settings(enabled=True), steps=steps, cfg=4.0, width=64, height=64, seed=3),
+        **changes,
+    )
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def psnr(first: Image.Image, second: Image.Image) -> float:
+    error = ((pixels(first) - pixels(second)) ** 2).mean()
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", ["eps", "v", "sdxl"])
+def test_a_batch_is_the_single_pictures(
+    load: Callable[[str], tuple[Checkpoint, Path]], kind: str, sampler: str
+) -> None:
+    model, loras = load(kind)
+    both = generate(model, loras, request(batch=2, sampler=sampler))
+    second = generate(model, loras, request(seed=4, sampler=sampler))
+    assert both.seeds == [3, 4]
+    assert psnr(both.images[1], second.images[0]) >= 45
+    assert psnr(both.images[0], both.images[1]) < 40
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "sdxl"])
+def test_one_lora_without_recentring_is_that_lora_merged(
+    load: Callable[[str], tuple[Checkpoint, Path]], kind: str
+) -> None:
+    model, loras = load(kind)
+    prompt = "a red circle <lora:one:0.7>"
+    composed = generate(model, loras, request(prompt, settings=Settings(enabled=True, recentre=0)))
+    merged = generate(model, loras, request(prompt, settings=Settings(enabled=True, method="merge")))
+    plain = generate(model, loras, request("a red circle"))
+    assert psnr(composed.images[0], merged.images[0]) >= 60
+    assert psnr(plain.images[0], merged.images[0]) < 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler"),
+    [
+        ("eps", DDIMScheduler),
+        ("eps", EulerDiscreteScheduler),
+        ("v", DDIMScheduler),
+        ("v", EulerDiscreteScheduler),
+    ],
+)
+def test_without_loras_it_is_diffusers_own_picture(
+    load: Callable[[str], tuple[Checkpoint, Path]], folders: dict[str, Path], kind: str, scheduler: type
+) -> None:
+    """Diffusers' pipeline with the same scheduler, start and prompt."""
+    model, _ = load(kind)
+    name = {DDIMScheduler: "ddim", EulerDiscreteScheduler: "euler"}[scheduler]
+    ours = generate(model, None, request("a red circle", sampler=name, steps=4)).images[0]
+    pipe = StableDiffusionPipeline.from_pretrained(folders[kind], safety_checker=None)
+    pipe.scheduler = SAMPLERS[name].make(model.schedule)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
+    theirs = pipe(
+        "a red circle", negative_prompt="bad", num_inference_steps=4, guidance_scale=4.0, latents=noise, height=64, width=64
+    ).images[0]  # fmt: skip
+    assert psnr(ours, theirs) >= 45
+
+
+def test_guidance_of_one_runs_no_unconditional_rows(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    model, loras = load("eps")
+    rows = []
+    forward = model.unet.forward
+    hook = model.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        generate(model, loras, request(cfg=1.0, steps=1))
+        generate(model, loras, request(steps=1))
+    finally:
+        hook.remove()
+    assert rows == [3, 6]
+    assert model.unet.forward == forward
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_img2img(load: Callable[[str], tuple[Checkpoint, Path]], sampler: str) -> None:
+    model, loras = load("eps")
+    start = Image.linear_gradient("L").convert("RGB")
+    told: list[tuple[int, int]] = []
+    little, much = (
+        generate(
+            model,
+            loras,
+            request(init_image=start, strength=strength, steps=10, sampler=sampler),
+            lambda *at: told.append(at),
+        ).images[0]
+        for strength in (0.2, 0.9)
+    )
+    decoded = generate(
+        model, None, request("a", init_image=start, strength=0.01, steps=1000, sampler=sampler, cfg=1.0)
+    ).images[0]
+    assert told[0] == (0, 2)
+    assert told[-1] == (9, 9)
+    assert psnr(little, decoded) > psnr(much, decoded)
+
+
+def test_courses_end_without_noise() -> None:
+    schedule = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }
+    for sampler in SAMPLERS.values():
+        for prediction_type in ("epsilon", "v_prediction"):
+            course = SamplingSchedule.of(
+                sampler, {**schedule, "prediction_type": prediction_type}, 10, 0.55, "cpu"
+            )
+            assert course.steps == 5
+            alphas = [course.alpha_sigma(i) for i in range(5)]
+            assert all(alpha**2 + sigma**2 == pytest.approx(1, abs=1e-5) for alpha, sigma in alphas)
+            assert [sigma for _, sigma in alphas] == sorted((sigma for _, sigma in alphas), reverse=True)
+
+
+def test_half_precision(folders: dict[str, Path]) -> None:
+    model = load_checkpoint(folders["eps"], dtype=torch.bfloat16)
+    outcome = generate(model, folders["eps"].with_name("loras-eps"), request())
+    assert outcome.images[0].size == (64, 64)
+
+
+def test_a_picture_that_is_not_square_with_maps(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    model, loras = load("eps")
+    settings = Settings(enabled=True, weight_maps=True, patch_size=3)
+    outcome = generate(model, loras, request(settings=settings, width=72, height=104))
+    assert outcome.images[0].size == (72, 104)
+    assert [step.shape for step in outcome.history.weights] == [(2, 1, 13, 9)] * 3
+    assert outcome.composed == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": 60}, "width must be divisible by 8, not 60: the nearest is 64"),
+        ({"height": 0}, "height must be divisible by 8, not 0: the nearest is 8"),
+        (
+            {"settings": Settings(patch_size=9)},
+            "patch_size is 9, but the latent of a 64×64 picture is only 8×8",
+        ),
+        ({"settings": Settings(top_k=3)}, "top_k is 3, but the prompt has 2 LoRAs"),
+        ({"sampler": "eular"}, "sampler must be one of .*; did you mean euler"),
+        ({"steps": 0}, "steps must be from 1 to 1000, not 0"),
+        ({"batch": 0}, "batch must be from 1"),
+        ({"cfg": 0.5}, "cfg must be from 1"),
+        ({"strength": 1.5}, "strength must be from"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"prompt": "<lora:one> <lora:one:0.5>"}, "LoRA one is in the prompt twice"),
+        ({"prompt": "<lora:three>"}, "LoRA three is not in"),
+    ],
+)
+def test_requests_that_cannot_be_made(
+    load: Callable[[str], tuple[Checkpoint, Path]], changes: dict[str, object], says: str
+) -> None:
+    model, loras = load("eps")
+    with pytest.raises(LoratorioError, match=says):
+        generate(model, loras, request(**changes))  # type: ignore[arg-type]
+
+
+def test_a_lora_but_no_folder(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    with pytest.raises(LoratorioError, match="there is no LoRA folder: give --lora-dir"):
+        generate(load("eps")[0], None, request())
+
+
+def test_numbers_that_overflow(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    model, loras = load("eps")
+    with pytest.raises(LoratorioError, match="NaN or infinite"):
+        generate(model, loras, request("a <lora:one:1e30>", settings=Settings(enabled=True, method="merge")))
+
+
+def test_nothing_is_left_behind(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    """After a picture with LoRAs, and after one that failed, the plain picture is the plain picture."""
+    model, loras = load("eps")
+    before = generate(model, None, request("a red circle")).images[0]
+    generate(model, loras, request())
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, loras, request(), stop)
+    after = generate(model, None, request("a red circle")).images[0]
+    assert np.array_equal(pixels(before), pixels(after))
+    assert not any(module._forward_hooks for module in model.unet.modules())
+
+
+def stop(done: int, total: int) -> None:
+    if done == 2:
+        raise KeyboardInterrupt

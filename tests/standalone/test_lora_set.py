@@ -1,0 +1,123 @@
+"""Roles, pools and W-Composite's weights on the standalone host, with a model of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loratorio.errors import LoratorioError
+from loratorio.settings import Settings
+from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
+from loratorio.standalone.generate import Outcome, Request, generate
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return load_checkpoint(tiny.save_sd(tmp_path_factory.mktemp("model") / "sd"))
+
+
+@pytest.fixture(scope="module")
+def loras(model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("Lora")
+    for i, name in enumerate(("cat", "ink", "lcm-lora", "hats/red", "hats/blue", "hats/sd_turbo_lora")):
+        tiny.save_kohya(folder / f"{name}.safetensors", model.unet, model.text_encoders[0], seed=i)
+    (folder / "hats" / "broken.safetensors").write_bytes(b"not a LoRA")
+    return folder
+
+
+def make(model: Checkpoint, loras: Path, prompt: str, **knobs: object) -> Outcome:
+    settings = Settings(enabled=True).with_values(knobs)
+    request = Request(prompt, settings=settings, steps=4, cfg=3.0, width=64, height=64)
+    return generate(model, loras, request)
+
+
+def differ(first: Image.Image, second: Image.Image) -> bool:
+    return not np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_roles_change_the_picture(model: Checkpoint, loras: Path) -> None:
+    plain = make(model, loras, "a <lora:cat> <lora:ink>")
+    style = make(model, loras, "a <lora:cat> <lora:ink:1:role=style>")
+    always = make(model, loras, "a <lora:cat> <lora:ink:1:role=always>")
+    assert plain.composed == style.composed == ["cat", "ink"]
+    assert always.composed == ["cat"]
+    assert differ(plain.images[0], style.images[0])
+    assert differ(plain.images[0], always.images[0])
+
+
+def test_a_speed_lora_acts_on_every_row_unless_told_otherwise(model: Checkpoint, loras: Path) -> None:
+    recognised = make(model, loras, "a <lora:cat> <lora:ink> <lora:lcm-lora>")
+    assert recognised.composed == ["cat", "ink"]
+    assert any("lcm-lora looks like a speed LoRA" in note for note in recognised.notes)
+    told = make(model, loras, "a <lora:cat> <lora:ink> <lora:lcm-lora:1:role=content>")
+    assert told.composed == ["cat", "ink", "lcm-lora"]
+    assert not told.notes
+
+
+def test_speed_loras_alone(model: Checkpoint, loras: Path) -> None:
+    composed = make(model, loras, "a <lora:lcm-lora>")
+    merged = make(model, loras, "a <lora:lcm-lora:1:role=content>", method="merge")
+    assert not differ(composed.images[0], merged.images[0])
+
+
+def test_an_unknown_role(model: Checkpoint, loras: Path) -> None:
+    with pytest.raises(LoratorioError, match="role of LoRA ink"):
+        make(model, loras, "a <lora:ink:1:role=styles>")
+
+
+def test_a_pool_beside_a_named_lora(model: Checkpoint, loras: Path) -> None:
+    outcome = make(model, loras, "a <lora:cat:0.8> <pool:hats:0.7>", pool_size=1, weight_maps=True)
+    assert outcome.composed == ["cat", "blue", "red"]
+    assert [tag.unet for tag in outcome.loras] == [0.8, 0.7, 0.7]
+    assert any("broken" in note and "sd_turbo_lora" in note for note in outcome.notes)
+    for weights in outcome.history.weights:
+        assert weights.shape[0] == 3  # those that are not run at a step count by their last word
+        assert (weights.float().sum(dim=0) - 1).abs().max() < 1e-2
+
+
+def test_a_pool_of_everything_scored_always_is_the_named_loras_picture(
+    model: Checkpoint, loras: Path
+) -> None:
+    named = make(model, loras, "a <lora:blue> <lora:red>")
+    pooled = make(model, loras, "a <pool:blue,red>", pool_size=2, pool_interval=1)
+    pictures = [np.asarray(each.images[0]).astype(int) for each in (named, pooled)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize("prompt", ["a <pool:../..>", "a <pool:nothing>"])
+def test_pools_that_name_nothing(model: Checkpoint, loras: Path, prompt: str) -> None:
+    with pytest.raises(LoratorioError, match="pool"):
+        make(model, loras, prompt)
+
+
+@pytest.mark.parametrize("method", ["cmlora", "klora", "frequency", "w_composite", "merge_anchored"])
+def test_every_method_makes_a_picture_of_its_own(model: Checkpoint, loras: Path, method: str) -> None:
+    assert differ(
+        make(model, loras, "a cat <lora:cat> <lora:ink>", method=method).images[0],
+        make(model, loras, "a cat <lora:cat> <lora:ink>", method="merge").images[0],
+    )
+
+
+def test_w_composite_weighs_by_the_trigger_words(model: Checkpoint, loras: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for name, words in (("cat", "mimsy"), ("ink", "inkash")):
+        tensors = load_file(loras / f"{name}.safetensors")
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata={"modelspec.trigger_phrase": words})
+    tags = "<lora:cat> <lora:ink>"
+    both = make(model, tmp_path, f"mimsy, inkash {tags}", method="w_composite")
+    assert differ(
+        both.images[0], make(model, tmp_path, f"mimsy, inkash {tags}", method="composite").images[0]
+    )
+    alone = make(model, tmp_path, f"nothing {tags}", method="w_composite")
+    assert not differ(alone.images[0], make(model, tmp_path, f"nothing {tags}", method="composite").images[0])
+
+
+def test_guidance_rescale_and_softer_patches(model: Checkpoint, loras: Path) -> None:
+    plain = make(model, loras, "a <lora:cat> <lora:ink>").images[0]
+    for knobs in ({"rescale": 0.7}, {"blend": "overlap"}, {"blend": "smooth"}, {"adaptive": True}):
+        assert differ(plain, make(model, loras, "a <lora:cat> <lora:ink>", **knobs).images[0])
