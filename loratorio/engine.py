@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .adapters.bank import Bank
 from .compose.guidance import rescaled_cond
-from .compose.methods import METHODS, Composition, MergeNamed, Method, Predictions, StepContext
+from .compose.methods import METHODS, Composition, Method, Predictions, StepContext
+from .compose.methods.merge import MergeNamed
 from .compose.mixes import Branch, Mix, Participants
 from .errors import LoratorioError
 from .settings import Settings

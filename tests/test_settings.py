@@ -52,6 +52,24 @@ def test_every_knob_is_explained_and_its_default_is_valid(knob: Knob) -> None:
             assert knob.check(name) == knob.check(label.upper()) == name
 
 
+def test_a_methods_file_has_its_name() -> None:
+    assert [method.entry.name for method in METHODS.values()] == list(METHODS)
+
+
+def test_positional_arguments_keep_their_places() -> None:
+    """New knobs come behind these, whatever their place in the panel."""
+    first = "enabled method patch_size temperature adaptive top_k blend recentre rescale share pool_size pool_interval start end weight_maps"
+    assert [knob.name for knob in KNOBS][:15] == first.split()
+
+
+def test_methods_read_only_knobs_that_there_are() -> None:
+    for method in METHODS.values():
+        assert set(method.knobs) <= set(KNOB_BY_NAME)
+    assert KNOB_BY_NAME["temperature"].ignored_by("merge")
+    assert not KNOB_BY_NAME["temperature"].ignored_by("loratorio")
+    assert not KNOB_BY_NAME["start"].ignored_by("merge")
+
+
 def test_every_method_can_be_chosen() -> None:
     assert [name for name, _ in KNOB_BY_NAME["method"].choices] == list(METHODS)
 

@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One variant's figures over the pictures of some combinations.
 
     Attributes:
@@ -55,7 +55,7 @@ class Row:
     rows: float
 
 
-def row(variant: Variant, results: Sequence[Result], truth: Sequence[Result]) -> Row | None:
+def row(variant: Variant, results: Sequence[Result], truth: Sequence[Result]) -> TableRow | None:
     """The variant's figures, or None if it has no results. Truth is taken of the same combinations only."""
     own = [result for result in results if result.cell.is_of(variant)]
     if not own:
@@ -74,7 +74,7 @@ def row(variant: Variant, results: Sequence[Result], truth: Sequence[Result]) ->
             else math.nan
         )
 
-    return Row(
+    return TableRow(
         variant,
         len(images),
         float(np.concatenate(groups).mean()),
@@ -336,7 +336,7 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
         if len(present) < 2:
             continue
 
-        def curve(knob: str = knob, present: list[tuple[Variant, Row]] = present) -> None:
+        def curve(knob: str = knob, present: list[tuple[Variant, TableRow]] = present) -> None:
             values = [str(variant.knobs[knob]) for variant, _ in present]
             found = [100 * each.found for _, each in present]
             error = np.array(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -93,7 +94,7 @@ def load_lora_set(
         taken = [*names, *(own.name for own, _, _ in parts)]
         candidates = load_candidates(
             pool_files(tag.name, folder, taken),
-            lambda file, tag=tag: _candidate(tag, file, checkpoint, load),  # type: ignore[misc]
+            partial(_candidate, tag, checkpoint, load),
         )
         parts += candidates.loaded
         notes += [candidates.note] if candidates.note else []
@@ -113,7 +114,7 @@ def _load(
 
 
 def _candidate(
-    tag: PromptLora, file: Path, checkpoint: Checkpoint, load: Load
+    tag: PromptLora, checkpoint: Checkpoint, load: Load, file: Path
 ) -> tuple[PromptLora, LoadedLora, TaggedLora]:
     if "role" not in tag.options and looks_like_speed_lora(file.stem, read_metadata(file)):
         raise LoratorioError(

@@ -5,42 +5,24 @@ Importing this imports no torch: a page and ``--help`` list the methods, and com
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from .base import Changes, Composition, Entry, Method, Predictions, StepContext
-from .cmlora import CMLoRA
-from .composite import Composite
-from .composite_anchored import RecentredComposite
-from .frequency import Frequency
-from .klora import KLoRA
-from .loratorio import Loratorio
-from .merge import Merge, MergeNamed
-from .merge_anchored import RecentredMerge
-from .switch import Switch
-from .w_composite import WComposite
 
-METHODS: dict[str, Method] = {
-    method.entry.name: method
-    for method in (
-        Loratorio(),
-        Merge(),
-        Composite(),
-        Switch(),
-        CMLoRA(),
-        KLoRA(),
-        Frequency(),
-        WComposite(),
-        RecentredMerge(),
-        RecentredComposite(),
-    )
-}
-"""Every way to compose, by name, in the order in which a user sees them."""
+_NAMES = (
+    "loratorio",
+    "merge",
+    "composite",
+    "switch",
+    "cmlora",
+    "klora",
+    "frequency",
+    "w_composite",
+    "merge_anchored",
+    "composite_anchored",
+)
 
-__all__ = [
-    "METHODS",
-    "Changes",
-    "Composition",
-    "Entry",
-    "MergeNamed",
-    "Method",
-    "Predictions",
-    "StepContext",
-]
+METHODS: dict[str, Method] = {name: import_module(f".{name}", __name__).METHOD for name in _NAMES}
+"""Every way to compose, by its file's name, in the order in which a user sees them."""
+
+__all__ = ["METHODS", "Changes", "Composition", "Entry", "Method", "Predictions", "StepContext"]

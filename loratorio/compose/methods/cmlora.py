@@ -107,3 +107,6 @@ def high_frequency_share(noise: Tensor) -> float:
     high = torch.maximum(rows[:, None], columns[None, :]) > 0.25
     total = float(spectrum.sum())
     return float((spectrum * high).sum()) / total if total > 0 else 0.0
+
+
+METHOD = CMLoRA()

@@ -25,3 +25,6 @@ class Composite(Method):
         if not now.has_uncond:
             return Composition(cond, None)
         return Composition(cond, weighted_sum([predictions.uncond(mix) for mix in singles], shares))
+
+
+METHOD = Composite()

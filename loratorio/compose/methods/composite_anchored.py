@@ -12,3 +12,6 @@ class RecentredComposite(Recentred):
 
     entry = Entry("composite_anchored", "Composite, re-centred", "re-centring after arXiv 2508.11624")
     inner = Composite()
+
+
+METHOD = RecentredComposite()

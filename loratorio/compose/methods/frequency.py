@@ -90,3 +90,6 @@ def band_energies(picture: Tensor, levels: int) -> Tensor:
             yield band.square().mean(dim=(1, 2, 3))
 
     return torch.stack(list(energies()), dim=-1)
+
+
+METHOD = Frequency()

@@ -99,3 +99,6 @@ def top_and_total(weight: Tensor, count: int) -> tuple[float, float]:
     kept = min(len(sample), max(1, round(count / stride)))
     top = float(sample.topk(kept).values.sum()) * (len(magnitudes) / len(sample) if stride > 1 else 1)
     return top, float(magnitudes.sum())
+
+
+METHOD = KLoRA()

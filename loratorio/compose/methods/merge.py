@@ -23,3 +23,6 @@ class MergeNamed(OneMix):
 
     def mix(self, now: StepContext) -> Mix:
         return now.participants.named
+
+
+METHOD = Merge()

@@ -12,3 +12,6 @@ class RecentredMerge(Recentred):
 
     entry = Entry("merge_anchored", "Merge, re-centred", "re-centring after arXiv 2508.11624")
     inner = Merge()
+
+
+METHOD = RecentredMerge()

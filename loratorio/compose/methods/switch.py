@@ -20,3 +20,6 @@ class Switch(OneMix):
     def mix(self, now: StepContext) -> Mix:
         singles = now.participants.singles
         return singles[now.index // self.steps_per_lora % len(singles)]
+
+
+METHOD = Switch()

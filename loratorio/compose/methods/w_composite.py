@@ -22,3 +22,6 @@ class WComposite(Composite):
         importance = [max(0.0, each) for each in now.participants.importance]
         total = sum(importance)
         return [each / total for each in importance] if total > 0 else super().shares(now)
+
+
+METHOD = WComposite()

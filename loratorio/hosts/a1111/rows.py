@@ -18,7 +18,7 @@ Text = Any
 
 
 @dataclass
-class StepRows:
+class A1111Rows:
     """What the WebUI's denoiser was about to run, and how to make the same for any mix.
 
     Attributes:
@@ -52,7 +52,7 @@ class StepRows:
         sampler_args: dict[str, Any],
         texts: TextConditioning,
         place: tuple[int, int],
-    ) -> StepRows:
+    ) -> A1111Rows:
         from modules import prompt_parser
 
         own = Prompts(sampler_args["cond"], sampler_args["uncond"])

@@ -36,11 +36,11 @@ from .loras import (
     unet_layers,
 )
 from .neighbours import obstacle, remarks
-from .rows import StepRows
+from .rows import A1111Rows
 
 
 @dataclass
-class _Evaluation:
+class A1111Evaluation:
     """What lasts for one evaluation of the model: the callback's parameters, composed rows (R, C, H, W), how many were asked for."""
 
     params: Any
@@ -57,7 +57,7 @@ class A1111Pass(SamplingPass):
         self._networks = tuple(lora_extension().loaded_networks)
         self._texts: TextConditioning
         self._bound_to: Any = None  # the checkpoint that the LoRAs are attached to
-        self._evaluation: _Evaluation | None = None
+        self._evaluation: A1111Evaluation | None = None
         self._model: Any = None  # the WebUI's model wrapper while it answers with our rows
         self._own_forward: Any = None
         self._given_up = False
@@ -186,7 +186,7 @@ class A1111Pass(SamplingPass):
     def _before_evaluation(self, params: Any) -> None:
         """The `cfg_denoiser` callback: a step begins. Other extensions may still change `params`: read it later."""
         if params.denoiser is self._denoiser:
-            self._evaluation = _Evaluation(params)
+            self._evaluation = A1111Evaluation(params)
             self._wrap(self._denoiser.inner_model)
 
     def _wrap(self, model: Any) -> None:
@@ -227,7 +227,7 @@ class A1111Pass(SamplingPass):
 
         if shared.sd_model.sd_checkpoint_info != self._bound_to:
             self._follow_refiner()
-        rows = StepRows.of(
+        rows = A1111Rows.of(
             params, self._denoiser, self._sampler_args(), self._texts, self.place_in_sampling()
         )
         trouble = rows.trouble()
@@ -242,7 +242,7 @@ class A1111Pass(SamplingPass):
         parts = [composition.cond] if composition.uncond is None else [composition.cond, composition.uncond]
         return torch.cat(parts)
 
-    def _predict(self, model: Callable[..., Tensor], step_rows: StepRows, rows: Sequence[Row]) -> Tensor:
+    def _predict(self, model: Callable[..., Tensor], step_rows: A1111Rows, rows: Sequence[Row]) -> Tensor:
         """The WebUI's model on any rows of the step; rows whose text is of different length go in calls of their own."""
         lengths = [step_rows.tokens(row) for row in rows]
 

@@ -49,7 +49,7 @@ class Call(NamedTuple):
     cond_or_uncond: list[int]
 
 
-class StepRows:
+class ForgeRows:
     """One evaluation of the model as the host would run it.
 
     Args:

@@ -23,7 +23,7 @@ from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, text_encoder
 from .flavours import Flavour, Patcher
 from .loras import layers_of, read, size_in_bytes
-from .rows import MARK, Call, StepRows
+from .rows import MARK, Call, ForgeRows
 
 MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
 REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
@@ -44,10 +44,10 @@ class Hook:
 
 
 @dataclass
-class _Evaluation:
+class ForgeEvaluation:
     """What lasts for one evaluation of the model: the host's rows, the step they stand for, and the composed predictions of it."""
 
-    rows: StepRows
+    rows: ForgeRows
     step: Step
     composition: Composition | None = None
 
@@ -63,7 +63,7 @@ class ForgePass(SamplingPass):
         self._hook: Hook
         self._unet: Patcher  # the clone without LoRAs, and what stood in its place
         self._unet_before: Patcher
-        self._evaluation: _Evaluation | None = None
+        self._evaluation: ForgeEvaluation | None = None
         self._refiner_note = REFINER_MERGED
 
     def install(self) -> None:
@@ -216,8 +216,8 @@ class ForgePass(SamplingPass):
     ) -> tuple[Any, ...]:
         """The host is about to run these conditions on `x` (B, C, H, W): mark them, and answer in the place of the model."""
         denoiser = self.p.sampler.model_wrap_cfg
-        rows = StepRows(self._functions, self._texts, denoiser.step, cond, uncond, x, sigma)
-        self._evaluation = _Evaluation(rows, rows.step(self.place_in_sampling(), self._guidance()))
+        rows = ForgeRows(self._functions, self._texts, denoiser.step, cond, uncond, x, sigma)
+        self._evaluation = ForgeEvaluation(rows, rows.step(self.place_in_sampling(), self._guidance()))
         self.evaluations += 1
         inner = options.get("model_function_wrapper")
         answer = partial(self._answer, model, inner)
@@ -261,13 +261,13 @@ class ForgePass(SamplingPass):
         return rows.pick(evaluation.composition, marks).to(args["input"].dtype)
 
     def _predict(
-        self, rows: StepRows, options: dict[str, Any], run: Callable[[Call], Tensor], wanted: Sequence[Row]
+        self, rows: ForgeRows, options: dict[str, Any], run: Callable[[Call], Tensor], wanted: Sequence[Row]
     ) -> Tensor:
         """The host's model on any rows of the step; conditions that cannot share a batch go in calls of their own."""
         calls = [ModelCall(call.numbers, partial(run, call)) for call in rows.calls(wanted, options)]
         return predicted_by(calls, self.engine.bank)
 
-    def _limit_rows(self, model: Any, rows: StepRows) -> None:
+    def _limit_rows(self, model: Any, rows: ForgeRows) -> None:
         """As many rows a call as fit into what the host says is free, and no more than memory has allowed before."""
         images = len(rows.x)
         wanted = (len(self.engine.participants.singles) + 1) * rows.count
