@@ -201,10 +201,6 @@ class Settings:
         "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used.",
         "shown", 3,
     )  # fmt: skip
-    example: float = knob(
-        "float", 0.0, "Example", "A knob that does nothing, to try out how one is added.",
-        "shown", 8, folded=True,
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for each in KNOBS:
