@@ -20,7 +20,6 @@ _NAMES = (
     "w_composite",
     "merge_anchored",
     "composite_anchored",
-    "first_only",
 )
 
 METHODS: dict[str, Method] = {name: import_module(f".{name}", __name__).METHOD for name in _NAMES}
