@@ -9,7 +9,7 @@ from ..errors import LoratorioError
 from .shared.host import WebUIHost
 
 # The first whose landmark (a top-level module that only this WebUI has) can be found is the host.
-_LANDMARKS = (("example_webui", "example"), ("modules_forge", "forge"), ("modules", "a1111"))
+_LANDMARKS = (("modules_forge", "forge"), ("modules", "a1111"))
 
 
 def webui_host() -> WebUIHost:
