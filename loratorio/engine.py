@@ -17,6 +17,7 @@ from .compose.guidance import rescaled_cond
 from .compose.methods import METHODS, Composition, Method, Predictions, StepContext
 from .compose.methods.merge import MergeNamed
 from .compose.mixes import Branch, Mix, Participants
+from .compose.regions import WHOLE, Box, Canvas
 from .errors import LoratorioError
 from .settings import Settings
 
@@ -28,11 +29,13 @@ class Row(NamedTuple):
         mix: which LoRAs act on it; the host gives it the text conditioning of the same mix.
         cond: whether it is a conditional row.
         slot: its number among the step's conditional rows, or among its unconditional rows.
+        words: what its prompt has beside everybody's: the own words of the LoRA that it is of.
     """
 
     mix: Mix
     cond: bool
     slot: int
+    words: str = ""
 
 
 Predict = Callable[[Sequence[Row]], Tensor]
@@ -100,13 +103,25 @@ class Engine:
         participants: which of them are composed; by default all.
         row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out. With a pool, whose
             scoring runs many LoRAs, 0 means `POOL_ROWS`.
+        region: which part of the picture is sampled, for the LoRAs' places.
+
+    Attributes:
+        words: by mix, the own words that its conditional rows have; mixes without any are left out.
     """
 
     def __init__(
-        self, settings: Settings, bank: Bank, participants: Participants | None = None, row_limit: int = 0
+        self,
+        settings: Settings,
+        bank: Bank,
+        participants: Participants | None = None,
+        row_limit: int = 0,
+        region: Box = WHOLE,
     ) -> None:
         self.settings = settings
         self.participants = participants or Participants.of(len(bank.adapters))
+        check_places(settings, self.participants)
+        self._canvas = Canvas(region)
+        self.words = self.participants.words_by_mix(settings.share)
         if not bank.adapters:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
         self.history = WeightHistory()
@@ -152,7 +167,8 @@ class Engine:
             LoratorioError: not even a single row fits into memory.
         """
         method = self._method_at(step.index, step.total)
-        now = self._context(method, step.index, step.total, step.uncond_count > 0)
+        height, width = step.latents.shape[-2:]
+        now = self._context(method, step.index, step.total, step.uncond_count > 0, (height, width))
         session = self._session(method)
         branches = session.branches(now)
         by_layer = session.layer_mixes(now)
@@ -167,7 +183,7 @@ class Engine:
 
     def _method_at(self, index: int, total: int) -> Method:
         """The method of this step."""
-        composed = self.settings.active_at(index, total) and self.participants.singles
+        composed = self.settings.active_at(index, total) and self.participants.are_composed
         return METHODS[self.settings.method] if composed else _NOT_COMPOSED
 
     def _session(self, method: Method) -> Method:
@@ -177,14 +193,24 @@ class Engine:
             self._sessions[name] = method.begin(self.participants, self.bank)
         return self._sessions[name]
 
-    def _context(self, method: Method, index: int, total: int, has_uncond: bool) -> StepContext:
+    def _context(
+        self,
+        method: Method,
+        index: int,
+        total: int,
+        has_uncond: bool,
+        size: tuple[int, int] | None = None,
+    ) -> StepContext:
         knobs = {name: getattr(self.settings, name) for name in method.knobs}
-        return StepContext(self.participants, knobs, index, total, has_uncond)
+        return StepContext(self.participants, knobs, index, total, has_uncond, self._canvas, size)
 
     def _predictions(
         self, step: Step, branches: Sequence[Branch], by_layer: Mapping[str, Mix], predict: Predict
     ) -> Predictions:
-        rows = list(_rows(branches, len(step.latents), step.uncond_count))
+        rows = [
+            row._replace(words=self.words.get(row.mix, "")) if row.cond else row
+            for row in _rows(branches, len(step.latents), step.uncond_count)
+        ]
         return _predictions(step, branches, self._predict(rows, by_layer, predict))
 
     def _rescaled(self, composition: Composition, predictions: Predictions, step: Step) -> Composition:
@@ -231,6 +257,25 @@ class Engine:
 
 
 _NOT_COMPOSED = MergeNamed()
+
+
+def check_places(settings: Settings, participants: Participants) -> None:
+    """Raise LoratorioError where a LoRA has a place, or words of its own, that would not be kept."""
+    if not participants.has_places and not any(participants.words):
+        return
+    method = METHODS[settings.method]
+    if not method.takes_places:
+        able = [each.entry.label for each in METHODS.values() if each.takes_places]
+        raise LoratorioError(
+            f"A place (at=…) or words of a LoRA's own (words=…) need a method with rows of its own for each LoRA: "
+            f"{', '.join(able[:-1])} or {able[-1]}, not {method.entry.label}. Choose one of those, or take them out of the prompt."
+        )
+    if settings.start > 0 or settings.end < 1:
+        raise LoratorioError(
+            "Places and own words hold in every step, but start and end leave some to merging, which knows none. "
+            "Set start to 0 and end to 1, or take at=… and words=… out of the prompt."
+        )
+
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")
 

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from .compose.importance import importance, without_words
 from .compose.mixes import Participants
+from .compose.regions import Place
 from .errors import LoratorioError
+from .places import OPTION as PLACE_OPTION
+from .places import WORDS_OPTION, read_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +73,17 @@ class TaggedLora:
         """Whether it is only a candidate: said by the host, or by its tag."""
         return self.pooled or self.options.get(POOL_OPTION, "0") not in ("", "0")
 
+    @property
+    def place(self) -> Place | None:
+        """Where it may act; None: everywhere. Raises LoratorioError where its tag's place cannot be read."""
+        value = self.options.get(PLACE_OPTION)
+        return None if value is None else read_place(value, self.name)
+
+    @property
+    def words(self) -> str:
+        """What the prompt of its own rows has beside everybody's."""
+        return self.options.get(WORDS_OPTION, "").strip()
+
 
 @dataclass(frozen=True)
 class AssignedRole:
@@ -103,7 +117,7 @@ def assigned_roles(loras: Sequence[TaggedLora]) -> list[AssignedRole]:
     """The role of every LoRA: what its tag says, else *always* for a speed LoRA that the prompt names, else *content*.
 
     Raises:
-        LoratorioError: a tag names a role that does not exist.
+        LoratorioError: a tag names a role that does not exist, or a place that cannot be read.
     """
     roles = []
     for lora in loras:
@@ -148,15 +162,18 @@ def participants_of(
         importance: by LoRA number, how much its trigger words matter in the prompt (W-Composite).
 
     Raises:
-        LoratorioError: a tag names a role that does not exist.
+        LoratorioError: a tag names a role that does not exist, or a place that cannot be read.
     """
     roles = assigned_roles(loras)
+    places = {i: place for i, lora in enumerate(loras) if (place := lora.place) is not None}
     return Participants.of(
         len(roles),
         always=[i for i, each in enumerate(roles) if each.role == "always"],
         styles=[i for i, each in enumerate(roles) if each.role == "style"],
         pooled=[i for i, lora in enumerate(loras) if lora.is_candidate],
         importance=importance,
+        places=places,
+        words={i: lora.words for i, lora in enumerate(loras) if lora.words},
     )
 
 

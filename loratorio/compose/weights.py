@@ -9,12 +9,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .lazy_torch import torch
+from .regions import Masks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BLENDS = ("patches", "smooth", "overlap")
 """How weights go over from patch to patch: at once, by interpolation between patch centres, or as the mean of overlapping patches."""
+
+_LEAST_TEMPERATURE = 0.03
+"""Above it the least Ω of all, e^(−2/τ), is far from float32's smallest number."""
+
+_TINY = 1e-30
 
 REFERENCE_SPREAD = 0.03
 """The spread of S at which an adaptive temperature equals the fixed one: what is typical of the middle of sampling."""
@@ -29,6 +35,7 @@ def spatial_weights(
     *,
     blend: str = "patches",
     adaptive: bool = False,
+    masks: Masks | None = None,
 ) -> Tensor:
     """Ω↑, the weight of every LoRA at every latent pixel.
 
@@ -40,9 +47,10 @@ def spatial_weights(
         top_k: how many LoRAs a patch may use; 0, or N and more, means all.
         blend: one of `BLENDS`. The paper's is "patches"; with P = 1 all are alike.
         adaptive: τ is multiplied by the spread of S in this image at this step, over `REFERENCE_SPREAD`.
+        masks: where each LoRA may act. Top-k then counts, pixel by pixel, among those that may act there.
 
     Returns:
-        (N, B, H, W) float32, summing to 1 over N.
+        (N, B, H, W) float32, summing to 1 over N; with masks, to their coverage (see `placed_weights`).
 
     Raises:
         ValueError: shapes that do not fit, P < 1, τ ≤ 0 or not finite, k < 0, an unknown blend.
@@ -54,12 +62,53 @@ def spatial_weights(
     similarity = patch_similarity(base, adapters, patch_size, stride=1 if overlap else None)
     if adaptive:
         similarity = at_reference_spread(similarity)
-    weights = keep_top_k(softmin(similarity, temperature), top_k)
-    if overlap:
+    if masks is None:
+        weights = keep_top_k(softmin(similarity, temperature), top_k)
+        return _at_pixels(weights, patch_size, height, width, blend)
+    weights = _at_pixels(softmin(similarity, temperature), patch_size, height, width, blend)
+    decided = None
+    if adaptive or temperature < _LEAST_TEMPERATURE:
+        at_pixels = _at_pixels(similarity, patch_size, height, width, blend)
+        decided = softmin_among_allowed(at_pixels, masks, temperature)
+    return placed_weights(weights, masks, top_k, decided)
+
+
+def _at_pixels(weights: Tensor, patch_size: int, height: int, width: int, blend: str) -> Tensor:
+    """Patches' weights (N, B, h, w) as pixels' (N, B, height, width), in the way that `blend` says."""
+    if blend == "overlap" and patch_size > 1:
         return _mean_of_covering(weights, patch_size, height, width)
     if blend == "smooth" and patch_size > 1:
         return _interpolated(weights, patch_size, height, width)
     return upsample(weights, patch_size, height, width)
+
+
+def placed_weights(weights: Tensor, masks: Masks, top_k: int = 0, decided: Tensor | None = None) -> Tensor:
+    """Ω times each LoRA's mask, normalised over the LoRAs that may act in a pixel, times the coverage.
+
+    Args:
+        weights: Ω↑, (N, B, H, W), without top-k.
+        masks: where each LoRA may act, on the weights' device.
+        top_k: how many LoRAs a pixel may use, of those that may act there; 0 means all.
+        decided: Ω↑ among those that may act, for pixels where all of it is, as far as float32 can tell, with LoRAs that may
+            not. Not needed unless the temperature is low.
+
+    Returns:
+        (N, B, H, W) float32, exactly 0 where a LoRA may not act, summing to the coverage over N.
+    """
+    masked = weights * masks.own.unsqueeze(1)
+    total = masked.sum(dim=0, keepdim=True)
+    shares = masked / total.clamp_min(_TINY)
+    if decided is not None:
+        shares = torch.where(total > _TINY, shares, decided)
+    shares = keep_top_k(shares, top_k) if 0 < top_k < len(shares) else shares
+    return shares.nan_to_num(0.0) * masks.coverage
+
+
+def softmin_among_allowed(similarity: Tensor, masks: Masks, temperature: float) -> Tensor:
+    """SoftMin of S over those LoRAs alone that may act in a pixel, each times its mask; 0 where none may. (N, B, H, W) float32."""
+    logits = masks.own.unsqueeze(1).log() - similarity / max(temperature, 1e-30)
+    # Pixels where no LoRA may act give 0/0.
+    return torch.softmax(logits, dim=0).nan_to_num(0.0)
 
 
 def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: int | None = None) -> Tensor:

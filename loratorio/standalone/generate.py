@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.bank import Bank
+from ..calls import by_kind, predicted_by
 from ..compose.methods import METHODS, Composition
 from ..compose.mixes import Branch, Mix
 from ..engine import Engine, Predict, Row, Step, WeightHistory
 from ..errors import LoratorioError
+from ..places import with_words
 from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
@@ -99,7 +101,7 @@ def generate(
     bank = Bank([lora.unet for lora in loras.loras])
     weighed = METHODS[settings.method].uses_importance
     with torch.inference_mode():
-        texts = loras.conditioner(checkpoint, _prompts(request, text))
+        texts = loras.conditioner(checkpoint, _prompts(request, text), text)
         participants = loras.weighed(text, checkpoint) if weighed else loras.participants
         engine = Engine(settings, bank, participants) if loras.loras else None
         latents = _sample(checkpoint, request, text, bank, engine, texts, progress)
@@ -176,7 +178,7 @@ def _sample(
             generators,
             request.cfg,
             engine.step if engine else _plain_step,
-            _model(checkpoint, request, text, texts),
+            _model(checkpoint, request, text, texts, bank),
             progress,
         )
 
@@ -194,27 +196,38 @@ def _prepare(
         branches.update(
             dict.fromkeys(engine.branches(index, steps, request.cfg != 1) if engine else [Branch((), True)])
         )
+    if engine:
+        for mix, words in engine.words.items():
+            conditioner.prepare([with_words(text, words)], [mix])
     mixes = list(dict.fromkeys(branch.mix for branch in branches))
     for start in range(0, len(mixes), _MIXES_AT_ONCE):  # a pool has many
         conditioner.prepare(_prompts(request, text), mixes[start : start + _MIXES_AT_ONCE])
 
 
-def _model(checkpoint: Checkpoint, request: Request, text: str, texts: TextConditioner) -> Any:
+def _model(checkpoint: Checkpoint, request: Request, text: str, texts: TextConditioner, bank: Bank) -> Any:
     """The UNet as `denoise` runs it."""
     sizes = torch.tensor([request.height, request.width, 0, 0, request.height, request.width])
 
     def run(scaled: Tensor, time: Any, rows: Sequence[Row]) -> Tensor:
-        told = [texts.of(text if row.cond else request.negative, row.mix) for row in rows]
-        options: dict[str, Any] = {}
-        if checkpoint.is_sdxl:
-            options["added_cond_kwargs"] = {
-                "text_embeds": torch.stack([each.pooled for each in told if each.pooled is not None]),
-                "time_ids": sizes.to(checkpoint.device, checkpoint.dtype).expand(len(rows), -1),
-            }
-        noisy = scaled[[row.slot for row in rows]].to(checkpoint.dtype)
-        tokens = torch.stack([each.tokens for each in told])
-        predicted: Tensor = checkpoint.unet(noisy, time, tokens, **options).sample
-        return predicted.to(torch.float32)
+        told = [
+            texts.of(with_words(text, row.words) if row.cond else request.negative, row.mix) for row in rows
+        ]
+
+        def part(numbers: Sequence[int]) -> Tensor:
+            options: dict[str, Any] = {}
+            if checkpoint.is_sdxl:
+                pooled = [told[number].pooled for number in numbers]
+                options["added_cond_kwargs"] = {
+                    "text_embeds": torch.stack([each for each in pooled if each is not None]),
+                    "time_ids": sizes.to(checkpoint.device, checkpoint.dtype).expand(len(numbers), -1),
+                }
+            noisy = scaled[[rows[number].slot for number in numbers]].to(checkpoint.dtype)
+            tokens = torch.stack([told[number].tokens for number in numbers])
+            predicted: Tensor = checkpoint.unet(noisy, time, tokens, **options).sample
+            return predicted.to(torch.float32)
+
+        # A LoRA's own words may make its text longer: rows of one length share a call.
+        return predicted_by(by_kind([len(each.tokens) for each in told], part), bank)
 
     return run
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.bank import Bank
 from ..compose.mixes import Mix, Participants
 from ..errors import LoratorioError
+from ..places import with_words
 from ..pool import load_candidates, pool_files
 from ..roles import (
     TaggedLora,
@@ -56,10 +57,11 @@ class LoraSet:
         """Names of the composed LoRAs, in the order of the weights."""
         return [self.tagged[number].name for number in self.participants.numbers]
 
-    def conditioner(self, checkpoint: Checkpoint, texts: Sequence[str]) -> TextConditioner:
-        """For these texts, under any mix of the LoRAs."""
+    def conditioner(self, checkpoint: Checkpoint, texts: Sequence[str], prompt: str = "") -> TextConditioner:
+        """For these texts, and `prompt` with any LoRA's own words, under any mix of the LoRAs."""
         banks = [Bank([lora.text[i] for lora in self.loras]) for i in range(len(checkpoint.text_encoders))]
-        return TextConditioner(checkpoint, banks, texts)
+        own = [with_words(prompt, each.words) for each in self.tagged if each.words]
+        return TextConditioner(checkpoint, banks, texts, own)
 
     def weighed(self, prompt: str, checkpoint: Checkpoint) -> Participants:
         """The participants with each LoRA's importance in the prompt, for W-Composite; those without trigger words count as average."""

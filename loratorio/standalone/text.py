@@ -43,24 +43,35 @@ class TextConditioner:
     Args:
         banks: for each text encoder the LoRAs' deltas, in the order of the generation's LoRAs.
         texts: all texts that will be asked for; they decide how many chunks every one has.
+        further: texts that may be longer, and do not make the others so.
     """
 
-    def __init__(self, checkpoint: Checkpoint, banks: Sequence[Bank], texts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        banks: Sequence[Bank],
+        texts: Sequence[str],
+        further: Sequence[str] = (),
+    ) -> None:
         self._checkpoint = checkpoint
         self._banks = tuple(banks)
         touched = [
             any(bank.adapters[i].deltas for bank in self._banks) for i in range(len(banks[0].adapters))
         ]
         self._touched = tuple(touched)
-        self._chunks = [_aligned(tokenizer, texts) for tokenizer in checkpoint.tokenizers]
+        self._chunks = [_aligned(tokenizer, texts, further) for tokenizer in checkpoint.tokenizers]
         self._known: dict[tuple[str, Mix], Conditioning] = {}
 
     def prepare(self, texts: Sequence[str], mixes: Sequence[Mix]) -> None:
         """Compute what is missing for these texts under these mixes."""
         wanted = dict.fromkeys((text, self._effective(mix)) for mix in mixes for text in texts)
         missing = [each for each in wanted if each not in self._known]
-        if not missing:
-            return
+        lengths = [len(self._chunks[0][text]) for text, _ in missing]
+        for length in dict.fromkeys(lengths):
+            self._prepare([each for each, own in zip(missing, lengths, strict=True) if own == length])
+
+    def _prepare(self, missing: Sequence[tuple[str, Mix]]) -> None:
+        """Compute the conditioning of these texts, all of one length, under their mixes."""
         encoded = [self._encode(number, missing) for number in range(len(self._banks))]
         for i, key in enumerate(missing):
             tokens = torch.cat([tokens[i] for tokens, _ in encoded], dim=-1)
@@ -119,10 +130,10 @@ def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
     return (after * ratio).to(hidden.dtype)
 
 
-def _aligned(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[_Chunk]]:
-    """Chunks of every text, all of the same number: shorter texts get empty ones."""
-    chunks = {text: _chunks(tokenizer, text) for text in texts}
-    longest = max(len(each) for each in chunks.values())
+def _aligned(tokenizer: Any, texts: Sequence[str], further: Sequence[str]) -> dict[str, list[_Chunk]]:
+    """Chunks of every text, as many as the longest of `texts` has: shorter ones get empty chunks. Of `further` some may have more."""
+    chunks = {text: _chunks(tokenizer, text) for text in (*texts, *further)}
+    longest = max(len(chunks[text]) for text in texts)
     return {text: each + [_chunk(tokenizer, [], [])] * (longest - len(each)) for text, each in chunks.items()}
 
 

@@ -296,7 +296,8 @@ def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
         *(
             tuple(tuple(STYLE if i == 1 else own for i, own in enumerate(mix)) for mix in mixes)
             for mixes in ((always.base,), always.singles, (always.merged,))
-        )
+        ),
+        numbers=always.numbers,
     )
     plain = run(Engine(Settings(recentre=0), bank(3), replace(scaled, base=scaled.base[0])), model)
     torch.testing.assert_close(styled.cond, plain.cond)

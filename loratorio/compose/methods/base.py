@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ..lazy_torch import torch
 from ..mixes import Branch, Mix, Participants
+from ..regions import Canvas, Masks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,8 @@ class StepContext:
 
     Attributes:
         knobs: by name, the values of the knobs that the method declares (`Method.knobs`), and no others.
+        canvas, size: which part of the picture is sampled, and the height and width of its latents; while a host only plans, the
+            size is not known.
     """
 
     participants: Participants
@@ -35,6 +38,21 @@ class StepContext:
     index: int
     total: int
     has_uncond: bool
+    canvas: Canvas = field(default_factory=Canvas)
+    size: tuple[int, int] | None = None
+
+    def masks(self, device: Any = "cpu") -> Masks | None:
+        """Where each single may act; None where every one may act everywhere."""
+        assert self.size is not None
+        return self.canvas.masks(self.participants.places, self.size, device)
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether there is, or may be, a part of the picture that belongs to no LoRA: there the base has the say."""
+        if not any(self.participants.places):
+            return False
+        masks = None if self.size is None else self.masks()
+        return self.size is None or (masks is not None and masks.has_gap)
 
     def with_shared_parts(self) -> StepContext:
         """The same of `Participants.with_shared_parts`, at the part that the knob `share` says."""
@@ -104,11 +122,13 @@ class Method(ABC):
     Attributes:
         entry: how it is shown, and where it comes from.
         knobs: names of the knobs that it reads. It is given these alone, and the others are without effect on it.
+        takes_places: whether it can keep a LoRA to a part of the picture.
         uses_importance: whether it wants to know how much each LoRA's trigger words matter in the prompt.
     """
 
     entry: ClassVar[Entry]
     knobs: ClassVar[tuple[str, ...]] = ()
+    takes_places: ClassVar[bool] = False
     uses_importance: ClassVar[bool] = False
 
     def begin(self, participants: Participants, changes: Changes) -> Method:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from ..guidance import compose
+from ..lazy_torch import torch
 from ..mixes import Branch
+from ..weights import placed_weights
 from .base import Composition, Entry, Method, Predictions, StepContext, both, weighted_sum
+from .weighted import addition_rows, where_none_acts, with_additions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Composite(Method):
@@ -11,20 +20,37 @@ class Composite(Method):
 
     entry = Entry("composite", "Composite", "arXiv 2402.16843")
 
+    takes_places = True
+
     def branches(self, now: StepContext) -> list[Branch]:
-        return both(now.participants.singles, now)
+        compared = both([now.participants.compared], now) if now.has_gap else []
+        return list(
+            dict.fromkeys([*both(now.participants.singles, now), *compared, *addition_rows(now, recentre=0)])
+        )
 
     def shares(self, now: StepContext) -> list[float]:
         """The weight of each single; they sum to 1."""
         return [1 / len(now.participants.singles)] * len(now.participants.singles)
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
-        singles, shares = now.participants.singles, self.shares(now)
         # Guidance is linear, so the weighted mean of the guided scores is the guided weighted mean.
-        cond = weighted_sum([predictions.cond(mix) for mix in singles], shares)
-        if not now.has_uncond:
-            return Composition(cond, None)
-        return Composition(cond, weighted_sum([predictions.uncond(mix) for mix in singles], shares))
+        kinds = (True, False) if now.has_uncond else (True,)
+        cond, *uncond = (self._mean(now, predictions, kind) for kind in kinds)
+        return Composition(cond, uncond[0] if uncond else None)
+
+    def _mean(self, now: StepContext, predictions: Predictions, cond: bool) -> Tensor:
+        singles, compared = now.participants.singles, now.participants.compared
+        each = [predictions.by_branch[Branch(mix, cond)] for mix in singles]
+        masks = now.masks(each[0].device)
+        if masks is None:
+            mean = weighted_sum(each, self.shares(now))
+        else:
+            shares = torch.tensor(self.shares(now)).to(each[0].device).view(-1, 1, 1, 1)
+            weights = placed_weights(shares.expand(-1, len(each[0]), *masks.coverage.shape), masks)
+            mean = compose(torch.stack(each), weights)
+        if now.has_gap:
+            mean = mean + where_none_acts(now, predictions.by_branch[Branch(compared, cond)])
+        return with_additions(mean, now, predictions, cond, recentre=0)
 
 
 METHOD = Composite()

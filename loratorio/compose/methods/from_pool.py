@@ -11,6 +11,7 @@ from ..lazy_torch import torch
 from ..mixes import Branch, Participants
 from .base import Composition, Method, Predictions, StepContext
 from .patches import patch_weights, with_styles
+from .weighted import addition_rows, where_none_acts, with_additions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,8 @@ class FromPool(Method):
         if now.has_uncond:
             branches.append(Branch(now.participants.base, False))
             branches += [Branch(now.participants.singles[place], False) for place in self._unconds_at(now)]
-        return branches
+        branches += addition_rows(now, now.knobs["recentre"])
+        return list(dict.fromkeys(branches))
 
     def further(self, now: StepContext, predictions: Predictions) -> list[Branch]:
         """After a scoring: the unconditional rows of those with the largest shares."""
@@ -85,19 +87,28 @@ class FromPool(Method):
         return [Branch(now.participants.singles[place], False) for place in sorted(chosen)]
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
-        participants, now = now.participants, now.with_shared_parts()
+        whole_step, now = now, now.with_shared_parts()
         for place in self._run_at(now):
             self._cond[place] = self._residual(now, predictions, place)
+        recentre = now.knobs["recentre"]
         whole = self._of_all(now, predictions, self._cond)
         weights = patch_weights(now, whole)
         self._shares = weights.mean(dim=(1, 2, 3)).tolist()
         cond = compose(torch.stack([whole.cond(mix) for mix in now.participants.singles]), weights)
-        shown = with_styles(weights, participants)
+        if now.has_gap:
+            cond += where_none_acts(now, predictions.cond(now.participants.compared))
+        cond = with_additions(cond, now, predictions, True, recentre)
+        shown = with_styles(weights, whole_step)
         if not now.has_uncond:
             return Composition(cond, None, shown)
         base = predictions.uncond(now.participants.base).to(torch.float32)
-        if now.knobs["recentre"] == 1:
-            return Composition(cond, base, shown)
+        uncond = self._uncond_of_all(now, predictions, base, weights) if recentre < 1 else base
+        return Composition(cond, with_additions(uncond, now, predictions, False, recentre), shown)
+
+    def _uncond_of_all(
+        self, now: StepContext, predictions: Predictions, base: Tensor, weights: Tensor
+    ) -> Tensor:
+        """ẽ(∅), (Bu, C, H, W) float32, with every LoRA's by what it predicted last; e₀ for those that never were run."""
         size = _size(now, predictions)
         for place, mix in enumerate(now.participants.singles):
             if Branch(mix, False) in predictions.by_branch:
@@ -105,12 +116,13 @@ class FromPool(Method):
                 self._uncond[place] = CachedResidual(now.index, distance / size)
         places = sorted(self._uncond)
         if not places:
-            return Composition(cond, base, shown)
+            return base
         drift = torch.stack([self._uncond[place].prediction * size for place in places])
         own = torch.stack([weights[place] for place in places])
-        # λ·e₀ + (1−λ)·Σ Ω·eᵢ = e₀ + (1−λ)·Σ Ω·(eᵢ − e₀), as Ω sums to 1.
+        # λ·e₀ + (1−λ)·Σ Ω·eᵢ = e₀ + (1−λ)·Σ Ω·(eᵢ − e₀), as Ω sums to 1, with e₀'s own part where places leave one.
         drawn = compose(drift, predictions.per_image(own, len(base)))
-        return Composition(cond, base + (1 - now.knobs["recentre"]) * drawn, shown)
+        strength: float = now.knobs["recentre"]
+        return base + (1 - strength) * drawn
 
     def _run_at(self, now: StepContext) -> list[int]:
         """Places of the LoRAs whose conditional rows are run at this step."""

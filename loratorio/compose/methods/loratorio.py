@@ -26,6 +26,7 @@ class Loratorio(Weighted):
     """
 
     entry = Entry("loratorio", "LoRAtorio", "arXiv 2508.11624")
+    takes_places = True
     knobs = (
         "patch_size",
         "temperature",
@@ -43,7 +44,7 @@ class Loratorio(Weighted):
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         composed = super().compose(now.with_shared_parts(), predictions)
-        return replace(composed, weights=with_styles(composed.weights, now.participants))
+        return replace(composed, weights=with_styles(composed.weights, now))
 
     def begin(self, participants: Participants, changes: Changes) -> Method:
         return FromPool() if any(participants.pooled) else self

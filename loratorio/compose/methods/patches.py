@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
-from ..mixes import Participants
 from ..weights import spatial_weights, spread_styles
 from .base import Predictions, StepContext
 from .weighted import stacked_noise
@@ -18,8 +17,10 @@ def patch_weights(now: StepContext, predictions: Predictions) -> Tensor:
     """Ω↑ of the conditional rows, (N, Bc, H, W) float32."""
     participants, knobs = now.participants, now.knobs
     noise = stacked_noise(now, predictions)
+    masks = now.masks(noise.device)
     if len(participants.singles) == 1:
-        return noise.new_ones((1, noise.shape[1], *noise.shape[3:]), dtype=torch.float32)
+        ones = noise.new_ones((1, noise.shape[1], *noise.shape[3:]), dtype=torch.float32)
+        return ones if masks is None else ones * masks.coverage
     weights = spatial_weights(
         predictions.noise_by_mix[participants.compared],
         noise,
@@ -28,17 +29,23 @@ def patch_weights(now: StepContext, predictions: Predictions) -> Tensor:
         knobs["top_k"],
         blend=knobs["blend"],
         adaptive=knobs["adaptive"],
+        masks=masks,
     )
     return spread_styles(weights, participants.styles) if any(participants.styles) else weights
 
 
-def with_styles(weights: Tensor | None, participants: Participants) -> Tensor | None:
-    """Ω↑ of all singles out of that of those without the shared styles: such a style acts everywhere, by 1."""
-    styles = participants.shared_styles
+def with_styles(weights: Tensor | None, now: StepContext) -> Tensor | None:
+    """Ω↑ of all singles out of that of those without the styles that are not weighed: such a style acts by 1 in all of its place."""
+    participants = now.participants
+    styles = participants.unweighed_styles
     if weights is None or not styles:
         return weights
     shown = weights.new_ones((len(participants.singles), *weights.shape[1:]))
+    for position in styles:
+        place = participants.places[position] if participants.places else None
+        if place is not None and now.size is not None:
+            shown[position] = now.canvas.mask(place, now.size, weights.device)
     left = [i for i in range(len(participants.singles)) if i not in styles]
-    for place, own in zip(left, weights, strict=False):  # styles alone have one weight and no place
-        shown[place] = own
+    for position, own in zip(left, weights, strict=False):  # styles alone have one weight and no position
+        shown[position] = own
     return shown

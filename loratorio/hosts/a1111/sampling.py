@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calls import by_kind, predicted_by
 from ...compose.mixes import Participants
 from ...engine import Engine, Row
 from ...errors import LoratorioError
 from ...job import Job
-from ..shared.calls import ModelCall, predicted_by
 from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under
@@ -250,11 +250,7 @@ class A1111Pass(SamplingPass):
             x, sigma, cond = step_rows.inputs([rows[number] for number in numbers])
             return model(x, sigma, cond=cond)
 
-        calls = []
-        for length in dict.fromkeys(lengths):
-            numbers = tuple(number for number, each in enumerate(lengths) if each == length)
-            calls.append(ModelCall(numbers, partial(run, numbers)))
-        return predicted_by(calls, self.engine.bank)
+        return predicted_by(by_kind(lengths, run), self.engine.bank)
 
     def _give_up(self, why: str) -> None:
         """Before the first step is made: leave the whole pass to the WebUI's own merging."""

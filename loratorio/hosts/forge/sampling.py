@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from ...adapters.delta import Adapter
+from ...calls import ModelCall, predicted_by
 from ...compose.methods import Composition
 from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
 from ...job import Job
 from ...roles import TaggedLora
-from ..shared.calls import ModelCall, predicted_by
 from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, text_encoder

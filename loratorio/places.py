@@ -1,0 +1,103 @@
+"""Where in the picture a LoRA may act, said in its tag: ``<lora:alice:at=left:0.8>``.
+
+What a place does to the weights stands in `loratorio.compose.regions`; here is how one is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+
+from .compose.regions import WHOLE, Box, Place
+from .errors import LoratorioError
+
+OPTION = "at"
+"""The named argument of a LoRA tag."""
+
+WORDS_OPTION = "words"
+"""That of the words that only the LoRA's own rows have beside the prompt."""
+
+NAMED: dict[str, Box] = {
+    "left": Box(0, 0, 0.5, 1),
+    "right": Box(0.5, 0, 1, 1),
+    "top": Box(0, 0, 1, 0.5),
+    "bottom": Box(0, 0.5, 1, 1),
+    "centre": Box(0.25, 0.25, 0.75, 0.75),
+    "top-left": Box(0, 0, 0.5, 0.5),
+    "top-right": Box(0.5, 0, 1, 0.5),
+    "bottom-left": Box(0, 0.5, 0.5, 1),
+    "bottom-right": Box(0.5, 0.5, 1, 1),
+}
+_ALIASES = {"center": "centre", **{name.replace("-", ""): name for name in NAMED if "-" in name}}
+
+EDGE = 0.1
+"""How wide a place's border is unless its tag says otherwise, as a part of the picture's shorter side (docs/RESULTS.md)."""
+
+MOST_EDGE = 0.5
+
+
+def read_place(value: str, lora: str) -> Place | None:
+    """The place that a tag's argument names; None where it is the whole picture.
+
+    Args:
+        value: a name of `NAMED` or ``x0,y0,x1,y1`` as parts of the picture; several joined by ``+``; behind them ``~`` and the
+            width of the soft edge. As in ``left``, ``left+bottom-right``, ``0,0,0.3,1~0.05``.
+
+    Raises:
+        LoratorioError: anything else; the sentence shows a right one.
+    """
+    text, tilde, width = value.strip().lower().partition("~")
+    boxes = tuple(_box(part.strip(), value, lora) for part in text.split("+"))
+    edge = _number(width) if tilde else EDGE
+    if not 0 <= edge <= MOST_EDGE:
+        raise _wrong(value, lora, f"its edge, behind ~, must be a number from 0 to {MOST_EDGE:g}")
+    return None if WHOLE in boxes else Place(boxes, edge)
+
+
+def with_words(prompt: str, words: str) -> str:
+    """The prompt with a LoRA's own words behind it; with ``AND``, behind each of its parts."""
+    if not words:
+        return prompt
+    parts = re.split(r"(\bAND\b)", prompt)
+    return "".join(part if part == "AND" else _PART.sub(lambda m: _joined(m, words), part) for part in parts)
+
+
+_PART = re.compile(r"^(\s*)(.*?)(\s*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*|\s*)$", re.DOTALL)
+
+
+def _joined(part: re.Match[str], words: str) -> str:
+    """Text and words, before the part's weight and with the blanks that were around it."""
+    before, text, after = part.groups()
+    return f"{before}{text}{', ' if text else ''}{words}{after}"
+
+
+def _box(part: str, value: str, lora: str) -> Box:
+    name = _ALIASES.get(part, part)
+    if name in NAMED:
+        return NAMED[name]
+    numbers = [_number(each) for each in part.split(",")]
+    if len(numbers) != 4:
+        near = difflib.get_close_matches(part, NAMED, n=1)
+        hint = f"{part!r} is none of {', '.join(NAMED)}"
+        raise _wrong(value, lora, hint + (f" (did you mean {near[0]}?)" if near else ""))
+    box = Box(*numbers)
+    if not all(0 <= each <= 1 for each in box):
+        raise _wrong(value, lora, "x0,y0,x1,y1 must be parts of the picture, from 0 to 1")
+    if box.x0 >= box.x1 or box.y0 >= box.y1:
+        raise _wrong(value, lora, f"the box {part} has no area: x1 must be more than x0, and y1 more than y0")
+    return box
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _wrong(value: str, lora: str, why: str) -> LoratorioError:
+    return LoratorioError(
+        f"The place at={value} of LoRA {lora} cannot be read: {why}. "
+        "Write it as in at=left, at=top+centre or at=0,0,0.5,1~0.1."
+    )
