@@ -28,10 +28,10 @@ def _quoted(value: object) -> str:
 
 def params(
     settings: Settings,
-    loras: Iterable[tuple[str, float]],
-    hires_loras: Iterable[tuple[str, float]] = (),
+    loras: Iterable[tuple[str, float, str]],
+    hires_loras: Iterable[tuple[str, float, str]] = (),
 ) -> dict[str, str]:
-    """The fields for `p.extra_generation_params`: every knob, and the LoRAs that were composed with their strengths.
+    """The fields for `p.extra_generation_params`: every knob, and the LoRAs that were composed with their strengths and places.
 
     Nothing when the box is unticked. The WebUI quotes the values itself where they need it; its rule mistakes a value
     that starts with a quotation mark, but quotes any that has a colon, and so every list of LoRAs is safe, whatever a
@@ -42,7 +42,10 @@ def params(
     fields = {knob.infotext_key: text(knob, getattr(settings, knob.name)) for knob in KNOBS}
     for key, composed in ((LORAS_KEY, list(loras)), (HIRES_LORAS_KEY, list(hires_loras))):
         if composed:
-            fields[key] = ", ".join(f"{name}:{number(strength)}" for name, strength in composed)
+            fields[key] = ", ".join(
+                f"{name}:{number(strength)}{f' at {place}' if place else ''}"
+                for name, strength, place in composed
+            )
     return fields
 
 

@@ -18,7 +18,7 @@ class PassRecord:
 
     Attributes:
         loras: names as in the prompt, in its order, without those that act in every pass.
-        strengths: of those LoRAs in the UNet.
+        strengths: of those LoRAs in the UNet. places: as their tags have them, or nothing.
         batch: number of the batch within the job, from 0.
         hires: whether it is the second pass of hires fix, which replaces the first one's picture.
         history: Ω per step; empty unless weight maps were asked for.
@@ -27,6 +27,7 @@ class PassRecord:
 
     loras: tuple[str, ...]
     strengths: tuple[float, ...]
+    places: tuple[str, ...]
     batch: int
     hires: bool
     history: WeightHistory

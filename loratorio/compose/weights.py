@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 BLENDS = ("patches", "smooth", "overlap")
 """How weights go over from patch to patch: at once, by interpolation between patch centres, or as the mean of overlapping patches."""
 
-_LEAST_TEMPERATURE = 0.03
-"""Above it the least Ω of all, e^(−2/τ), is far from float32's smallest number."""
-
-_TINY = 1e-30
-
 REFERENCE_SPREAD = 0.03
 """The spread of S at which an adaptive temperature equals the fixed one: what is typical of the middle of sampling."""
 
@@ -65,12 +60,9 @@ def spatial_weights(
     if masks is None:
         weights = keep_top_k(softmin(similarity, temperature), top_k)
         return _at_pixels(weights, patch_size, height, width, blend)
-    weights = _at_pixels(softmin(similarity, temperature), patch_size, height, width, blend)
-    decided = None
-    if adaptive or temperature < _LEAST_TEMPERATURE:
-        at_pixels = _at_pixels(similarity, patch_size, height, width, blend)
-        decided = softmin_among_allowed(at_pixels, masks, temperature)
-    return placed_weights(weights, masks, top_k, decided)
+    # S is brought to the pixels, not Ω: what a LoRA predicts where it may not act must not count at all.
+    at_pixels = _at_pixels(similarity, patch_size, height, width, blend)
+    return _covered(softmin_among_allowed(at_pixels, masks, temperature), masks, top_k)
 
 
 def _at_pixels(weights: Tensor, patch_size: int, height: int, width: int, blend: str) -> Tensor:
@@ -82,33 +74,36 @@ def _at_pixels(weights: Tensor, patch_size: int, height: int, width: int, blend:
     return upsample(weights, patch_size, height, width)
 
 
-def placed_weights(weights: Tensor, masks: Masks, top_k: int = 0, decided: Tensor | None = None) -> Tensor:
+def placed_weights(weights: Tensor, masks: Masks) -> Tensor:
     """Ω times each LoRA's mask, normalised over the LoRAs that may act in a pixel, times the coverage.
 
     Args:
-        weights: Ω↑, (N, B, H, W), without top-k.
+        weights: Ω↑, (N, B, H, W), above 0.
         masks: where each LoRA may act, on the weights' device.
-        top_k: how many LoRAs a pixel may use, of those that may act there; 0 means all.
-        decided: Ω↑ among those that may act, for pixels where all of it is, as far as float32 can tell, with LoRAs that may
-            not. Not needed unless the temperature is low.
 
     Returns:
         (N, B, H, W) float32, exactly 0 where a LoRA may not act, summing to the coverage over N.
     """
     masked = weights * masks.own.unsqueeze(1)
-    total = masked.sum(dim=0, keepdim=True)
-    shares = masked / total.clamp_min(_TINY)
-    if decided is not None:
-        shares = torch.where(total > _TINY, shares, decided)
-    shares = keep_top_k(shares, top_k) if 0 < top_k < len(shares) else shares
-    return shares.nan_to_num(0.0) * masks.coverage
+    # Pixels where no LoRA may act give 0/0.
+    return _covered((masked / masked.sum(dim=0, keepdim=True)).nan_to_num(0.0), masks, top_k=0)
 
 
 def softmin_among_allowed(similarity: Tensor, masks: Masks, temperature: float) -> Tensor:
-    """SoftMin of S over those LoRAs alone that may act in a pixel, each times its mask; 0 where none may. (N, B, H, W) float32."""
+    """Ω·mask over its sum, for Ω the SoftMin of S, (N, B, H, W) float32.
+
+    Worked out in the exponent, so that it holds where all of Ω lies, as far as float32 can tell, with LoRAs that may not act.
+    0 where none may.
+    """
     logits = masks.own.unsqueeze(1).log() - similarity / max(temperature, 1e-30)
-    # Pixels where no LoRA may act give 0/0.
     return torch.softmax(logits, dim=0).nan_to_num(0.0)
+
+
+def _covered(shares: Tensor, masks: Masks, top_k: int) -> Tensor:
+    """Shares of a pixel (N, B, H, W) cut to the k largest, times the coverage."""
+    if 0 < top_k < len(shares):
+        shares = keep_top_k(shares, top_k).nan_to_num(0.0)
+    return shares * masks.coverage
 
 
 def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: int | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .. import __version__
 from ..infotext import infotext, params
+from ..places import OPTION
 from .checkpoint import Checkpoint
 from .generate import Outcome
 from .schedule import find_sampler
@@ -23,6 +24,8 @@ def describe(checkpoint: Checkpoint, outcome: Outcome, image: int) -> str:
         "Denoising strength": f"{request.strength:g}" if is_img2img else None,
     }
     if outcome.loras:
-        fields |= params(request.settings, [(lora.name, lora.unet) for lora in outcome.loras])
+        fields |= params(
+            request.settings, [(lora.name, lora.unet, lora.options.get(OPTION, "")) for lora in outcome.loras]
+        )
     fields["Version"] = f"loratorio {__version__}"
     return infotext(request.prompt, request.negative, fields)

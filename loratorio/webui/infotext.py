@@ -29,9 +29,9 @@ def begin(fields: dict[str, Any], settings: Settings) -> None:
 
 def finish(fields: dict[str, Any], settings: Settings, passes: Sequence[PassRecord]) -> None:
     """Add what was composed in the last batch: in its first pass and, if that had other LoRAs, in its hires pass."""
-    last: dict[bool, list[tuple[str, float]]] = {False: [], True: []}
+    last: dict[bool, list[tuple[str, float, str]]] = {False: [], True: []}
     for each in passes:
-        last[each.hires] = list(zip(each.loras, each.strengths, strict=True))
+        last[each.hires] = list(zip(each.loras, each.strengths, each.places, strict=True))
         if not each.hires:
             last[True] = []
     for key in (LORAS_KEY, HIRES_LORAS_KEY):

@@ -95,7 +95,7 @@ def wait_until(page: Any, tab: str, settings: Settings) -> None:
 
 def written(prompt: str, settings: Settings, loras: list[str]) -> str:
     """The infotext of a picture, as the WebUI writes it."""
-    fields = params(settings, [(loras[0], 0.8), (loras[1], 0.65)])
+    fields = params(settings, [(loras[0], 0.8, ""), (loras[1], 0.65, "")])
     fields[LORAS_KEY] = '"' + fields[LORAS_KEY] + '"'
     head = "Steps: 4, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 128x128, "
     return f"{prompt}\n{head}" + ", ".join(f"{key}: {value}" for key, value in fields.items())

@@ -58,7 +58,7 @@ def generate(prompt: str, *args: Any) -> tuple[str, str]:
     except LoratorioError as problem:
         return f"error: {problem}", written(prompt, {})
     found = re.findall(r"<lora:([^:>]+):([\d.]+)>", prompt)
-    fields = params(settings, [(name, float(strength)) for name, strength in found])
+    fields = params(settings, [(name, float(strength), "") for name, strength in found])
     return json.dumps({name: getattr(settings, name) for name in settings.__dataclass_fields__}), written(
         prompt, fields
     )

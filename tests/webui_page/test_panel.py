@@ -167,7 +167,7 @@ def test_paste_brings_everything_back(page: Any) -> None:
     """Every knob away from its default, through the infotext, into the other tab's panel, and out again."""
     settings = Settings.from_mapping({knob.name: elsewhere(knob) for knob in KNOBS})
     prompt = "a fox <lora:fox:0.8> <lora:ink:0.65>"
-    picture = written(prompt, params(settings, [("fox", 0.8), ("ink", 0.65)]))
+    picture = written(prompt, params(settings, [("fox", 0.8, ""), ("ink", 0.65, "")]))
     tab = Tab(page, "img2img").open()
     tab.paste(picture)
     # The line follows what the page itself writes into the prompt, too.

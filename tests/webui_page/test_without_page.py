@@ -44,8 +44,11 @@ names = st.text(
 )
 
 
-@given(settings(), st.lists(st.tuples(names, st.floats(-4, 4)), max_size=5))
-def test_every_knob_comes_back_exactly(chosen: Settings, loras: list[tuple[str, float]]) -> None:
+PLACES = ("", "left", "0,0,0.5,1~0.05", "top-left+bottom-right")
+
+
+@given(settings(), st.lists(st.tuples(names, st.floats(-4, 4), st.sampled_from(PLACES)), max_size=5))
+def test_every_knob_comes_back_exactly(chosen: Settings, loras: list[tuple[str, float, str]]) -> None:
     text = written("a fox", params(chosen, loras))
     fields = read(text)
     assert fields["Seed"] == "1"
@@ -54,20 +57,22 @@ def test_every_knob_comes_back_exactly(chosen: Settings, loras: list[tuple[str, 
     assert Settings.from_mapping(shown) == chosen
 
 
-@given(st.lists(st.tuples(names, st.floats(-4, 4)), min_size=1, max_size=5))
-def test_lora_names_survive_the_hosts_quoting(loras: list[tuple[str, float]]) -> None:
+@given(st.lists(st.tuples(names, st.floats(-4, 4), st.sampled_from(PLACES)), min_size=1, max_size=5))
+def test_lora_names_survive_the_hosts_quoting(loras: list[tuple[str, float, str]]) -> None:
     fields = read(written("", params(Settings(enabled=True), loras, loras)))
-    expected = ", ".join(f"{name}:{number(strength)}" for name, strength in loras)
+    expected = ", ".join(
+        f"{name}:{number(strength)}" + (f" at {place}" if place else "") for name, strength, place in loras
+    )
     assert fields[LORAS_KEY] == expected
     assert fields[HIRES_LORAS_KEY] == expected
 
 
 def test_readable() -> None:
-    fields = params(Settings(enabled=True), [("fox", 0.8), ("ink", 1.0)])
+    fields = params(Settings(enabled=True), [("fox", 0.8, ""), ("ink", 1.0, "left~0.2")])
     assert fields["LoRAtorio"] == "True"
     assert fields["LoRAtorio method"] == "LoRAtorio"
     assert fields["LoRAtorio temperature"] == number(Settings().temperature)
-    assert fields["LoRAtorio LoRAs"] == "fox:0.8, ink:1"
+    assert fields["LoRAtorio LoRAs"] == "fox:0.8, ink:1 at left~0.2"
     assert len(fields) == len(KNOBS) + 1
 
 
@@ -79,11 +84,11 @@ def test_keys_are_ones_that_the_hosts_can_read() -> None:
 
 
 def test_unticked_leaves_no_trace() -> None:
-    assert params(Settings(), [("fox", 1.0)]) == {}
+    assert params(Settings(), [("fox", 1.0, "")]) == {}
 
 
 def sampled(names: tuple[str, ...], hires: bool = False) -> Any:
-    return SimpleNamespace(loras=names, strengths=(1.0,) * len(names), hires=hires)
+    return SimpleNamespace(loras=names, strengths=(1.0,) * len(names), places=("",) * len(names), hires=hires)
 
 
 def test_hires_pass_is_named_only_if_it_differs() -> None:

@@ -11,15 +11,15 @@ from ..shared.text import Prompts, set_up_conds
 from .loras import Network, activated, bundled_embeddings
 
 
-def conditioning_under(p: Any, loras: Sequence[Network], mix: Mix) -> Prompts:
-    """The pass's conditioning with each LoRA at its coefficient, past the WebUI's caches."""
+def conditioning_under(p: Any, loras: Sequence[Network], mix: Mix, words: str) -> Prompts:
+    """The pass's conditioning with each LoRA at its coefficient, and with own words, past the WebUI's caches."""
     acting = [lora for lora, coefficient in zip(loras, mix, strict=True) if coefficient]
     with ExitStack() as undo:
         undo.enter_context(_undisturbed(p))
         undo.enter_context(_scaled(loras, mix))
         undo.enter_context(activated(acting))
         undo.enter_context(bundled_embeddings(acting, loras))
-        return set_up_conds(p)
+        return set_up_conds(p, words)
 
 
 @contextmanager

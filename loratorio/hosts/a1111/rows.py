@@ -42,7 +42,7 @@ class A1111Rows:
     place: tuple[int, int]
     own: Prompts
     own_text: tuple[Text, Text]
-    _padded: dict[Mix, tuple[Text, Text]] = field(default_factory=dict)
+    _padded: dict[tuple[Mix, str], tuple[Text, Text]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -98,7 +98,7 @@ class A1111Rows:
 
     def tokens(self, row: Row) -> int:
         """Length of the row's text conditioning."""
-        return int(self._text(row.mix)[0 if row.cond else 1].shape[1])
+        return int(self._text(row)[0 if row.cond else 1].shape[1])
 
     def inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The model's x, sigma and conditioning for these rows, whose text is of one length."""
@@ -109,10 +109,7 @@ class A1111Rows:
         numbers = [row.slot if row.cond else len(self.owners) + row.slot for row in rows]
         index = torch.tensor(numbers, device=params.x.device)
         text = catenate_conds(
-            [
-                subscript_cond(self._text(row.mix)[0 if row.cond else 1], row.slot, row.slot + 1)
-                for row in rows
-            ]
+            [subscript_cond(self._text(row)[0 if row.cond else 1], row.slot, row.slot + 1) for row in rows]
         )
         image = params.image_cond[index.to(params.image_cond.device)]
         if shared.sd_model.model.conditioning_key == "crossattn-adm":
@@ -123,18 +120,19 @@ class A1111Rows:
             cond = {"c_crossattn": [text], "c_concat": [image]}
         return params.x[index], params.sigma[index], cond
 
-    def _text(self, mix: Mix) -> tuple[Text, Text]:
-        """The step's conditional and unconditional text under `mix`, padded as the WebUI would."""
-        if mix not in self._padded:
-            self._padded[mix] = self._pad(*self._unpadded(mix))
-        return self._padded[mix]
+    def _text(self, row: Row) -> tuple[Text, Text]:
+        """The step's conditional and unconditional text under the row's mix and words, padded as the WebUI would."""
+        key = (row.mix, row.words)
+        if key not in self._padded:
+            self._padded[key] = self._pad(*self._unpadded(*key))
+        return self._padded[key]
 
-    def _unpadded(self, mix: Mix) -> tuple[Text, Text]:
+    def _unpadded(self, mix: Mix, words: str) -> tuple[Text, Text]:
         from modules import prompt_parser
 
-        if self.texts.is_the_hosts:
+        if self.texts.is_the_hosts and not words:
             return self.params.text_cond, self.params.text_uncond
-        prompts, step = self.texts.of(mix) or self.own, self.denoiser.step
+        prompts, step = self.texts.of(mix, words) or self.own, self.denoiser.step
         cond = prompt_parser.reconstruct_multicond_batch(prompts.cond, step)[1]
         return cond, prompt_parser.reconstruct_cond_batch(prompts.uncond, step)
 

@@ -119,7 +119,7 @@ class A1111Pass(SamplingPass):
 
         # No more rows a call than the WebUI would give it when told to save memory.
         limit = 0 if shared.opts.batch_cond_uncond else max(1, len(self.p.prompts))
-        self.engine = Engine(self.job.settings, self.bank(), participants, limit)
+        self.engine = Engine(self.job.settings, self.bank(), participants, limit, self.region)
 
     def _attach(self) -> None:
         """Take the LoRAs off the current model and attach them as the bank."""

@@ -13,10 +13,10 @@ from ..shared.text import Prompts, set_up_conds
 from .flavours import Flavour
 
 
-def conditioning_under(p: Any, loras: Sequence[ReadLora], flavour: Flavour, mix: Mix) -> Prompts:
-    """The pass's conditioning with each LoRA at its coefficient, past the host's caches."""
+def conditioning_under(p: Any, loras: Sequence[ReadLora], flavour: Flavour, mix: Mix, words: str) -> Prompts:
+    """The pass's conditioning with each LoRA at its coefficient, and with own words, past the host's caches."""
     with text_encoder(p, _clip(p, loras, flavour, mix)), _undisturbed(p):
-        return set_up_conds(p)
+        return set_up_conds(p, words)
 
 
 def _clip(p: Any, loras: Sequence[ReadLora], flavour: Flavour, mix: Mix) -> Any:

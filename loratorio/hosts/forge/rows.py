@@ -75,7 +75,7 @@ class ForgeRows:
         self.x = x
         self.sigma = sigma
         self._active = {kind: self._now(entries) for kind, entries in self._host.items()}
-        self._blocks: dict[Branch, list[Any]] = {}
+        self._blocks: dict[tuple[Branch, str], list[Any]] = {}
 
     @property
     def count(self) -> int:
@@ -155,7 +155,7 @@ class ForgeRows:
         while number < len(wanted):
             row = wanted[number]
             block = wanted[number : number + images]
-            whole = [Row(row.mix, row.cond, row.slot + i) for i in range(images)]
+            whole = [row._replace(slot=row.slot + i) for i in range(images)]
             if row.slot % images == 0 and list(block) == whole:
                 yield self._piece(row, number, slice(0, images))
                 number += images
@@ -165,7 +165,7 @@ class ForgeRows:
                 number += 1
 
     def _piece(self, row: Row, number: int, images: slice) -> Piece:
-        block = self._blocks_of(row.mix, row.cond)[row.slot // len(self.x)]
+        block = self._blocks_of(row)[row.slot // len(self.x)]
         count = images.stop - images.start
         conditioning = block.conditioning
         if count < len(self.x):
@@ -180,17 +180,17 @@ class ForgeRows:
             patches=block.patches,
         )
 
-    def _blocks_of(self, mix: Mix, cond: bool) -> list[Any]:
-        """The host's rows for every condition that holds now, with the text of `mix`."""
-        branch = Branch(mix, cond)
-        if branch not in self._blocks:
-            entries = self._entries(mix, cond)
-            self._blocks[branch] = [self._block(entries[number]) for number in self._active[cond]]
-        return self._blocks[branch]
+    def _blocks_of(self, row: Row) -> list[Any]:
+        """The host's rows for every condition that holds now, with the text of the row's mix and words."""
+        key = (Branch(row.mix, row.cond), row.words)
+        if key not in self._blocks:
+            entries = self._entries(row.mix, row.cond, row.words)
+            self._blocks[key] = [self._block(entries[number]) for number in self._active[row.cond]]
+        return self._blocks[key]
 
-    def _entries(self, mix: Mix, cond: bool) -> list[Any]:
-        """The host's conditions with the text of `mix` in the place of their own, and everything else kept."""
-        host, prompts = self._host[cond], self._texts.of(mix)
+    def _entries(self, mix: Mix, cond: bool, words: str) -> list[Any]:
+        """The host's conditions with the text of `mix` and of own words in the place of their own, and everything else kept."""
+        host, prompts = self._host[cond], self._texts.of(mix, words)
         if prompts is None:
             return host
         from modules import prompt_parser

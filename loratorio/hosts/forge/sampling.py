@@ -73,7 +73,7 @@ class ForgePass(SamplingPass):
         """
         participants = self.admit()
         if participants is not None:
-            self.engine = Engine(self.job.settings, self.bank(), participants)
+            self.engine = Engine(self.job.settings, self.bank(), participants, region=self.region)
             self._make_texts()
             self._replace_unet()
             self._enclose()
@@ -118,7 +118,7 @@ class ForgePass(SamplingPass):
         self._texts = TextConditioning(
             changes_text, partial(conditioning_under, self.p, self.loras, self._flavour)
         )
-        self._texts.prepare(self.engine.participants.mixes(self.job.settings.share))
+        self._texts.prepare(self.engine.participants.mixes(self.job.settings.share), self.engine.words)
 
     def _replace_unet(self) -> None:
         """Give the model a clone of its UNet patcher without LoRAs, until `_give_back_unet`."""

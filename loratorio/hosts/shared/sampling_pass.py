@@ -17,9 +17,11 @@ from ...adapters.bank import Bank
 from ...adapters.delta import Adapter
 from ...compose.methods import METHODS
 from ...compose.mixes import Participants
+from ...compose.regions import WHOLE, Box
 from ...engine import Engine
 from ...errors import LoratorioError
 from ...job import Job, PassRecord
+from ...places import OPTION as PLACE_OPTION
 from ...pool import Candidates
 from ...roles import TaggedLora, assigned_roles, participants_of, prompt_importance, recognised_note
 
@@ -153,7 +155,7 @@ class SamplingPass(ABC):
         for remark in (*own_remarks, *self.remarks(), recognised_note(assigned_roles(tagged))):
             if remark:
                 self.job.note(remark)
-        if not participants.singles:
+        if not participants.are_composed:
             self.job.note(ALL_ALWAYS)
             return None
         return participants
@@ -191,6 +193,16 @@ class SamplingPass(ABC):
     def is_hires(self) -> bool:
         """Whether this is the second pass of hires fix."""
         return bool(getattr(self.p, "is_hr_pass", False))
+
+    @property
+    def region(self) -> Box:
+        """The part of the picture that is sampled: of inpainting "only masked" what surrounds the mask."""
+        cut = getattr(self.p, "paste_to", None)
+        if cut is None or not self.p.overlay_images:
+            return WHOLE
+        x, y, width, height = cut
+        whole_width, whole_height = self.p.overlay_images[0].size
+        return Box(x / whole_width, y / whole_height, (x + width) / whole_width, (y + height) / whole_height)
 
     @property
     def prompt(self) -> str:
@@ -234,6 +246,7 @@ class SamplingPass(ABC):
             PassRecord(
                 loras=tuple(lora.tagged.name for lora in composed),
                 strengths=tuple(lora.strength for lora in composed),
+                places=tuple(lora.tagged.options.get(PLACE_OPTION, "") for lora in composed),
                 batch=self.p.iteration,
                 hires=self.is_hires,
                 history=self.engine.history,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...compose.mixes import Mix
+from ...places import with_words
 
 
 class Prompts(NamedTuple):
@@ -22,35 +23,41 @@ class TextConditioning:
 
     Args:
         changes_text: for each LoRA whether text conditioning depends on it. Mixes that differ only in others share theirs.
-        make: the conditioning under a mix whose coefficients of LoRAs without text are 0.
+        make: the conditioning under a mix whose coefficients of LoRAs without text are 0, with a LoRA's own words or none.
         host_has_merged: whether the conditioning that the WebUI made itself is the one with all of these LoRAs.
     """
 
     def __init__(
-        self, changes_text: Sequence[bool], make: Callable[[Mix], Prompts], host_has_merged: bool = True
+        self,
+        changes_text: Sequence[bool],
+        make: Callable[[Mix, str], Prompts],
+        host_has_merged: bool = True,
     ) -> None:
         self._changes_text = tuple(changes_text)
         self._make = make
-        self._made: dict[Mix, Prompts] = {}
+        self._made: dict[tuple[Mix, str], Prompts] = {}
         self._merged = self._state((1.0,) * len(self._changes_text)) if host_has_merged else None
 
-    def prepare(self, mixes: Iterable[Mix]) -> None:
-        """Make what is missing for these mixes."""
+    def prepare(self, mixes: Iterable[Mix], words: Mapping[Mix, str]) -> None:
+        """Make what is missing for these mixes, and for those of LoRAs with own words."""
         for mix in mixes:
             self.of(mix)
+        for mix, own in words.items():
+            self.of(mix, own)
 
-    def of(self, mix: Mix) -> Prompts | None:
-        """The conditioning of `mix`; None where it is what the WebUI made itself."""
+    def of(self, mix: Mix, words: str = "") -> Prompts | None:
+        """The conditioning of `mix`, with a LoRA's own words or none; None where it is what the WebUI made itself."""
         state = self._state(mix)
-        if state == self._merged:
+        if state == self._merged and not words:
             return None
-        if state not in self._made:
-            self._made[state] = self._make(state)
-        return self._made[state]
+        key = (state, words)
+        if key not in self._made:
+            self._made[key] = self._make(state, words)
+        return self._made[key]
 
     @property
     def is_the_hosts(self) -> bool:
-        """Whether all mixes have the conditioning that the WebUI made itself."""
+        """Whether all mixes have, but for own words, the conditioning that the WebUI made itself."""
         return self._merged is not None and not any(self._changes_text)
 
     def _state(self, mix: Mix) -> Mix:
@@ -60,8 +67,18 @@ class TextConditioning:
         )
 
 
-def set_up_conds(p: Any) -> Prompts:
-    """Let the WebUI parse the pass's prompts and encode them."""
+def set_up_conds(p: Any, words: str = "") -> Prompts:
+    """Let the WebUI parse the pass's prompts, with a LoRA's own words behind them, and encode them."""
+    name = "hr_prompts" if getattr(p, "is_hr_pass", False) else "prompts"
+    prompts = getattr(p, name)
+    setattr(p, name, [with_words(prompt, words) for prompt in prompts])
+    try:
+        return _set_up_conds(p)
+    finally:
+        setattr(p, name, prompts)
+
+
+def _set_up_conds(p: Any) -> Prompts:
     from modules.processing import StableDiffusionProcessing
 
     if getattr(p, "is_hr_pass", False):

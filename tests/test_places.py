@@ -1,0 +1,136 @@
+"""Where a tag says that a LoRA may act, and what is said where it cannot be read."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratorio.compose.methods import METHODS
+from loratorio.compose.mixes import Participants
+from loratorio.compose.regions import Box, Place
+from loratorio.engine import check_places
+from loratorio.errors import LoratorioError
+from loratorio.places import EDGE, NAMED, read_place, with_words
+from loratorio.roles import TaggedLora, participants_of
+from loratorio.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ("left", Place((Box(0, 0, 0.5, 1),), EDGE)),
+        (" Right ", Place((Box(0.5, 0, 1, 1),), EDGE)),
+        ("center~0", Place((Box(0.25, 0.25, 0.75, 0.75),), 0.0)),
+        ("topleft+bottom-right~0.25", Place((Box(0, 0, 0.5, 0.5), Box(0.5, 0.5, 1, 1)), 0.25)),
+        ("0,.1, 0.3,1.0~0.05", Place((Box(0, 0.1, 0.3, 1),), 0.05)),
+        ("0,0,1,1", None),
+        ("left+0,0,1,1~0.2", None),
+    ],
+)
+def test_how_a_place_is_written(value: str, place: Place | None) -> None:
+    assert read_place(value, "alice") == place
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("lefft", "did you mean left"),
+        ("", "is none of left, right"),
+        ("left+", "is none of"),
+        ("left~", "its edge"),
+        ("left~0.6", "0 to 0.5"),
+        ("left~-1", "its edge"),
+        ("left~nan", "its edge"),
+        ("0,0,1", "is none of"),
+        ("0,0,2,1", "from 0 to 1"),
+        ("0,0,nan,1", "from 0 to 1"),
+        ("0.5,0,0.5,1", "no area"),
+        ("0,1,1,0", "no area"),
+    ],
+)
+def test_a_bad_place_is_a_sentence_that_shows_a_right_one(value: str, why: str) -> None:
+    with pytest.raises(LoratorioError, match="LoRA alice") as said:
+        read_place(value, "alice")
+    assert why in str(said.value)
+    assert "at=left" in str(said.value)
+    with pytest.raises(LoratorioError, match="cannot be read"):
+        participants_of([TaggedLora("alice", {"at": value})])
+
+
+@given(st.text(max_size=30))
+def test_anything_is_a_place_or_a_sentence(value: str) -> None:
+    try:
+        place = read_place(value, "alice")
+    except LoratorioError:
+        return
+    assert place is None or all(0 <= each <= 1 for box in place.boxes for each in box)
+
+
+def test_the_sentences_examples_can_be_read() -> None:
+    with pytest.raises(LoratorioError) as said:
+        read_place("?", "alice")
+    examples = [part.rstrip(".,") for part in str(said.value).split() if part.startswith("at=")][1:]
+    assert len(examples) == 3
+    for example in examples:
+        assert read_place(example.removeprefix("at="), "alice") is not None
+    assert all(read_place(name, "alice") for name in NAMED)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a man", "a man, red dress"),
+        ("", "red dress"),
+        ("a man AND a dog", "a man, red dress AND a dog, red dress"),
+        ("a man :0.7 AND a dog: 1.2", "a man, red dress :0.7 AND a dog, red dress: 1.2"),
+        ("BRAND new", "BRAND new, red dress"),
+        ("a [b:c:0.5] (d:1.2)", "a [b:c:0.5] (d:1.2), red dress"),
+    ],
+)
+def test_own_words_stand_behind_every_part_of_the_prompt(prompt: str, expected: str) -> None:
+    assert with_words(prompt, "red dress") == expected
+    assert with_words(prompt, "") == prompt
+
+
+def test_participants_know_places_and_words() -> None:
+    loras = [
+        TaggedLora("alice", {"at": "left", "words": " red dress, long hair "}),
+        TaggedLora("night"),
+        TaggedLora("lcm", {"role": "always", "at": "top"}),
+        TaggedLora("ink", {"role": "style", "at": "right~0"}),
+    ]
+    participants = participants_of(loras)
+    assert participants.places == (read_place("left", ""), None, read_place("right~0", ""))
+    assert participants.words == ("red dress, long hair", "", "")
+    assert participants.base == (0.0, 0.0, 0.0, 0.0)  # what always acts, but in a place, is in no mix
+    assert [each.number for each in participants.additions] == [2]
+    shared = participants.with_shared_parts(0.5)
+    assert shared.numbers == (0, 1)
+    # Of those that are left only night is shared: the others are private.
+    assert shared.singles == ((1.0, 0.5, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0))
+    assert shared.compared == (0.0, 0.5, 0.0, 0.0)
+    assert [(each.number, each.mix, each.always) for each in shared.additions] == [
+        (2, (0.0, 0.5, 1.0, 0.0), True),
+        (3, (0.0, 0.5, 0.0, 0.7), False),
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("option", ["at=left", "words=red", "at=0,0,1,1"])
+def test_places_need_a_method_with_rows_for_each_lora(method: str, option: str) -> None:
+    name, _, value = option.partition("=")
+    participants = participants_of([TaggedLora("alice", {name: value}), TaggedLora("bob")])
+    settings = Settings(method=method)
+    if METHODS[method].takes_places or option == "at=0,0,1,1":
+        check_places(settings, participants)
+    else:
+        with pytest.raises(LoratorioError, match=r"LoRAtorio, Composite or W-Composite, not"):
+            check_places(settings, participants)
+
+
+def test_places_hold_in_every_step() -> None:
+    placed = participants_of([TaggedLora("alice", {"at": "left"})])
+    with pytest.raises(LoratorioError, match="start"):
+        check_places(Settings(start=0.2), placed)
+    check_places(Settings(start=0.2), Participants.of(2))
