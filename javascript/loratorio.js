@@ -1,5 +1,5 @@
 // The panel's line about the LoRAs in the prompt, kept true while the prompt is edited, pasted or filled by the page.
-// One file for Gradio 3 (A1111, reForge) and Gradio 4 (Forge, Forge Neo). Uses the WebUI's onUiLoaded, onAfterUiUpdate and opts.
+// For Gradio 3 (A1111, reForge) and Gradio 4 (Forge, Forge Neo). Uses the WebUI's onUiLoaded, onAfterUiUpdate and opts.
 // LoRA names come from anywhere: they enter the page as text nodes only.
 "use strict";
 
@@ -13,64 +13,6 @@
     const ROLES = ["content", "style", "always"];
     const ROLES_HELP = "content: where it fits, patch by patch. style: everywhere, in the passes of all the others. always: in every pass, never "
         + "composed (LCM, Lightning, Turbo and the like).";
-
-    /** The prompt as the WebUI reads it: with blanks for what stands behind a #, where its option for comments is on. */
-    function withoutComments(prompt) {
-        const on = typeof opts !== "undefined" && opts.enable_prompt_comments;
-        return on ? prompt.replace(/#[^\n]*/g, comment => " ".repeat(comment.length)) : prompt;
-    }
-
-    /**
-     * The LoRAs and pools of a prompt, in its order: name, strength in the UNet and in the text encoder as text, role as it is
-     * written (or undefined), where its tag begins and ends.
-     */
-    function lorasIn(prompt) {
-        const found = [];
-        for (const match of withoutComments(prompt).matchAll(/<(lora|lyco|pool):([^>]+)>/g)) {
-            const positional = [];
-            const named = Object.create(null);
-            for (const part of match[2].split(":")) {
-                // The WebUI's own rule: exactly one = makes an argument with a name.
-                const [key, value, ...more] = part.split("=");
-                if (value !== undefined && !more.length) {
-                    named[key] = value;
-                } else {
-                    positional.push(part);
-                }
-            }
-            const text = named.te ?? positional[1] ?? "1";
-            const unet = named.unet ?? positional[2] ?? text;
-            found.push({
-                pool: match[1] === "pool",
-                name: positional[0] ?? "",
-                unet: plain(unet),
-                text: plain(text),
-                written: named.role?.trim().toLowerCase(),
-                start: match.index,
-                end: match.index + match[0].length,
-            });
-        }
-        return found;
-    }
-
-    /** Write the role of the LoRA whose tag is the `index`th of the textarea; undefined takes it out. */
-    function writeRole(textarea, index, role) {
-        const prompt = textarea.value;
-        const lora = lorasIn(prompt)[index];
-        if (!lora) {
-            return;
-        }
-        const parts = prompt.slice(lora.start + 1, lora.end - 1).split(":").filter(part => !/^role=[^=]*$/.test(part));
-        const tag = [...parts, ...(role ? ["role=" + role] : [])].join(":");
-        textarea.value = prompt.slice(0, lora.start) + "<" + tag + ">" + prompt.slice(lora.end);
-        textarea.dispatchEvent(new Event("input", {bubbles: true}));
-    }
-
-    /** "0.80" as "0.8"; what is no number stays as it is. */
-    function plain(number) {
-        const value = Number(number);
-        return number.trim() !== "" && Number.isFinite(value) ? String(value) : number;
-    }
 
     function element(tag, className, text) {
         const made = document.createElement(tag);
@@ -100,7 +42,7 @@
             menu.append(new Option(role, role, false, role === lora.role));
         }
         // The role that the LoRA has anyway needs no writing.
-        menu.addEventListener("change", () => writeRole(textarea, index, menu.value === lora.own ? undefined : menu.value));
+        menu.addEventListener("change", () => loratorioTags.write(textarea, index, "role", menu.value === lora.own ? undefined : menu.value));
         return menu;
     }
 
@@ -113,16 +55,16 @@
     }
 
     /** The LoRAs of a textarea's prompt with their roles: what is written, else "always" for those that Python recognised. */
-    function playersOf(textarea, line) {
+    function rolesOf(textarea, line) {
         let speed = [];
         try {
             speed = JSON.parse(line.dataset.speed ?? "[]");
         } catch {
             // A list that cannot be read recognises nothing.
         }
-        return lorasIn(textarea?.value ?? "").map(({start, end, ...lora}) => {
+        return loratorioTags.read(textarea?.value ?? "").map(({start, end, ...lora}) => {
             const own = !lora.pool && speed.includes(lora.name) ? "always" : "content";
-            return {...lora, own, role: lora.pool ? "content" : lora.written ?? own};
+            return {...lora, own, role: lora.pool ? "content" : lora.options.role?.trim().toLowerCase() ?? own};
         });
     }
 
@@ -146,8 +88,8 @@
             return;
         }
         const hiresArea = hiresPrompt(tab);
-        const loras = playersOf(prompt, line);
-        const hires = playersOf(hiresArea, line);
+        const loras = rolesOf(prompt, line);
+        const hires = rolesOf(hiresArea, line);
         const styles = gradioApp().querySelector(`#${tab}_styles .token`) !== null;
         const state = JSON.stringify([loras, hires, styles]);
         if (shown[tab]?.line === line && shown[tab].state === state) {
@@ -172,6 +114,7 @@
         }
         // Blanks for those who copy the line or have it read out; the page itself does not show them.
         line.replaceChildren(...parts.flatMap(part => [part, " "]));
+        loratorioPlaces.show(tab, prompt, loras);
         const all = loras.map(lora => `${lora.name} ${lora.unet}`);
         folded(tab).textContent = all.length ? all.join(" · ") : NONE_FOLDED;
     }

@@ -11,18 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .colours import COLOURS
 from .sheet import FAINT, INK, PAPER, draw_text, enlarged, text_size, wrapped
-
-COLOURS = (
-    (230, 159, 0),
-    (0, 114, 178),
-    (0, 158, 115),
-    (204, 121, 167),
-    (213, 94, 0),
-    (86, 180, 233),
-    (240, 228, 66),
-)
-"""One for each LoRA, in order, over again after the last: Okabe and Ito's, which colour-blind people tell apart too."""
 
 _SIDE = 384  # pixels that a map's shorter side has at least
 _MOMENTS = 6  # pictures over time

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from .. import toybox
+from ..colours import COLOURS
 from ..errors import LoratorioError
-from ..maps import COLOURS
 from ..settings import Knob, Settings, panel_rows
 from ..sheet import draw_text, enlarged, text_size
 from ..webui.components import component, shown

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..colours import COLOURS
 from ..roles import looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings, panel_rows
 from . import gradio_compat as compat
@@ -51,12 +52,13 @@ def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
 
 
 def _line(tab: str) -> str:
-    """What the tick box does, and the line about the prompt's LoRAs that javascript/loratorio.js keeps true."""
+    """What the tick box does, the line about the prompt's LoRAs, and their places, which JavaScript keeps true."""
     help_text = escape(KNOB_BY_NAME["enabled"].help)
     speed = escape(json.dumps(speed_loras()))
     return (
         f'<p class="loratorio-help">{help_text}</p>'
         f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{speed}" aria-live="polite">{escape(NONE_YET)}</p>'
+        f'<div class="loratorio-places" id="loratorio_{tab}_places" data-colours="{escape(json.dumps(COLOURS))}" hidden></div>'
     )
 
 

@@ -31,6 +31,14 @@ const opts = {enable_prompt_comments: true};
 const loaded = [], updated = [];
 let waiting = null, started = false;
 function gradioApp() { return document; }
+// The WebUI's, which finds only tags without options.
+function tryToRemoveExtraNetworkFromPrompt(textarea, text, isNeg) {
+    const wanted = text.match(/<([^:^>]+:[^:]+):[\\d.]+>/)[1];
+    const left = textarea.value.replaceAll(/<([^:^>]+:[^:]+):[\\d.]+>/g, (found, net) => net === wanted ? "" : found);
+    const removed = left !== textarea.value;
+    textarea.value = left;
+    return removed;
+}
 function onUiLoaded(callback) { loaded.push(callback); }
 function onAfterUiUpdate(callback) { updated.push(callback); }
 document.addEventListener("DOMContentLoaded", () => new MutationObserver(() => {
@@ -105,7 +113,8 @@ def build() -> gr.Blocks:
 
 def add_javascript() -> None:
     """Have the page load our file the way the WebUIs do: written into the served HTML."""
-    scripts = CALLBACKS + (ROOT / "javascript" / "loratorio.js").read_text(encoding="utf8")
+    files = sorted((ROOT / "javascript").glob("*.js"))
+    scripts = CALLBACKS + "\n".join(file.read_text(encoding="utf8") for file in files)
     original = gradio.routes.templates.TemplateResponse
 
     def with_scripts(*args: Any, **kwargs: Any) -> Any:

@@ -148,7 +148,7 @@ def test_roles_are_written_into_the_prompt(page: Any) -> None:
     tab.role("fox").select_option("always")
     tab.role("ink").select_option("content")
     tab.role("fast").select_option("content")
-    text = "# <lora:ink:1>\n<lora:fox:0.8:role=always>, <lora:ink:1:te=0.5>, <lora:fast:1:role=content>"
+    text = "# <lora:ink:1>\n<lora:fox:role=always:0.8>, <lora:ink:te=0.5:1>, <lora:fast:role=content:1>"
     assert prompt.input_value() == text
     assert [tab.role(name).input_value() for name in ("fox", "ink", "fast")] == [
         "always",

@@ -251,8 +251,8 @@ def test_settings_page_gives_the_defaults(webui: SimpleNamespace, capsys: pytest
 
 
 AT_START = (
-    "compose errors hosts infotext job pool roles settings webui "
-    "compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.weights "
+    "compose errors hosts infotext job places pool roles settings webui "
+    "compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.regions compose.weights "
     "hosts.shared hosts.shared.host "
     "webui.api webui.components webui.infotext webui.options webui.pools webui.xyz"
 )

@@ -1,0 +1,341 @@
+// Places of the prompt's LoRAs: a small picture with a box for each, dragged, resized and drawn; what is drawn is written into the tags,
+// what is typed is shown. One for each tab, made by JavaScript alone. Uses loratorioTags (loratorio_tags.js).
+"use strict";
+
+const loratorioPlaces = (function() {
+    // The same names stand in loratorio/places.py.
+    const NAMED = {
+        "left": [0, 0, 0.5, 1],
+        "right": [0.5, 0, 1, 1],
+        "top": [0, 0, 1, 0.5],
+        "bottom": [0, 0.5, 1, 1],
+        "centre": [0.25, 0.25, 0.75, 0.75],
+        "top-left": [0, 0, 0.5, 0.5],
+        "top-right": [0.5, 0, 1, 0.5],
+        "bottom-left": [0, 0.5, 0.5, 1],
+        "bottom-right": [0.5, 0.5, 1, 1],
+    };
+    const ALIASES = {"center": "centre", "topleft": "top-left", "topright": "top-right", "bottomleft": "bottom-left",
+        "bottomright": "bottom-right"};
+    const LEAST = 0.04; // a box's side, as a part of the picture's
+    const SNAP = 0.025;
+    const STEP = 0.05; // of the arrow keys
+    const HELP = "Drag a box to move it, its edges to resize it. Drag on the free picture to draw a place for the chosen LoRA. "
+        + "Double click, or Delete: everywhere. Arrow keys move, with Shift they resize.";
+    const EVERYWHERE = "everywhere";
+
+    /** An option `at=…` as boxes [x0, y0, x1, y1] and the text of its edge; null where it cannot be read. */
+    function parse(value) {
+        const [places, ...edge] = value.trim().toLowerCase().split("~");
+        const boxes = places.split("+").map(part => {
+            const name = part.trim();
+            const named = NAMED[ALIASES[name] ?? name];
+            const box = named ?? name.split(",").map(Number);
+            const fits = box.length === 4 && box.every(each => each >= 0 && each <= 1) && box[0] < box[2] && box[1] < box[3];
+            return fits ? [...box] : null;
+        });
+        return boxes.includes(null) || edge.length > 1 ? null : {boxes, edge: edge.length ? "~" + edge[0] : ""};
+    }
+
+    /** Boxes as they are written: by name where there is one. */
+    function written({boxes, edge}) {
+        return boxes.map(box => {
+            const name = Object.keys(NAMED).find(each => NAMED[each].every((side, i) => Math.abs(side - box[i]) < 0.005));
+            return name ?? box.map(side => String(Math.round(side * 100) / 100)).join(",");
+        }).join("+") + edge;
+    }
+
+    function element(tag, className, text) {
+        const made = document.createElement(tag);
+        made.className = className;
+        made.textContent = text ?? "";
+        return made;
+    }
+
+    const snapped = side => [0, 0.25, 0.5, 0.75, 1].find(line => Math.abs(line - side) < SNAP) ?? side;
+    const clamped = (value, least, most) => Math.min(Math.max(value, least), most);
+
+    /** A box with some of its sides moved by dx and dy; without sides the whole box. */
+    function moved(box, sides, dx, dy, snap) {
+        const near = snap ? snapped : side => side;
+        if (!sides) {
+            const width = box[2] - box[0], height = box[3] - box[1];
+            const x = clamped(near(box[0] + dx), 0, 1 - width), y = clamped(near(box[1] + dy), 0, 1 - height);
+            return [x, y, x + width, y + height];
+        }
+        const result = [...box];
+        if (sides.includes("w")) result[0] = clamped(near(box[0] + dx), 0, box[2] - LEAST);
+        if (sides.includes("e")) result[2] = clamped(near(box[2] + dx), box[0] + LEAST, 1);
+        if (sides.includes("n")) result[1] = clamped(near(box[1] + dy), 0, box[3] - LEAST);
+        if (sides.includes("s")) result[3] = clamped(near(box[3] + dy), box[1] + LEAST, 1);
+        return result;
+    }
+
+    /** One tab's canvas. */
+    class Canvas {
+        constructor(tab, root) {
+            this.tab = tab;
+            this.root = root;
+            this.chosen = 0;
+            this.loras = [];
+            this.fold = element("details", "loratorio-places-fold");
+            this.summary = element("summary", "", "");
+            this.names = element("div", "loratorio-places-names");
+            this.canvas = element("div", "loratorio-places-canvas");
+            this.canvas.title = HELP;
+            this.help = element("p", "loratorio-places-help", HELP);
+            this.fold.append(this.summary, this.names, this.canvas, this.help);
+            root.replaceChildren(this.fold);
+            this.canvas.addEventListener("pointerdown", event => this.draw(event));
+            this.fold.addEventListener("toggle", () => this.underlay());
+        }
+
+        /** Bring the canvas up to date with the prompt's LoRAs; only those that can have a place. */
+        show(textarea, loras) {
+            this.textarea = textarea;
+            this.all = loras;
+            this.loras = loras.map((lora, index) => ({...lora, index})).filter(lora => lora.role !== "always" || lora.options.at);
+            this.root.hidden = !this.loras.length;
+            this.chosen = clamped(this.chosen, 0, Math.max(0, this.loras.length - 1));
+            const colours = JSON.parse(this.root.dataset.colours);
+            this.loras.forEach((lora, i) => {
+                lora.colour = `rgb(${colours[i % colours.length].join(",")})`;
+                lora.place = lora.options.at === undefined ? null : parse(lora.options.at);
+            });
+            const placed = this.loras.filter(lora => lora.options.at !== undefined);
+            this.summary.textContent = "Places: " + (placed.length
+                ? placed.map(lora => `${lora.name} ${lora.options.at}`).join(" · ")
+                : "every LoRA everywhere");
+            if (placed.length && !this.opened) {
+                this.opened = this.fold.open = true; // once: who folds it away wants it so
+            }
+            if (!this.dragging) {
+                this.render();
+            }
+        }
+
+        render() {
+            const focused = this.canvas.querySelector(":focus")?.dataset.key;
+            this.aspect();
+            this.names.replaceChildren(...this.loras.map((lora, i) => this.name(lora, i)));
+            this.canvas.replaceChildren(...this.loras.flatMap((lora, i) => (lora.place?.boxes ?? []).map(
+                (box, number) => this.box(lora, i, box, number),
+            )));
+            if (focused) {
+                this.canvas.querySelector(`[data-key="${focused}"]`)?.focus();
+            }
+        }
+
+        /** The picture's own aspect. */
+        aspect() {
+            const side = name => Number(gradioApp().querySelector(`#${this.tab}_${name} input[type=number]`)?.value) || 512;
+            const ratio = side("width") / side("height");
+            this.canvas.style.aspectRatio = String(ratio);
+            this.canvas.style.width = `min(100%, ${Math.round(ratio >= 1 ? 320 : Math.max(140, 320 * ratio))}px)`;
+        }
+
+        /** The last picture lies under the boxes. */
+        underlay() {
+            const picture = gradioApp().querySelector(`#${this.tab}_gallery img`);
+            this.canvas.style.backgroundImage = picture?.src ? `url("${picture.src.replace(/["\\]/g, "\\$&")}")` : "";
+        }
+
+        name(lora, i) {
+            const made = element("button", "loratorio-places-name", "");
+            made.type = "button";
+            made.setAttribute("aria-pressed", String(i === this.chosen));
+            const swatch = element("span", "loratorio-places-swatch");
+            swatch.style.background = lora.colour;
+            const unreadable = lora.options.at !== undefined && !lora.place;
+            const where = unreadable ? `at=${lora.options.at} cannot be read` : lora.options.at ?? EVERYWHERE;
+            made.append(swatch, (lora.pool ? "pool " : "") + lora.name + " ", element("span", "loratorio-places-where", where));
+            made.title = lora.place ? "Choose it; double click: everywhere" : "Give it a place";
+            made.addEventListener("click", () => {
+                this.choose(i);
+                if (!lora.place) {
+                    this.write(lora, {boxes: [this.free()], edge: ""});
+                }
+            });
+            made.addEventListener("dblclick", () => lora.place && this.write(lora, null));
+            return made;
+        }
+
+        /** What is drawn next is for this LoRA. */
+        choose(i) {
+            this.chosen = i;
+            this.names.childNodes.forEach((each, at) => each.setAttribute("aria-pressed", String(at === i)));
+            for (const box of this.canvas.children) {
+                box.classList.toggle("chosen", box.dataset.key?.startsWith(`${i}-`));
+            }
+        }
+
+        /** Half of the picture that no other LoRA has yet. */
+        free() {
+            const taken = this.loras.flatMap(lora => lora.place?.boxes ?? []);
+            const overlaps = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+            const halves = ["left", "right", "top", "bottom", "top-left", "top-right", "bottom-left", "bottom-right"];
+            const name = halves.find(each => !taken.some(box => overlaps(box, NAMED[each])));
+            return [...NAMED[name ?? "centre"]];
+        }
+
+        box(lora, i, box, number) {
+            const made = element("div", "loratorio-places-box");
+            made.dataset.key = `${i}-${number}`;
+            made.tabIndex = 0;
+            made.setAttribute("role", "group");
+            made.style.setProperty("--colour", lora.colour);
+            made.classList.toggle("chosen", i === this.chosen);
+            made.append(element("span", "loratorio-places-label", lora.name));
+            for (const sides of ["n", "e", "s", "w", "ne", "se", "sw", "nw"]) {
+                const handle = element("span", `loratorio-places-handle ${sides}`);
+                handle.dataset.sides = sides;
+                made.append(handle);
+            }
+            this.put(made, lora, box);
+            made.addEventListener("pointerdown", event => this.drag(event, made, lora, i, number));
+            made.addEventListener("dblclick", () => this.remove(lora, number));
+            made.addEventListener("keydown", event => this.key(event, lora, number));
+            made.addEventListener("focus", () => this.choose(i));
+            return made;
+        }
+
+        put(made, lora, box) {
+            const percent = side => `${side * 100}%`;
+            Object.assign(made.style, {
+                left: percent(box[0]), top: percent(box[1]), width: percent(box[2] - box[0]), height: percent(box[3] - box[1]),
+            });
+            const [x0, y0, x1, y1] = box.map(side => Math.round(side * 100));
+            made.setAttribute("aria-label", `Place of ${lora.name}: from ${x0} to ${x1} % across, ${y0} to ${y1} % down. `
+                + "Arrow keys move it, with Shift they resize it, Delete: everywhere.");
+        }
+
+        /** Follow the pointer until it is let go: `change` gets how far it is from where it began, in parts of the picture. */
+        follow(event, change, done) {
+            const area = this.canvas.getBoundingClientRect();
+            const at = each => [(each.clientX - area.left) / area.width, (each.clientY - area.top) / area.height];
+            const start = at(event);
+            let far = false;
+            event.preventDefault();
+            this.dragging = true;
+            const move = each => {
+                const now = at(each);
+                far ||= Math.hypot(now[0] - start[0], now[1] - start[1]) > 0.01;
+                if (far) {
+                    change(now[0] - start[0], now[1] - start[1], start, now);
+                }
+            };
+            const end = each => {
+                window.removeEventListener("pointermove", move);
+                window.removeEventListener("pointerup", end);
+                window.removeEventListener("pointercancel", end);
+                this.dragging = false;
+                // A mere click leaves the boxes as they are: the next one may make it a double click.
+                if (far && each.type === "pointerup") {
+                    done();
+                } else if (far) {
+                    this.render();
+                }
+            };
+            window.addEventListener("pointermove", move);
+            window.addEventListener("pointerup", end);
+            window.addEventListener("pointercancel", end);
+        }
+
+        drag(event, made, lora, i, number) {
+            if (event.button) {
+                return;
+            }
+            event.stopPropagation();
+            made.focus({preventScroll: true});
+            this.choose(i);
+            const sides = event.target.dataset?.sides;
+            const before = lora.place.boxes[number];
+            let now = before;
+            this.follow(event, (dx, dy) => {
+                now = moved(before, sides, dx, dy, true);
+                this.put(made, lora, now);
+            }, () => this.change(lora, number, now));
+        }
+
+        /** A new box on the free picture, for the chosen LoRA. */
+        draw(event) {
+            const lora = this.loras[this.chosen];
+            if (event.button || event.target !== this.canvas || !lora) {
+                return;
+            }
+            const made = element("div", "loratorio-places-box chosen");
+            made.style.setProperty("--colour", lora.colour);
+            let box = null;
+            this.follow(event, (dx, dy, start, now) => {
+                const [xs, ys] = [0, 1].map(axis => [start[axis], now[axis]].map(side => snapped(clamped(side, 0, 1))).sort((a, b) => a - b));
+                box = [xs[0], ys[0], xs[1], ys[1]];
+                this.put(made, lora, box);
+                this.canvas.append(made);
+            }, () => {
+                if (box && box[2] - box[0] >= LEAST && box[3] - box[1] >= LEAST) {
+                    const place = lora.place ?? {boxes: [], edge: ""};
+                    this.write(lora, {...place, boxes: [...place.boxes, box]});
+                } else {
+                    this.render();
+                }
+            });
+        }
+
+        key(event, lora, number) {
+            const directions = {ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP]};
+            const box = lora.place.boxes[number];
+            if (directions[event.key]) {
+                const sides = event.shiftKey ? (directions[event.key][0] ? "e" : "s") : undefined;
+                this.change(lora, number, moved(box, sides, ...directions[event.key], false));
+            } else if (event.key === "Delete" || event.key === "Backspace") {
+                this.remove(lora, number);
+            } else {
+                return;
+            }
+            event.preventDefault();
+            event.stopPropagation();
+        }
+
+        change(lora, number, box) {
+            this.write(lora, {...lora.place, boxes: lora.place.boxes.map((each, i) => i === number ? box : each)});
+        }
+
+        remove(lora, number) {
+            const boxes = lora.place.boxes.filter((_, i) => i !== number);
+            this.write(lora, boxes.length ? {...lora.place, boxes} : null);
+        }
+
+        /** Into the tag; the prompt's change brings the canvas up to date. */
+        write(lora, place) {
+            loratorioTags.write(this.textarea, lora.index, "at", place ? written(place) : undefined);
+        }
+    }
+
+    const canvases = {};
+
+    /** Called by the panel's line whenever the prompt's LoRAs or their roles have changed. */
+    function show(tab, textarea, loras) {
+        const root = gradioApp().querySelector(`#loratorio_${tab}_places`);
+        if (!root) {
+            return;
+        }
+        if (canvases[tab]?.root !== root) {
+            canvases[tab] = new Canvas(tab, root);
+        }
+        canvases[tab].show(textarea, loras);
+    }
+
+    /** The picture's size or the last picture may be others. */
+    function update() {
+        for (const canvas of Object.values(canvases)) {
+            if (!canvas.dragging) {
+                canvas.aspect();
+                canvas.underlay();
+            }
+        }
+    }
+
+    onAfterUiUpdate(update);
+
+    return {show};
+})();

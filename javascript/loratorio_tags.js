@@ -1,0 +1,147 @@
+// LoRA tags of a prompt, read and written; and the WebUI's own ways to edit them, for tags that have options.
+"use strict";
+
+const loratorioTags = (function() {
+    /** The prompt as the WebUI reads it: with blanks for what stands behind a #, where its option for comments is on. */
+    function withoutComments(prompt) {
+        const on = typeof opts !== "undefined" && opts.enable_prompt_comments;
+        return on ? prompt.replace(/#[^\n]*/g, comment => " ".repeat(comment.length)) : prompt;
+    }
+
+    /** The parts of a tag behind its kind and name: numbers by position, options by name. */
+    function partsOf(parts) {
+        const positional = [];
+        const options = Object.create(null);
+        for (const part of parts) {
+            // The WebUI's own rule: exactly one = makes an argument with a name.
+            const [key, value, ...more] = part.split("=");
+            if (value !== undefined && !more.length) {
+                options[key] = value;
+            } else {
+                positional.push(part);
+            }
+        }
+        return {positional, options};
+    }
+
+    /**
+     * The LoRAs and pools of a prompt, in its order: name, strength in the UNet and in the text encoder as text, options as they are
+     * written, where its tag begins and ends.
+     */
+    function read(prompt) {
+        const found = [];
+        for (const match of withoutComments(prompt).matchAll(/<(lora|lyco|pool):([^>]+)>/g)) {
+            const [name, ...rest] = match[2].split(":");
+            const {positional, options} = partsOf(rest);
+            const text = options.te ?? positional[0] ?? "1";
+            const unet = options.unet ?? positional[1] ?? text;
+            found.push({
+                pool: match[1] === "pool",
+                name,
+                unet: plain(unet),
+                text: plain(text),
+                options,
+                start: match.index,
+                end: match.index + match[0].length,
+            });
+        }
+        return found;
+    }
+
+    /** "0.80" as "0.8"; what is no number stays as it is. */
+    function plain(number) {
+        const value = Number(number);
+        return number.trim() !== "" && Number.isFinite(value) ? String(value) : number;
+    }
+
+    /**
+     * Write an option of the LoRA whose tag is the `index`th of the textarea; undefined takes it out.
+     *
+     * Options stand before the strength: the WebUI's Ctrl+Up and Ctrl+Down change the number at a tag's end.
+     */
+    function write(textarea, index, option, value) {
+        const prompt = textarea.value;
+        const lora = read(prompt)[index];
+        if (!lora) {
+            return;
+        }
+        const [kind, name, ...rest] = prompt.slice(lora.start + 1, lora.end - 1).split(":");
+        const isOption = part => part.split("=").length === 2;
+        const options = rest.filter(part => isOption(part) && part.split("=")[0] !== option);
+        const numbers = rest.filter(part => !isOption(part));
+        if (value !== undefined) {
+            options.push(`${option}=${value}`);
+        }
+        if (!numbers.length && options.length && !options.some(part => /^(te|unet)=/.test(part))) {
+            numbers.push("1");
+        }
+        const tag = [kind, name, ...options, ...numbers].join(":");
+        replace(textarea, lora.start, lora.end, `<${tag}>`);
+    }
+
+    /** Put `text` in the place of a part of the textarea's, as if it were typed. */
+    function replace(textarea, start, end, text) {
+        textarea.value = textarea.value.slice(0, start) + text + textarea.value.slice(end);
+        textarea.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+
+    // -- the WebUI's own editing --------------------------------------------------------------------------------------
+
+    /** A click on a LoRA's card takes its tag out again; the WebUI itself finds only tags without options. */
+    function removeOnCardClick() {
+        const original = window.tryToRemoveExtraNetworkFromPrompt;
+        if (typeof original !== "function" || original.knowsOptions) {
+            return;
+        }
+        const extended = function(textarea, text, isNegative) {
+            if (original.call(this, textarea, text, isNegative)) {
+                return true;
+            }
+            const clicked = read(text)[0];
+            const found = clicked && read(textarea.value).find(
+                lora => lora.name === clicked.name && lora.pool === clicked.pool && Object.keys(lora.options).length,
+            );
+            if (!found) {
+                return false;
+            }
+            const separator = (typeof opts !== "undefined" && opts.extra_networks_add_text_separator) || " ";
+            const before = textarea.value.slice(0, found.start);
+            const start = before.endsWith(separator) ? found.start - separator.length : found.start;
+            // What the WebUI added with the tag, its activation text, goes with it.
+            const added = text.slice(text.indexOf(">") + 1);
+            const after = textarea.value.slice(found.end);
+            const end = added && after.startsWith(added) ? found.end + added.length : found.end;
+            replace(textarea, start, end, "");
+            return true;
+        };
+        extended.knowsOptions = true;
+        window.tryToRemoveExtraNetworkFromPrompt = extended;
+    }
+
+    /** Ctrl+Up and Ctrl+Down in a tag whose options stand behind its strength, which the WebUI would not find. */
+    function changeStrength(event) {
+        const isUp = event.key === "ArrowUp";
+        const area = event.composedPath()[0];
+        if (!(event.ctrlKey || event.metaKey) || !(isUp || event.key === "ArrowDown") || !area.matches?.("[id*='prompt'] textarea")) {
+            return;
+        }
+        const at = area.selectionStart;
+        const lora = read(area.value).find(each => each.start < at && at < each.end);
+        const parts = lora ? area.value.slice(lora.start + 1, lora.end - 1).split(":") : [];
+        const last = parts.findLastIndex?.(part => /^\s*-?[\d.]+\s*$/.test(part)) ?? -1;
+        if (last < 2 || last === parts.length - 1) {
+            return;
+        }
+        event.preventDefault();
+        event.stopImmediatePropagation();
+        const step = (typeof opts !== "undefined" && Number(opts.keyedit_precision_extra)) || 0.05;
+        parts[last] = String(parseFloat((Number(parts[last]) + (isUp ? step : -step)).toPrecision(12)));
+        replace(area, lora.start, lora.end, `<${parts.join(":")}>`);
+        area.setSelectionRange(at, at);
+    }
+
+    window.addEventListener("keydown", changeStrength, true);
+    onUiLoaded(removeOnCardClick);
+
+    return {read, write};
+})();

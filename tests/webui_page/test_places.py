@@ -1,0 +1,165 @@
+"""The canvas of places in a real Gradio 3.41.2 and 4.40 page: drawn with mouse, touch and keyboard, typed, and the WebUI's own editing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .test_panel import Tab
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Places(Tab):
+    """What a user does with the canvas of a tab."""
+
+    def canvas(self) -> Any:
+        return self.find("_places .loratorio-places-canvas")
+
+    def boxes(self) -> Any:
+        return self.find("_places .loratorio-places-box")
+
+    def lora(self, lora: str) -> Any:
+        return self.find(f"_places .loratorio-places-name:has-text('{lora}')")
+
+    def unfold(self) -> Places:
+        if not self.canvas().is_visible():
+            self.find("_places summary").click()
+        self.canvas().scroll_into_view_if_needed()
+        return self
+
+    def written(self) -> str:
+        value: str = self.page.input_value(f"#{self.name}_prompt textarea")
+        return value
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """From one place of the canvas to another, both as parts of it."""
+        area = self.canvas().bounding_box()
+        points = [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in (start, end)]
+        self.page.mouse.move(*points[0])
+        self.page.mouse.down()
+        self.page.mouse.move(*points[1], steps=5)
+        self.page.mouse.up()
+
+
+@pytest.fixture
+def places(page: Any) -> Places:
+    tab = Places(page, "txt2img")
+    tab.open()
+    tab.prompt("two friends <lora:fox:0.8> <lora:ink:1>")
+    return tab.unfold()
+
+
+def test_a_place_is_given_moved_resized_and_taken(places: Places) -> None:
+    assert places.boxes().count() == 0
+    places.lora("fox").click()
+    assert places.written() == "two friends <lora:fox:at=left:0.8> <lora:ink:1>"
+    places.lora("ink").click()
+    assert places.written() == "two friends <lora:fox:at=left:0.8> <lora:ink:at=right:1>"
+    assert places.boxes().count() == 2
+    places.drag((0.75, 0.02), (0.75, 0.5))  # ink's upper edge
+    assert "<lora:ink:at=bottom-right:1>" in places.written()
+    places.drag((0.75, 0.75), (0.75, 0.3))  # the whole box
+    assert "<lora:ink:at=0.5,0.05,1,0.55:1>" in places.written()
+    places.boxes().nth(1).dblclick()
+    assert places.written() == "two friends <lora:fox:at=left:0.8> <lora:ink:1>"
+    places.lora("fox").dblclick()
+    assert places.written() == "two friends <lora:fox:0.8> <lora:ink:1>"
+
+
+def test_a_place_is_drawn_for_the_chosen_lora(places: Places) -> None:
+    places.lora("ink").click()
+    places.lora("ink").click()
+    places.drag((0.6, 0.1), (0.9, 0.4))
+    assert places.written() == "two friends <lora:fox:0.8> <lora:ink:at=left+0.6,0.1,0.9,0.4:1>"
+    assert places.boxes().count() == 2
+
+
+def test_the_keyboard_moves_resizes_and_deletes(places: Places) -> None:
+    places.lora("fox").click()
+    box = places.boxes().first
+    box.focus()
+    for _ in range(2):
+        places.page.keyboard.press("ArrowRight")
+    assert "at=0.1,0,0.6,1:0.8" in places.written()
+    places.page.keyboard.press("Shift+ArrowUp")
+    assert "at=0.1,0,0.6,0.95:0.8" in places.written()
+    assert "across" in places.boxes().first.get_attribute("aria-label")
+    places.page.keyboard.press("Delete")
+    assert places.written() == "two friends <lora:fox:0.8> <lora:ink:1>"
+
+
+def test_what_is_typed_is_shown(places: Places) -> None:
+    places.prompt(
+        "<lora:fox:at=0.25,0.5,0.75,1~0.05:0.8> <pool:anime/*:at=top+left> <lora:ink:1:at=somewhere>"
+    )
+    area, box = places.canvas().bounding_box(), places.boxes().first.bounding_box()
+    assert box["x"] - area["x"] == pytest.approx(area["width"] / 4, abs=3)
+    assert box["height"] == pytest.approx(area["height"] / 2, abs=3)
+    assert places.boxes().count() == 3
+    assert "cannot be read" in places.lora("ink").inner_text()
+    # What the canvas writes keeps the soft edge that was typed.
+    places.boxes().first.focus()
+    places.page.keyboard.press("ArrowUp")
+    assert "<lora:fox:at=0.25,0.45,0.75,0.95~0.05:0.8>" in places.written()
+
+
+def test_names_are_text_and_colours_those_of_the_maps(places: Places) -> None:
+    places.prompt("<lora:<img src=x onerror=window.hit=1:at=left:1> <lora:fast:1> <lora:ink:at=right:1>")
+    assert places.page.evaluate("window.hit") is None
+    colours = places.boxes().evaluate_all("boxes => boxes.map(box => box.style.getPropertyValue('--colour'))")
+    # `fast` always acts: it has no colour on the maps, and no name here.
+    assert colours == ["rgb(230,159,0)", "rgb(0,114,178)"]
+    assert places.lora("fast").count() == 0
+
+
+def test_touch(page: Any, browser: Any, server: str) -> None:
+    context = browser.new_context(viewport={"width": 420, "height": 900}, has_touch=True, is_mobile=True)
+    try:
+        touched = context.new_page()
+        touched.goto(server)
+        touched.wait_for_function("window.updates >= 1")
+        places = Places(touched, "txt2img")
+        places.open()
+        places.prompt("<lora:fox:0.8> <lora:ink:1>")
+        places.unfold()
+        places.lora("fox").tap()
+        assert "<lora:fox:at=left:0.8>" in places.written()
+        area = places.canvas().bounding_box()
+        assert area["x"] >= 0
+        assert area["x"] + area["width"] <= 420
+        # A finger's pointer events, which Chromium's touch input makes of touches.
+        session = context.new_cdp_session(touched)
+        at = [(area["x"] + x * area["width"], area["y"] + area["height"] / 2) for x in (0.2, 0.5, 0.7)]
+        for kind, points in (
+            ("touchStart", at[:1]),
+            ("touchMove", at[1:2]),
+            ("touchMove", at[2:]),
+            ("touchEnd", []),
+        ):
+            touch = [{"x": x, "y": y} for x, y in points]
+            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touch})
+        touched.wait_for_function(
+            "document.querySelector('#txt2img_prompt textarea').value.includes('at=right')"
+        )
+    finally:
+        context.close()
+
+
+def test_the_webuis_own_editing_of_tags(places: Places) -> None:
+    """A click on a LoRA's card takes out a tag with options; Ctrl+Up changes a strength that stands before options."""
+    page = places.page
+    places.prompt("a fox <lora:fox:at=left:0.8> <lora:ink:1:at=right:words=red dress>")
+    removed = """() => tryToRemoveExtraNetworkFromPrompt(
+        document.querySelector('#txt2img_prompt textarea'), '<lora:fox:1>', false)"""
+    assert page.evaluate(removed) is True
+    assert places.written() == "a fox <lora:ink:1:at=right:words=red dress>"
+    assert page.evaluate(removed) is False
+    area = page.locator("#txt2img_prompt textarea")
+    area.evaluate("area => { area.focus(); area.setSelectionRange(12, 12); }")
+    page.keyboard.press("Control+ArrowUp")
+    assert places.written() == "a fox <lora:ink:1.05:at=right:words=red dress>"
+    page.keyboard.press("Control+ArrowDown")
+    page.keyboard.press("Control+ArrowDown")
+    assert places.written() == "a fox <lora:ink:0.95:at=right:words=red dress>"
