@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from loratorio.errors import LoratorioError
 from loratorio.toybox.elements import BY_NAME
 
-from . import measures
+from . import beside, measures
 from .plan import Cell
 from .store import ImageResult, Result
 
@@ -94,6 +94,10 @@ class ToyboxBackend:
 
     def prompt(self, cell: Cell) -> str:
         """The caption of a scene with these elements, and the tags."""
+        if cell.beside:
+            trigger = {element.name: element.trigger for element in BY_NAME.values()}
+            category = {element.name: element.category for element in BY_NAME.values()}
+            return beside.prompt(cell, trigger, category)
         # The same scene for every variant and seed of a combination.
         scene = self._world.random_scene(random.Random("+".join(cell.elements)), *cell.elements)
         caption = self._world.caption(scene)
@@ -123,7 +127,7 @@ class ToyboxBackend:
             settings=settings,
             seed=cell.seed,
             batch=cell.count,
-            width=self._size,
+            width=2 * self._size if cell.beside else self._size,
             height=self._size,
             **sampling,
         )
@@ -143,6 +147,15 @@ class ToyboxBackend:
 
     def classify(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
         array = np.stack(list(pictures))
+        if array.shape[2] == 2 * self._size:
+            halves = [self.classify(list(part)) for part in np.split(array, 2, axis=2)]
+            return [
+                (
+                    beside.found_in([dict.fromkeys(left[0], True), dict.fromkeys(right[0], True)]),
+                    (left[1] + right[1]) / 2,
+                )
+                for left, right in zip(*halves, strict=True)
+            ]
         found = self._classify.classify(array, self._classifier)
         features = self._classify.features(array, self._classifier)
         names = [tuple(sorted(name for name, there in each.items() if there)) for each in found]

@@ -12,6 +12,7 @@ from typing import Any
 
 from loratorio.errors import LoratorioError
 
+from . import beside
 from .plan import (
     ABLATIONS,
     BETTER_ROWS,
@@ -30,7 +31,7 @@ from .plan import (
 )
 
 QUICK_MINUTES = 9.0
-GROUPS = ("methods", "others", "roles", "better", "dynamic", "ablations")
+GROUPS = ("methods", "others", "roles", "better", "dynamic", "ablations", "places")
 SAMPLING = {"steps": 12, "cfg": 3.0, "sampler": "euler"}
 GRID: Mapping[str, Any] = {
     "groups": ",".join(GROUPS),
@@ -39,6 +40,7 @@ GRID: Mapping[str, Any] = {
     "ablation_combinations": 6,
     "seeds": 5,
     "ablation_seeds": 3,
+    "place_seeds": 10,
     "elements": "",
     "counts": "2,3,4,5",
     **SAMPLING,
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
         ("ablation_combinations", "how many of each N for the other tables"),
         ("seeds", "pictures per combination and method"),
         ("ablation_seeds", "pictures per combination in the other tables"),
+        ("place_seeds", "pictures per pair of characters in the table of places"),
         ("elements", "only these LoRAs of the toybox, with commas between"),
         ("counts", "numbers of LoRAs, with commas between"),
     ):
@@ -159,6 +162,7 @@ def check(options: argparse.Namespace) -> None:
     for what, least in (
         ("seeds", 1),
         ("ablation_seeds", 1),
+        ("place_seeds", 1),
         ("workers", 1),
         ("combinations", 0),
         ("other_combinations", 0),
@@ -205,6 +209,11 @@ def toybox_categories() -> Mapping[str, Sequence[str]]:
     return {name: [element.name for element in present if element.category == name] for name in order}
 
 
+def beside_categories() -> dict[str, str]:
+    """Category of every element by name."""
+    return {name: category for category, names in toybox_categories().items() for name in names}
+
+
 def the_grid(options: argparse.Namespace) -> list[Cell]:
     """All cells that the options ask for, each once. First a part of every table, last the main methods on all that is left."""
     groups = ["others", "methods"] if options.quick else options.groups.split(",")
@@ -239,6 +248,8 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         grid += part(DYNAMIC_ROWS, few, few_seeds)
     if "ablations" in groups:
         grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
+    if "places" in groups:
+        grid += beside.cells(categories, options.place_seeds)
     if "methods" in groups:
         grid += part(MAIN_ROWS, every, options.seeds)
     return distinct(grid)
@@ -252,6 +263,8 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
         print("There are no results yet.")
         return
     print(table(MAIN_ROWS, results))
+    if any(result.cell.beside for result in results):
+        print(beside.table(results, beside_categories()))
     found = order(results)
     published = published_order(PUBLISHED) if PUBLISHED.is_file() else ""
     if found:

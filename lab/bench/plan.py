@@ -25,6 +25,7 @@ class Variant:
         knobs: settings other than the defaults.
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
+        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
 
@@ -34,6 +35,7 @@ class Variant:
     role: str = ""
     pool: bool = False
     made: str = "picture"
+    beside: str = ""
 
     def resolved(self) -> dict[str, Any]:
         """Every knob that matters to the picture, at this variant's value. A default that changes makes new cells."""
@@ -53,7 +55,7 @@ class Cell:
     """One combination under one variant, for some seeds: what a worker does at once.
 
     Attributes:
-        elements: names, of different categories.
+        elements: names, of different categories; with `beside`, the first two are characters, from left to right.
         seed, count: the first seed, and how many follow one another.
         variant: the first that asked for this; others may be the same work.
         knobs: every knob that matters to the picture, and `steps`, `cfg`, `sampler`.
@@ -67,18 +69,25 @@ class Cell:
     role: str = ""
     pool: bool = False
     made: str = "picture"
+    beside: str = ""
 
     @property
     def key(self) -> str:
         """The same for the same work and for no other: name of the result's file."""
         work = {name: value for name, value in asdict(self).items() if name != "variant"}
+        work = {name: value for name, value in work.items() if name != "beside" or value}
         content = json.dumps(work, sort_keys=True)
         made = self.knobs.get("method", self.made)
         return f"{made}.{'+'.join(self.elements)}.{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def is_of(self, variant: Variant) -> bool:
         """Whether this cell is what the variant asks for."""
-        if (self.made, self.role, self.pool) != (variant.made, variant.role, variant.pool):
+        if (self.made, self.role, self.pool, self.beside) != (
+            variant.made,
+            variant.role,
+            variant.pool,
+            variant.beside,
+        ):
             return False
         return self.made == "truth" or variant.resolved().items() <= self.knobs.items()
 
@@ -214,6 +223,7 @@ def cells(
                     variant.role,
                     variant.pool,
                     variant.made,
+                    variant.beside,
                 )
             )
     return distinct(grid)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .generate import Outcome, Request
     from .model import LoadedModel
 
-STEPS = 12
+STEPS, PAIR_STEPS = 12, 20
 
 
 def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = None) -> None:
@@ -41,10 +41,11 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
     )
     files: dict[Path, bytes] = {}
     pictures: dict[str, Image.Image] = {}
+    pair: dict[str, Image.Image] = {}
 
-    def make(label: str, file: str, request: Request) -> Outcome:
+    def make(label: str, file: str, request: Request, shown: dict[str, Image.Image] = pictures) -> Outcome:
         outcome = model.run(request, label)
-        pictures[label] = outcome.images[0]
+        shown[label] = outcome.images[0]
         files[out / f"{file}.png"] = png(outcome.images[0], describe(model.checkpoint, outcome, 0))
         return outcome
 
@@ -60,6 +61,25 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
         outcome = make(entry.label, f"method-{entry.name}", own)
         for name, picture in weight_maps(outcome, 0).items():
             files[out / f"map-{entry.name}-{name}.png"] = png(picture)
+    # Wide enough that the model draws two figures; they take more steps to settle.
+    beside = replace(
+        request,
+        prompt=example.pair_prompt(),
+        width=2 * model.size,
+        steps=steps or PAIR_STEPS,
+        cfg=1.5 * model.cfg,
+    )
+    placed = replace(beside, prompt=example.pair_prompt("left", "right"))
+    merged = replace(beside, settings=Settings(enabled=True, method="merge"))
+    make("Merge", "two-merge", merged, pair)
+    make("LoRAtorio", "two-loratorio", beside, pair)
+    for name, picture in weight_maps(
+        make("LoRAtorio, a place for each", "two-places", placed, pair), 0
+    ).items():
+        files[out / f"map-two-places-{name}.png"] = png(picture)
+    files[out / "two-characters.png"] = png(
+        contact_sheet([list(pair.values())], list(pair), title=placed.prompt)
+    )
     sheet = contact_sheet(
         [list(pictures.values())],
         list(pictures),
@@ -71,4 +91,5 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
     print(f"{len(files)} files in {out.resolve()}, after {time.monotonic() - started:.0f} s:")
     print(f"  {out / 'contact-sheet.png'}   every method side by side")
     print(f"  {out / 'method-*.png'}        each picture, with its settings for a WebUI's PNG Info")
+    print(f"  {out / 'two-characters.png'} two characters beside each other, merged and each in its place")
     print(f"  {out / 'map-*.png'}           where and when each LoRA was used")

@@ -1,0 +1,116 @@
+"""Two characters beside each other, each from its own LoRA, with and without places; alone, before a background, under a style."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .plan import CHARACTER, STYLE, Cell, Variant
+from .store import ImageResult, Result
+
+ROWS: tuple[Variant, ...] = (
+    Variant("beside_merge", "Merge", {"method": "merge"}, beside="free"),
+    Variant("beside_free", "LoRAtorio", {}, beside="free"),
+    Variant("beside_placed", "**LoRAtorio, a place for each**", {}, beside="placed"),
+    Variant("beside_share", "the same, shared part 0.15", {"share": 0.15}, beside="placed"),
+)
+
+BACKGROUND = "background"
+SAMPLING = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
+"""A wide picture takes longer to settle than the twelve steps of the other tables."""
+
+
+def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
+    """All ordered pairs of characters, alone and with every background or style that lies over the whole picture."""
+    pairs = list(itertools.permutations(categories.get(CHARACTER, ()), 2))
+    further = [
+        (),
+        *((name,) for kind in (BACKGROUND, STYLE) for name in categories.get(kind, ())),
+    ]
+    return [
+        Cell(
+            variant.name, (*pair, *more), 0, seeds, {**SAMPLING, **variant.resolved()}, beside=variant.beside
+        )
+        for more in further
+        for pair in pairs
+        for variant in ROWS
+    ]
+
+
+def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) -> str:
+    """The words of the elements, and the tags; what is no character is everywhere."""
+    left, right, *more = cell.elements
+    background = next((trigger[name] for name in more if category[name] == BACKGROUND), "sky")
+    styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
+    places = (":at=left", ":at=right") if cell.beside == "placed" else ("", "")
+    tags = [
+        f"<lora:{left}{places[0]}:1>",
+        f"<lora:{right}{places[1]}:1>",
+        *(f"<lora:{name}:1>" for name in more),
+    ]
+    return (
+        ", ".join([trigger[left], trigger[right], f"{background} background", *styles]) + " " + " ".join(tags)
+    )
+
+
+def found_in(halves: Sequence[Mapping[str, bool]]) -> tuple[str, ...]:
+    """What the classifier finds in the left and in the right half, as ``left:cat``."""
+    return tuple(
+        f"{side}:{name}"
+        for side, found in zip(("left", "right"), halves, strict=True)
+        for name, there in found.items()
+        if there
+    )
+
+
+def is_right(image: ImageResult, elements: Sequence[str]) -> bool:
+    """Whether each half has its own character and not the other's."""
+    left, right = elements[:2]
+    wanted, wrong = {f"left:{left}", f"right:{right}"}, {f"left:{right}", f"right:{left}"}
+    found = set(image.found)
+    return wanted <= found and not wrong & found
+
+
+def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
+    """Per row: how many pictures have both halves right, alone, with backgrounds, with styles; and in how many halves those are found."""
+    lines = [
+        "| | both halves right: the pair alone | with a background | the background found | with a style | the style found |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for variant in ROWS:
+        own = [result for result in results if result.cell.is_of(variant)]
+        if not own:
+            continue
+        alone = [result for result in own if len(result.cell.elements) == 2]
+        shown = [_share_right(alone)]
+        for kind in (BACKGROUND, STYLE):
+            part = [
+                each
+                for each in own
+                if len(each.cell.elements) > 2 and category[each.cell.elements[2]] == kind
+            ]
+            shown += [_share_right(part), _share_found(part)]
+        lines.append(f"| {variant.label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _share_right(results: Sequence[Result]) -> str:
+    right = [is_right(image, result.cell.elements) for result in results for image in result.images]
+    return f"{np.mean(right):.0%} of {len(right)}".replace("%", " %") if right else "–"
+
+
+def _share_found(results: Sequence[Result]) -> str:
+    names = list(dict.fromkeys(result.cell.elements[2] for result in results))
+    shares = []
+    for name in names:
+        found = [
+            f"{side}:{name}" in image.found
+            for result in results
+            if result.cell.elements[2] == name
+            for image in result.images
+            for side in ("left", "right")
+        ]
+        shares.append(f"{name} {np.mean(found):.0%}".replace("%", " %"))
+    return ", ".join(shares) or "–"
