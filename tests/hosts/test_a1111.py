@@ -377,3 +377,65 @@ def test_a_model_called_past_the_callback_stops_the_job(a1111: Any, standin: Any
     monkeypatch.setattr(module, "cfg_denoiser_callback", lambda params: None)
     with pytest.raises(LoratorioError, match="past LoRAtorio"):
         compose(standin.job(standin.lora("a", 1)))
+
+
+# -- places and own words ---------------------------------------------------------------------------------------------
+
+
+def test_own_words_are_a_longer_prompt_for_the_loras_own_rows(a1111: Any, either: Any) -> None:
+    """With one LoRA at λ = 0 it is the WebUI's own picture of that prompt, in batches, with AND, editing and long words."""
+    Tag = a1111.run.Tag
+    a = either.lora("a", 1)
+    for prompts, longer in (
+        (("a red circle",), ("a red circle, {}",)),
+        (("a AND b :0.6", "c AND d :2"), ("a, {} AND b, {} :0.6", "c, {} AND d, {} :2")),
+        (("a [red:blue:2] circle",), ("a [red:blue:2] circle, {}",)),
+    ):
+        for words in ("dress", "one two three four five six seven"):
+            own, job = compose(either.job(Tag(a, named={"words": words}), prompts=prompts), recentre=0.0)
+            wanted = either.run(either.job(a, prompts=tuple(each.replace("{}", words) for each in longer)))
+            assert close(own, wanted)
+            assert not close(own, either.run(either.job(a, prompts=prompts)))
+            assert job.p.prompts == list(prompts)
+
+
+def test_a_place_that_is_the_picture_is_no_place(a1111: Any, either: Any) -> None:
+    Tag = a1111.run.Tag
+    a, b = either.lora("a", 1), either.lora("b", 2)
+    plain, _ = compose(either.job(a, b))
+    placed, job = compose(either.job(Tag(a, named={"at": "0,0,1,1"}), Tag(b, named={"at": "left+right"})))
+    assert torch.equal(plain, placed)
+    assert job.passes[0].places == ("0,0,1,1", "left+right")
+    left, _ = compose(either.job(Tag(a, named={"at": "left"}), Tag(b, named={"at": "right"})))
+    right, _ = compose(either.job(Tag(a, named={"at": "right"}), Tag(b, named={"at": "left"})))
+    assert not close(left, plain)
+    assert not close(left, right)
+
+
+def test_a_bad_place_and_a_method_without_rows_stop_the_job(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    for named, knobs, sentence in (
+        ({"at": "lefft"}, {}, "did you mean left"),
+        ({"at": "left"}, {"method": "merge"}, "rows of its own"),
+        ({"words": "red"}, {"method": "switch"}, "rows of its own"),
+        ({"at": "left"}, {"start": 0.5}, "every step"),
+    ):
+        calls = len(standin.model.calls)
+        with pytest.raises(LoratorioError, match=sentence):
+            compose(standin.job(Tag(a, named=named), b), **knobs)
+        assert len(standin.model.calls) == calls  # nothing was sampled
+        assert sum(trace(a1111, standin)[3]) == 0  # no hook
+
+
+def test_only_masked_places_are_cut_with_the_picture(a1111: Any, standin: Any) -> None:
+    """Inpainting "only masked": the LoRA whose place lies outside of what is sampled has no say in it."""
+    from PIL import Image
+
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    cut = {"paste_to": (64, 0, 64, 64), "overlay_images": [Image.new("RGBA", (128, 64))]}
+    right, _ = compose(standin.job(Tag(a, named={"at": "left~0"}), Tag(b, named={"at": "right~0"}), **cut))
+    alone, _ = compose(standin.job(Tag(b, named={"at": "right~0"}), **cut))
+    assert close(right, alone)
+    assert not close(right, compose(standin.job(a))[0])

@@ -626,3 +626,44 @@ def test_blocks_of_a_low_bit_weight_are_read_before_the_host_has_arranged_them(
     assert read.tolist() == [[1, 2], [3, 4]]
     assert torch.equal(layer.weight.data, bytes_before)
     assert layer.weight.baked is used_before
+
+
+# -- places and own words ---------------------------------------------------------------------------------------------
+
+
+def test_own_words_are_a_longer_prompt_for_the_loras_own_rows(webui: Any, standin: Any) -> None:
+    tag = webui.run.tag
+    for prompts, longer in (
+        (("a red circle",), ("a red circle, {}",)),
+        (("a AND b :0.6",), ("a, {} AND b, {} :0.6",)),
+        (("a red circle", "a blue square"), ("a red circle, {}", "a blue square, {}")),
+    ):
+        for words in ("dress", "one two three four five six seven"):
+            own, _ = compose(standin, standin.job(tag("a", words=words), prompts=prompts), recentre=0.0)
+            wanted = standin.run(
+                standin.job("a", prompts=tuple(each.replace("{}", words) for each in longer))
+            )
+            assert close(own, wanted)
+            assert not close(own, standin.run(standin.job("a", prompts=prompts)))
+
+
+def test_a_place_that_is_the_picture_is_no_place(webui: Any, standin: Any) -> None:
+    tag = webui.run.tag
+    plain, _ = compose(standin, standin.job("a", "b"))
+    placed, job = compose(standin, standin.job(tag("a", at="0,0,1,1"), tag("b", at="left+right")))
+    assert torch.equal(plain, placed)
+    assert job.passes[0].places == ("0,0,1,1", "left+right")
+    left, _ = compose(standin, standin.job(tag("a", at="left"), tag("b", at="right")))
+    assert not close(left, plain)
+
+
+def test_a_bad_place_and_a_method_without_rows_stop_the_job(webui: Any, standin: Any) -> None:
+    tag = webui.run.tag
+    for options, knobs, sentence in (
+        ({"at": "lefft"}, {}, "did you mean left"),
+        ({"at": "left"}, {"method": "merge"}, "rows of its own"),
+    ):
+        before = trace(standin)
+        with pytest.raises(LoratorioError, match=sentence):
+            compose(standin, standin.job(tag("a", **options), "b"), **knobs)
+        assert same(trace(standin), before)
