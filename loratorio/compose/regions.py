@@ -15,7 +15,7 @@ from .lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-YIELDED = 0.8
+YIELDED = 0.5
 """How much of its weight a LoRA without a place loses inside the others' places: found by measurement (docs/RESULTS.md)."""
 
 _SAMPLES = 8

@@ -31,7 +31,7 @@ def upscaled(webui: WebUI, fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "hr_upscaler": "None"} if lacking else fields
 
 
-class TaggedLora:
+class Player:
     """Plays one scenario with any LoRAs and knobs."""
 
     def __init__(self, webui: WebUI, scenario: Scenario, extra: dict[str, Any], loras: list[str]) -> None:
@@ -97,7 +97,7 @@ def test_composes(
     unknown = [name for name in scenario.options if name not in options]
     if unknown:
         pytest.skip(f"this WebUI has no option {unknown[0]}")
-    play = TaggedLora(webui, scenario, extra, loras)
+    play = Player(webui, scenario, extra, loras)
     # The WebUI draws the noise of the VAE's encoder from torch's global generator, as the job before left it. With random
     # weights that is seen (34 dB); a trained VAE's encoder has next to none.
     if scenario.kind == "img2img" or scenario.checkpoint:

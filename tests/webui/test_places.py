@@ -1,0 +1,99 @@
+"""Places and own words in the running WebUI, by API and on its page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .client import SIZE, Pictures, Refused, WebUI, psnr
+from .scenarios import HIRES, INIT, INPAINT
+from .test_page import page as page
+from .test_scenarios import upscaled
+
+pytestmark = pytest.mark.timeout(900)
+
+WIDE = {"width": 2 * SIZE, "height": SIZE}
+
+
+def tag(name: str, option: str = "", strength: float = 1.0) -> str:
+    return f"<lora:{name}{':' + option if option else ''}:{strength}>"
+
+
+@pytest.mark.parametrize("text", ["a red circle", "a red circle AND a green field :0.6"])
+def test_own_words_are_a_longer_prompt_for_the_loras_rows(webui: WebUI, loras: list[str], text: str) -> None:
+    """With one LoRA at λ = 0 it is the WebUI's own picture of that prompt."""
+    longer = ", blue, a hat"
+    own = webui.txt2img({"recentre": 0.0}, prompt=f"{text} {tag(loras[0], 'words=blue, a hat')}")
+    parts = text.replace(" AND", f"{longer} AND").replace(" :0.6", f"{longer} :0.6")
+    wanted = parts if "AND" in text else text + longer
+    assert psnr(own.image, webui.txt2img(prompt=f"{wanted} {tag(loras[0])}").image) >= 70
+    assert not np.array_equal(own.image, webui.txt2img(prompt=f"{text} {tag(loras[0])}").image)
+
+
+def test_places_that_are_the_picture_are_none(webui: WebUI, loras: list[str]) -> None:
+    plain = webui.txt2img({}, prompt=f"a {tag(loras[0])}{tag(loras[1])}")
+    placed = webui.txt2img({}, prompt=f"a {tag(loras[0], 'at=0,0,1,1')}{tag(loras[1], 'at=left+right')}")
+    assert (plain.image == placed.image).all()
+
+
+@pytest.mark.parametrize("way", ["txt2img", "hires fix", "img2img", "inpainting", "only masked"])
+def test_places_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
+    """Another picture than without, the same again, in the infotext, and unticked afterwards nothing is left."""
+    fields: dict[str, Any] = dict(WIDE)
+    call = webui.txt2img
+    if way == "hires fix":
+        fields = upscaled(webui, {**fields, **HIRES, "hr_upscaler": "Lanczos"})
+    elif way != "txt2img":
+        call = webui.img2img
+        fields |= INIT if way == "img2img" else INPAINT
+        fields |= {"inpaint_full_res": way == "only masked", "inpaint_full_res_padding": 8}
+    free = f"a red circle {tag(loras[0])}{tag(loras[1])}"
+    placed = f"a red circle {tag(loras[0], 'at=left')}{tag(loras[1], 'at=right')}"
+
+    def twice(composed: Any, prompt: str) -> Pictures:
+        # A picture's noise may come from the generator as the job before left it: the second is the same each time.
+        call(composed, prompt=prompt, **fields)
+        return call(composed, prompt=prompt, **fields)
+
+    plain = twice(None, free)
+    first = twice({"weight_maps": True}, placed)
+    assert " at left" in first.infotext
+    assert "note" not in first.infotext
+    assert (twice({}, placed).image == first.image).all()
+    assert not (twice({}, free).image == first.image).all()
+    assert (twice(None, free).image == plain.image).all()
+    assert len(call({}, prompt=placed, batch_size=4, **fields).images) >= 4
+
+
+def test_bad_places_are_sentences(webui: WebUI, loras: list[str]) -> None:
+    for option, knobs, words in (
+        ("at=lefft", {}, "did you mean left"),
+        ("at=left", {"method": "merge"}, "rows of its own"),
+        ("at=left", {"end": 0.5}, "every step"),
+    ):
+        with pytest.raises(Refused, match=words) as refused:
+            webui.txt2img(knobs, prompt=f"a {tag(loras[0], option)}{tag(loras[1])}")
+        assert refused.value.status == 422
+
+
+def test_cards_and_keys_know_tags_with_options(page: Any, loras: list[str]) -> None:
+    """On the WebUI's own page: a click on a LoRA's card takes its tag out, Ctrl+Up changes its strength."""
+    page.wait_for_function("typeof opts.keyedit_precision_extra === 'number'")  # the page fetches its options late
+    area = page.locator("#txt2img_prompt textarea")
+    for written, changed in (
+        (tag(loras[0], "at=left", 0.8), f"<lora:{loras[0]}:at=left:0.85>"),
+        (f"<lora:{loras[0]}:0.8:at=left>", f"<lora:{loras[0]}:0.85:at=left>"),
+    ):
+        area.fill(f"a fox {written}")
+        area.evaluate("area => { area.focus(); area.setSelectionRange(10, 10); }")
+        page.keyboard.press("Control+ArrowUp")
+        page.wait_for_function(
+            "text => document.querySelector('#txt2img_prompt textarea').value === text",
+            arg=f"a fox {changed}",
+        )
+        page.evaluate("name => cardClicked('txt2img', `<lora:${name}:1>`, '', false)", loras[0])
+        page.wait_for_function(
+            "() => !document.querySelector('#txt2img_prompt textarea').value.includes('<lora')"
+        )
