@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,11 +237,9 @@ def _generate(options: argparse.Namespace) -> None:
     model = _load(options)
     request = _request(options, model, settings)
     outcome = model.run(request)
+    _say(outcome.notes)
     if not outcome.loras:
-        print(
-            "loratorio: there is no <lora:name> in the prompt, so this is the model's plain picture.",
-            file=sys.stderr,
-        )
+        _say(["there is no <lora:name> in the prompt, so this is the model's plain picture."])
     paths = _file_names(options.out, [str(seed) for seed in outcome.seeds])
     files = {}
     for i, (path, image) in enumerate(zip(paths, outcome.images, strict=True)):
@@ -251,6 +249,12 @@ def _generate(options: argparse.Namespace) -> None:
     write_all(files)
     for path in files:
         print(path)
+
+
+def _say(notes: Iterable[str]) -> None:
+    """What a user should know of the pictures, beside the list of files."""
+    for note in notes:
+        print(f"loratorio: {note}", file=sys.stderr)
 
 
 def _file_names(out: Path, labels: Sequence[str]) -> list[Path]:
@@ -277,10 +281,12 @@ def _compare(options: argparse.Namespace) -> None:
     model = _load(options)
     request = _request(options, model, settings)
     labels = [_value_label(knob, variant) for variant in variants]
-    columns = [
-        model.run(replace(request, settings=variant), label).images
+    outcomes = [
+        model.run(replace(request, settings=variant), label)
         for variant, label in zip(variants, labels, strict=True)
     ]
+    _say(dict.fromkeys(note for outcome in outcomes for note in outcome.notes))
+    columns = [outcome.images for outcome in outcomes]
     rows = [[column[i] for column in columns] for i in range(request.batch)]
     seeds = [f"seed {request.seed + i}" for i in range(request.batch)]
     sheet = contact_sheet(rows, labels, seeds, f"{options.prompt}\nby {knob.label.lower()}")

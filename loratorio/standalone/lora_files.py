@@ -10,8 +10,9 @@ import contextlib
 import copy
 import difflib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,29 @@ _PEFT_TAILS = {
     "lora_B.weight": "lora_up.weight",
     "lora_magnitude_vector": "dora_scale",
     "lora_magnitude_vector.weight": "dora_scale",
-    "lora_B.bias": "diff_b",
+    "lora_B.bias": "lora_up.bias",
     "alpha": "alpha",
 }
-_PLAIN_LORA = {"lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"}
+_SPARSE = ("bias_indices", "bias_values", "bias_size")
+"""A sparse change of the weight beside the low-rank one, as LyCORIS' extraction writes it."""
+
+_OF_LYCORIS = re.compile(
+    r"hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t[12])|oft_(blocks|diag)|rescale|[ab][12]\.weight|bm\.weight|[wb]_norm|weight|on_input"
+)
+"""What LyCORIS' other kinds are made of: LoHa, LoKr, OFT and BOFT, GLoRA, norms, (IA)³."""
 
 
 @dataclass(frozen=True)
 class LoadedLora:
-    """One LoRA of a generation: its part of the UNet, and of each text encoder (without deltas where it has none)."""
+    """One LoRA of a generation: its part of the UNet, and of each text encoder (without deltas where it has none).
+
+    notes: sentences on what its file holds and was not used.
+    """
 
     name: str
     unet: Adapter
     text: tuple[Adapter, ...]
+    notes: tuple[str, ...] = ()
 
 
 def list_loras(folder: Path) -> dict[str, Path]:
@@ -108,20 +119,27 @@ def load_lora(
         parts[f"text_encoder{number}"] = encoder
     weights = _by_layer(name, tensors, _peft_alphas(file), parts)
     deltas: dict[str, dict[str, list[Delta]]] = {part: {} for part in parts}
-    for (part, layer), own in weights.items():
-        deltas[part][layer] = list(_deltas(name, layer, own, parts[part].get_submodule(layer)))
+    notes = list(_unread(name, weights))
+    for (part, layer, source), own in weights.items():
+        _check_alpha(name, source, own)
+        found = _deltas(name, layer, own, parts[part].get_submodule(layer))
+        deltas[part].setdefault(layer, []).extend(found)
+    if any(_does_nothing(own) for own in weights.values()):
+        notes.append(f"LoRA {name} has alpha 0 in some layers: it changes nothing there.")
     loaded = LoadedLora(
         name,
         Adapter(name, deltas.pop("unet"), unet),
         tuple(Adapter(name, own, te) for own in deltas.values()),
+        tuple(notes),
     )
     for adapter in (loaded.unet, *loaded.text):
         adapter.check_finite()
     return loaded
 
 
-_Layer = tuple[str, str]
-"""A part of the model (``unet``, ``text_encoder``, ``text_encoder_2``) and a module path in it."""
+_Layer = tuple[str, str, str]
+"""A part of the model (``unet``, ``text_encoder``, ``text_encoder_2``), a module path in it, and the file's name for it: a file may
+have one layer under two names, and both count."""
 
 
 def _by_layer(
@@ -137,7 +155,7 @@ def _by_layer(
     )
     tables = {part: _path_table(model) for part, model in parts.items()}
     grouped: dict[_Layer, dict[str, Tensor]] = {}
-    for part, layer, tail, tensor in named:
+    for part, source, layer, tail, tensor in named:
         path = tables.get(part, {}).get(layer.replace(".", "_"))
         if path is None:
             raise LoratorioError(
@@ -145,12 +163,12 @@ def _by_layer(
                 f"{_shape(tensor)}, and this model has no such layer. It was made for another kind of model: "
                 "remove it from the prompt, or use the checkpoint that it is for."
             )
-        grouped.setdefault((part, path), {})[tail] = tensor
+        grouped.setdefault((part, path, f"{source}{layer}"), {})[tail] = tensor
     return grouped
 
 
-_Named = tuple[str, str, str, Tensor]
-"""Part, layer (dots or underscores), tail, tensor."""
+_Named = tuple[str, str, str, str, Tensor]
+"""Part, what the file calls the part, layer (dots or underscores), tail, tensor."""
 
 
 def _is_kohya(tensors: Iterable[str]) -> bool:
@@ -168,7 +186,11 @@ def _kohya_names(
             raise LoratorioError(
                 f"LoRA {name} holds weights that are not a LoRA's ({key}), which cannot be used here."
             )
-        yield _KOHYA_PARTS[prefix], blocks.get(layer, layer.removeprefix(prefix)), tail, tensor
+        if tail.startswith("lora_magnitude_vector"):
+            tensor = tensor.reshape(-1, 1)
+        source = layer if layer in blocks else prefix
+        path = blocks.get(layer, layer.removeprefix(prefix))
+        yield _KOHYA_PARTS[prefix], source, path, _PEFT_TAILS.get(tail, tail), tensor
 
 
 def _sgm_names(layers: Iterable[str], unet: nn.Module) -> dict[str, str]:
@@ -205,14 +227,22 @@ def _peft_names(
             raise LoratorioError(
                 f"LoRA {name} holds weights that are not a LoRA's ({key}), which cannot be used here."
             )
-        layer = key.removeprefix(prefix).removesuffix("." + tail)
-        if tail == "lora_A.weight":
+        layer = key.removeprefix(prefix).removesuffix("." + tail).removesuffix(".lora")
+        if tail == "lora_A.weight" and not {f"{prefix}{layer}{each}" for each in _ALPHAS} & new_names.keys():
             # Without a word on alpha it equals the rank.
-            yield part, layer, "alpha", torch.tensor(alphas.get(f"{part}.{layer}", float(len(tensor))))
+            yield (
+                part,
+                prefix,
+                layer,
+                "alpha",
+                torch.tensor(alphas.get(f"{part}.{layer}", float(len(tensor)))),
+            )
         if tail.startswith("lora_magnitude_vector"):
             tensor = tensor.reshape(-1, 1)
-        if tail != "alpha":
-            yield part, layer, _PEFT_TAILS[tail], tensor
+        yield part, prefix, layer, _PEFT_TAILS[tail], tensor
+
+
+_ALPHAS = (".alpha", ".lora.alpha")
 
 
 def _older_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -239,23 +269,39 @@ class _Alphas(dict[str, float]):
         value = self._config.get(f"{part}.lora_alpha", default)
         patterns = self._config.get(f"{part}.alpha_pattern") or {}
         if isinstance(patterns, Mapping):
-            for pattern, alpha in patterns.items():
-                if re.match(rf"(.*\.)?({pattern})$", layer):
-                    value = alpha
-        alpha = float(value)  # type: ignore[arg-type]
+            # PEFT takes the first that fits.
+            fitting = (
+                alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)
+            )
+            value = next(fitting, value)
+        try:
+            alpha = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise LoratorioError(
+                f"The LoRA's configuration gives the layer {layer} the alpha {str(value)[:40]!r}, which is no number. Get it again."
+            ) from None
         # rsLoRA divides by √r, the readers of alpha by r.
         return alpha * default**0.5 if self._config.get(f"{part}.use_rslora") else alpha
 
 
 def _peft_alphas(file: Path) -> Mapping[str, float]:
-    """Alphas that diffusers keeps in the file's header."""
+    """Alphas that diffusers keeps in the file's header, or PEFT in ``adapter_config.json`` beside the file."""
     with safe_open(str(file), framework="pt") as opened:
         metadata = opened.metadata() or {}
+    config = _json_object(metadata.get("lora_adapter_metadata", ""))
+    beside = file.with_name("adapter_config.json")
+    if not config and file.stem == "adapter_model" and beside.is_file():
+        own = _json_object(beside.read_text(encoding="utf-8", errors="replace"))
+        config = {f"{part}.{key}": value for part in set(_PEFT_PARTS.values()) for key, value in own.items()}
+    return _Alphas(config)
+
+
+def _json_object(text: str) -> dict[str, Any]:
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        config = {}
-    return _Alphas(config if isinstance(config, dict) else {})
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _path_table(model: nn.Module) -> dict[str, str]:
@@ -270,41 +316,162 @@ def _path_table(model: nn.Module) -> dict[str, str]:
     return table
 
 
-def _deltas(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) -> Iterable[Delta]:
-    if "lora_up.weight" in own and "lora_down.weight" in own and own.keys() <= _PLAIN_LORA | {"diff_b"}:
-        rank = len(own["lora_down.weight"])
-        scale = float(own["alpha"]) / rank if float(own.get("alpha", 0)) else 1.0
-        yield LowRank(own["lora_down.weight"], own["lora_up.weight"], scale, own.get("lora_mid.weight"))
-        if "diff_b" in own:
-            yield Dense(bias=own["diff_b"].to(torch.float32))
-        return
-    if own.keys() == {"diff_b"}:
-        yield Dense(bias=own["diff_b"].to(torch.float32))
-        return
-    yield _by_lycoris(name, path, own, layer)
+def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> list[Delta]:
+    """What a file has for one layer, all of which add up."""
+    found: list[Delta] = []
+    if "diff" in own:
+        with _fitting(name, path, own, layer):
+            found.append(Dense(weight=own["diff"].to(torch.float32).reshape(_weight(layer).shape)))
+    if "diff_b" in own:
+        found.append(Dense(bias=own["diff_b"].to(torch.float32)))
+    others = {tail: tensor for tail, tensor in own.items() if _OF_LYCORIS.fullmatch(tail)}
+    if "lora_up.weight" in own and "lora_down.weight" in own:
+        found += _of_low_rank(name, path, own, layer)
+    elif others:
+        further = {tail: own[tail] for tail in ("alpha", "dora_scale") if tail in own}
+        found.append(_by_lycoris(name, path, {**others, **further}, layer))
+    if not found:
+        tails = ", ".join(sorted(own.keys() - {"alpha"})) or "alpha alone"
+        raise LoratorioError(f"LoRA {name} is of a kind that cannot be read here: layer {path} has {tails}.")
+    return found
+
+
+def _of_low_rank(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> list[Delta]:
+    """Plain LoRA and LoCon: alpha/rank times up·down, what lies beside it at the same scale, and DoRA's magnitudes."""
+    rank = len(own["lora_down.weight"])
+    scale = float(own["alpha"]) / rank if "alpha" in own else 1.0
+    plain = LowRank(own["lora_down.weight"], own["lora_up.weight"], scale, own.get("lora_mid.weight"))
+    found: list[Delta] = []
+    if "lora_up.bias" in own:
+        found.append(Dense(bias=own["lora_up.bias"].to(torch.float32) * scale))
+    with _fitting(name, path, own, layer):
+        sparse = _sparse(own, _weight(layer).shape)
+    if "dora_scale" not in own:
+        return [plain, *found, *([] if sparse is None else [Dense(weight=sparse * scale)])]
+    before = _weight(layer)
+    with _fitting(name, path, own, layer):
+        change = plain.dense().reshape(before.shape)
+        if sparse is not None:
+            change = change + sparse * scale
+        merged = _dora(before + change, own["dora_scale"].to(torch.float32))
+    return [Dense(weight=merged - before), *found]
+
+
+def _sparse(own: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
+    """The sparse change beside a low-rank one, in full and of the weight's shape, float32."""
+    if not all(tail in own for tail in _SPARSE):
+        return None
+    indices, values, size = (own[tail] for tail in _SPARSE)
+    stored = torch.Size(int(side) for side in size)
+    if stored.numel() != shape.numel():
+        raise ValueError(f"its sparse change is {tuple(stored)}")
+    # Checked: places outside of it would be written to all the same.
+    packed = torch.sparse_coo_tensor(indices.long(), values.to(torch.float32), stored, check_invariants=True)
+    return packed.to_dense().reshape(shape)
+
+
+def _unread(name: str, weights: Mapping[_Layer, Mapping[str, Tensor]]) -> Iterable[str]:
+    """A sentence on tensors of known layers that no kind here knows."""
+    low_rank = {
+        "lora_up.weight",
+        "lora_down.weight",
+        "lora_mid.weight",
+        "lora_up.bias",
+        "alpha",
+        "dora_scale",
+    }
+    known = {*low_rank, "diff", "diff_b", *_SPARSE}
+    unread = [
+        f"{source}.{tail}"
+        for (_, _, source), own in weights.items()
+        for tail in own
+        if tail not in known and not _OF_LYCORIS.fullmatch(tail)
+    ]
+    if unread:
+        several = f"{len(unread)} of its tensors, {unread[0]} and others" if len(unread) > 1 else unread[0]
+        yield f"LoRA {name} was read without {several}: they are of no kind that is known here."
+
+
+def _check_alpha(name: str, layer: str, own: Mapping[str, Tensor]) -> None:
+    alpha = own.get("alpha")
+    if alpha is not None and not (alpha.numel() == 1 and math.isfinite(float(alpha))):
+        raise LoratorioError(
+            f"LoRA {name} has an alpha of {_shape(alpha)} for the layer {layer} that is not one finite number: the file is damaged. "
+            "Get it again."
+        )
+
+
+def _does_nothing(own: Mapping[str, Tensor]) -> bool:
+    """Whether alpha is 0 where it is a strength: not with OFT's blocks, nor with LoKr's factors that are both whole."""
+    has_rank = any(tail.startswith(("lora_", "hada_")) or tail in ("lokr_w1_b", "lokr_w2_b") for tail in own)
+    return has_rank and "alpha" in own and float(own["alpha"]) == 0
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The layer's weight in float32 on the CPU, wherever and however the model keeps it."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.detach().to("cpu", torch.float32)
+
+
+@contextlib.contextmanager
+def _fitting(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> Iterator[None]:
+    """What torch and lycoris raise for shapes that do not belong together, as a sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AttributeError) as problem:
+        shapes = ", ".join(f"{tail} {_shape(tensor)}" for tail, tensor in own.items() if tensor.ndim)
+        raise LoratorioError(
+            f"LoRA {name} does not fit the layer {path}, whose weight is {_shape(_weight(layer))}: it has {shapes}. "
+            "It was made for another kind of model: remove it from the prompt."
+        ) from problem
 
 
 def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) -> Dense:
     """The dense change that lycoris computes for one layer, in float32 on the CPU."""
     own = {tail: tensor.to(torch.float32) for tail, tensor in own.items()}
     dora_scale = own.pop("dora_scale", None)
-    own.setdefault("alpha", torch.tensor(0.0))  # lycoris' word for: as the rank
+    factored = any(tail.startswith(("hada_", "lokr_")) for tail in own)
+    # lycoris takes alpha 0 for the rank; in a file it is 0, as for every other reader.
+    strength = 0.0 if _does_nothing(own) else 1.0
+    own.setdefault("alpha", torch.tensor(0.0))
     # A copy, because the layer may be in half precision or on another device.
     plain = copy.deepcopy(layer).to("cpu", torch.float32)
-    before: Tensor = plain.weight.detach()  # type: ignore[operator, assignment]
-    try:
-        module = _lycoris_module(name, path, own, plain)
-        with torch.no_grad():
-            weight, bias = module.get_diff_weight(1.0)
-            if dora_scale is not None:
-                weight = _dora(before + weight.reshape(before.shape), dora_scale) - before
-    except (RuntimeError, ValueError, AttributeError) as problem:
-        shapes = ", ".join(f"{tail} {_shape(tensor)}" for tail, tensor in own.items() if tensor.ndim)
-        raise LoratorioError(
-            f"LoRA {name} does not fit the layer {path}, whose weight is {_shape(layer.weight)}: it has {shapes}. "  # type: ignore[arg-type]
-            "It was made for another kind of model: remove it from the prompt."
-        ) from problem
+    before = _weight(plain)
+    with _fitting(name, path, own, layer), torch.no_grad():
+        bias: Tensor | None = None
+        if any(tail.startswith("lokr_") for tail in own):
+            weight = _lokr(own)
+        elif factored:
+            # With alpha/rank already, as in its forward; its get_diff_weight multiplies by that once more (lycoris 4.1.3).
+            weight = _lycoris_module(name, path, own, plain).get_weight(before.shape)
+        else:
+            weight, bias = _lycoris_module(name, path, own, plain).get_diff_weight(1.0)
+        weight = weight * strength
+        if dora_scale is not None:
+            weight = _dora(before + weight.reshape(before.shape), dora_scale) - before
     return Dense(weight.detach(), None if bias is None else bias.detach())
+
+
+def _lokr(own: Mapping[str, Tensor]) -> Tensor:
+    """alpha/rank · w₁ ⊗ w₂, each whole or as a product (LoKr, arXiv 2309.14859); whole ones have no rank, and no alpha.
+
+    By the formula, since lycoris guesses from a layer's shape how it is to be factored, and refuses what was factored otherwise.
+    """
+    factors: list[Tensor] = []
+    rank = 0
+    for number in ("1", "2"):
+        a, b, core = (own.get(f"lokr_{part}") for part in (f"w{number}_a", f"w{number}_b", f"t{number}"))
+        if a is None or b is None:
+            if f"lokr_w{number}" not in own:
+                raise ValueError(f"it has no lokr_w{number}")
+            factors.append(own[f"lokr_w{number}"])
+            continue
+        rank = rank or len(b)
+        factors.append(a @ b if core is None else torch.einsum("ij...,ip,jr->pr...", core, a, b))
+    first, second = factors
+    first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+    alpha = float(own["alpha"])
+    return torch.kron(first, second.contiguous()) * (alpha / rank if rank and alpha else 1.0)
 
 
 def _lycoris_module(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> Any:

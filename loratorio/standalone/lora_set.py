@@ -101,6 +101,7 @@ def load_lora_set(
         parts += candidates.loaded
         notes += [candidates.note] if candidates.note else []
     tagged = tuple(each for _, _, each in parts)
+    notes += [note for _, lora, _ in parts for note in lora.notes]
     recognised = recognised_note(assigned_roles(tagged))
     notes += [recognised] if recognised else []
     return LoraSet(

@@ -160,8 +160,9 @@ def test_lycoris_against_lycoris(model: Checkpoint, tmp_path: Path, kind: str) -
     if kind == "dora-per-input":
         merge_per_input(merged, lycoris_names)
     else:
+        # Its forward, as it trains: its merging of LoHa and LoKr has alpha/rank twice.
         network, _ = create_lycoris_from_weights(1.0, "", merged, weights_sd=lycoris_names)
-        network.merge_to(1.0)
+        network.apply_to()
     assert_same_change(routed(ours.unet, model.unet, run_unet, 2), run_unet(merged), run_unet(model.unet))
 
 

@@ -80,7 +80,9 @@ def test_bad_places_are_sentences(webui: WebUI, loras: list[str]) -> None:
 
 def test_cards_and_keys_know_tags_with_options(page: Any, loras: list[str]) -> None:
     """On the WebUI's own page: a click on a LoRA's card takes its tag out, Ctrl+Up changes its strength."""
-    page.wait_for_function("typeof opts.keyedit_precision_extra === 'number'")  # the page fetches its options late
+    page.wait_for_function(
+        "typeof opts.keyedit_precision_extra === 'number'"
+    )  # the page fetches its options late
     area = page.locator("#txt2img_prompt textarea")
     for written, changed in (
         (tag(loras[0], "at=left", 0.8), f"<lora:{loras[0]}:at=left:0.85>"),
