@@ -385,3 +385,50 @@ def test_one_batch_equals_row_by_row() -> None:
     for result in results[1:]:
         torch.testing.assert_close(result.cond, results[0].cond, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(result.uncond, results[0].uncond, atol=1e-5, rtol=1e-5)
+
+
+# -- another model in the middle of a sampling ------------------------------------------------------------------------
+
+
+def test_a_rebound_engine_keeps_its_limits_and_begins_methods_anew() -> None:
+    """Nothing that CMLoRA remembers of one model's predictions is added to another's."""
+    shape = (4, 4, 4)
+    latents = torch.zeros(1, *shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+
+    def engine_of(values: tuple[float, float]) -> tuple[Engine, Predict]:
+        def predict(rows: Sequence[Row]) -> Tensor:
+            made = [sum(v * part for v, part in zip(values, row.mix, strict=True)) + row.slot for row in rows]
+            return torch.tensor(made).view(-1, 1, 1, 1).expand(-1, *shape) + noise
+
+        return Engine(Settings(method="cmlora"), loras(2), row_limit=3), predict
+
+    engine, first = engine_of((5.0, 7.0))
+    fresh, second = engine_of((1.0, 3.0))
+    for index in range(2):
+        engine.step(Step(index, 20, latents, 1, denoised=False), first)
+    engine.limit_rows(2)
+    engine.limit_rows(9)  # never more than was allowed before
+    assert engine.row_limit == 2
+    bank = loras(2)
+    engine.rebind(bank)
+    assert engine.bank is bank
+    assert engine.row_limit == 2
+    rebound = engine.step(Step(2, 20, latents, 1, denoised=False), second)
+    wanted = fresh.step(Step(2, 20, latents, 1, denoised=False), second)
+    assert torch.equal(rebound.cond, wanted.cond)
+    with pytest.raises(ValueError, match="2 LoRAs"):
+        engine.rebind(loras(3))
+
+
+def test_a_pools_limits_hold_on_the_next_model() -> None:
+    from loratorio.compose.mixes import Participants
+    from loratorio.engine import POOL_PLANS, POOL_ROWS
+
+    engine = Engine(Settings(), loras(3), Participants.of(3, pooled=[1, 2]))
+    assert engine.row_limit == POOL_ROWS
+    bank = loras(3)
+    assert bank.plan_limit != POOL_PLANS
+    engine.rebind(bank)
+    assert bank.plan_limit == POOL_PLANS
+    assert engine.row_limit == POOL_ROWS

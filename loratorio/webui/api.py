@@ -18,9 +18,16 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
             of knob names first, after which nothing else counts: the WebUI fills the rest with the panel's defaults.
 
     Raises:
-        LoratorioError: an unknown knob, a bad value, too many values.
+        LoratorioError: an unknown knob, a bad value, too many values. Not where the panel's box is unticked: what is typed into a panel
+            that is off is nobody's matter.
     """
-    return options.defaults().with_values({**_values(args), **xyz.chosen(p)})
+    values = {**_values(args), **xyz.chosen(p)}
+    try:
+        return options.defaults().with_values(values)
+    except LoratorioError:
+        if args and args[0] is False and len(args) == len(KNOBS) and not xyz.chosen(p):
+            return Settings()
+        raise
 
 
 def _values(args: Sequence[Any]) -> dict[str, Any]:

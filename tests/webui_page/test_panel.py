@@ -186,6 +186,7 @@ def test_paste_of_a_plain_picture_unticks(page: Any) -> None:
     page.wait_for_function("!document.querySelector('#loratorio_txt2img-checkbox input').checked")
     assert tab.generate()[0] == as_dict(Settings(patch_size=7))
     # A pair of knobs that cannot be is answered with a sentence.
+    tab.tick()
     tab.number("start", 0.8)
     tab.number("end", 0.2)
     page.click("#txt2img_generate")
@@ -193,6 +194,20 @@ def test_paste_of_a_plain_picture_unticks(page: Any) -> None:
         "document.querySelector('#txt2img_result :is(textarea, input)').value.startsWith('error')"
     )
     assert "start (0.8) is after end (0.2)" in page.input_value("#txt2img_result :is(textarea, input)")
+
+
+def test_a_number_out_of_range_is_our_own_sentence(page: Any) -> None:
+    """Ticked; unticked it is no matter, and the page goes on in both."""
+    tab = Tab(page, "txt2img").open()
+    tab.number("temperature", 20)
+    assert tab.generate()[0]["enabled"] is False
+    tab.tick()
+    page.click("#txt2img_generate")
+    page.wait_for_function(
+        "document.querySelector('#txt2img_result :is(textarea, input)').value.includes('temperature must be from 0.0001 to 10')"
+    )
+    tab.number("temperature", 0.2)
+    assert tab.generate()[0]["temperature"] == 0.2
 
 
 def test_send_to_img2img(page: Any) -> None:

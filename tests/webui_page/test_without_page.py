@@ -17,6 +17,7 @@ from loratorio.errors import LoratorioError
 from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, number, params
 from loratorio.settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 from loratorio.webui import api, infotext, options, xyz
+from loratorio.webui.components import component
 
 from .host_infotext import read, written
 
@@ -147,6 +148,25 @@ def test_arguments_by_position_and_by_name() -> None:
     # The WebUI puts the panel's defaults behind the arguments that came.
     filled = [named, *(knob.default for knob in KNOBS[1:])]
     assert api.settings_from_args(filled) == Settings(enabled=True, temperature=0.05)
+
+
+def test_what_is_typed_into_a_panel_that_is_off_is_nobodys_matter() -> None:
+    panel = [knob.default for knob in KNOBS]
+    bad = {knob.name: i for i, knob in enumerate(KNOBS)}
+    for name, value in (("temperature", 20.0), ("temperature", 0), ("patch_size", 1e9), ("start", 2)):
+        values = list(panel)
+        values[bad[name]] = value
+        assert api.settings_from_args(values) == Settings()
+        with pytest.raises(LoratorioError, match=f"{name} must be"):
+            api.settings_from_args([True, *values[1:]])
+
+
+def test_gradio_refuses_no_number_before_we_do() -> None:
+    """A component with limits raises before any script runs, also where the box is unticked: knobs that are typed have none."""
+    for knob in KNOBS:
+        name, arguments = component(knob)
+        if name == "Number":
+            assert not {"minimum", "maximum"} & arguments.keys()
 
 
 @pytest.mark.parametrize(
