@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,9 @@ def load_lora(
     parts: dict[str, nn.Module] = {"unet": checkpoint.unet}
     for number, encoder in zip(("", "_2"), checkpoint.text_encoders, strict=False):
         parts[f"text_encoder{number}"] = encoder
-    weights = _by_layer(name, tensors, _peft_alphas(file), parts)
+    weights, notes = _by_layer(name, tensors, _peft_alphas(file), parts)
     deltas: dict[str, dict[str, list[Delta]]] = {part: {} for part in parts}
-    notes = list(_unread(name, weights))
+    notes += _unread(name, weights)
     for (part, layer, source), own in weights.items():
         _check_alpha(name, source, own)
         found = _deltas(name, layer, own, parts[part].get_submodule(layer))
@@ -144,48 +144,110 @@ have one layer under two names, and both count."""
 
 def _by_layer(
     name: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], parts: Mapping[str, nn.Module]
-) -> dict[_Layer, dict[str, Tensor]]:
-    """The file's tensors by layer of the model and by kohya's tails (``lora_up.weight``, ``hada_w1_a``, ``diff``, …)."""
+) -> tuple[dict[_Layer, dict[str, Tensor]], list[str]]:
+    """The file's tensors by layer of the model and by kohya's tails (``lora_up.weight``, ``hada_w1_a``, ``diff``, …), and notes.
+
+    Raises:
+        LoratorioError: nothing, or next to nothing, in the file is for this model.
+    """
     if not tensors:
         raise LoratorioError(f"LoRA {name} is empty: the file holds no weights. Get it again.")
-    named = (
-        _kohya_names(name, tensors, parts)
-        if _is_kohya(tensors)
-        else _peft_names(name, tensors, alphas, parts)
-    )
+    unified = {_unified(key, tensors): tensor for key, tensor in tensors.items()}
+    kohya_named = {key: tensor for key, tensor in unified.items() if key.startswith(tuple(_KOHYA_PARTS))}
+    others = {key: tensor for key, tensor in unified.items() if key not in kohya_named}
+    strange = [key for key in others if not _is_peft([key]) and not _is_older(key)]
+    if len(strange) == len(unified):
+        raise LoratorioError(
+            f"LoRA {name} is not a LoRA that can be read here: its weights have names like {next(iter(tensors))}."
+        )
+    others = {key: tensor for key, tensor in others.items() if key not in strange}
     tables = {part: _path_table(model) for part, model in parts.items()}
     grouped: dict[_Layer, dict[str, Tensor]] = {}
-    for part, source, layer, tail, tensor in named:
+    missing: dict[str, str] = {}
+    for part, source, layer, tail, tensor in (
+        *_kohya_names(kohya_named, parts),
+        *_peft_names(others, alphas),
+    ):
         path = tables.get(part, {}).get(layer.replace(".", "_"))
         if path is None:
-            raise LoratorioError(
-                f"LoRA {name} changes the layer {layer} of the {part.replace('_', ' ')} with weights of shape "
-                f"{_shape(tensor)}, and this model has no such layer. It was made for another kind of model: "
-                "remove it from the prompt, or use the checkpoint that it is for."
+            missing.setdefault(
+                layer, f"{layer} of the {part.replace('_', ' ')} with weights of shape {_shape(tensor)}"
             )
-        grouped.setdefault((part, path, f"{source}{layer}"), {})[tail] = tensor
-    return grouped
+        else:
+            grouped.setdefault((part, path, f"{source}{layer}"), {})[tail] = tensor
+    for key in [key for key, own in grouped.items() if own.keys() == {"alpha"}]:
+        strange.append(f"{key[2]}.alpha")
+        del grouped[key]
+    if len(grouped) < _LEAST_PART * (len(grouped) + len(missing)) or not grouped:
+        first = next(iter(missing.values()), strange[0] if strange else "")
+        raise LoratorioError(
+            f"LoRA {name} changes the layer {first}, and this model has no such layer. It was made for another kind of model: "
+            "remove it from the prompt, or use the checkpoint that it is for."
+        )
+    return grouped, _leftovers(name, len(grouped), list(missing), strange)
+
+
+_LEAST_PART = 0.1
+"""Of a file's layers that must be in the model; with fewer it is for another kind of model."""
+
+
+def _leftovers(name: str, used: int, missing: Sequence[str], strange: Sequence[str]) -> list[str]:
+    notes = []
+    if missing:
+        notes.append(
+            f"Of LoRA {name} {used} of {used + len(missing)} layers were used: this model has no {missing[0]}"
+            f"{' and others' if len(missing) > 1 else ''}."
+        )
+    if strange:
+        notes.append(
+            f"LoRA {name} was read without {strange[0]}{f' and {len(strange) - 1} more tensors' if len(strange) > 1 else ''}: "
+            "they are none of a LoRA's weights that are known here."
+        )
+    return notes
+
+
+_OWN_TAIL = re.compile(r"\.(lora_(up|down|mid)\.weight|diff(_b)?|hada_\w+|lokr_\w+|oft_\w+|[wb]_norm)$")
+"""Tails of kohya's and LyCORIS' files, which may stand behind dotted names too."""
+
+_SHARED_TAIL = re.compile(r"\.(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?|dora_scale|alpha)$")
+"""Tails that PEFT's files have as well."""
+
+_COMFY = ("model.diffusion_model.", "diffusion_model.")
+_DOTTED = {
+    **dict.fromkeys(_COMFY, "lora_unet_"),
+    "unet.": "lora_unet_",
+    "text_encoder.": "lora_te1_",
+    "text_encoder_2.": "lora_te2_",
+}
+
+
+def _unified(key: str, keys: Iterable[str]) -> str:
+    """A tensor's name in kohya's way: LyCORIS' prefix, ComfyUI's, and other dotted names but PEFT's and diffusers' own."""
+    if key.startswith("lycoris_"):
+        return "lora_unet_" + key.removeprefix("lycoris_")
+    plain = key.replace(".default.", ".")
+    prefix = next((each for each in _DOTTED if plain.startswith(each)), None)
+    tail = _OWN_TAIL.search(plain) or _SHARED_TAIL.search(plain)
+    if prefix is None or tail is None:
+        return plain
+    layer = plain[: tail.start()]
+    if prefix not in _COMFY and not _OWN_TAIL.search(plain):
+        # An alpha or a magnitude goes with the rest of its layer.
+        beside = (each for each in keys if each.startswith(layer + ".") and _OWN_TAIL.search(each))
+        if next(beside, None) is None:
+            return plain
+    return _DOTTED[prefix] + layer.removeprefix(prefix).replace(".", "_") + plain[tail.start() :]
 
 
 _Named = tuple[str, str, str, str, Tensor]
 """Part, what the file calls the part, layer (dots or underscores), tail, tensor."""
 
 
-def _is_kohya(tensors: Iterable[str]) -> bool:
-    return any(key.startswith(tuple(_KOHYA_PARTS)) for key in tensors)
-
-
-def _kohya_names(
-    name: str, tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module]
-) -> Iterable[_Named]:
+def _kohya_names(tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Iterable[_Named]:
     blocks = _sgm_names({key.split(".", 1)[0] for key in tensors}, parts["unet"])
     for key, tensor in tensors.items():
         layer, _, tail = key.partition(".")
-        prefix = next((each for each in _KOHYA_PARTS if layer.startswith(each)), None)
-        if prefix is None:
-            raise LoratorioError(
-                f"LoRA {name} holds weights that are not a LoRA's ({key}), which cannot be used here."
-            )
+        prefix = next(each for each in _KOHYA_PARTS if layer.startswith(each))
         if tail.startswith("lora_magnitude_vector"):
             tensor = tensor.reshape(-1, 1)
         source = layer if layer in blocks else prefix
@@ -211,35 +273,20 @@ def _sgm_names(layers: Iterable[str], unet: nn.Module) -> dict[str, str]:
     }
 
 
-def _peft_names(
-    name: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], parts: Mapping[str, nn.Module]
-) -> Iterable[_Named]:
+def _peft_names(tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> Iterable[_Named]:
     new_names = tensors if _is_peft(tensors) else _older_names(tensors)
-    if not _is_peft(new_names):
-        raise LoratorioError(
-            f"LoRA {name} is not a LoRA that can be read here: its weights have names like {next(iter(tensors))}."
-        )
     for key, tensor in new_names.items():
         prefix = next((each for each in _PEFT_PARTS if key.startswith(each)), "")
         part = _PEFT_PARTS.get(prefix, "unet")
-        tail = next((each for each in _PEFT_TAILS if key.endswith("." + each)), None)
-        if tail is None:
-            raise LoratorioError(
-                f"LoRA {name} holds weights that are not a LoRA's ({key}), which cannot be used here."
-            )
+        tail = next((each for each in _PEFT_TAILS if key.endswith("." + each)), "")
         layer = key.removeprefix(prefix).removesuffix("." + tail).removesuffix(".lora")
         if tail == "lora_A.weight" and not {f"{prefix}{layer}{each}" for each in _ALPHAS} & new_names.keys():
             # Without a word on alpha it equals the rank.
-            yield (
-                part,
-                prefix,
-                layer,
-                "alpha",
-                torch.tensor(alphas.get(f"{part}.{layer}", float(len(tensor)))),
-            )
+            alpha = torch.tensor(alphas.get(f"{part}.{layer}", float(len(tensor))))
+            yield part, prefix, layer, "alpha", alpha
         if tail.startswith("lora_magnitude_vector"):
             tensor = tensor.reshape(-1, 1)
-        yield part, prefix, layer, _PEFT_TAILS[tail], tensor
+        yield part, prefix, layer, _PEFT_TAILS.get(tail, tail), tensor
 
 
 _ALPHAS = (".alpha", ".lora.alpha")
@@ -251,6 +298,11 @@ def _older_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unet = {key: tensor for key, tensor in tensors.items() if key not in text}
     renamed: dict[str, Tensor] = convert_unet_state_dict_to_peft(unet)
     return renamed | (convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD) if text else {})
+
+
+def _is_older(key: str) -> bool:
+    """Whether it is one of diffusers' names of before PEFT, or an alpha beside one."""
+    return bool(re.search(r"_lora\.|\.lora\.|lora_linear_layer\.|\.alpha$|\.lora_magnitude_vector", key))
 
 
 def _is_peft(tensors: Iterable[str]) -> bool:

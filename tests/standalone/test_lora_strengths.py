@@ -328,3 +328,48 @@ def test_a_sparse_change_outside_of_the_weight_is_a_sentence(model: Checkpoint, 
         }
         with pytest.raises(LoratorioError, match="does not fit the layer"):
             read(model, kohya(LINEAR, {**own, **more}), tmp_path)
+
+
+NAMES = {
+    "lycoris_": lambda path, own: kohya(path, own, "lycoris_"),
+    "ComfyUI's, LDM layers": lambda path, own: {
+        f"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.{tail}": each
+        for tail, each in own.items()
+    },
+    "dotted": lambda path, own: {f"unet.{path}.{tail}": each for tail, each in own.items()},
+    "PEFT's with its adapter's name": lambda path, own: {
+        key.replace(".weight", ".default.weight"): each for key, each in peft(path, own).items()
+    },
+}
+
+
+@pytest.mark.parametrize("naming", NAMES)
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_names_that_people_have(model: Checkpoint, tmp_path: Path, naming: str, kind: str) -> None:
+    if kind != "lora" and "PEFT" in naming:
+        pytest.skip("PEFT has names of its own for these")
+    own = weights_of(kind, (32, 32), 4, 2.0, torch.float32)
+    loaded = read(model, NAMES[naming](LINEAR, own), tmp_path)
+    assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
+    assert not loaded.notes
+
+
+def test_both_ways_of_naming_in_one_file(model: Checkpoint, tmp_path: Path) -> None:
+    first, second = (weights_of("lora", (32, 32), 4, 2.0, torch.float32, seed) for seed in (1, 2))
+    other = LINEAR.replace("to_q", "to_k")
+    loaded = read(model, kohya(LINEAR, first) | peft(other, second), tmp_path)
+    assert_equal(change_of(loaded, model, LINEAR), formula(first, torch.zeros(32, 32)))
+    assert_equal(change_of(loaded, model, other), formula(second, torch.zeros(32, 32)))
+
+
+def test_what_does_not_fit_is_said_and_the_rest_is_used(model: Checkpoint, tmp_path: Path) -> None:
+    own = weights_of("lora", (32, 32), 4, 2.0, torch.float32)
+    more = kohya("label_emb_0_0", {tail: tensor.clone() for tail, tensor in own.items()}) | {
+        "bundle_emb.x.string_to_param.*": torch.ones(2, 32)
+    }
+    more |= {"lora_unet_down_blocks_0_attentions_0_proj_in.alpha": torch.tensor(4.0)}
+    loaded = read(model, kohya(LINEAR, own) | more, tmp_path)
+    assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
+    assert list(loaded.unet.deltas) == [LINEAR]
+    assert any("1 of 2 layers were used" in note for note in loaded.notes)
+    assert any("bundle_emb" in note and "more tensors" in note for note in loaded.notes)
