@@ -192,6 +192,17 @@ def prompt_importance(
     return dict(zip(known, importance(tokens[0], tokens[1:]), strict=True))
 
 
+def without_effect_note(names: Sequence[str]) -> str:
+    """A sentence on the LoRAs that were left out because the picture is the same with them, or nothing."""
+    if not names:
+        return ""
+    several = len(names) > 1
+    return (
+        f"LoRA{'s' if several else ''} {', '.join(names)} change{'' if several else 's'} nothing here (strength 0, or nothing in "
+        f"{'them' if several else 'it'} is for this model), and {'were' if several else 'was'} left out."
+    )
+
+
 def recognised_note(roles: Sequence[AssignedRole]) -> str:
     """A sentence on the speed LoRAs that nobody gave a role, or nothing."""
     names = [role.name for role in roles if role.recognised]

@@ -94,6 +94,12 @@ class Adapter:
     deltas: Mapping[str, Sequence[Delta]] = field(repr=False)
     strength: float = 1.0
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the layers are the same with it: strength 0, no layer, or nothing but zeros."""
+        every = (delta for deltas in self.deltas.values() for delta in deltas)
+        return self.strength == 0 or all(_is_zero(delta) for delta in every)
+
     def check_finite(self) -> None:
         """Raise LoratorioError naming the layer if any tensor holds NaN or infinity."""
         for layer, deltas in self.deltas.items():
@@ -102,6 +108,12 @@ class Adapter:
                     raise LoratorioError(
                         f"LoRA {self.name} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
                     )
+
+
+def _is_zero(delta: Delta) -> bool:
+    if isinstance(delta, LowRank):
+        return delta.scale == 0 or not bool(delta.up.any()) or not bool(delta.down.any())
+    return not any(bool(tensor.any()) for tensor in _tensors(delta))
 
 
 def _tensors(delta: Delta) -> list[Tensor]:

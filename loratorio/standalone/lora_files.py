@@ -75,6 +75,11 @@ class LoadedLora:
     text: tuple[Adapter, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the picture is the same with it: strength 0, no layer of this model, or nothing but zeros."""
+        return all(adapter.changes_nothing for adapter in (self.unet, *self.text))
+
 
 def list_loras(folder: Path) -> dict[str, Path]:
     """Names (file names without extension) and files of all LoRAs in a folder and below it."""

@@ -23,6 +23,7 @@ from ..roles import (
     participants_of,
     prompt_importance,
     recognised_note,
+    without_effect_note,
 )
 from .checkpoint import Checkpoint
 from .lora_files import LoadedLora, find_lora, load_lora
@@ -100,6 +101,9 @@ def load_lora_set(
         )
         parts += candidates.loaded
         notes += [candidates.note] if candidates.note else []
+    idle = [tag.name for tag, lora, _ in parts if lora.changes_nothing]
+    parts = [part for part in parts if not part[1].changes_nothing]
+    notes += [without_effect_note(idle)] if idle else []
     tagged = tuple(each for _, _, each in parts)
     notes += [note for _, lora, _ in parts for note in lora.notes]
     recognised = recognised_note(assigned_roles(tagged))

@@ -439,3 +439,35 @@ def test_only_masked_places_are_cut_with_the_picture(a1111: Any, standin: Any) -
     alone, _ = compose(standin.job(Tag(b, named={"at": "right~0"}), **cut))
     assert close(right, alone)
     assert not close(right, compose(standin.job(a))[0])
+
+
+# -- LoRAs without effect ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["strength 0", "nothing fits", "zeros"])
+@pytest.mark.parametrize("method", ["loratorio", "composite", "cmlora", "frequency"])
+def test_a_lora_without_effect_takes_no_weight(a1111: Any, standin: Any, kind: str, method: str) -> None:
+    Tag = a1111.run.Tag
+    a, c, b = standin.lora("a", 1), standin.lora("c", 3), standin.lora("b", 2)
+    tag = Tag(b)
+    if kind == "strength 0":
+        tag = Tag(b, 0.0, 0.0)
+    elif kind == "nothing fits":
+        b.modules.clear()
+    else:
+        for module in b.modules.values():
+            module.up_model.weight.data.zero_()
+        del b.modules["transformer_text"]
+    found, job = compose(standin.job(a, tag, c), method=method)
+    wanted, _ = compose(standin.job(a, c), method=method)
+    assert torch.equal(found, wanted)
+    assert job.passes[0].loras == ("a", "c")
+    assert any("LoRA b changes nothing here" in note for note in job.notes)
+
+
+def test_when_none_has_an_effect_it_is_the_webuis_picture(a1111: Any, standin: Any) -> None:
+    tag = a1111.run.Tag(standin.lora("a", 1), 0.0, 0.0)
+    found, job = compose(standin.job(tag))
+    assert torch.equal(found, standin.run(standin.job()))
+    assert job.passes == []
+    assert len(job.notes) == 1

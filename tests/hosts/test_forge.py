@@ -667,3 +667,11 @@ def test_a_bad_place_and_a_method_without_rows_stop_the_job(webui: Any, standin:
         with pytest.raises(LoratorioError, match=sentence):
             compose(standin, standin.job(tag("a", **options), "b"), **knobs)
         assert same(trace(standin), before)
+
+
+def test_a_lora_without_effect_takes_no_weight(webui: Any, standin: Any) -> None:
+    found, job = compose(standin, standin.job("a", webui.run.tag("b", 0.0, 0.0), "c"))
+    wanted, _ = compose(standin, standin.job("a", "c"))
+    assert close(found, wanted, 1e-6)
+    assert job.passes[0].loras == ("a", "c")
+    assert any("LoRA b changes nothing here" in note for note in job.notes)

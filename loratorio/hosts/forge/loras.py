@@ -34,7 +34,8 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
     remark = ""
     if not adapter.deltas and file.unet and any(map(_is_of_unet, flavour.names_in(file))):
         remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."
-    return ReadLora(lora, adapter, None if clip is original.clip else clip, remark)
+    has_text = clip is not original.clip and file.text != 0
+    return ReadLora(lora, adapter, clip if has_text else None, remark)
 
 
 def _is_of_unet(name: str) -> bool:

@@ -151,7 +151,8 @@ class ForgePass(SamplingPass):
         """Compose on the model that is the host's now. LoRAs that do not fit it do nothing there, as without us."""
         self.attachment.close()
         self._give_back_unet(objects)  # the host may keep the first model in memory
-        active = self.active_loras()
+        taking_part = {lora.active.source for lora in self.loras}
+        active = [lora for lora in self.active_loras() if lora.source in taking_part]
         if self.obstacle() or len(active) != len(self.loras):
             return
         loras = tuple(self.read_once(lora, is_refiner=True) for lora in active)

@@ -23,7 +23,14 @@ from ...errors import LoratorioError
 from ...job import Job, PassRecord
 from ...places import OPTION as PLACE_OPTION
 from ...pool import Candidates
-from ...roles import TaggedLora, assigned_roles, participants_of, prompt_importance, recognised_note
+from ...roles import (
+    TaggedLora,
+    assigned_roles,
+    participants_of,
+    prompt_importance,
+    recognised_note,
+    without_effect_note,
+)
 
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
 
@@ -156,20 +163,30 @@ class SamplingPass(ABC):
             if remark:
                 self.job.note(remark)
         if not participants.are_composed:
-            self.job.note(ALL_ALWAYS)
+            if self.loras:
+                self.job.note(ALL_ALWAYS)
             return None
         return participants
 
     def _usable(self, active: Sequence[ActiveLora]) -> Iterator[ReadLora]:
-        """The LoRAs, read, without those candidates of a pool that this model has no use for; a note says which."""
+        """The LoRAs, read, without those that change nothing and those candidates of a pool that cannot be used; notes say which."""
         skipped: list[tuple[str, str]] = []
+        without_effect: list[str] = []
         for lora in active:
             try:
-                yield self.read_once(lora)
+                read = self.read_once(lora)
             except LoratorioError as problem:
                 if not lora.tagged.is_candidate:
                     raise
                 skipped.append((lora.tagged.name, str(problem)))
+                continue
+            # It predicts what the base predicts, and would have a share of the picture all the same.
+            if read.adapter.changes_nothing and read.text is None:
+                without_effect.append(lora.tagged.name)
+            else:
+                yield read
+        if without_effect:
+            self.job.note(without_effect_note(without_effect))
         if len(skipped) == len(active):
             raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
         if skipped:
