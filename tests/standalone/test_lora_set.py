@@ -121,3 +121,13 @@ def test_guidance_rescale_and_softer_patches(model: Checkpoint, loras: Path) -> 
     plain = make(model, loras, "a <lora:cat> <lora:ink>").images[0]
     for knobs in ({"rescale": 0.7}, {"blend": "overlap"}, {"blend": "smooth"}, {"adaptive": True}):
         assert differ(plain, make(model, loras, "a <lora:cat> <lora:ink>", **knobs).images[0])
+
+
+def test_a_lora_without_effect_takes_no_weight(model: Checkpoint, loras: Path) -> None:
+    plain = make(model, loras, "a <lora:cat> <lora:ink>")
+    idle = make(model, loras, "a <lora:cat> <lora:red:0> <lora:ink>")
+    assert not differ(plain.images[0], idle.images[0])
+    assert idle.composed == ["cat", "ink"]
+    assert any("LoRA red changes nothing here" in note for note in idle.notes)
+    none = make(model, loras, "a <lora:cat:0>")
+    assert not differ(none.images[0], make(model, loras, "a").images[0])
