@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 from .compose.methods import METHODS
+from .compose.regions import YIELDING
 from .errors import LoratorioError
 
 Kind = Literal["bool", "int", "float", "choice"]
@@ -200,6 +201,10 @@ class Settings:
     weight_maps: bool = knob(
         "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used.",
         "shown", 3,
+    )  # fmt: skip
+    yielding: float = knob(
+        "float", YIELDING, "Yielding", "How much of its weight a LoRA without a place gives up inside the places of others.",
+        "weights", 8, folded=True, step=0.05,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -15,8 +15,8 @@ from .lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-YIELDED = 0.5
-"""How much of its weight a LoRA without a place loses inside the others' places: found by measurement (docs/RESULTS.md)."""
+YIELDING = 0.5
+"""How much of its weight a LoRA without a place gives up inside the others' places: found by measurement (docs/METHODS.md)."""
 
 _SAMPLES = 8
 """Points a latent pixel's side is sampled at, so that a place that ends inside a pixel has its part of it."""
@@ -98,7 +98,7 @@ class Masks(NamedTuple):
 
 
 def masks_of(
-    places: Sequence[Place | None], height: int, width: int, region: Box = WHOLE, yielded: float = YIELDED
+    places: Sequence[Place | None], height: int, width: int, region: Box = WHOLE, yielding: float = YIELDING
 ) -> Masks | None:
     """The masks of LoRAs with these places (None: everywhere); None where every one may act everywhere."""
     placed = [None if place is None else place.mask(height, width, region) for place in places]
@@ -109,7 +109,7 @@ def masks_of(
         if mask is not None:
             taken += mask
     taken.clamp_(max=1)
-    own = torch.stack([1 - yielded * taken if mask is None else mask for mask in placed])
+    own = torch.stack([1 - yielding * taken if mask is None else mask for mask in placed])
     coverage = own.sum(dim=0).clamp(max=1)
     return Masks(own, coverage, bool((coverage < 1).any()))
 
@@ -126,13 +126,15 @@ class Canvas:
         self._masks: dict[tuple[Any, ...], Masks | None] = {}
         self._single: dict[tuple[Any, ...], Tensor] = {}
 
-    def masks(self, places: Sequence[Place | None], size: tuple[int, int], device: Any) -> Masks | None:
+    def masks(
+        self, places: Sequence[Place | None], size: tuple[int, int], device: Any, yielding: float = YIELDING
+    ) -> Masks | None:
         """`masks_of` LoRAs with these places on latents of this height and width, on `device`."""
         if not any(places):
             return None
-        key = (tuple(places), size, device)
+        key = (tuple(places), size, device, yielding)
         if key not in self._masks:
-            made = masks_of(places, *size, self._region)
+            made = masks_of(places, *size, self._region, yielding)
             if made is not None:
                 made = Masks(made.own.to(device), made.coverage.to(device), made.has_gap)
             self._masks[key] = made

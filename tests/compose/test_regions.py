@@ -195,7 +195,7 @@ def test_weights_are_those_of_the_formula(dtype: torch.dtype, temperature: float
 
 
 def test_a_lora_without_a_place_yields_inside_the_others() -> None:
-    masks = masks_of([Place((Box(0, 0, 0.5, 1),)), None], 2, 4, yielded=0.75)
+    masks = masks_of([Place((Box(0, 0, 0.5, 1),)), None], 2, 4, yielding=0.75)
     assert masks is not None
     assert not masks.has_gap
     assert masks.own[1].tolist() == [[0.25, 0.25, 1.0, 1.0]] * 2

@@ -44,7 +44,7 @@ class StepContext:
     def masks(self, device: Any = "cpu") -> Masks | None:
         """Where each single may act; None where every one may act everywhere."""
         assert self.size is not None
-        return self.canvas.masks(self.participants.places, self.size, device)
+        return self.canvas.masks(self.participants.places, self.size, device, self.knobs["yielding"])
 
     @property
     def has_gap(self) -> bool:

@@ -21,6 +21,7 @@ class Composite(Method):
     entry = Entry("composite", "Composite", "arXiv 2402.16843")
 
     takes_places = True
+    knobs = ("yielding",)
 
     def branches(self, now: StepContext) -> list[Branch]:
         compared = both([now.participants.compared], now) if now.has_gap else []

@@ -12,6 +12,7 @@ class RecentredComposite(Recentred):
 
     entry = Entry("composite_anchored", "Composite, re-centred", "re-centring after arXiv 2508.11624")
     inner = Composite()
+    knobs = ("recentre", "yielding")
 
 
 METHOD = RecentredComposite()

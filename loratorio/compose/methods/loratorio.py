@@ -37,6 +37,7 @@ class Loratorio(Weighted):
         "share",
         "pool_size",
         "pool_interval",
+        "yielding",
     )
 
     def branches(self, now: StepContext) -> list[Branch]:

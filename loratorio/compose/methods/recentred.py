@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 from ..guidance import anchor
 from ..mixes import Branch
@@ -13,7 +14,7 @@ class Recentred(Method):
     """A method whose unconditional score is drawn towards the base model's: λ·e₀(∅) + (1−λ)·ẽ(∅)."""
 
     inner: Method
-    knobs = ("recentre",)
+    knobs: ClassVar[tuple[str, ...]] = ("recentre",)
 
     def branches(self, now: StepContext) -> list[Branch]:
         strength = now.knobs["recentre"]
