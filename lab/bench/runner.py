@@ -117,7 +117,7 @@ def _on_ray(
 ) -> Iterator[Cell]:
     """On Ray. A cell whose worker dies is given to another one; results go to `folder`, which all workers must see."""
     if importlib.util.find_spec("ray") is None:
-        raise LoratorioError("--ray needs Ray: pip install 'loratorio[ray]'.")
+        raise LoratorioError("--ray needs Ray: pip install 'loratorio[lab]'.")
     import ray
 
     folder = folder.resolve()

@@ -144,7 +144,7 @@ def test_ray_is_asked_for_by_name_when_it_is_missing(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'loratorio[ray]')"
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'loratorio[lab]')"
 )
 def test_two_ray_workers_one_of_them_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, died = tmp_path / "log", tmp_path / "died"
