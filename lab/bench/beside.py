@@ -15,7 +15,9 @@ ROWS: tuple[Variant, ...] = (
     Variant("beside_free", "LoRAtorio", {}, beside="free"),
     Variant("beside_placed", "**LoRAtorio, a place for each**", {}, beside="placed"),
     Variant("beside_share", "the same, shared part 0.15", {"share": 0.15}, beside="placed"),
-    Variant("beside_yielding", "the same, yielding 0.7", {"yielding": 0.7}, beside="placed"),
+    Variant(
+        "beside_yielding", "LoRAtorio, a place for each, yielding 0.85", {"yielding": 0.85}, beside="placed"
+    ),
 )
 
 BACKGROUND = "background"
