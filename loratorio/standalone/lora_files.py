@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,9 @@ def _by_layer(
     """
     if not tensors:
         raise LoratorioError(f"LoRA {name} is empty: the file holds no weights. Get it again.")
-    unified = {_unified(key, tensors): tensor for key, tensor in tensors.items()}
+    plain = {key.replace(".default.", "."): tensor for key, tensor in tensors.items()}
+    own_layers = {key[: own.start()] for key in plain if (own := _OWN_TAIL.search(key))}
+    unified = {_unified(key, own_layers): tensor for key, tensor in plain.items()}
     kohya_named = {key: tensor for key, tensor in unified.items() if key.startswith(tuple(_KOHYA_PARTS))}
     others = {key: tensor for key, tensor in unified.items() if key not in kohya_named}
     strange = [key for key in others if not _is_peft([key]) and not _is_older(key)]
@@ -165,7 +167,7 @@ def _by_layer(
         raise LoratorioError(
             f"LoRA {name} is not a LoRA that can be read here: its weights have names like {next(iter(tensors))}."
         )
-    others = {key: tensor for key, tensor in others.items() if key not in strange}
+    others = {key: tensor for key, tensor in others.items() if _is_peft([key]) or _is_older(key)}
     tables = {part: _path_table(model) for part, model in parts.items()}
     grouped: dict[_Layer, dict[str, Tensor]] = {}
     missing: dict[str, str] = {}
@@ -226,22 +228,22 @@ _DOTTED = {
 }
 
 
-def _unified(key: str, keys: Iterable[str]) -> str:
-    """A tensor's name in kohya's way: LyCORIS' prefix, ComfyUI's, and other dotted names but PEFT's and diffusers' own."""
+def _unified(key: str, own_layers: Collection[str]) -> str:
+    """A tensor's name in kohya's way: LyCORIS' prefix, ComfyUI's, and other dotted names but PEFT's and diffusers' own.
+
+    own_layers: those layers' names that have a tail of kohya's or LyCORIS' own.
+    """
     if key.startswith("lycoris_"):
         return "lora_unet_" + key.removeprefix("lycoris_")
-    plain = key.replace(".default.", ".")
-    prefix = next((each for each in _DOTTED if plain.startswith(each)), None)
-    tail = _OWN_TAIL.search(plain) or _SHARED_TAIL.search(plain)
+    prefix = next((each for each in _DOTTED if key.startswith(each)), None)
+    tail = _OWN_TAIL.search(key) or _SHARED_TAIL.search(key)
     if prefix is None or tail is None:
-        return plain
-    layer = plain[: tail.start()]
-    if prefix not in _COMFY and not _OWN_TAIL.search(plain):
-        # An alpha or a magnitude goes with the rest of its layer.
-        beside = (each for each in keys if each.startswith(layer + ".") and _OWN_TAIL.search(each))
-        if next(beside, None) is None:
-            return plain
-    return _DOTTED[prefix] + layer.removeprefix(prefix).replace(".", "_") + plain[tail.start() :]
+        return key
+    layer = key[: tail.start()]
+    # An alpha or a magnitude goes with the rest of its layer.
+    if prefix not in _COMFY and layer not in own_layers:
+        return key
+    return _DOTTED[prefix] + layer.removeprefix(prefix).replace(".", "_") + key[tail.start() :]
 
 
 _Named = tuple[str, str, str, str, Tensor]
@@ -378,7 +380,7 @@ def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -
     found: list[Delta] = []
     if "diff" in own:
         with _fitting(name, path, own, layer):
-            found.append(Dense(weight=own["diff"].to(torch.float32).reshape(_weight(layer).shape)))
+            found.append(Dense(weight=own["diff"].to(torch.float32).reshape(_weight_shape(layer))))
     if "diff_b" in own:
         found.append(Dense(bias=own["diff_b"].to(torch.float32)))
     others = {tail: tensor for tail, tensor in own.items() if _OF_LYCORIS.fullmatch(tail)}
@@ -402,7 +404,7 @@ def _of_low_rank(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Modu
     if "lora_up.bias" in own:
         found.append(Dense(bias=own["lora_up.bias"].to(torch.float32) * scale))
     with _fitting(name, path, own, layer):
-        sparse = _sparse(own, _weight(layer).shape)
+        sparse = _sparse(own, _weight_shape(layer))
     if "dora_scale" not in own:
         return [plain, *found, *([] if sparse is None else [Dense(weight=sparse * scale)])]
     before = _weight(layer)
@@ -468,6 +470,11 @@ def _weight(layer: nn.Module) -> Tensor:
     """The layer's weight in float32 on the CPU, wherever and however the model keeps it."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.detach().to("cpu", torch.float32)
+
+
+def _weight_shape(layer: nn.Module) -> torch.Size:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.shape
 
 
 @contextlib.contextmanager
