@@ -17,7 +17,7 @@ help:
 	@echo "make clean  remove the virtual environments and caches"
 
 demo: $(VENV)/standalone
-	@echo "== Three of the toybox's LoRAs by every method, into loratorio-demo/ (one to two minutes)"
+	@echo "== Three of the toybox's LoRAs by every method, and two characters in their places, into loratorio-demo/"
 	@$(BIN)/loratorio demo
 
 serve: $(VENV)/standalone

@@ -79,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _DEMO_HELP = (
-    "Composes three LoRAs of different categories by every method with the same seed. Writes the pictures, each LoRA's "
-    "weight maps over the picture and over time, and one contact sheet. Needs no download and no GPU."
+    "Composes three LoRAs of different categories by every method with the same seed, and two characters beside each other, "
+    "merged and each in its place. Writes the pictures, each LoRA's weight maps over the picture and over time, and a contact "
+    "sheet of either. Needs no download and no GPU."
 )
 
 
