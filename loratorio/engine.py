@@ -6,6 +6,7 @@ The engine knows no host. A host calls `Engine.step` with the step and with a fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from .compose.methods.merge import MergeNamed
 from .compose.mixes import Branch, Mix, Participants
 from .compose.regions import WHOLE, Box, Canvas
 from .errors import LoratorioError
+from .row_memory import RowMemory
 from .settings import Settings
 
 
@@ -90,8 +92,8 @@ class WeightHistory:
 POOL_ROWS = 8
 """How many rows a model call has, unless the host says otherwise, when a pool's candidates are scored."""
 
-POOL_PLANS = 4
-"""How many such calls' LoRAs stay on the device."""
+POOL_RESIDENT = 32
+"""How many of a pool's LoRAs stay on the device."""
 
 
 class Engine:
@@ -106,6 +108,7 @@ class Engine:
         region: which part of the picture is sampled, for the LoRAs' places.
 
     Attributes:
+        memory: says how many rows fit into a call; None where that shows only when memory runs out.
         words: by mix, the own words that its conditional rows have; mixes without any are left out.
     """
 
@@ -125,6 +128,7 @@ class Engine:
         if not bank.adapters:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
         self.history = WeightHistory()
+        self.memory: RowMemory | None = None
         self._row_limit = row_limit or (POOL_ROWS if any(self.participants.pooled) else 0)
         self._sessions: dict[str, Method] = {}
         self.bank = bank
@@ -139,13 +143,13 @@ class Engine:
             raise ValueError(f"the bank must have {len(self.bank.adapters)} LoRAs, not {len(bank.adapters)}")
         self.bank = bank
         self._sessions.clear()
-        if any(self.participants.pooled):
-            # Candidates that are only scored leave the device again with the next ones.
-            bank.plan_limit = POOL_PLANS
-
-    def limit_rows(self, rows: int) -> None:
-        """From now on no more than so many rows a model call. Never more than memory has allowed before."""
-        self._row_limit = min(self._row_limit or rows, max(1, rows))
+        pooled = [
+            n
+            for n, is_candidate in zip(self.participants.numbers, self.participants.pooled, strict=False)
+            if is_candidate
+        ]
+        # Candidates that are only scored leave the device again with the next ones.
+        bank.keep_apart(pooled, POOL_RESIDENT)
 
     @property
     def row_limit(self) -> int:
@@ -168,14 +172,12 @@ class Engine:
         """
         method = self._method_at(step.index, step.total)
         height, width = step.latents.shape[-2:]
-        now = self._context(method, step.index, step.total, step.uncond_count > 0, (height, width))
+        counts = (len(step.latents), step.uncond_count)
+        now = self._context(method, step.index, step.total, step.uncond_count > 0, (height, width), counts)
         session = self._session(method)
         branches = session.branches(now)
         by_layer = session.layer_mixes(now)
         predictions = self._predictions(step, branches, by_layer, predict)
-        further = session.further(now, predictions)
-        if further:
-            predictions = _joined(predictions, self._predictions(step, further, by_layer, predict))
         composition = self._rescaled(session.compose(now, predictions), predictions, step)
         if composition.weights is not None and self.settings.weight_maps:
             self.history.record(step.index, composition.weights)
@@ -200,9 +202,10 @@ class Engine:
         total: int,
         has_uncond: bool,
         size: tuple[int, int] | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> StepContext:
         knobs = {name: getattr(self.settings, name) for name in method.knobs}
-        return StepContext(self.participants, knobs, index, total, has_uncond, self._canvas, size)
+        return StepContext(self.participants, knobs, index, total, has_uncond, self._canvas, size, rows)
 
     def _predictions(
         self, step: Step, branches: Sequence[Branch], by_layer: Mapping[str, Mix], predict: Predict
@@ -219,7 +222,7 @@ class Engine:
         if not strength or not scale or scale == 1 or uncond is None:
             return composition
         # The sampler adds up the parts of a prompt with AND itself; each is rescaled on its own.
-        own_uncond = uncond[predictions.owners.to(uncond.device)]
+        own_uncond = torch.stack([uncond[owner] for owner in predictions.owners])
         cond = rescaled_cond(composition.cond, own_uncond, scale, strength)
         return Composition(cond, uncond, composition.weights)
 
@@ -228,7 +231,7 @@ class Engine:
         done: list[Tensor] = []
         start = 0
         while start < len(rows):
-            part = rows[start : start + (self._row_limit or len(rows))]
+            part = rows[start : start + self._most(len(rows) - start)]
             predicted = self._predicted(part, by_layer, predict)
             if predicted is None:
                 # Only here, where nothing holds the failed call's tensors any more, can their memory be given back.
@@ -241,10 +244,16 @@ class Engine:
             start += len(part)
         return done[0] if len(done) == 1 else torch.cat(done)
 
+    def _most(self, wanted: int) -> int:
+        """How many of `wanted` rows the next call has."""
+        most = min(wanted, self._row_limit or wanted)
+        return most if self.memory is None else max(1, min(most, self.memory.fitting(most)))
+
     def _predicted(self, rows: Sequence[Row], by_layer: Mapping[str, Mix], predict: Predict) -> Tensor | None:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
         try:
-            with self.bank.routed([row.mix for row in rows], by_layer):
+            observed = nullcontext() if self.memory is None else self.memory.observed(len(rows))
+            with self.bank.routed([row.mix for row in rows], by_layer), observed:
                 return predict(rows)
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
@@ -315,24 +324,12 @@ def _predictions(step: Step, branches: Sequence[Branch], predicted: Tensor) -> P
         stop = start + (cond_count if branch.cond else step.uncond_count)
         by_branch[branch] = _folded(predicted[start:stop])
         start = stop
-    latents = _folded(step.latents)
-    noise = {
-        # Only direction matters for the similarity: z − D stands for (z − D)/σ.
-        branch.mix: latents.to(torch.float32) - prediction.to(torch.float32) if step.denoised else prediction
-        for branch, prediction in by_branch.items()
-        if branch.cond
-    }
-    owners = torch.tensor(step.owners or range(cond_count), dtype=torch.int64)
-    if frames > 1:
-        owners = (owners[:, None] * frames + torch.arange(frames)).flatten()
-    return Predictions(by_branch, noise, owners)
-
-
-def _joined(first: Predictions, second: Predictions) -> Predictions:
+    owners = step.owners or range(cond_count)
     return Predictions(
-        {**first.by_branch, **second.by_branch},
-        {**first.noise_by_mix, **second.noise_by_mix},
-        first.owners,
+        by_branch,
+        tuple(owner * frames + frame for owner in owners for frame in range(frames)),
+        # Only direction matters for the similarity: z − D stands for (z − D)/σ.
+        _folded(step.latents) if step.denoised else None,
     )
 
 

@@ -206,6 +206,10 @@ class Settings:
         "float", YIELDING, "Yielding", "How much of its weight a LoRA without a place gives up inside the places of others.",
         "weights", 8, folded=True, step=0.05,
     )  # fmt: skip
+    reuse: int = knob(
+        "int", 1, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
+        "steps", 4, minimum=1, maximum=10,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for each in KNOBS:
@@ -221,7 +225,11 @@ class Settings:
         return cls().with_values(values)
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
-        """A copy with some knobs changed. Unknown names are a LoratorioError that says which come near."""
+        """A copy with some knobs changed, also by a `PRESET`. Unknown names are a LoratorioError that says which come near."""
+        if PRESET in values:
+            rest = {name: value for name, value in values.items() if name != PRESET}
+            preset = {} if values[PRESET] is None else find_preset(values[PRESET]).values
+            return self.with_values({**preset, **rest})
         for name in values:
             if name not in KNOB_BY_NAME:
                 near = difflib.get_close_matches(str(name), KNOB_BY_NAME, n=1)
@@ -232,6 +240,53 @@ class Settings:
     def active_at(self, index: int, total: int) -> bool:
         """Whether step `index` (from 0) of `total` lies in the part of the steps that is composed."""
         return self.start * total <= index < self.end * total
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values for some knobs, set together; all else stays as it is."""
+
+    name: str
+    label: str
+    help: str
+    values: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "paper",
+            "Paper",
+            "As published: every LoRA at every step, half of the unconditional prediction the LoRAs'. Slowest.",
+            {"recentre": 0.5, "share": 0.0, "reuse": 1},
+        ),
+        Preset(
+            "balanced",
+            "Balanced",
+            "Each LoRA at every second step, the base alone for the unconditional prediction. The default.",
+            {"recentre": 1.0, "share": 0.0, "reuse": 2},
+        ),
+        Preset(
+            "fast",
+            "Fast",
+            "Each LoRA at every fourth step.",
+            {"recentre": 1.0, "share": 0.0, "reuse": 4},
+        ),
+    )
+}
+"""Settings of which one click, or one word, sets all."""
+
+PRESET = "preset"
+"""Beside knobs, under this name, a mapping may have a preset's name: the preset's values, and those that stand beside it on top."""
+
+
+def find_preset(name: Any) -> Preset:
+    """By name or label, in any case. Raises LoratorioError with the names that there are."""
+    for preset in PRESETS.values():
+        if str(name).strip().lower() in (preset.name, preset.label.lower()):
+            return preset
+    raise LoratorioError(f"{PRESET} must be one of {', '.join(PRESETS)}, not {name!r}.")
 
 
 def _knob_of(name: str, metadata: Mapping[str, Any]) -> Knob:

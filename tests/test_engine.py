@@ -407,13 +407,10 @@ def test_a_rebound_engine_keeps_its_limits_and_begins_methods_anew() -> None:
     fresh, second = engine_of((1.0, 3.0))
     for index in range(2):
         engine.step(Step(index, 20, latents, 1, denoised=False), first)
-    engine.limit_rows(2)
-    engine.limit_rows(9)  # never more than was allowed before
-    assert engine.row_limit == 2
     bank = loras(2)
     engine.rebind(bank)
     assert engine.bank is bank
-    assert engine.row_limit == 2
+    assert engine.row_limit == 3
     rebound = engine.step(Step(2, 20, latents, 1, denoised=False), second)
     wanted = fresh.step(Step(2, 20, latents, 1, denoised=False), second)
     assert torch.equal(rebound.cond, wanted.cond)
@@ -423,12 +420,12 @@ def test_a_rebound_engine_keeps_its_limits_and_begins_methods_anew() -> None:
 
 def test_a_pools_limits_hold_on_the_next_model() -> None:
     from loratorio.compose.mixes import Participants
-    from loratorio.engine import POOL_PLANS, POOL_ROWS
+    from loratorio.engine import POOL_RESIDENT, POOL_ROWS
 
     engine = Engine(Settings(), loras(3), Participants.of(3, pooled=[1, 2]))
     assert engine.row_limit == POOL_ROWS
     bank = loras(3)
-    assert bank.plan_limit != POOL_PLANS
+    assert bank._most_apart == 0
     engine.rebind(bank)
-    assert bank.plan_limit == POOL_PLANS
+    assert (bank._apart, bank._most_apart) == ({1, 2}, POOL_RESIDENT)
     assert engine.row_limit == POOL_ROWS

@@ -14,8 +14,10 @@ import copy
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +27,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.guidance import compose, guide, recentre
 from loratorio.compose.weights import spatial_weights
 from loratorio.engine import Engine, Row, Step
-from loratorio.settings import Settings
+from loratorio.settings import PRESET, PRESETS, Settings
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 """Stable Diffusion 1.5's UNet is diffusers' default but for these."""
@@ -153,7 +156,9 @@ class Variants:
         self.bench = bench
         self.adapters = bench.adapters[:count]
         self.bank = Bank(self.adapters)
-        self.engine = Engine(Settings(enabled=True), self.bank)
+        self.engine = Engine(Settings(enabled=True).with_values({PRESET: "paper"}), self.bank)
+        self.at = (10, 20)
+        self.rows = 0
         generator = torch.Generator().manual_seed(2)
         side = pixels // 8
 
@@ -172,7 +177,7 @@ class Variants:
         return self._pass(self.bench.unet)
 
     def ours(self) -> Tensor:
-        step = Step(10, 20, self.latents, 1, denoised=False)
+        step = Step(*self.at, self.latents, 1, denoised=False)
         composition = self.engine.step(step, lambda rows: self._predict(self.bench.hooked_unet, rows))
         assert composition.uncond is not None
         return guide(composition.cond, composition.uncond, CFG_SCALE)
@@ -219,6 +224,7 @@ class Variants:
         return self._composed(pairs)
 
     def _predict(self, unet: nn.Module, rows: Sequence[Row]) -> Tensor:
+        self.rows += len(rows)
         texts = self.texts[[0 if row.cond else 1 for row in rows]]
         return self.bench.predict(unet, self.latents.expand(len(rows), -1, -1, -1), texts)
 
@@ -295,6 +301,83 @@ def measure(bench: Workbench, count: int, pixels: int, rounds: int, clock: Clock
     }
 
 
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that are dispatched while it is entered: about what a GPU would launch."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Views compute nothing.
+        self.count += not getattr(func, "is_view", False)
+        return func(*args, **(kwargs or {}))
+
+
+def measure_presets(
+    bench: Workbench, count: int, pixels: int, rounds: int, clock: Clock, steps: int = 20
+) -> dict[str, Any]:
+    """Whole schedules by each preset, step by step in turns with plain steps.
+
+    Returns:
+        seconds, rows and operations of a mean step, and the seconds over a plain step's.
+    """
+    variants = {name: Variants(bench, count, pixels) for name in PRESETS}
+    plain = Variants(bench, count, pixels)
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *PRESETS)}
+    with ExitStack() as attached:
+        layers = lora_layers(bench.hooked_unet)
+        for variant in variants.values():
+            attached.enter_context(variant.bank.attached(layers))
+            variant.bank.prepare(bench.device, bench.dtype)
+        for variant in (plain, *variants.values()):
+            variant.run("ours" if variant is not plain else "plain")  # chooses kernels and so on
+            variant.rows = 0
+        for number in range(rounds):
+            for name, variant in variants.items():
+                variant.engine = Engine(Settings(enabled=True).with_values({PRESET: name}), variant.bank)
+            for index in range(steps):
+                order = list(seconds)
+                first = (number + index) % len(order)
+                for name in order[first:] + order[:first]:
+                    if name == "plain":
+                        work = partial(plain.run, "plain")
+                    else:
+                        variants[name].at = (index, steps)
+                        work = partial(variants[name].run, "ours")
+                    seconds[name].append(timed(work, bench.device, clock))
+        rows = {name: variant.rows / rounds / steps for name, variant in variants.items()}
+        operations = {"plain": _dispatched(partial(plain.run, "plain"))}
+        for name, variant in variants.items():
+            variant.engine = Engine(variant.engine.settings, variant.bank)
+            counts = []
+            for index in range(steps):
+                variant.at = (index, steps)
+                counts.append(_dispatched(partial(variant.run, "ours")))
+            operations[name] = statistics.mean(counts)
+    mean = {name: statistics.mean(values) for name, values in seconds.items()}
+    return {
+        "loras": count,
+        "pixels": pixels,
+        "seconds": mean,
+        "all_seconds": seconds,
+        "rows": {"plain": 2.0, **rows},
+        "operations": operations,
+        "over_plain": {name: value / mean["plain"] for name, value in mean.items()},
+        "peak_bytes": _peak(bench.device),
+    }
+
+
+def _dispatched(work: Callable[[], object]) -> float:
+    with Dispatched() as operations:
+        work()
+    return float(operations.count)
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def compose_share(bench: Workbench, pixels: int, rounds: int, clock: Clock) -> dict[str, Any]:
     """What composing the predictions of 5 LoRAs takes, as part of a plain two-row step at the same size."""
     variants = Variants(bench, 5, pixels)
@@ -338,6 +421,17 @@ def report(result: dict[str, Any]) -> None:
     print(f"  {ratios}, hooks {result['hooks_share']:.1%} of the step", flush=True)
 
 
+def report_presets(result: dict[str, Any]) -> None:
+    print(f"\n{result['pixels']} px, {result['loras']} LoRAs, a mean step of 20")
+    print(f"  {'':<12}{'plain steps':>12}{'ms':>10}{'rows':>8}{'operations':>12}")
+    for name, mean in result["seconds"].items():
+        ratio, rows, count = (result[key][name] for key in ("over_plain", "rows", "operations"))
+        print(f"  {name:<12}{ratio:12.2f}{mean * 1000:10.0f}{rows:8.2f}{count:12.0f}")
+    if result["peak_bytes"]:
+        print(f"  most memory allocated: {result['peak_bytes'] / 2**30:.2f} GiB")
+    sys.stdout.flush()
+
+
 def report_compose(share: dict[str, Any]) -> None:
     print(
         f"\ncomposing at {share['pixels']} px with 5 LoRAs: {share['compose_seconds'] * 1000:.2f} ms, "
@@ -357,8 +451,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], metavar="PX")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 5], metavar="N")
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2, 3, 5], metavar="N")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--preset-counts",
+        type=int,
+        nargs="*",
+        default=[3],
+        metavar="N",
+        help="LoRAs, for the presets' schedules",
+    )
+    parser.add_argument("--preset-rounds", type=int, default=1, help="how many schedules of each preset")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
         "--compose-size",
@@ -382,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     rounds = 1 if options.quick else options.rounds
     sizes = [64] if options.quick else options.sizes
-    most = max(5, *options.counts)
+    most = max(5, *options.counts, *options.preset_counts)
     bench = Workbench.make(
         TINY if options.quick else SD15, most, options.rank, options.device, getattr(torch, options.dtype)
     )
@@ -405,6 +508,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for count in options.counts:
             summary["steps"].append(measure(bench, count, pixels, rounds, clock))
             report(summary["steps"][-1])
+            save()
+    summary["presets"] = []
+    for pixels in sizes:
+        for count in options.preset_counts:
+            summary["presets"].append(measure_presets(bench, count, pixels, options.preset_rounds, clock))
+            report_presets(summary["presets"][-1])
             save()
     if options.compose_size:
         summary["compose"] = compose_share(

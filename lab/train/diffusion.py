@@ -17,6 +17,8 @@ from lab.train.common import Average, Optimisers, Run, learning_rate, pictures
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
+PRIOR_DROPOUT = 0.2
+PRIOR_WEIGHT = 1.0
 
 
 def new_schedule() -> DDPMScheduler:
@@ -60,24 +62,63 @@ def encode_text(text: CLIPTextModel, ids: Tensor) -> Tensor:
     return state
 
 
-def batch_of(data: Data, rng: random.Random, size: int) -> tuple[Tensor, list[str]]:
-    """Random latents and their captions, a tenth of the captions empty."""
+@dataclass
+class Prior:
+    """Prior preservation (DreamBooth's, arXiv 2208.12242, section 3.3): on these scenes the model shall predict what the base does.
+
+    Attributes:
+        unet, text: the base's, frozen.
+        data: scenes of what the base knows, without the new thing.
+    """
+
+    unet: UNet2DConditionModel
+    text: CLIPTextModel
+    data: Data
+
+
+def batch_of(
+    data: Data, rng: random.Random, size: int, dropout: float = CAPTION_DROPOUT
+) -> tuple[Tensor, list[str]]:
+    """Random latents and their captions, a part of the captions empty."""
     chosen = [rng.randrange(len(data.captions)) for _ in range(size)]
-    texts = ["" if rng.random() < CAPTION_DROPOUT else data.captions[i] for i in chosen]
+    texts = ["" if rng.random() < dropout else data.captions[i] for i in chosen]
     return data.latents[chosen], texts
+
+
+def snr_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
+    """min(SNR, 5)/SNR at these timesteps, (B,) (Hang et al. 2023)."""
+    alphas = schedule.alphas_cumprod.to(times.device)[times]
+    snr = alphas / (1 - alphas)
+    weight: Tensor = snr.clamp(max=SNR_CAP) / snr
+    return weight
+
+
+def random_times(latents: Tensor) -> Tensor:
+    return torch.randint(0, 1000, (len(latents),), device=latents.device)
 
 
 def noise_loss(
     unet: UNet2DConditionModel, schedule: DDPMScheduler, latents: Tensor, conditioning: Tensor
 ) -> Tensor:
-    """Squared error of the predicted noise, weighted min(SNR, 5)/SNR (Hang et al. 2023)."""
-    noise = torch.randn_like(latents)
-    times = torch.randint(0, 1000, (len(latents),), device=latents.device)
+    """Squared error of the predicted noise, weighted by `snr_weight`."""
+    noise, times = torch.randn_like(latents), random_times(latents)
     made = unet(schedule.add_noise(latents, noise, times), times, conditioning).sample
-    alphas = schedule.alphas_cumprod.to(latents.device)[times]
-    snr = alphas / (1 - alphas)
-    weight = snr.clamp(max=SNR_CAP) / snr
-    loss: Tensor = (weight * (made - noise).square().mean(dim=(1, 2, 3))).mean()
+    error = (made - noise).square().mean(dim=(1, 2, 3))
+    loss: Tensor = (snr_weight(schedule, times) * error).mean()
+    return loss
+
+
+def prior_loss(
+    model: nn.ModuleDict, prior: Prior, schedule: DDPMScheduler, latents: Tensor, ids: Tensor
+) -> Tensor:
+    """Squared distance of the predicted noise from the base's, weighted by `snr_weight`."""
+    times = random_times(latents)
+    noisy = schedule.add_noise(latents, torch.randn_like(latents), times)
+    with torch.no_grad():
+        wanted = prior.unet(noisy, times, encode_text(prior.text, ids)).sample
+    made = model["unet"](noisy, times, encode_text(model["text"], ids)).sample  # type: ignore[arg-type]
+    error = (made - wanted).square().mean(dim=(1, 2, 3))
+    loss: Tensor = (snr_weight(schedule, times) * error).mean()
     return loss
 
 
@@ -89,13 +130,23 @@ def train(
     data: Data,
     tokenizer: CLIPTokenizer,
     rng: random.Random,
+    prior: Prior | None = None,
 ) -> Iterator[float]:
-    """Train `unet` and `text` of `model` to the run's end, and give each step's loss."""
+    """Train `unet` and `text` of `model` to the run's end, and give each step's loss.
+
+    With a prior half of each batch is the prior's, and the empty captions are all there: what has no words stays the base's.
+    """
     schedule = new_schedule()
+    share = 1 if prior is None else 2
+    dropout = CAPTION_DROPOUT if prior is None else 0.0
     while (progress := run.progress) < 1:
-        latents, texts = batch_of(data, rng, run.batch)
+        latents, texts = batch_of(data, rng, run.batch // share, dropout)
         conditioning = encode_text(model["text"], tokenise(tokenizer, texts).to(run.device))  # type: ignore[arg-type]
         loss = noise_loss(model["unet"], schedule, latents, conditioning)  # type: ignore[arg-type]
+        if prior is not None:
+            latents, texts = batch_of(prior.data, rng, run.batch // share, PRIOR_DROPOUT)
+            ids = tokenise(tokenizer, texts).to(run.device)
+            loss = loss + PRIOR_WEIGHT * prior_loss(model, prior, schedule, latents, ids)
         loss.backward()  # type: ignore[no-untyped-call]
         optimisers.step(learning_rate(progress))
         average.update(model, run.step)

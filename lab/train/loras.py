@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lab.toybox.world import caption, random_scene
 from lab.train.common import Average, Optimisers, Run, seed_everything
-from lab.train.diffusion import encode_scenes, train
+from lab.train.diffusion import Prior, encode_scenes, train
 from loratorio.toybox.elements import Element
 
 RANK = 8
@@ -82,13 +83,21 @@ def train_lora(
     element: Element,
     parts: tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer],
     out: Path,
+    regularised: bool = True,
 ) -> None:
-    """Train one element's LoRA into fresh copies of the base (`parts`: VAE, latent scale, UNet, text encoder, tokenizer)."""
+    """Train one element's LoRA into fresh copies of the base (`parts`: VAE, latent scale, UNet, text encoder, tokenizer).
+
+    regularised: half of each batch are scenes that the base knows, on which the LoRA shall change nothing.
+    """
     vae, scale, unet, text, tokenizer = parts
     seed_everything(run.seed)
     rng = random.Random(run.seed)
     scenes = [random_scene(rng, element.name) for _ in range(SCENES)]
     data = encode_scenes(vae, scale, scenes)
+    prior = None
+    if regularised:
+        known = encode_scenes(vae, scale, [random_scene(rng) for _ in range(SCENES)])
+        prior = Prior(deepcopy(unet).requires_grad_(False), deepcopy(text).requires_grad_(False), known)
     inject(unet, UNET_TARGETS)
     inject(text, TEXT_TARGETS)
     model = nn.ModuleDict({"unet": unet, "text": text})
@@ -96,7 +105,7 @@ def train_lora(
     optimisers = Optimisers([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr, muon=False)
     run.announce(model)
     total = 0.0
-    for loss in train(run, model, average, optimisers, data, tokenizer, rng):
+    for loss in train(run, model, average, optimisers, data, tokenizer, rng, prior):
         total = 0.95 * total + 0.05 * loss if run.step > 1 else loss
     spent = f"{run.step} steps of {run.batch}, seed {run.seed}, minutes {run.spent / 60:.2f}"
     run.say(f"{element.name} ({element.trigger}): {spent}, loss {total:.4f}")

@@ -1,7 +1,7 @@
 """`loratorio-lab train PART`: train a part of the toybox, or all of it, and write the files that ship.
 
 A killed run goes on where it was when the same command is given again; `--work` holds the state. Order: vae (coarse, then fine),
-classifier, base, loras, export.
+classifier, base, export, loras.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from lab.toybox.classifier import classifier_file
-from lab.train.base import load_vae, new_base, train_base
+from lab.toybox.pipeline import load_pipeline
+from lab.train.base import load_vae, train_base
 from lab.train.classifier import train_classifier
 from lab.train.common import Run
 from lab.train.export import export_checkpoint
@@ -46,6 +47,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--unregularised", action="store_true", help="for loras: without scenes that the base knows"
+    )
     parser.add_argument("--only", nargs="*", choices=list(BY_NAME), help="for loras: these elements")
     return parser.parse_args(arguments)
 
@@ -91,10 +95,10 @@ def do_base(options: argparse.Namespace) -> None:
 
 
 def do_loras(options: argparse.Namespace) -> None:
-    vae = load_vae(options.work, "vae_coarse", options.device)
-    unet, text, tokenizer = new_base(options.out / "model" / "toybox_text", options.device)
-    state = torch.load(options.work / "base.pt", map_location=options.device, weights_only=True)
-    torch.nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(state["average"])
+    model = options.out / "model"
+    pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
+    vae = pipeline.vae.to(options.device).eval().requires_grad_(False)
+    unet, text = pipeline.unet.to(options.device), pipeline.text_encoder.to(options.device)
     for i, element in enumerate(ELEMENTS):
         if options.only and element.name not in options.only:
             continue
@@ -103,8 +107,9 @@ def do_loras(options: argparse.Namespace) -> None:
             run,
             rate,
             element,
-            (vae, state["scale"], deepcopy(unet), deepcopy(text), tokenizer),
+            (vae, vae.config.scaling_factor, deepcopy(unet), deepcopy(text), pipeline.tokenizer),
             options.out / "lora",
+            not options.unregularised,
         )
 
 
@@ -120,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "vae_fine": lambda: do_vae(options, "vae_fine"),
         "classifier": lambda: do_classifier(options),
         "base": lambda: do_base(options),
-        "loras": lambda: do_loras(options),
         "export": lambda: do_export(options),
+        "loras": lambda: do_loras(options),
     }
     chosen = {"all": list(parts), "vae": ["vae_coarse", "vae_fine"]}.get(options.part, [options.part])
     for part in chosen:

@@ -12,38 +12,56 @@ from torch import Tensor, nn
 from .delta import RMS_NORM, Dense
 
 
-def add_low_rank(layer: nn.Module, rows: Tensor, output: Tensor, down: Tensor, up: Tensor) -> None:
-    """output += up · down · rows, each group of rows with its own product.
+def add_low_rank(
+    layer: nn.Module, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, factor: float | Tensor = 1.0
+) -> None:
+    """output += factor · up · down · rows, each group of rows with its own product.
 
     Args:
         layer: Linear or Conv2d, whose stride, padding and tiling count.
         rows: its input, R rows: (R, …, in) or (R, in, H, W).
         output: its output for these rows, of the same dtype.
         down: (G, r, in) or (G, r, in, kh, kw). up: (G, r, out).
+        factor: one number, or one for each group, (G, 1), or for each of the ranks, (1, r).
     """
-    if isinstance(layer, nn.Conv2d):
-        # `_conv_forward` knows the layer's padding mode, which tiling changes while the model lives.
-        parts = zip(rows.chunk(len(down)), down, strict=True)
-        lowered = torch.cat([layer._conv_forward(part, own, None) for part, own in parts])
-        _add_product(output.movedim(1, -1), lowered.movedim(1, -1), up)
-    else:
+    if not isinstance(layer, nn.Conv2d):
         tokens = rows.reshape(len(down), -1, rows.shape[-1])
-        _add_product(output, torch.bmm(tokens, down.transpose(1, 2)), up)
+        _add_product(output, torch.bmm(tokens, down.transpose(1, 2)), up, factor)
+        return
+    # Group by group: one product for all would need their lowered pictures put together, and `up` copied for every picture.
+    each = len(rows) // len(down)
+    for number, (own_down, own_up) in enumerate(zip(down, up, strict=True)):
+        part = slice(number * each, (number + 1) * each)
+        own = factor[number : number + 1] if isinstance(factor, Tensor) and len(factor) > 1 else factor
+        # `_conv_forward` knows the layer's padding mode, which tiling changes while the model lives.
+        _add_to_pictures(output[part], layer._conv_forward(rows[part], own_down, None), own_up, own)
 
 
-def _add_product(output: Tensor, lowered: Tensor, up: Tensor) -> None:
-    """output (R, …, out) += lowered (R, …, r) · up (G, r, out), by group, without a copy of the output where its layout allows."""
-    groups, rank, width = up.shape
+def _add_to_pictures(output: Tensor, lowered: Tensor, up: Tensor, factor: float | Tensor) -> None:
+    """output (n, out, H′, W′) += factor · up (r, out) · lowered (n, r, H′, W′), without a copy of the output where its layout allows."""
     if output.is_contiguous():
-        output.view(groups, -1, width).baddbmm_(lowered.reshape(groups, -1, rank), up)
-        return
-    pictures = output.movedim(-1, 1)
-    if pictures.is_contiguous():
-        count = len(pictures)
-        own_up = up.transpose(1, 2).repeat_interleave(count // groups, dim=0)
-        pictures.view(count, width, -1).baddbmm_(own_up, lowered.movedim(-1, 1).reshape(count, rank, -1))
-        return
-    output.add_(torch.bmm(lowered.reshape(groups, -1, rank), up).reshape(output.shape))
+        count, rank = lowered.shape[:2]
+        values, alpha = _scaled(lowered.reshape(count, rank, -1), factor, -1)
+        output.view(count, up.shape[1], -1).baddbmm_(up.T.expand(count, -1, -1), values, alpha=alpha)
+    else:
+        _add_product(output.movedim(1, -1), lowered.movedim(1, -1), up.unsqueeze(0), factor)
+
+
+def _add_product(output: Tensor, lowered: Tensor, up: Tensor, factor: float | Tensor) -> None:
+    """output (R, …, out) += factor · lowered (R, …, r) · up (G, r, out), by group."""
+    groups, rank, width = up.shape
+    values, alpha = _scaled(lowered.reshape(groups, -1, rank), factor, 1)
+    if output.is_contiguous():
+        output.view(groups, -1, width).baddbmm_(values, up, alpha=alpha)
+    else:
+        output.add_(torch.bmm(values, up).reshape(output.shape), alpha=alpha)
+
+
+def _scaled(lowered: Tensor, factor: float | Tensor, dim: int) -> tuple[Tensor, float]:
+    """`lowered`, (G, …) with its ranks last, or with `dim` −1 second, times a factor by group or rank; and what is left of the factor."""
+    if not isinstance(factor, Tensor):
+        return lowered, factor
+    return lowered * factor.unsqueeze(dim), 1.0
 
 
 def add_dense(layer: nn.Module, rows: Tensor, output: Tensor, delta: Dense, factor: float) -> None:

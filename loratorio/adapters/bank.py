@@ -1,26 +1,26 @@
 """All LoRAs of a generation, with the base weights left alone: each row of a batch gets its own.
 
 While the bank is attached, a forward hook on every touched layer adds to each row the deltas of that row's mix. Rows of
-equal mix that stand together form a segment; segments of equal length go through two batched matrix products a layer.
+equal mix that stand together form a segment. What neighbouring segments have in common is added to all of them in one product, and
+what single LoRAs add beside it in another one.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoratorioError
-from .apply import add_dense, add_low_rank
 from .delta import Adapter, Fitted, fit_all
-from .stacks import Coefficients, Stacks
+from .plan import Coefficients, Job, Segment, planned, segments
+from .stacks import Stacks, Where
 
 
 class Change(NamedTuple):
@@ -30,25 +30,10 @@ class Change(NamedTuple):
     rank: int
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Rows `start` to `stop` of a batch, all under one mix."""
+PLANS = 64
+"""So many ways to route rows are remembered, and so many dense sums of several LoRAs."""
 
-    mix: Coefficients
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What to add to rows `start` to `stop` of a layer: `add(layer, rows, output)` does it in place."""
-
-    start: int
-    stop: int
-    add: Callable[[nn.Module, Tensor, Tensor], None]
-
-
-_Plan = dict[tuple[str, torch.device, torch.dtype], list[_Job]]
+_Plan = dict[tuple[str, Where], list[Job]]
 """The jobs of every layer for one way to route rows."""
 
 
@@ -63,7 +48,7 @@ class _Routing:
     """
 
     mixes: tuple[Coefficients, ...] = ()
-    segments: tuple[_Segment, ...] = ()
+    segments: tuple[Segment, ...] = ()
     by_layer: Mapping[str, Coefficients] = field(default_factory=dict)
     plan: _Plan = field(default_factory=dict)
 
@@ -72,18 +57,37 @@ class Bank:
     """Row routing for a fixed list of LoRAs.
 
     Use: ``with bank.attached(layers), bank.routed(mixes): model(rows)``. Outside of `routed` the hooks do nothing.
-
-    Attributes:
-        plan_limit: for how many runs of mixes a layer's deltas are kept on the model's device.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = tuple(adapters)
-        # A step that is cut into single rows needs each LoRA's own, one that is run whole a stack of them all.
-        self.plan_limit = 2 * len(self.adapters) + 4
-        self._plans: dict[tuple[_Segment, ...], _Plan] = {}
+        self._plans: dict[tuple[Segment, ...], _Plan] = {}
         self._routing = _Routing()
+        self._apart: frozenset[int] = frozenset()
+        self._most_apart = 0
+        self._resident: dict[int, None] = {}  # of those kept apart, the last used at the end
         self._use({})
+
+    def keep_apart(self, numbers: Iterable[int], most: int) -> None:
+        """Of these LoRAs, the candidates of a pool, only the `most` last used ones stay on the model's device. Before attaching."""
+        self._apart, self._most_apart = frozenset(numbers), most
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Bring the attached LoRAs, but for those that are kept apart, to where the model's layers compute.
+
+        Else that is done at the first call of each layer, and so is whatever was prepared for another dtype than a layer's output has.
+        """
+        self._stacks.prepare(Where(device, dtype))
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are on the device when all is in use: each LoRA's once, of those kept apart the largest that may stay, and
+        where several change weights densely the sum of what rows have in common."""
+        apart = sorted((self.adapters[number].size for number in self._apart), reverse=True)
+        together = [adapter for number, adapter in enumerate(self.adapters) if number not in self._apart]
+        dense = sorted(adapter.dense_size for adapter in together)
+        summed = dense[-1] if len(dense) > 1 and dense[-2] else 0
+        return sum(adapter.size for adapter in together) + sum(apart[: self._most_apart]) + summed
 
     @contextmanager
     def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -118,10 +122,11 @@ class Bank:
         """
         if any(len(mix) != len(self.adapters) for mix in mixes):
             raise ValueError(f"every mix must have {len(self.adapters)} coefficients, one per LoRA")
-        before, segments = self._routing, tuple(_segments(mixes))
+        before, now = self._routing, tuple(segments(mixes))
+        self._make_room(now)
         # What differs between layers is another at each step: not worth keeping.
-        plan: _Plan = {} if by_layer else self._plan_for(segments)
-        self._routing = _Routing(tuple(mixes), segments, by_layer or {}, plan)
+        plan: _Plan = {} if by_layer else self._plan_for(now)
+        self._routing = _Routing(tuple(mixes), now, by_layer or {}, plan)
         try:
             yield
         finally:
@@ -143,12 +148,27 @@ class Bank:
             }
             yield name, {number: change for number, change in made.items() if change is not None}
 
-    def _plan_for(self, segments: tuple[_Segment, ...]) -> _Plan:
-        if segments not in self._plans and self._stacks.most >= self.plan_limit:
-            # Start afresh before stacks that may never be used again fill the memory.
+    def _make_room(self, now: Sequence[Segment]) -> None:
+        """Let go of the LoRAs kept apart that were not used for longest, where these segments need the room."""
+        for number in sorted(self._apart):
+            if any(segment.mix[number] for segment in now):
+                self._resident.pop(number, None)
+                self._resident[number] = None
+        used = {number for number in self._resident if any(segment.mix[number] for segment in now)}
+        too_many = len(self._resident) - max(self._most_apart, len(used))
+        gone = [number for number in self._resident if number not in used][: max(0, too_many)]
+        if gone:
+            for number in gone:
+                del self._resident[number]
             self._plans.clear()
-            self._stacks.clear()
-        return self._plans.setdefault(segments, {})
+            self._stacks.drop(gone)
+
+    def _plan_for(self, now: tuple[Segment, ...]) -> _Plan:
+        if now not in self._plans and (len(self._plans) >= PLANS or self._stacks.sums >= PLANS):
+            # Start afresh before what may never be used again fills the memory.
+            self._plans.clear()
+            self._stacks.drop_sums()
+        return self._plans.setdefault(now, {})
 
     def _fit(self, layers: Mapping[str, nn.Module]) -> dict[str, dict[int, Fitted]]:
         fitted: dict[str, dict[int, Fitted]] = {}
@@ -169,8 +189,9 @@ class Bank:
         return fitted
 
     def _use(self, fitted: dict[str, dict[int, Fitted]]) -> None:
-        self._fitted, self._stacks = fitted, Stacks(self.adapters, fitted)
+        self._fitted, self._stacks = fitted, Stacks(self.adapters, fitted, self._apart)
         self._plans.clear()
+        self._resident.clear()
 
     def _add(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -192,27 +213,15 @@ class Bank:
             part = slice(job.start * per_row, job.stop * per_row)
             job.add(layer, rows[part], output[part])
 
-    def _jobs(self, name: str, like: Tensor) -> list[_Job]:
-        key = (name, like.device, like.dtype)
+    def _jobs(self, name: str, like: Tensor) -> list[Job]:
+        where = Where(like.device, like.dtype)
         plan = self._routing.plan
-        if key not in plan:
-            plan[key] = list(self._planned(name, like))
-        return plan[key]
-
-    def _planned(self, name: str, like: Tensor) -> Iterator[_Job]:
-        here = self._routing.segments
-        if name in self._routing.by_layer:
-            here = tuple(replace(segment, mix=self._routing.by_layer[name]) for segment in here)
-        active = [segment for segment in here if self._stacks.touches(name, segment.mix)]
-        for run in _adjacent_runs(active):
-            stack = self._stacks.low_rank(name, tuple(segment.mix for segment in run), like)
-            if stack is not None:
-                yield _Job(run[0].start, run[-1].stop, partial(add_low_rank, down=stack[0], up=stack[1]))
-        for segment in active:
-            change = self._stacks.dense(name, segment.mix, like)
-            if change is not None:
-                add = partial(add_dense, delta=change[0], factor=change[1])
-                yield _Job(segment.start, segment.stop, add)
+        if (name, where) not in plan:
+            here = self._routing.segments
+            if name in self._routing.by_layer:
+                here = tuple(replace(segment, mix=self._routing.by_layer[name]) for segment in here)
+            plan[name, where] = list(planned(name, here, self._stacks, where))
+        return plan[name, where]
 
 
 def _change(fitted: Fitted, strength: float) -> Change | None:
@@ -229,33 +238,6 @@ def _change(fitted: Fitted, strength: float) -> Change | None:
         if parts
         else None
     )
-
-
-def _segments(mixes: Sequence[Coefficients]) -> Iterator[_Segment]:
-    """Runs of rows with one mix; rows of the base alone (all zeros) need nothing and have no segment."""
-    start = 0
-    for mix, run in groupby(mixes):
-        stop = start + len(list(run))
-        if any(mix):
-            yield _Segment(mix, start, stop)
-        start = stop
-
-
-def _adjacent_runs(segments: Sequence[_Segment]) -> Iterator[list[_Segment]]:
-    """Segments that touch and are of equal length, which one batched matrix product can serve."""
-    run: list[_Segment] = []
-    for segment in segments:
-        fits = (
-            run
-            and run[-1].stop == segment.start
-            and run[0].stop - run[0].start == segment.stop - segment.start
-        )
-        if run and not fits:
-            yield run
-            run = []
-        run.append(segment)
-    if run:
-        yield run
 
 
 def _uncompiled() -> Any:

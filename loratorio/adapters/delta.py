@@ -100,6 +100,19 @@ class Adapter:
         every = (delta for deltas in self.deltas.values() for delta in deltas)
         return self.strength == 0 or all(_is_zero(delta) for delta in every)
 
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return sum(
+            tensor.numel() for deltas in self.deltas.values() for each in deltas for tensor in _tensors(each)
+        )
+
+    @property
+    def dense_size(self) -> int:
+        """How many of them are dense changes'."""
+        every = (delta for deltas in self.deltas.values() for delta in deltas)
+        return sum(tensor.numel() for each in every if isinstance(each, Dense) for tensor in _tensors(each))
+
     def check_finite(self) -> None:
         """Raise LoratorioError naming the layer if any tensor holds NaN or infinity."""
         for layer, deltas in self.deltas.items():

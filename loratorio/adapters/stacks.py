@@ -1,136 +1,172 @@
-"""The LoRAs' deltas in the form the device computes with: strengths multiplied in, stacked over mixes, each made once.
+"""The LoRAs' deltas in the form the device computes with, each LoRA's made once and shared by all mixes.
 
-Letters in shapes: G mixes, r the highest rank among them.
+Letters in shapes: r the rank of a LoRA in a layer, R the sum of several LoRAs' ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .delta import Adapter, Dense, Fitted
 
-Coefficients = tuple[float, ...]
-"""How much of each adapter acts on a row; the engine's mixes are of this kind."""
 FittedByLayer = Mapping[str, Mapping[int, Fitted]]
 """Per layer name, what each adapter (by number) that touches it does there."""
 
-Stack = tuple[Tensor, Tensor]
-"""Low-rank changes of G mixes: down (G, r, in, …) and up (G, r, out), ranks padded with zeros."""
+Factors = tuple[tuple[int, float], ...]
+"""Some adapters by number, each with a factor."""
 
-_Key = tuple[str, torch.device, torch.dtype]
+
+class Where(NamedTuple):
+    """What a layer's output is like."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Stack(NamedTuple):
+    """The low-rank changes of some LoRAs in one layer, one after another, at their strengths.
+
+    Attributes:
+        down: (R, in, …). up: (R, out).
+        ranks: by LoRA, where in R it begins and ends.
+    """
+
+    down: Tensor
+    up: Tensor
+    ranks: Mapping[int, tuple[int, int]]
 
 
 class Stacks:
-    """What layers need under any mixes, made when first asked for. `like` gives device and dtype, those of an output."""
+    """What layers need of each LoRA, made when first asked for.
 
-    def __init__(self, adapters: Sequence[Adapter], fitted: FittedByLayer) -> None:
+    Attributes:
+        apart: numbers of the LoRAs that are kept each by itself, so that single ones can be let go.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], fitted: FittedByLayer, apart: Iterable[int] = ()) -> None:
         self._strengths = [adapter.strength for adapter in adapters]
         self._fitted = fitted
-        self._low_rank: dict[_Key, dict[tuple[Coefficients, ...], Stack | None]] = {}
-        self._dense: dict[_Key, dict[tuple[tuple[int, float], ...], Dense]] = {}
+        self.apart = frozenset(apart)
+        self._low_rank: dict[tuple[str, tuple[int, ...]], tuple[Where, Stack]] = {}
+        self._dense: dict[tuple[str, Where, Factors], Dense] = {}
+
+    def prepare(self, where: Where) -> None:
+        """Make what will be needed of all LoRAs but those that are kept apart."""
+        for name, by_number in self._fitted.items():
+            for number in by_number:
+                if number not in self.apart:
+                    self.low_rank(name, number, where)
+                    self.dense(name, {number: 1.0}, where)
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Free what was made of these LoRAs, which are kept apart; it is made again when asked for."""
+        gone = set(numbers)
+        for key in [key for key in self._low_rank if gone & set(key[1])]:
+            del self._low_rank[key]
+        self.drop_sums(gone)
+
+    def drop_sums(self, of: Iterable[int] | None = None) -> None:
+        """Free the dense sums of several LoRAs; or all that have any `of` these."""
+        gone = None if of is None else set(of)
+        for key in list(self._dense):
+            numbers = {number for number, _ in key[2]}
+            if len(numbers) > 1 if gone is None else gone & numbers:
+                del self._dense[key]
 
     @property
-    def most(self) -> int:
-        """How many stacks, or dense changes, the layer with the most of them has."""
-        return max(
-            (len(known) for made in (self._low_rank, self._dense) for known in made.values()), default=0
+    def sums(self) -> int:
+        """How many dense sums of several LoRAs the layer with the most of them has."""
+        counts: dict[str, int] = {}
+        for name, _, factors in self._dense:
+            if len(factors) > 1:
+                counts[name] = counts.get(name, 0) + 1
+        return max(counts.values(), default=0)
+
+    def factors(self, name: str, mix: Sequence[float]) -> dict[int, float]:
+        """By LoRA that this mix has and that touches this layer, its part in the mix."""
+        return {
+            number: mix[number] for number in self._fitted[name] if mix[number] and self._strengths[number]
+        }
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def low_rank(self, name: str, number: int, where: Where) -> Stack | None:
+        """The stack of one layer in which a LoRA is, maybe among others; None where it has no low-rank change there."""
+        own = self._fitted[name][number].low_rank
+        if own is None or not self._strengths[number]:
+            return None
+        together = (number,) if number in self.apart else self._together(name)
+        known = self._low_rank.get((name, together))
+        if known is None or known[0] != where:
+            # What was made for another dtype is not needed any more.
+            known = self._low_rank[name, together] = (where, self._stack(name, together, where))
+        return known[1]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def dense(self, name: str, factors: Mapping[int, float], where: Where) -> tuple[Dense, float] | None:
+        """The dense change of one layer by these LoRAs, and the factor that it still needs; None where there is none."""
+        active: Factors = tuple(
+            (number, factor * self._strengths[number])
+            for number, factor in factors.items()
+            if self._fitted[name][number].dense is not None
         )
-
-    def clear(self) -> None:
-        """Free what was made; it is made again when asked for."""
-        self._low_rank.clear()
-        self._dense.clear()
-
-    def touches(self, name: str, mix: Coefficients) -> bool:
-        """Whether this mix changes this layer at all."""
-        return any(True for _ in self._active(name, mix))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def low_rank(self, name: str, mixes: tuple[Coefficients, ...], like: Tensor) -> Stack | None:
-        """The stack of these mixes in one layer; None where none of them has a low-rank change there."""
-        known = self._low_rank.setdefault((name, like.device, like.dtype), {})
-        for others, stack in known.items():
-            # When memory is short a step's rows are run in parts: their stacks are slices of the whole one.
-            start = _position(mixes, others)
-            if start is not None:
-                part = slice(start, start + len(mixes))
-                return None if stack is None else (stack[0][part], stack[1][part])
-        known[mixes] = self._stack(name, mixes, like)
-        return known[mixes]
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def dense(self, name: str, mix: Coefficients, like: Tensor) -> tuple[Dense, float] | None:
-        """A mix's dense change of one layer, and the factor that it still needs; None where it has none."""
-        active = tuple((number, factor) for number, factor, own in self._active(name, mix) if own.dense)
         if not active:
             return None
         factor = 1.0
         if len(active) == 1:  # one LoRA's own change serves all mixes, whatever its factor there
             factor = active[0][1]
             active = ((active[0][0], 1.0),)
-        known = self._dense.setdefault((name, like.device, like.dtype), {})
-        if active not in known:
-            known[active] = self._sum(name, active, like)
-        return known[active], factor
+        key = (name, where, active)
+        if key not in self._dense:
+            self._dense[key] = self._sum(name, active, where)
+        return self._dense[key], factor
 
-    def _active(self, name: str, mix: Coefficients) -> Iterator[tuple[int, float, Fitted]]:
-        for number, fitted in self._fitted[name].items():
-            factor = mix[number] * self._strengths[number]
-            if factor:
-                yield number, factor, fitted
+    def _together(self, name: str) -> tuple[int, ...]:
+        return tuple(
+            number
+            for number, fitted in self._fitted[name].items()
+            if number not in self.apart and fitted.low_rank is not None and self._strengths[number]
+        )
 
-    def _stack(self, name: str, mixes: tuple[Coefficients, ...], like: Tensor) -> Stack | None:
-        factors = [self._factors(name, mix, like.device) for mix in mixes]
-        present = [pair for pair in factors if pair is not None]
-        if not present:
-            return None
-        rank = max(len(down) for down, _ in present)
-        down_stack = like.new_zeros((len(mixes), rank, *present[0][0].shape[1:]))
-        up_stack = like.new_zeros((len(mixes), rank, present[0][1].shape[1]))
-        for place, pair in enumerate(factors):
-            if pair is not None:
-                down_stack[place, : len(pair[0])], up_stack[place, : len(pair[0])] = pair
-        return down_stack, up_stack
-
-    def _factors(self, name: str, mix: Coefficients, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """One mix's down (r, in, …) and up (r, out) in float32, the ranks of its LoRAs one after another."""
+    def _stack(self, name: str, numbers: Sequence[int], where: Where) -> Stack:
         downs, ups = [], []
-        for _, factor, fitted in self._active(name, mix):
-            if fitted.low_rank is not None:
-                scale = fitted.low_rank.scale * factor
-                # Half of the scale to each side: a small alpha alone would push float16 numbers below its normal range.
-                root = math.sqrt(abs(scale))
-                downs.append(fitted.low_rank.down.to(device, torch.float32) * root)
-                ups.append(fitted.low_rank.up.T.to(device, torch.float32) * math.copysign(root, scale))
-        return (torch.cat(downs), torch.cat(ups)) if downs else None
+        ranks: dict[int, tuple[int, int]] = {}
+        start = 0
+        for number in numbers:
+            own = self._fitted[name][number].low_rank
+            assert own is not None
+            scale = own.scale * self._strengths[number]
+            # Half of the scale to each side: a small alpha alone would push float16 numbers below its normal range.
+            root = math.sqrt(abs(scale))
+            downs.append((own.down.to(where.device, torch.float32) * root).to(where.dtype))
+            ups.append(
+                (own.up.T.to(where.device, torch.float32) * math.copysign(root, scale)).to(where.dtype)
+            )
+            ranks[number] = (start, start + own.rank)
+            start += own.rank
+        return Stack(torch.cat(downs), torch.cat(ups), ranks)
 
-    def _sum(self, name: str, active: tuple[tuple[int, float], ...], like: Tensor) -> Dense:
+    def _sum(self, name: str, active: Factors, where: Where) -> Dense:
         changes = [(self._fitted[name][number].dense or Dense(), factor) for number, factor in active]
         return Dense(
-            _weighted_sum([(change.weight, factor) for change, factor in changes], like),
-            _weighted_sum([(change.bias, factor) for change, factor in changes], like),
+            _weighted_sum([(change.weight, factor) for change, factor in changes], where),
+            _weighted_sum([(change.bias, factor) for change, factor in changes], where),
         )
 
 
-def _weighted_sum(parts: Sequence[tuple[Tensor | None, float]], like: Tensor) -> Tensor | None:
+def _weighted_sum(parts: Sequence[tuple[Tensor | None, float]], where: Where) -> Tensor | None:
     present = [(part, factor) for part, factor in parts if part is not None]
     if not present:
         return None
     if len(present) == 1 and present[0][1] == 1:
-        return present[0][0].to(like.device, like.dtype)
-    total = torch.zeros_like(present[0][0], device=like.device, dtype=torch.float32)
+        return present[0][0].to(where.device, where.dtype)
+    total = torch.zeros_like(present[0][0], device=where.device, dtype=torch.float32)
     for part, factor in present:
-        total.add_(part.to(like.device, torch.float32), alpha=factor)
-    return total.to(like.dtype)
-
-
-def _position(part: tuple[Coefficients, ...], whole: tuple[Coefficients, ...]) -> int | None:
-    """Where `part` stands in `whole`, in one piece."""
-    starts = range(len(whole) - len(part) + 1)
-    return next((start for start in starts if whole[start : start + len(part)] == part), None)
+        total.add_(part.to(where.device, torch.float32), alpha=factor)
+    return total.to(where.dtype)

@@ -19,6 +19,7 @@ from ..compose.mixes import Branch, Mix
 from ..engine import Engine, Predict, Row, Step, WeightHistory
 from ..errors import LoratorioError
 from ..places import with_words
+from ..row_memory import measured_rows
 from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
@@ -169,7 +170,11 @@ def _sample(
     schedule = SamplingSchedule.of(
         find_sampler(request.sampler), checkpoint.schedule, request.steps, strength, device
     )
+    if engine is not None:
+        size = (id(checkpoint.unet), tuple(noise.shape[1:]), checkpoint.dtype)
+        engine.memory = measured_rows(device, size, 2 * request.batch)
     with bank.attached(dict(checkpoint.unet.named_modules())):
+        bank.prepare(device, checkpoint.dtype)
         # Only now: some methods look at the attached LoRAs before they say which mixes they need.
         _prepare(texts, request, text, engine, schedule.steps)
         return denoise(

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loratorio.adapters.bank import Bank
+from loratorio.adapters.bank import PLANS, Bank
 from loratorio.adapters.delta import Adapter, Dense, LowRank
 from loratorio.compose.mixes import Mix
 from loratorio.errors import LoratorioError
 
-from .layers import KINDS, LAYERS, deltas_for, low_rank, merged, relative_error, rows_for
+from .layers import KINDS, LAYERS, deltas_for, dense, low_rank, merged, relative_error, rows_for
 
 
 def routed(bank: Bank, layer: nn.Module, mixes: Sequence[Mix], rows: Tensor) -> Tensor:
@@ -484,27 +484,89 @@ def test_many_mixes_do_not_fill_the_memory(kind: str) -> None:
     bank = Bank([Adapter(name, {"layer": deltas_for(layer, kind, random)}) for name in "ab"])
     rows = torch.randn(1, 6)
     with torch.no_grad(), bank.attached({"layer": layer}):
-        for number in range(50):
-            mix = (1 + number / 50, 0.5)
+        for number in range(2 * PLANS + 3):
+            mix = (1 + number / 1000, 0.5)
             with bank.routed([mix]):
                 assert relative_error(layer(rows), row_by_row(layer, bank.adapters, [mix], rows)) < 1e-5
-            assert bank._stacks.most <= bank.plan_limit
-    assert bank._stacks.most == 0
+            assert bank._stacks.sums <= PLANS
+            assert len(bank._plans) <= PLANS
+            assert len(bank._stacks._low_rank) <= 1
+    assert bank._stacks.sums == 0
     assert not bank._plans
 
 
-def test_uneven_parts_of_many_rows_are_planned_once() -> None:
-    """Four images, three LoRAs, three rows a call: many ways to route, but few runs of mixes."""
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_no_loras_tensors_are_copied_into_mixes(share: float) -> None:
+    """Four images, three LoRAs with a shared part, three rows a call: however rows are routed, each LoRA is on the device once."""
+    layer = nn.Linear(6, 6)
+    random = torch.Generator().manual_seed(0)
+    bank = Bank(
+        [
+            Adapter(name, {"layer": [low_rank(layer, rank, random)]})
+            for name, rank in zip("abc", (2, 2, 3), strict=True)
+        ]
+    )
+    mixes = [(0.0,) * 3] * 4 + [
+        tuple(max(share, float(i == j)) for j in range(3)) for i in range(3) for _ in range(8)
+    ]
+    with torch.no_grad(), bank.attached({"layer": layer}):
+        for start in range(0, len(mixes), 3):
+            part = mixes[start : start + 3]
+            with bank.routed(part):
+                rows = torch.randn(len(part), 6)
+                assert relative_error(layer(rows), row_by_row(layer, bank.adapters, part, rows)) < 1e-5
+        ((_, stack),) = bank._stacks._low_rank.values()
+        assert stack.down.numel() + stack.up.numel() == bank.numbers == 2 * 6 * 7
+
+
+def test_what_rows_share_is_added_once() -> None:
+    """A common part is one product for all rows, and each LoRA's rest one more for all of them."""
     layer = nn.Linear(6, 6)
     random = torch.Generator().manual_seed(0)
     bank = Bank([Adapter(name, {"layer": [low_rank(layer, 2, random)]}) for name in "abc"])
-    mixes = [tuple(float(i == j) for j in range(3)) for i in range(3) for _ in range(8)]
-    made = []
+    mixes = [(0.25,) * 3, *(tuple(1.0 if i == j else 0.25 for j in range(3)) for i in range(3))]
+    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
+        layer(torch.randn(4, 6))
+        common, rest = bank._jobs("layer", layer.weight)
+        assert (common.start, common.stop, rest.start, rest.stop) == (0, 4, 1, 4)
+
+
+def test_a_prepared_bank_makes_nothing_at_the_first_call() -> None:
+    layer = nn.Linear(6, 6)
+    bank = Bank(
+        [Adapter(name, {"layer": [low_rank(layer, 2, torch.Generator().manual_seed(0))]}) for name in "ab"]
+    )
     with torch.no_grad(), bank.attached({"layer": layer}):
-        for _ in range(2):
-            for start in range(0, len(mixes), 3):
-                part = mixes[start : start + 3]
-                with bank.routed(part):
-                    layer(torch.randn(len(part), 6))
-            made.append(bank._stacks._low_rank["layer", layer.weight.device, layer.weight.dtype].copy())
-    assert made[0] == made[1]
+        bank.prepare(layer.weight.device, layer.weight.dtype)
+        before = dict(bank._stacks._low_rank)
+        assert len(before) == 1
+        with bank.routed([(1.0, 0.0), (0.0, 1.0)]):
+            layer(torch.randn(2, 6))
+        assert bank._stacks._low_rank == before
+
+
+def test_candidates_that_are_not_used_leave_the_device() -> None:
+    layer = nn.Linear(6, 6)
+    random = torch.Generator().manual_seed(0)
+    bank = Bank(
+        [
+            Adapter(str(number), {"layer": [low_rank(layer, 2, random), dense(layer, random)]})
+            for number in range(9)
+        ]
+    )
+    bank.keep_apart(range(1, 9), most=3)
+    with torch.no_grad(), bank.attached({"layer": layer}):
+        for number in [*range(1, 9), 6, 7]:
+            mixes = [tuple(float(i in (0, number)) for i in range(9))]
+            with bank.routed(mixes):
+                rows = torch.randn(1, 6)
+                assert relative_error(layer(rows), row_by_row(layer, bank.adapters, mixes, rows)) < 1e-5
+            assert len(bank._resident) <= 3
+        held = {number for _, numbers in bank._stacks._low_rank for number in numbers}
+        assert held == {0, 8, 6, 7}
+        assert bank.numbers == 4 * (2 * 2 * 6 + 6 * 6 + 6)
+        # More than may stay are used at once: they all are there for as long.
+        everyone = [tuple(float(i == number) for i in range(9)) for number in range(9)]
+        with bank.routed(everyone):
+            rows = torch.randn(9, 6)
+            assert relative_error(layer(rows), row_by_row(layer, bank.adapters, everyone, rows)) < 1e-5

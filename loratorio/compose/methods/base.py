@@ -31,6 +31,7 @@ class StepContext:
         knobs: by name, the values of the knobs that the method declares (`Method.knobs`), and no others.
         canvas, size: which part of the picture is sampled, and the height and width of its latents; while a host only plans, the
             size is not known.
+        rows: how many conditional and unconditional rows a branch has; not known while a host only plans.
     """
 
     participants: Participants
@@ -40,6 +41,7 @@ class StepContext:
     has_uncond: bool
     canvas: Canvas = field(default_factory=Canvas)
     size: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = None
 
     def masks(self, device: Any = "cpu") -> Masks | None:
         """Where each single may act; None where every one may act everywhere."""
@@ -66,13 +68,14 @@ class Predictions:
     Attributes:
         by_branch: prediction of every branch asked for: (Bc, C, H, W) for conditional branches, (Bu, C, H, W) for
             unconditional ones; noise e or denoised latents D, as the host's model gives them.
-        noise_by_mix: the conditional predictions as noise e, which is what similarity is measured on.
-        owners: image of each conditional row, (Bc,) int64: with prompt AND an image has several.
+        owners: image of each conditional row: with prompt AND an image has several.
+        latents: the noisy latents z of the conditional rows, (Bc, C, H, W), where predictions are denoised; None where they are noise.
     """
 
     by_branch: Mapping[Branch, Tensor]
-    noise_by_mix: Mapping[Mix, Tensor]
-    owners: Tensor
+    owners: tuple[int, ...]
+    latents: Tensor | None = None
+    _noise: dict[Mix, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def cond(self, mix: Mix) -> Tensor:
         return self.by_branch[Branch(mix, True)]
@@ -80,16 +83,35 @@ class Predictions:
     def uncond(self, mix: Mix) -> Tensor:
         return self.by_branch[Branch(mix, False)]
 
+    def noise(self, mix: Mix) -> Tensor:
+        """The conditional prediction as noise, (Bc, C, H, W), which is what similarity is measured on; made once, when first asked for.
+
+        Of denoised latents it is z − D, σ times the noise and float32: its size does not matter to a cosine.
+        """
+        if self.latents is None:
+            return self.cond(mix)
+        if mix not in self._noise:
+            self._noise[mix] = self.latents.to(torch.float32) - self.cond(mix).to(torch.float32)
+        return self._noise[mix]
+
+    def with_branches(self, by_branch: Mapping[Branch, Tensor]) -> Predictions:
+        """The same step with other branches beside, or in the place of, its own."""
+        return replace(self, by_branch={**self.by_branch, **by_branch}, _noise={})
+
     def per_image(self, weights: Tensor, images: int) -> Tensor:
         """Weights of conditional rows (N, Bc, …) as weights of images (N, images, …): the mean of its rows."""
-        if self.owners.tolist() == list(range(images)):
+        if self.owners == tuple(range(images)):
             return weights
-        owners = self.owners.to(weights.device)
-        summed = weights.new_zeros((weights.shape[0], images, *weights.shape[2:])).index_add_(
-            1, owners, weights
-        )
-        counts = torch.bincount(owners, minlength=images).to(weights.dtype)
-        return summed / counts.view(1, -1, *[1] * (weights.ndim - 2))
+        rows = [[row for row, owner in enumerate(self.owners) if owner == image] for image in range(images)]
+        # By slices and not by an index tensor, which would have to be copied to the device at every step.
+        return torch.stack([_mean_of([weights[:, row] for row in own]) for own in rows], dim=1)
+
+
+def _mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total / len(tensors)
 
 
 @dataclass(frozen=True)
@@ -142,10 +164,6 @@ class Method(ABC):
     def layer_mixes(self, now: StepContext) -> Mapping[str, Mix]:
         """By layer, the mix that takes the place of every row's there; most methods treat all layers alike."""
         return {}
-
-    def further(self, now: StepContext, predictions: Predictions) -> list[Branch]:
-        """Rows that are only known to be needed once `branches` are predicted; most methods have none."""
-        return []
 
     @abstractmethod
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:

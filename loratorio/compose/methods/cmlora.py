@@ -76,7 +76,7 @@ class _Cached(CMLoRA):
     def _refresh(self, now: StepContext, predictions: Predictions) -> None:
         singles = now.participants.singles
         if not self._order:
-            energies = [high_frequency_share(predictions.noise_by_mix[mix]) for mix in singles]
+            energies = [high_frequency_share(predictions.noise(mix)) for mix in singles]
             self._order = sorted(range(len(singles)), key=lambda i: -energies[i])
         self._refreshes += 1
         self._refreshed_at = now.index

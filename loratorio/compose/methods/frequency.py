@@ -31,7 +31,7 @@ class Frequency(Weighted):
         noise = stacked_noise(now, predictions).to(torch.float32)
         if len(noise) == 1:
             return noise.new_ones((1, noise.shape[1], 3 * self.levels + 1))
-        base = predictions.noise_by_mix[now.participants.base].to(torch.float32)
+        base = predictions.noise(now.participants.base).to(torch.float32)
         # Energy as a share of each row's own, so that the unit of the predictions does not matter.
         energy = torch.stack([band_energies(each - base, self.levels) for each in noise])
         total = energy.sum(dim=0, keepdim=True)

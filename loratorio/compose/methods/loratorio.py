@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..guidance import compose
 from ..mixes import Branch, Participants
 from .base import Changes, Composition, Entry, Method, Predictions, StepContext
-from .from_pool import FromPool
 from .patches import patch_weights, with_styles
+from .reuse import KNOBS, Reuse
 from .weighted import Weighted
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ class Loratorio(Weighted):
         "blend",
         "recentre",
         "share",
-        "pool_size",
-        "pool_interval",
         "yielding",
+        *KNOBS,
     )
 
     def branches(self, now: StepContext) -> list[Branch]:
@@ -48,7 +47,7 @@ class Loratorio(Weighted):
         return replace(composed, weights=with_styles(composed.weights, now))
 
     def begin(self, participants: Participants, changes: Changes) -> Method:
-        return FromPool() if any(participants.pooled) else self
+        return Reuse(self)
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
         return patch_weights(now, predictions)

@@ -22,7 +22,7 @@ def patch_weights(now: StepContext, predictions: Predictions) -> Tensor:
         ones = noise.new_ones((1, noise.shape[1], *noise.shape[3:]), dtype=torch.float32)
         return ones if masks is None else ones * masks.coverage
     weights = spatial_weights(
-        predictions.noise_by_mix[participants.compared],
+        predictions.noise(participants.compared),
         noise,
         knobs["patch_size"],
         knobs["temperature"],

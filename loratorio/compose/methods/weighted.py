@@ -78,7 +78,7 @@ class Weighted(Method):
 
 def stacked_noise(now: StepContext, predictions: Predictions) -> Tensor:
     """Each single's conditional noise, (N, Bc, C, H, W)."""
-    return torch.stack([predictions.noise_by_mix[mix] for mix in now.participants.singles])
+    return torch.stack([predictions.noise(mix) for mix in now.participants.singles])
 
 
 def where_none_acts(now: StepContext, reference: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ...compose.mixes import Participants
 from ...engine import Engine, Row
 from ...errors import LoratorioError
 from ...job import Job
+from ...row_memory import measured_rows
 from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under
@@ -123,13 +124,14 @@ class A1111Pass(SamplingPass):
 
     def _attach(self) -> None:
         """Take the LoRAs off the current model and attach them as the bank."""
-        from modules import shared
+        from modules import devices, shared
 
         self.attachment.enter_context(activated(()))
         layers = self._layers()
         restore_base(layers)
         self._bound_to = shared.sd_model.sd_checkpoint_info
         self.attachment.enter_context(self.engine.bank.attached(layers))
+        self.engine.bank.prepare(devices.device, devices.dtype_inference)
         networks = [lora.active.source for lora in self.loras]
         self._texts = TextConditioning(
             [lora.text is not None for lora in self.loras],
@@ -236,6 +238,8 @@ class A1111Pass(SamplingPass):
         if trouble:
             self._give_up(trouble)
             return None
+        size = (self._bound_to.filename, tuple(params.x.shape[1:]), params.x.dtype)
+        self.engine.memory = measured_rows(params.x.device, size, len(params.x))
         composition = self.engine.step(rows.step(), partial(self._predict, model, rows))
         self.owners = rows.owners
         self.evaluations += 1

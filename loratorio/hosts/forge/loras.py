@@ -48,18 +48,6 @@ def layers_of(adapters: Sequence[Adapter], unet: Patcher) -> dict[str, nn.Module
     return {name: unet.model.get_submodule(name) for adapter in adapters for name in adapter.deltas}
 
 
-def size_in_bytes(adapter: Adapter, dtype: torch.dtype) -> int:
-    """Memory that an adapter needs on the model's device."""
-    tensors = [
-        tensor
-        for deltas in adapter.deltas.values()
-        for delta in deltas
-        for tensor in vars(delta).values()
-        if isinstance(tensor, Tensor)
-    ]
-    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
-
-
 def _deltas(file: LoraFile, unet: Patcher, flavour: Flavour) -> dict[str, list[Delta]]:
     deltas: dict[str, list[Delta]] = {}
     for key, patches in flavour.patches(unet):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, Sampl
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, text_encoder
 from .flavours import Flavour, Patcher
-from .loras import layers_of, read, size_in_bytes
+from .loras import layers_of, read
 from .rows import MARK, Call, ForgeRows
 
 MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
@@ -132,9 +132,7 @@ class ForgePass(SamplingPass):
         kept = [hook for hook in hooks if not isinstance(hook, Hook)]
         unet.model_options[option] = [*kept, self._hook]
         dtype = self._flavour.computation_dtype(unet)
-        unet.add_extra_preserved_memory_during_sampling(
-            sum(size_in_bytes(lora.adapter, dtype) for lora in self.loras)
-        )
+        unet.add_extra_preserved_memory_during_sampling(self.engine.bank.numbers * dtype.itemsize)
         self._unet = objects.unet = unet
         self._unet_before = before
 
@@ -146,6 +144,7 @@ class ForgePass(SamplingPass):
     def _attach(self) -> None:
         bank = self.engine.bank
         self.attachment.enter_context(bank.attached(layers_of(bank.adapters, self._unet)))
+        bank.prepare(self._unet.load_device, self._flavour.computation_dtype(self._unet))
 
     def _follow_refiner(self, objects: Any) -> None:
         """Compose on the model that is the host's now. LoRAs that do not fit it do nothing there, as without us."""
@@ -243,7 +242,7 @@ class ForgePass(SamplingPass):
             raise LoratorioError(BYPASSED)
         rows = evaluation.rows
         if evaluation.composition is None:
-            self._limit_rows(model, rows)
+            self.engine.memory = DeclaredRows(self._flavour, model, rows)
 
             def run(call: Call) -> Tensor:
                 if inner is None:
@@ -268,15 +267,22 @@ class ForgePass(SamplingPass):
         calls = [ModelCall(call.numbers, partial(run, call)) for call in rows.calls(wanted, options)]
         return predicted_by(calls, self.engine.bank)
 
-    def _limit_rows(self, model: Any, rows: ForgeRows) -> None:
-        """As many rows a call as fit into what the host says is free, and no more than memory has allowed before."""
-        images = len(rows.x)
-        wanted = (len(self.engine.participants.singles) + 1) * rows.count
-        free = self._flavour.free_memory(rows.x.device)
+
+class DeclaredRows:
+    """As many rows a call as fit into what the host says is free, by what it says a call needs."""
+
+    def __init__(self, flavour: Flavour, model: Any, rows: ForgeRows) -> None:
+        self._flavour = flavour
+        self._model = model
+        self._x = rows.x
+
+    def fitting(self, wanted: int) -> int:
+        images = len(self._x)
+        free = self._flavour.free_memory(self._x.device)
         fitting = wanted
-        while fitting > 1 and self._flavour.needed_memory(model, [fitting, *rows.x.shape[1:]]) >= free:
+        while fitting > 1 and self._flavour.needed_memory(self._model, [fitting, *self._x.shape[1:]]) >= free:
             fitting = fitting // 2
-        if fitting > images:
-            fitting -= fitting % images
-        if fitting < wanted:
-            self.engine.limit_rows(fitting)
+        return fitting - fitting % images if fitting > images else fitting
+
+    def observed(self, rows: int) -> AbstractContextManager[None]:
+        return nullcontext()

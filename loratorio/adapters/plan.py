@@ -1,0 +1,172 @@
+"""Which products a layer needs for the rows of a batch: what rows have in common once for all of them, the rest row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from .apply import add_dense, add_low_rank
+from .stacks import Stack, Stacks, Where
+
+Coefficients = tuple[float, ...]
+"""How much of each adapter acts on a row; the engine's mixes are of this kind."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows `start` to `stop` of a batch, all under one mix."""
+
+    mix: Coefficients
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to add to rows `start` to `stop` of a layer: `add(layer, rows, output)` does it in place."""
+
+    start: int
+    stop: int
+    add: Callable[[nn.Module, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """LoRAs, each with its factor, that act on some rows of one layer."""
+
+    start: int
+    stop: int
+    factors: dict[int, float]
+
+
+def segments(mixes: Sequence[Coefficients]) -> Iterator[Segment]:
+    """Runs of rows with one mix; rows of the base alone (all zeros) need nothing and have no segment."""
+    start = 0
+    for mix, run in groupby(mixes):
+        stop = start + len(list(run))
+        if any(mix):
+            yield Segment(mix, start, stop)
+        start = stop
+
+
+def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Where) -> Iterator[Job]:
+    """The jobs of one layer for these segments."""
+    parts = [_Part(each.start, each.stop, stacks.factors(name, each.mix)) for each in of]
+    for block in _adjacent([part for part in parts if part.factors]):
+        common = _common(block)
+        if common:
+            yield from _jobs(name, [_Part(block[0].start, block[-1].stop, common)], stacks, where)
+        yield from _jobs(name, [_without(part, common) for part in block], stacks, where)
+
+
+def _adjacent(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Parts whose rows touch."""
+    block: list[_Part] = []
+    for part in parts:
+        if block and block[-1].stop != part.start:
+            yield block
+            block = []
+        block.append(part)
+    if block:
+        yield block
+
+
+def _common(block: Sequence[_Part]) -> dict[int, float]:
+    """Of each LoRA as much as all of the parts have."""
+    shared: dict[int, float] = {}
+    for number, first in block[0].factors.items():
+        each = [part.factors.get(number, 0.0) for part in block]
+        least = min(each) if first > 0 else max(each)
+        if least * first > 0:
+            shared[number] = least
+    return shared
+
+
+def _without(part: _Part, common: dict[int, float]) -> _Part:
+    left = {number: factor - common.get(number, 0.0) for number, factor in part.factors.items()}
+    return _Part(part.start, part.stop, {number: factor for number, factor in left.items() if factor})
+
+
+def _jobs(name: str, parts: Sequence[_Part], stacks: Stacks, where: Where) -> Iterator[Job]:
+    """Low-rank products, those of neighbouring parts with one LoRA each in one batched product; dense changes part by part."""
+    run: list[tuple[_Part, int, Stack]] = []
+    for part in parts:
+        by_stack: dict[int, tuple[Stack, dict[int, float]]] = {}
+        for number, factor in part.factors.items():
+            stack = stacks.low_rank(name, number, where)
+            if stack is not None:
+                by_stack.setdefault(id(stack), (stack, {}))[1][number] = factor
+        alone = len(by_stack) == 1 and len(part.factors) == 1
+        if alone:
+            (number,) = part.factors
+            (stack, _), *_ = by_stack.values()
+            if run and not _continues(run[-1], part, number, stack):
+                yield _batched(run)
+                run = []
+            run.append((part, number, stack))
+        else:
+            for stack, factors in by_stack.values():
+                yield from _together(part, stack, factors)
+        change = stacks.dense(name, part.factors, where)
+        if change is not None:
+            yield Job(part.start, part.stop, partial(add_dense, delta=change[0], factor=change[1]))
+    if run:
+        yield _batched(run)
+
+
+def _continues(last: tuple[_Part, int, Stack], part: _Part, number: int, stack: Stack) -> bool:
+    """Whether this part's rows, and its LoRA in the stack, stand right behind the last one's and are as many."""
+    before, other, same = last
+    if stack is not same or before.stop != part.start or before.stop - before.start != part.stop - part.start:
+        return False
+    (start, end), (next_start, next_end) = stack.ranks[other], stack.ranks[number]
+    return end == next_start and end - start == next_end - next_start
+
+
+def _batched(run: Sequence[tuple[_Part, int, Stack]]) -> Job:
+    first, _, stack = run[0]
+    rank = slice(stack.ranks[run[0][1]][0], stack.ranks[run[-1][1]][1])
+    factors = [part.factors[number] for part, number, _ in run]
+    down = stack.down[rank].view(len(run), -1, *stack.down.shape[1:])
+    up = stack.up[rank].view(len(run), -1, stack.up.shape[1])
+    return Job(
+        first.start,
+        run[-1][0].stop,
+        partial(
+            add_low_rank, down=down, up=up, factor=_factor(factors, [down.shape[1]] * len(run), down, True)
+        ),
+    )
+
+
+def _together(part: _Part, stack: Stack, factors: dict[int, float]) -> Iterator[Job]:
+    """All these LoRAs of one stack on the same rows, those that stand together in one product."""
+    ordered = sorted(factors, key=lambda number: stack.ranks[number])
+    groups: list[list[int]] = []
+    for number in ordered:
+        if groups and stack.ranks[groups[-1][-1]][1] == stack.ranks[number][0]:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    for group in groups:
+        rank = slice(stack.ranks[group[0]][0], stack.ranks[group[-1]][1])
+        ranks = [stack.ranks[number][1] - stack.ranks[number][0] for number in group]
+        down, up = stack.down[rank].unsqueeze(0), stack.up[rank].unsqueeze(0)
+        factor = _factor([factors[number] for number in group], ranks, down, False)
+        yield Job(part.start, part.stop, partial(add_low_rank, down=down, up=up, factor=factor))
+
+
+def _factor(factors: Sequence[float], ranks: Sequence[int], like: Tensor, by_group: bool) -> float | Tensor:
+    """One number where all are alike; else (G, 1) by group, or (1, R) by rank."""
+    if len(set(factors)) == 1:
+        return factors[0]
+    # Filled on the device: a tensor of numbers of ours would have to be copied there.
+    parts = [
+        torch.full((1 if by_group else rank,), factor, device=like.device, dtype=like.dtype)
+        for factor, rank in zip(factors, ranks, strict=True)
+    ]
+    return torch.cat(parts).view(-1, 1) if by_group else torch.cat(parts).view(1, -1)

@@ -1,0 +1,264 @@
+"""Reuse against the formulas, slowly and in float64: which LoRAs are run when, and what the others are taken to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loratorio.adapters.bank import Bank
+from loratorio.adapters.delta import Adapter
+from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT
+from loratorio.compose.mixes import Mix, Participants
+from loratorio.compose.regions import Box, Place
+from loratorio.engine import Engine, Row, Step
+from loratorio.settings import Settings
+
+LEFT = Place((Box(0, 0, 0.5, 1),))
+
+
+def bank(count: int) -> Bank:
+    return Bank([Adapter(f"lora{i}", {}) for i in range(count)])
+
+
+class Model:
+    """Predicts, per mix and evaluation, something of its own; keeps what it was asked."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        self.shape, self.dtype, self.seed = shape, dtype, seed
+        self.evaluation = 0
+        self.asked: list[list[Row]] = []
+
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        self.asked[-1].extend(rows)
+        return torch.stack([self.predicts(row.mix, row.cond, row.slot) for row in rows])
+
+    def predicts(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+        random = torch.Generator().manual_seed(hash((mix, cond, slot, self.evaluation, self.seed)) % 2**31)
+        return torch.randn(self.shape, generator=random).to(self.dtype)
+
+    def begin(self, evaluation: int) -> None:
+        self.evaluation = evaluation
+        self.asked.append([])
+
+    def run_at(self, evaluation: int, participants: Participants) -> list[int]:
+        """Places of the LoRAs whose conditional rows were run."""
+        mixes = {row.mix for row in self.asked[evaluation] if row.cond}
+        return [place for place, mix in enumerate(participants.singles) if mix in mixes]
+
+
+def latents(batch: int, shape: tuple[int, ...], seed: int = 1) -> Tensor:
+    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def rms(tensor: Tensor) -> Tensor:
+    return tensor.double().square().mean().sqrt()
+
+
+def slowly(history: list[tuple[int, Tensor]], now: int) -> Tensor:
+    """What a LoRA that was run at these evaluations, with these residuals, is taken to differ by: formula of the docs."""
+    last_time, last = history[-1]
+    if len(history) == 1:
+        return last
+    before_time, before = history[-2]
+    onward = DAMPING * min(1.0, (now - last_time) / (last_time - before_time))
+    return last + onward * (last - before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(2, 5),
+    every_nth=st.integers(2, 6),
+    recentre=st.sampled_from([0.0, 0.4, 1.0]),
+    denoised=st.booleans(),
+    batch=st.integers(1, 2),
+    size=st.tuples(st.integers(2, 7), st.integers(2, 7)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    share=st.sampled_from([0.0, 0.3]),
+)
+def test_what_is_composed_is_the_formula(
+    count: int,
+    every_nth: int,
+    recentre: float,
+    denoised: bool,
+    batch: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    share: float,
+) -> None:
+    """Every evaluation equals one in which all LoRAs are run and those out of turn predict what the formula says."""
+    shape, total = (4, *size), 16
+    knobs = Settings(reuse=every_nth, recentre=recentre, share=share)
+    engine, model = Engine(knobs, bank(count)), Model(shape, dtype)
+    participants = engine.participants.with_shared_parts(share)
+    base, reference = participants.base, participants.compared
+    conds: dict[int, list[tuple[int, Tensor]]] = {}
+    unconds: dict[int, list[tuple[int, Tensor]]] = {}
+    for index in range(total):
+        model.begin(index)
+        z = latents(batch, shape, index)
+        found = engine.step(Step(index, total, z, batch, denoised=denoised), model)
+
+        def now(mix: Mix, cond: bool) -> Tensor:
+            return torch.stack([model.predicts(mix, cond, slot) for slot in range(batch)]).double()
+
+        noise = z.double() - now(reference, True) if denoised else now(reference, True)
+        answers: dict[tuple[Mix, bool], Tensor] = {
+            (base, False): now(base, False),
+            (reference, True): now(reference, True),
+        }
+        run = model.run_at(index, participants)
+        for place, mix in enumerate(participants.singles):
+            if place in run:
+                conds.setdefault(place, []).append(
+                    (index, (now(mix, True) - now(reference, True)) / rms(noise))
+                )
+                unconds.setdefault(place, []).append(
+                    (index, (now(mix, False) - now(base, False)) / rms(noise))
+                )
+            answers[mix, True] = now(reference, True) + rms(noise) * slowly(conds[place], index)
+            answers[mix, False] = now(base, False) + rms(noise) * slowly(unconds[place], index)
+
+        def full(rows: Sequence[Row], answers: dict[tuple[Mix, bool], Tensor] = answers) -> Tensor:
+            return torch.stack([answers[row.mix, row.cond][row.slot] for row in rows]).float()
+
+        plain = Engine(Settings(recentre=recentre, share=share), bank(count))
+        wanted = plain.step(Step(index, total, z, batch, denoised=denoised), full)
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(found.weights, wanted.weights, rtol=1e-2, atol=20 * tolerance)
+        torch.testing.assert_close(found.cond, wanted.cond, rtol=1e-2, atol=20 * tolerance)
+        torch.testing.assert_close(found.uncond, wanted.uncond, rtol=1e-2, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+@pytest.mark.parametrize("every_nth", [2, 3, 4, 10])
+def test_turns(count: int, every_nth: int) -> None:
+    """All at first; then each LoRA once in n evaluations, at the end once in two, and about as many at each."""
+    total = 40
+    engine, model = Engine(Settings(reuse=every_nth, recentre=1.0), bank(count)), Model((4, 4, 4))
+    for index in range(total):
+        model.begin(index)
+        engine.step(Step(index, total, latents(1, (4, 4, 4)), 1, denoised=False), model)
+    runs = [model.run_at(index, engine.participants) for index in range(total)]
+    assert runs[0] == list(range(count))
+    late = int(LATE * total)
+    for first in range(1, late - every_nth):
+        window = runs[first : first + every_nth]
+        assert sorted(place for run in window for place in run) == list(range(count))
+        assert all(len(run) in (count // every_nth, -(-count // every_nth)) for run in window)
+        assert all(run == list(range(run[0], run[-1] + 1)) for run in window if run)
+    for first in range(late, total - 1):
+        assert sorted(runs[first] + runs[first + 1]) == list(range(count))
+    # The base speaks at every evaluation; unconditional rows are the base's alone.
+    for asked in model.asked:
+        assert {row.mix for row in asked if not row.cond} == {engine.participants.base}
+        assert engine.participants.base in {row.mix for row in asked if row.cond}
+
+
+@pytest.mark.parametrize(("total", "every_nth"), [(SHORT, 4), (4, 2), (30, 1)])
+def test_short_schedules_and_a_reuse_of_one_run_everything(total: int, every_nth: int) -> None:
+    model = Model((4, 4, 4))
+    engine, plain = Engine(Settings(reuse=every_nth), bank(3)), Engine(Settings(reuse=1), bank(3))
+    for index in range(total):
+        model.begin(index)
+        step = Step(index, total, latents(1, (4, 4, 4)), 1, denoised=False)
+        own = engine.step(step, model)
+        assert model.run_at(index, engine.participants) == [0, 1, 2]
+        assert torch.equal(own.cond, plain.step(step, model).cond)
+
+
+def test_a_sampler_with_two_evaluations_a_step_takes_turns_by_evaluation() -> None:
+    engine, model = Engine(Settings(reuse=2, recentre=1.0), bank(2)), Model((4, 4, 4))
+    for evaluation in range(20):
+        model.begin(evaluation)
+        engine.step(Step(evaluation // 2, 12, latents(1, (4, 4, 4)), 1), model)
+    runs = [model.run_at(evaluation, engine.participants) for evaluation in range(20)]
+    assert runs[0] == [0, 1]
+    assert runs[1:] == [[1], [0]] * 9 + [[1]]
+
+
+def test_a_sampler_that_goes_on_at_its_last_step_never_forgets_a_lora() -> None:
+    """Adaptive samplers evaluate more often than they have steps: the step's number then stands still."""
+    engine, model = Engine(Settings(reuse=4, recentre=1.0), bank(3)), Model((4, 4, 4))
+    for evaluation in range(30):
+        model.begin(evaluation)
+        engine.step(Step(min(evaluation, 11), 12, latents(1, (4, 4, 4)), 1), model)
+    for first in range(15, 28):
+        ran = model.run_at(first, engine.participants) + model.run_at(first + 1, engine.participants)
+        assert sorted(ran) == [0, 1, 2]
+
+
+def test_another_size_another_number_of_rows_and_rows_that_were_not_run_begin_anew() -> None:
+    engine, model = Engine(Settings(reuse=4, recentre=0.5), bank(3)), Model((4, 4, 4))
+
+    def asked(evaluation: int, batch: int, side: int, uncond: bool) -> list[int]:
+        model.shape = (4, side, side)
+        model.begin(evaluation)
+        step = Step(1 + evaluation, 40, latents(batch, model.shape), batch if uncond else 0)
+        composed = engine.step(step, model)
+        assert (composed.uncond is not None) == uncond
+        return model.run_at(evaluation, engine.participants)
+
+    everyone = [0, 1, 2]
+    assert asked(0, 1, 4, True) == everyone
+    assert asked(1, 1, 4, True) != everyone
+    assert asked(2, 2, 4, True) == everyone  # two pictures
+    assert asked(3, 2, 4, True) != everyone
+    assert asked(4, 2, 6, True) == everyone  # larger ones
+    assert asked(5, 2, 6, False) == everyone  # steps without guidance
+    assert asked(6, 2, 6, False) != everyone
+    assert asked(7, 2, 6, True) == everyone  # their unconditional rows were never run
+
+
+def test_another_model_begins_anew() -> None:
+    engine, model = Engine(Settings(reuse=4), bank(3)), Model((4, 4, 4))
+    for evaluation in range(3):
+        model.begin(evaluation)
+        engine.step(Step(evaluation, 40, latents(1, (4, 4, 4)), 1), model)
+    engine.rebind(bank(3))
+    model.begin(3)
+    engine.step(Step(3, 40, latents(1, (4, 4, 4)), 1), model)
+    assert [len(model.run_at(evaluation, engine.participants)) for evaluation in range(4)] == [3, 1, 1, 3]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("with_places", [True, False])
+@pytest.mark.parametrize("recentre", [0.0, 0.5, 1.0])
+def test_styles_places_and_shared_parts_are_composed_too(
+    share: float, with_places: bool, recentre: float
+) -> None:
+    """Where each LoRA keeps its distance from the base, a picture with reuse is the one without."""
+
+    class Steady(Model):
+        def predicts(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+            own = torch.randn(5, 2, *self.shape, generator=torch.Generator().manual_seed(3))
+            noise = own[4, int(cond)] + 0.3 * sum(part * own[i, int(cond)] for i, part in enumerate(mix))
+            return noise * 0.9**self.evaluation
+
+    model = Steady((4, 4, 6))
+    participants = Participants.of(4, styles=[3], places={0: LEFT} if with_places else {})
+    knobs = Settings(reuse=3, share=share, recentre=recentre)
+    engine = Engine(knobs, bank(4), participants)
+    plain = Engine(knobs.with_values({"reuse": 1}), bank(4), participants)
+    for index in range(20):
+        model.begin(index)
+        step = Step(index, 20, latents(1, model.shape, index), 1, denoised=False)
+        own = engine.step(step, model)
+        rows = len(model.asked[-1])
+        wanted = plain.step(step, model)
+        torch.testing.assert_close(own.cond, wanted.cond, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(own.uncond, wanted.uncond, rtol=1e-3, atol=1e-4)
+        if index and share < 1:
+            assert rows < len(model.asked[-1]) - rows
+
+
+def test_one_lora_is_run_at_every_step() -> None:
+    engine, model = Engine(Settings(reuse=4, recentre=1.0), bank(1)), Model((4, 4, 4))
+    for index in range(15):
+        model.begin(index)
+        engine.step(Step(index, 15, latents(1, (4, 4, 4)), 1), model)
+        assert len(model.asked[-1]) == 2
