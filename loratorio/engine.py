@@ -74,7 +74,7 @@ class WeightHistory:
 
     Attributes:
         steps: indices of the recorded steps.
-        weights: per recorded step, (N, Bc, H, W) float16 on the CPU.
+        weights: per recorded step, (N, Bc, H, W) float16; on the model's device until `settle`.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -86,7 +86,12 @@ class WeightHistory:
             self.steps.pop()
             self.weights.pop()
         self.steps.append(index)
-        self.weights.append(weights.to("cpu", torch.float16))
+        # Left on the device: to copy it would make the sampling wait for the device at every step.
+        self.weights.append(weights.to(torch.float16))
+
+    def settle(self) -> None:
+        """Bring all weights to the CPU, when the sampling is over."""
+        self.weights = [each.cpu() for each in self.weights]
 
 
 POOL_ROWS = 8

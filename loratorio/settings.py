@@ -37,6 +37,7 @@ class Knob:
         row: of the panel; knobs of one row stand side by side. folded: in the panel's fold, for what most pictures do without.
         minimum, maximum, step: of a number; the range is closed.
         choices: names and labels of a choice.
+        before: what pictures of versions that did not have it were made with; None: its default.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Knob:
     maximum: float = 1
     step: float = 1
     choices: tuple[tuple[str, str], ...] = ()
+    before: bool | int | float | str | None = None
 
     @property
     def infotext_key(self) -> str:
@@ -208,7 +210,7 @@ class Settings:
     )  # fmt: skip
     reuse: int = knob(
         "int", 1, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
-        "steps", 4, minimum=1, maximum=10,
+        "steps", 4, minimum=1, maximum=10, before=1,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
-from loratorio.settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings, find_preset
 
 
 def test_the_promised_knobs_are_there() -> None:
@@ -144,3 +144,24 @@ def test_composed_steps_are_one_run(total: int, a: float, b: float) -> None:
     assert " " not in text.strip()
     assert abs(sum(active) - (settings.end - settings.start) * total) <= 1
     assert all(Settings().active_at(index, total) for index in range(total))
+
+
+def test_the_defaults_are_the_balanced_preset() -> None:
+    assert Settings() == Settings.from_mapping({"preset": "balanced"})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_set_the_same_knobs_and_nothing_else(name: str) -> None:
+    assert set(PRESETS[name].values) == {"recentre", "share", "reuse"}
+    changed = Settings(temperature=0.5, method="merge").with_values({"preset": name})
+    assert (changed.temperature, changed.method) == (0.5, "merge")
+    assert {knob: getattr(changed, knob) for knob in PRESETS[name].values} == PRESETS[name].values
+    # What stands beside a preset counts, in whatever order.
+    assert Settings.from_mapping({"reuse": 5, "preset": name}).reuse == 5
+
+
+def test_a_preset_by_name_or_label_and_none_is_none() -> None:
+    assert find_preset(" Fast ") is PRESETS["fast"]
+    assert Settings.from_mapping({"preset": None, "reuse": 3}) == Settings(reuse=3)
+    with pytest.raises(LoratorioError, match="preset must be one of paper, balanced, fast, not 3"):
+        Settings.from_mapping({"preset": 3})

@@ -7,16 +7,30 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .plan import CHARACTER, STYLE, Cell, Variant
+from loratorio.settings import PRESETS
+
+from .plan import CHARACTER, PAPER, STYLE, Cell, Variant
 from .store import ImageResult, Result
 
 ROWS: tuple[Variant, ...] = (
     Variant("beside_merge", "Merge", {"method": "merge"}, beside="free"),
-    Variant("beside_free", "LoRAtorio", {}, beside="free"),
-    Variant("beside_placed", "**LoRAtorio, a place for each**", {}, beside="placed"),
-    Variant("beside_share", "the same, shared part 0.15", {"share": 0.15}, beside="placed"),
+    Variant("beside_free", "LoRAtorio", PAPER, beside="free"),
+    Variant("beside_placed", "**LoRAtorio, a place for each**", PAPER, beside="placed"),
+    Variant("beside_share", "the same, shared part 0.15", {**PAPER, "share": 0.15}, beside="placed"),
     Variant(
-        "beside_yielding", "LoRAtorio, a place for each, yielding 0.85", {"yielding": 0.85}, beside="placed"
+        "beside_yielding",
+        "LoRAtorio, a place for each, yielding 0.85",
+        {**PAPER, "yielding": 0.85},
+        beside="placed",
+    ),
+    *(
+        Variant(
+            f"beside_{name}",
+            f"{PRESETS[name].label}, a place for each",
+            PRESETS[name].values,
+            beside="placed",
+        )
+        for name in ("balanced", "fast")
     ),
 )
 

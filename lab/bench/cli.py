@@ -20,7 +20,10 @@ from .plan import (
     DYNAMIC_ROWS,
     MAIN_ROWS,
     METHOD_ROWS,
+    PRESET_ROWS,
     ROLE_ROWS,
+    SPEED_ROWS,
+    SPEED_STEPS,
     STYLE,
     Cell,
     Variant,
@@ -31,7 +34,7 @@ from .plan import (
 )
 
 QUICK_MINUTES = 9.0
-GROUPS = ("methods", "others", "roles", "better", "dynamic", "ablations", "places")
+GROUPS = ("methods", "presets", "speed", "others", "roles", "better", "dynamic", "ablations", "places")
 SAMPLING = {"steps": 12, "cfg": 3.0, "sampler": "euler"}
 GRID: Mapping[str, Any] = {
     "groups": ",".join(GROUPS),
@@ -41,6 +44,8 @@ GRID: Mapping[str, Any] = {
     "seeds": 5,
     "ablation_seeds": 3,
     "place_seeds": 10,
+    "preset_seeds": 2,
+    "speed_combinations": 12,
     "elements": "",
     "counts": "2,3,4,5",
     **SAMPLING,
@@ -74,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
         ("seeds", "pictures per combination and method"),
         ("ablation_seeds", "pictures per combination in the other tables"),
         ("place_seeds", "pictures per pair of characters in the table of places"),
+        ("preset_seeds", "pictures per combination and preset"),
+        ("speed_combinations", "how many of each N for what the presets are chosen from"),
         ("elements", "only these LoRAs of the toybox, with commas between"),
         ("counts", "numbers of LoRAs, with commas between"),
     ):
@@ -163,6 +170,8 @@ def check(options: argparse.Namespace) -> None:
         ("seeds", 1),
         ("ablation_seeds", 1),
         ("place_seeds", 1),
+        ("preset_seeds", 1),
+        ("speed_combinations", 0),
         ("workers", 1),
         ("combinations", 0),
         ("other_combinations", 0),
@@ -225,7 +234,9 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         every, some = 6, 1
     few_seeds = min(options.seeds, options.ablation_seeds)
 
-    def part(variants: Sequence[Variant], limit: int, seeds: int, of: Sequence[str] = ()) -> Iterator[Cell]:
+    def part(
+        variants: Sequence[Variant], limit: int, seeds: int, of: Sequence[str] = (), **other: Any
+    ) -> Iterator[Cell]:
         # By rounds over N, so that a grid that is stopped has as many of each, as far as there are.
         chosen = [
             sample([c for c in combinations(categories, n) if not of or set(c) & set(of)], limit)
@@ -233,7 +244,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         ]
         longest = max((len(each) for each in chosen), default=0)
         mixed = [each[i] for i in range(longest) for each in chosen if i < len(each)]
-        yield from cells(variants, mixed, seeds, sampling)
+        yield from cells(variants, mixed, seeds, {**sampling, **other})
 
     grid: list[Cell] = []
     if options.quick:  # in nine minutes on a slow machine the main methods must be there
@@ -250,6 +261,10 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
     if "places" in groups:
         grid += beside.cells(categories, options.place_seeds)
+    if "speed" in groups:
+        grid += part(SPEED_ROWS, options.speed_combinations, options.preset_seeds, steps=SPEED_STEPS)
+    if "presets" in groups:
+        grid += part(PRESET_ROWS, every, options.preset_seeds, steps=SPEED_STEPS)
     if "methods" in groups:
         grid += part(MAIN_ROWS, every, options.seeds)
     return distinct(grid)

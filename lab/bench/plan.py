@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loratorio.settings import KNOB_BY_NAME, KNOBS, Settings
+from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Settings
 
 CHARACTER = "character"
 STYLE = "style"
@@ -92,6 +92,9 @@ class Cell:
         return self.made == "truth" or variant.resolved().items() <= self.knobs.items()
 
 
+PAPER: Mapping[str, Any] = PRESETS["paper"].values
+"""LoRAtorio as published: what all tables have but those of presets, so that what users get by default may change without them."""
+
 TRUTH = Variant("truth", "Rendered truth", made="truth")
 
 METHOD_ROWS: tuple[Variant, ...] = (
@@ -104,7 +107,7 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("klora", "K-LoRA", {"method": "klora"}),
     Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
-    Variant("loratorio", "LoRAtorio", {}),
+    Variant("loratorio", "LoRAtorio", PAPER),
 )
 """All methods."""
 
@@ -116,39 +119,78 @@ MAIN_ROWS = tuple(
 ROLE_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
     Variant("merge_anchored", "Merge, re-centred", {"method": "merge_anchored"}),
-    Variant("loratorio", "LoRAtorio", {}),
-    Variant("share", "LoRAtorio, shared part 0.3", {"share": 0.3}),
-    Variant("role_style", "LoRAtorio, role=style", {}, role="style"),
-    Variant("role_always", "LoRAtorio, role=always", {}, role="always"),
+    Variant("loratorio", "LoRAtorio", PAPER),
+    Variant("share", "LoRAtorio, shared part 0.3", {**PAPER, "share": 0.3}),
+    Variant("role_style", "LoRAtorio, role=style", PAPER, role="style"),
+    Variant("role_always", "LoRAtorio, role=always", PAPER, role="always"),
 )
 """What a style LoRA's role does; only for combinations that have one."""
 
 BETTER_ROWS: tuple[Variant, ...] = (
-    Variant("plain", "LoRAtorio as in the paper", {"blend": "patches", "adaptive": False, "rescale": 0.0}),
-    Variant("smooth", "with interpolated weights", {"blend": "smooth", "adaptive": False, "rescale": 0.0}),
-    Variant("overlap", "with overlapping patches", {"blend": "overlap", "adaptive": False, "rescale": 0.0}),
-    Variant("adaptive", "with adaptive temperature", {"blend": "patches", "adaptive": True, "rescale": 0.0}),
-    Variant("rescale", "with guidance rescale 0.7", {"blend": "patches", "adaptive": False, "rescale": 0.7}),
+    Variant(
+        "plain", "LoRAtorio as in the paper", {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.0}
+    ),
+    Variant(
+        "smooth", "with interpolated weights", {**PAPER, "blend": "smooth", "adaptive": False, "rescale": 0.0}
+    ),
+    Variant(
+        "overlap",
+        "with overlapping patches",
+        {**PAPER, "blend": "overlap", "adaptive": False, "rescale": 0.0},
+    ),
+    Variant(
+        "adaptive",
+        "with adaptive temperature",
+        {**PAPER, "blend": "patches", "adaptive": True, "rescale": 0.0},
+    ),
+    Variant(
+        "rescale",
+        "with guidance rescale 0.7",
+        {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.7},
+    ),
     Variant(
         "share",
         "with a shared part of 0.3",
-        {"blend": "patches", "adaptive": False, "rescale": 0.0, "share": 0.3},
+        {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.0, "share": 0.3},
     ),
     Variant(
         "start",
         "merged for the first fifth of the steps",
-        {"blend": "patches", "adaptive": False, "rescale": 0.0, "start": 0.2},
+        {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.0, "start": 0.2},
     ),
 )
 """What the paper does not have, one at a time."""
 
+PRESET_ROWS: tuple[Variant, ...] = (
+    Variant("merge", "Merge", {"method": "merge"}),
+    *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
+)
+"""What a user chooses between; run on every combination."""
+
+
+def speed(recentre: float, share: float, reuse: int) -> Variant:
+    """A row for what a preset sets."""
+    label = f"λ = {recentre:g}, shared part {share:g}, reuse {reuse}"
+    return Variant(label, label, {"recentre": recentre, "share": share, "reuse": reuse})
+
+
+SPEED_ROWS: tuple[Variant, ...] = (
+    Variant("merge", "Merge", {"method": "merge"}),
+    *(speed(0.5, share, reuse) for share in (0.0, 0.15) for reuse in (1, 2)),
+    *(speed(1.0, share, reuse) for share in (0.0, 0.15) for reuse in (1, 2, 3, 4)),
+)
+"""What the presets are chosen from."""
+
+SPEED_STEPS = 20
+"""Reuse is for schedules of a usual length: the other tables' twelve steps are few."""
+
 DYNAMIC_ROWS: tuple[Variant, ...] = (
     Variant("pool_merge", "Merge of all", {"method": "merge"}, pool=True),
-    Variant("pool", "LoRAtorio, pool", {}, pool=True),
+    Variant("pool", "LoRAtorio, pool", PAPER, pool=True),
     Variant(
         "pool_every_step",
         "LoRAtorio, all scored at every step",
-        {"pool_interval": 1, "pool_size": 100},
+        {**PAPER, "pool_interval": 1, "pool_size": 100},
         pool=True,
     ),
 )
@@ -156,8 +198,10 @@ DYNAMIC_ROWS: tuple[Variant, ...] = (
 
 
 def ablation(knob: str, values: Sequence[Any], **fixed: Any) -> tuple[Variant, ...]:
-    """A row for each value of one knob; the other knobs at their defaults or as `fixed`."""
-    return tuple(Variant(f"{knob}={value}", f"{knob} {value}", {**fixed, knob: value}) for value in values)
+    """A row for each value of one knob; the other knobs as in the paper or as `fixed`."""
+    return tuple(
+        Variant(f"{knob}={value}", f"{knob} {value}", {**PAPER, **fixed, knob: value}) for value in values
+    )
 
 
 ABLATIONS: dict[str, tuple[Variant, ...]] = {

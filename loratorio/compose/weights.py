@@ -175,17 +175,25 @@ def spread_styles(weights: Tensor, styles: Sequence[bool]) -> Tensor:
 
     weights: Ω↑, (N, B, H, W), summing to 1 over N; styles: which of the N are styles. Sums to 1 again.
     """
-    style = torch.tensor(list(styles)).to(weights.device).view(-1, 1, 1, 1)
     means = weights.mean(dim=(2, 3), keepdim=True)
-    if bool(style.all()):
+    if all(styles):
         return means.expand_as(weights).contiguous()
-    left = 1 - torch.where(style, means, torch.zeros_like(means)).sum(dim=0, keepdim=True)
-    contents = torch.where(style, torch.zeros_like(weights), weights)
-    total = contents.sum(dim=0, keepdim=True)
-    even = (~style).to(weights.dtype) / (~style).sum()
+    # LoRA by LoRA, with no tensor of ours that would have to be copied to the device.
+    contents = [torch.zeros_like(own) if style else own for own, style in zip(weights, styles, strict=True)]
+    total = torch.stack(contents).sum(dim=0)
+    left = 1 - torch.stack([mean for mean, style in zip(means, styles, strict=True) if style]).sum(dim=0)
+    even = 1 / (len(styles) - sum(styles))
     # A pixel that belonged to styles alone has no shares among the others to keep.
-    shares = torch.where(total > 0, contents / total.clamp_min(torch.finfo(weights.dtype).tiny), even)
-    return torch.where(style, means, shares * left)
+    shares = [
+        torch.where(total > 0, own / total.clamp_min(torch.finfo(weights.dtype).tiny), even)
+        for own in contents
+    ]
+    return torch.stack(
+        [
+            mean.expand_as(share) if style else share * left
+            for share, mean, style in zip(shares, means, styles, strict=True)
+        ]
+    )
 
 
 def upsample(weights: Tensor, patch_size: int, height: int, width: int) -> Tensor:

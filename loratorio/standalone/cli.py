@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import LoratorioError
-from ..settings import GROUPS, KNOB_BY_NAME, KNOBS, Knob, Settings
+from ..settings import GROUPS, KNOB_BY_NAME, KNOBS, PRESET, PRESETS, Knob, Settings, find_preset
 
 if TYPE_CHECKING:
     from .generate import Request
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _NOT_OPTIONS = ("enabled",)
 """Knobs that make no sense here: who types the command wants it on."""
+
+_PRESET_KNOBS = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset.values))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,6 +133,12 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
 def _add_knobs(parser: argparse.ArgumentParser) -> None:
     """An option for every knob. Values stay text here: the knob itself says what is wrong with them."""
     groups = {name: parser.add_argument_group(heading.lower()) for name, heading in GROUPS.items()}
+    about = " ".join(f"{preset.name}: {preset.help}" for preset in PRESETS.values())
+    groups["method"].add_argument(
+        f"--{PRESET}",
+        metavar="VALUE",
+        help=f"{about} Sets {', '.join(_PRESET_KNOBS)}; they may be given beside it.",
+    )
     for knob in KNOBS:
         if knob.name in _NOT_OPTIONS:
             continue
@@ -156,7 +164,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         for knob in KNOBS
         if getattr(options, knob.name, None) is not None
     }
-    return Settings.from_mapping({"enabled": True, **given})
+    return Settings.from_mapping({"enabled": True, PRESET: options.preset, **given})
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
@@ -275,42 +283,47 @@ def _compare(options: argparse.Namespace) -> None:
     from .output import check_writable, png, write_all
 
     settings = _settings(options)
-    knob, values = _compared(options.by, options.values)
-    variants = [settings.with_values({knob.name: value}) for value in values]
+    by = options.by.strip().lower().replace("-", "_")
+    variants = _compared(options.by, options.values, settings)
     _check_early(options)
     check_writable(options.out.parent if options.out.suffix.lower() == ".png" else options.out)
     model = _load(options)
     request = _request(options, model, settings)
-    labels = [_value_label(knob, variant) for variant in variants]
-    outcomes = [
-        model.run(replace(request, settings=variant), label)
-        for variant, label in zip(variants, labels, strict=True)
-    ]
+    labels = list(variants)
+    outcomes = [model.run(replace(request, settings=variant), label) for label, variant in variants.items()]
     _say(dict.fromkeys(note for outcome in outcomes for note in outcome.notes))
     columns = [outcome.images for outcome in outcomes]
     rows = [[column[i] for column in columns] for i in range(request.batch)]
     seeds = [f"seed {request.seed + i}" for i in range(request.batch)]
-    sheet = contact_sheet(rows, labels, seeds, f"{options.prompt}\nby {knob.label.lower()}")
-    (path,) = _file_names(options.out, [f"by-{knob.name.replace('_', '-')}"])
+    sheet = contact_sheet(rows, labels, seeds, f"{options.prompt}\nby {by.replace('_', ' ')}")
+    (path,) = _file_names(options.out, [f"by-{by.replace('_', '-')}"])
     write_all({path: png(sheet)})
     print(path)
 
 
-def _compared(by: str, values: str | None) -> tuple[Knob, list[Any]]:
+def _compared(by: str, values: str | None, settings: Settings) -> dict[str, Settings]:
+    """The settings of each column, by its label."""
     name = by.strip().lower().replace("-", "_")
+    if name == PRESET:
+        presets = [find_preset(value) for value in (values.split(",") if values else PRESETS)]
+        return {preset.label: settings.with_values(preset.values) for preset in presets}
     knob = KNOB_BY_NAME.get(name)
     if knob is None or name in _NOT_OPTIONS:
-        usable = ", ".join(each for each in KNOB_BY_NAME if each not in _NOT_OPTIONS)
+        usable = ", ".join((PRESET, *(each for each in KNOB_BY_NAME if each not in _NOT_OPTIONS)))
         raise LoratorioError(f"--by must be one of {usable}, not {by!r}.")
+    chosen: list[Any]
     if values:
-        return knob, [knob.check(value) for value in values.split(",")]
-    if knob.kind == "choice":
-        return knob, [choice for choice, _ in knob.choices]
-    if knob.kind == "bool":
-        return knob, [False, True]
-    raise LoratorioError(
-        f"Say which values of {knob.name} to compare, e.g. --values {knob.minimum:g},{knob.default}."
-    )
+        chosen = [knob.check(value) for value in values.split(",")]
+    elif knob.kind == "choice":
+        chosen = [choice for choice, _ in knob.choices]
+    elif knob.kind == "bool":
+        chosen = [False, True]
+    else:
+        raise LoratorioError(
+            f"Say which values of {knob.name} to compare, e.g. --values {knob.minimum:g},{knob.default}."
+        )
+    variants = [settings.with_values({knob.name: value}) for value in chosen]
+    return {_value_label(knob, variant): variant for variant in variants}
 
 
 def _value_label(knob: Knob, settings: Settings) -> str:

@@ -106,6 +106,8 @@ def generate(
         participants = loras.weighed(text, checkpoint) if weighed else loras.participants
         engine = Engine(settings, bank, participants) if loras.loras else None
         latents = _sample(checkpoint, request, text, bank, engine, texts, progress)
+        if engine is not None:
+            engine.history.settle()
         images = _decode(checkpoint, latents)
     return Outcome(
         request,

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from .. import toybox
 from ..colours import COLOURS
 from ..errors import LoratorioError
-from ..settings import Knob, Settings, panel_rows
+from ..settings import PRESETS, Knob, Settings, panel_rows
 from ..sheet import draw_text, enlarged, text_size
 from ..webui.components import component, shown
 from . import example
@@ -196,6 +196,8 @@ def _cards(gr: Any, folder: Path | None, names: Sequence[str], prompt: Any) -> N
 def _knobs(gr: Any) -> dict[str, Any]:
     """A component for every knob, made from the list in the settings and placed as in a WebUI's panel."""
     made: dict[str, Any] = {}
+    with gr.Row(elem_id="presets"):
+        presets = {name: gr.Button(preset.label, size="sm") for name, preset in PRESETS.items()}
     with gr.Group():
         for row in panel_rows(folded=False):
             with gr.Row():
@@ -204,6 +206,12 @@ def _knobs(gr: Any) -> dict[str, Any]:
         for row in panel_rows(folded=True):
             with gr.Row():
                 made |= {knob.name: _component(gr, knob) for knob in row}
+    for name, button in presets.items():
+        values = PRESETS[name].values
+        outputs = [made[knob] for knob in values]
+        button.click(
+            None, None, outputs, js=f"() => {json.dumps(list(values.values()))}", api_visibility="private"
+        )
     return made
 
 

@@ -43,14 +43,15 @@ def value_from(knob: Knob, params: Params) -> Any:
     """What the panel's component shows after pasting `params`; None leaves it as it is.
 
     A picture made without LoRAtorio unticks the box. Text without a line of parameters is only a prompt and changes
-    nothing. A picture of an older version lacks the newer knobs: they go to their defaults.
+    nothing. A picture of an older version lacks the newer knobs: they go to what it was made with.
     """
     if knob.name != "enabled" and KNOB_BY_NAME["enabled"].infotext_key not in params:
         return None
     if "Steps" not in params and knob.infotext_key not in params:
         return None
+    unsaid = knob.default if knob.before is None else knob.before
     try:
-        value = knob.check(params.get(knob.infotext_key, knob.default))
+        value = knob.check(params.get(knob.infotext_key, unsaid))
     except LoratorioError as problem:
         print(f"LoRAtorio: pasting: {problem}")
         return None

@@ -12,7 +12,7 @@ import gradio as gr
 
 from ..colours import COLOURS
 from ..roles import looks_like_speed_lora
-from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings, panel_rows
+from ..settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings, panel_rows
 from . import gradio_compat as compat
 from . import options
 from .components import component, shown
@@ -35,11 +35,13 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
     components: dict[str, Any] = {"enabled": box}
     with inside:
         gr.HTML(_line(tab), elem_id=f"loratorio_{tab}_line")
+        presets = _Presets(tab)
         for row in panel_rows(folded=False):
             components |= _row(row, settings, tab)
         with gr.Accordion("More", open=False, elem_id=f"loratorio_{tab}_more"):
             for row in panel_rows(folded=True):
                 components |= _row(row, settings, tab)
+        presets.connect(components)
     for each in components.values():
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
         each.do_not_save_to_config = True
@@ -49,6 +51,29 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
 def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
     with gr.Row(elem_classes="loratorio-row"):
         return {knob.name: _component(knob, getattr(settings, knob.name), tab) for knob in knobs}
+
+
+class _Presets:
+    """A button for each preset. It sets knobs in the page and is nothing else: no value of its own is sent or kept."""
+
+    def __init__(self, tab: str) -> None:
+        with gr.Row(elem_classes="loratorio-presets", elem_id=f"loratorio_{tab}_presets"):
+            self._buttons = {
+                name: gr.Button(preset.label, elem_id=f"loratorio_{tab}_preset_{name}", size="sm")
+                for name, preset in PRESETS.items()
+            }
+            gr.HTML(
+                "<p class='loratorio-help'>"
+                + " ".join(f"<b>{escape(each.label)}</b> {escape(each.help)}" for each in PRESETS.values())
+                + "</p>"
+            )
+
+    def connect(self, components: dict[str, Any]) -> None:
+        for name, button in self._buttons.items():
+            values = {knob: shown(KNOB_BY_NAME[knob], value) for knob, value in PRESETS[name].values.items()}
+            outputs = [components[knob] for knob in values]
+            function = f"() => {json.dumps(list(values.values()))}"
+            button.click(None, [], outputs, **compat.javascript(function))
 
 
 def _line(tab: str) -> str:

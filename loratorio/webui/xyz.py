@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LoratorioError
 from ..infotext import number
-from ..settings import KNOBS, Knob
+from ..settings import KNOBS, PRESET, PRESETS, Knob, find_preset
 
 PREFIX = "[LoRAtorio] "
 _FIELD = "loratorio_xyz"
@@ -29,7 +29,9 @@ def add_axes() -> None:
     if script is None:
         return
     present = {option.label for option in script.axis_options}
-    script.axis_options.extend(axis for knob in KNOBS if (axis := _axis(script, knob)).label not in present)
+    axes = [_axis(script, knob) for knob in KNOBS]
+    axes.append(_preset_axis(script))
+    script.axis_options.extend(axis for axis in axes if axis.label not in present)
 
 
 def _loaded_script() -> ModuleType | None:
@@ -55,6 +57,23 @@ def _axis(script: ModuleType, knob: Knob) -> Any:
     if knob.kind == "int":
         return script.AxisOption(label, int, _apply(knob), confirm=_confirm(knob))
     return script.AxisOption(label, float, _apply(knob), confirm=_confirm(knob), prepare=_expand(script))
+
+
+def _preset_axis(script: ModuleType) -> Any:
+    def apply(p: Any, value: Any, values: Any) -> None:
+        setattr(p, _FIELD, {"enabled": True, **chosen(p), **find_preset(value).values})
+
+    def confirm(p: Any, values: Sequence[Any]) -> None:
+        for value in values:
+            try:
+                find_preset(value)
+            except LoratorioError as problem:
+                raise LoratorioError(f"X/Y/Z plot, {PREFIX}{PRESET.capitalize()}: {problem}") from problem
+
+    labels = [preset.label for preset in PRESETS.values()]
+    return script.AxisOption(
+        PREFIX + PRESET.capitalize(), str, apply, confirm=confirm, choices=lambda: labels
+    )
 
 
 def _apply(knob: Knob) -> Callable[[Any, Any, Any], None]:

@@ -8,11 +8,13 @@ in a process of its own: a pretended backend stays registered for good.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from loratorio.adapters.bank import Bank
@@ -28,6 +30,8 @@ KNOBS: tuple[dict[str, Any], ...] = (
     {},
     {"adaptive": True, "blend": "smooth", "top_k": 1, "rescale": 0.5, "weight_maps": True},
     {"share": 0.3},
+    {"share": 0.3, "reuse": 1, "recentre": 0.5},
+    {"reuse": 3, "recentre": 0.5, "weight_maps": True},
     {"blend": "overlap", "recentre": 1.0, "start": 0.3, "end": 0.9},
     {"recentre": 0.0, "patch_size": 1},
 )
@@ -77,10 +81,40 @@ def adapter(name: str) -> Adapter:
     )
 
 
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read off it, and copies from the one to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+        ):
+            self.count += 1
+        elif isinstance(result, Tensor):
+            devices = {
+                each.device.type for each in (*args, *(kwargs or {}).values()) if isinstance(each, Tensor)
+            }
+            self.count += bool(devices - {result.device.type})
+        return result
+
+    def number(self, tensor: Tensor) -> None:
+        """Called where Python asks a tensor for its numbers."""
+        self.count += tensor.device.type != "cpu"
+
+
+WAITS = Waits()
+
+
 def compose(
     model: Model, settings: Settings, participants: Participants, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Four steps of two pictures."""
+    """Fourteen steps of two pictures. After the first two, in which what lasts is made, nothing may wait for the device."""
 
     def predict(rows: list[Row]) -> Tensor:
         frames = shape[1] if len(shape) == 4 else 1
@@ -89,10 +123,20 @@ def compose(
 
     bank = Bank([adapter(name) for name in "abc"])
     engine = Engine(settings, bank, participants)
+    # Which of a pool's candidates are run is decided by numbers.
+    allowed = int(settings.method == "loratorio" and any(participants.pooled))
+    total = 14
     with bank.attached(model.layers()), torch.inference_mode():
-        for index in range(4):
+        bank.prepare(torch.device(DEVICE), dtype)
+        for index in range(total):
             latents = torch.randn(2, *shape, device=DEVICE, dtype=dtype)
-            composed = engine.step(Step(index, 4, latents, 2, guidance=5.0), predict)  # type: ignore[arg-type]
+            before = WAITS.count
+            composed = engine.step(Step(index, total, latents, 2, guidance=5.0), predict)  # type: ignore[arg-type]
+            waited = WAITS.count - before
+            # Where composing begins or ends a method has its own first step.
+            begins = index <= 1 or index - 1 <= settings.start * total <= index + 1
+            if not begins and waited > allowed:
+                raise AssertionError(f"step {index} waits {waited} times for the device")
             for part in (composed.cond, composed.uncond):
                 assert part is not None
                 assert (str(part.device), part.dtype) == (DEVICE, torch.float32)
@@ -101,14 +145,22 @@ def compose(
 
 def main() -> None:
     _setup_privateuseone_for_python_backend("gpu")
+
     # Fake tensors have no numbers: where the code asks for one it gets some number.
-    FakeTensor.tolist = lambda self: list(range(len(self))) if self.ndim == 1 else 0  # type: ignore[method-assign, assignment]
-    Tensor.item = lambda self: 1.0  # type: ignore[method-assign]
-    Tensor.__bool__ = lambda self: True  # type: ignore[method-assign]
-    Tensor.__float__ = lambda self: 1.0  # type: ignore[method-assign]
-    Tensor.__int__ = lambda self: 1  # type: ignore[method-assign]
+    def asked(answer: Callable[[Tensor], Any]) -> Any:
+        def numbers(self: Tensor) -> Any:
+            WAITS.number(self)
+            return answer(self)
+
+        return numbers
+
+    FakeTensor.tolist = asked(lambda self: list(range(len(self))) if self.ndim == 1 else 0)  # type: ignore[method-assign]
+    Tensor.item = asked(lambda self: 1.0)  # type: ignore[method-assign]
+    Tensor.__bool__ = asked(lambda self: True)  # type: ignore[method-assign]
+    Tensor.__float__ = asked(lambda self: 1.0)  # type: ignore[method-assign]
+    Tensor.__int__ = asked(lambda self: 1)  # type: ignore[method-assign]
     count = 0
-    with FakeTensorMode():
+    with FakeTensorMode(), WAITS:
         # The check itself must tell two devices apart.
         try:
             torch.ones(2, device=DEVICE) + torch.ones(2)
@@ -116,6 +168,19 @@ def main() -> None:
             pass
         else:
             raise AssertionError("fake tensors of two devices were added")
+        # And the count must see what it is to count.
+        for waiting in (
+            lambda each: each.cpu(),
+            lambda each: each.tolist(),
+            lambda each: bool(each.sum()),
+            lambda each: float(each[0]),
+        ):
+            before = WAITS.count
+            waiting(torch.ones(2, device=DEVICE))
+            assert WAITS.count == before + 1
+        before = WAITS.count
+        torch.ones(2).to(DEVICE)
+        assert WAITS.count == before + 1
         dtype = torch.float16
         model = Model(dtype)
         for method, knobs, participants in itertools.product(METHODS, KNOBS, PARTICIPANTS):

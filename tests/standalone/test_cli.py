@@ -172,7 +172,15 @@ BAD = {
         ["generate", PROMPT, "--start", "0.8", "--end", "0.2"],
         r"start \(0\.8\) is after end",
     ),
-    "compare by nothing": (["compare", PROMPT, "--by", "colour"], r"--by must be one of method"),
+    "compare by nothing": (["compare", PROMPT, "--by", "colour"], r"--by must be one of preset, method"),
+    "a preset there is not": (
+        ["generate", PROMPT, "--preset", "quick"],
+        r"preset must be one of paper, balanced, fast, not 'quick'",
+    ),
+    "compare by a preset there is not": (
+        ["compare", PROMPT, "--by", "preset", "--values", "fast,quick"],
+        r"preset must be one of paper, balanced, fast, not 'quick'",
+    ),
     "compare without values": (
         ["compare", PROMPT, "--by", "temperature"],
         r"Say which values of temperature",

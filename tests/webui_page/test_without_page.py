@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loratorio.errors import LoratorioError
 from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, number, params
-from loratorio.settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings
 from loratorio.webui import api, infotext, options, xyz
 from loratorio.webui.components import component
 
@@ -219,7 +219,35 @@ def axis(webui: SimpleNamespace, name: str) -> Any:
 def test_an_axis_for_every_knob_once(webui: SimpleNamespace) -> None:
     xyz.add_axes()
     xyz.add_axes()
-    assert [each.label for each in webui.grid.axis_options] == [xyz.PREFIX + knob.label for knob in KNOBS]
+    labels = [each.label for each in webui.grid.axis_options]
+    assert labels == [*(xyz.PREFIX + knob.label for knob in KNOBS), xyz.PREFIX + "Preset"]
+
+
+def test_the_axis_of_presets_sets_their_knobs_and_leaves_the_others(webui: SimpleNamespace) -> None:
+    xyz.add_axes()
+    (presets,) = [each for each in webui.grid.axis_options if each.label == "[LoRAtorio] Preset"]
+    assert presets.choices() == ["Paper", "Balanced", "Fast"]
+    presets.confirm(SimpleNamespace(), ["fast", "Paper"])
+    with pytest.raises(
+        LoratorioError, match=r"X/Y/Z plot.*preset must be one of paper, balanced, fast, not 'x'"
+    ):
+        presets.confirm(SimpleNamespace(), ["Paper", "x"])
+    p = SimpleNamespace()
+    axis(webui, "temperature").apply(p, 0.3, [])
+    presets.apply(p, "Fast", [])
+    expected = Settings(enabled=True, temperature=0.3).with_values(PRESETS["fast"].values)
+    assert api.settings_from_args([False], p) == expected
+
+
+def test_an_api_call_names_a_preset_and_knobs_beside_it() -> None:
+    made = api.settings_from_args([{"enabled": True, "preset": "Paper", "reuse": 3}])
+    assert made == Settings(enabled=True).with_values({**PRESETS["paper"].values, "reuse": 3})
+
+
+def test_pictures_of_before_reuse_are_pasted_without_it() -> None:
+    old = {"Steps": "20", "LoRAtorio": "True", "LoRAtorio re-centring": "0.5"}
+    assert infotext.value_from(KNOB_BY_NAME["reuse"], old) == 1
+    assert infotext.value_from(KNOB_BY_NAME["yielding"], old) == KNOB_BY_NAME["yielding"].default
 
 
 def test_axes_set_knobs_for_their_picture_only(webui: SimpleNamespace) -> None:

@@ -46,8 +46,11 @@ class Composite(Method):
         if masks is None:
             mean = weighted_sum(each, self.shares(now))
         else:
-            shares = torch.tensor(self.shares(now)).to(each[0].device).view(-1, 1, 1, 1)
-            weights = placed_weights(shares.expand(-1, len(each[0]), *masks.coverage.shape), masks)
+            size = (len(each[0]), *masks.coverage.shape)
+            shares = torch.stack(
+                [torch.full(size, share, device=each[0].device) for share in self.shares(now)]
+            )
+            weights = placed_weights(shares, masks)
             mean = compose(torch.stack(each), weights)
         if now.has_gap:
             mean = mean + where_none_acts(now, predictions.by_branch[Branch(compared, cond)])

@@ -107,18 +107,17 @@ class A1111Rows:
 
         params = self.params
         numbers = [row.slot if row.cond else len(self.owners) + row.slot for row in rows]
-        index = torch.tensor(numbers, device=params.x.device)
         text = catenate_conds(
             [subscript_cond(self._text(row)[0 if row.cond else 1], row.slot, row.slot + 1) for row in rows]
         )
-        image = params.image_cond[index.to(params.image_cond.device)]
+        image = _of(params.image_cond, numbers)
         if shared.sd_model.model.conditioning_key == "crossattn-adm":
             cond = {"c_crossattn": [text], "c_adm": image}
         elif isinstance(text, dict):
             cond = {**text, "c_concat": [image]}
         else:
             cond = {"c_crossattn": [text], "c_concat": [image]}
-        return params.x[index], params.sigma[index], cond
+        return _of(params.x, numbers), _of(params.sigma, numbers), cond
 
     def _text(self, row: Row) -> tuple[Text, Text]:
         """The step's conditional and unconditional text under the row's mix and words, padded as the WebUI would."""
@@ -150,6 +149,11 @@ class A1111Rows:
         else:
             padded = cond, uncond
         return padded
+
+
+def _of(rows: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Some rows, by slices: a tensor of their numbers would have to be copied to the device, and the copy be waited for."""
+    return torch.cat([rows[number : number + 1] for number in numbers])
 
 
 def _skips_uncond(denoiser: Any, sigma: Tensor, s_min_uncond: float) -> bool:

@@ -119,7 +119,9 @@ class ForgeRows:
         return cond, uncond or None
 
     def _mark(self, number: int) -> dict[str, Any]:
-        return {MARK: self._functions.Condition(torch.tensor([number], device=self.x.device))}
+        # Filled on the device: a copy from here would be waited for.
+        mark = torch.full((1,), number, device=self.x.device)
+        return {MARK: self._functions.Condition(mark)}
 
     @staticmethod
     def _with(entry: Any, conditions: dict[str, Any]) -> Any:
@@ -227,7 +229,7 @@ class ForgeRows:
         own = {
             "cond_or_uncond": list(kinds),
             "sigmas": sigma,
-            "cond_mark": torch.tensor(by_row).to(sigma),
+            "cond_mark": torch.cat([torch.full_like(sigma, kind) for kind in kinds]),
             "cond_indices": [row for row, kind in enumerate(by_row) if kind == COND],
             "uncond_indices": [row for row, kind in enumerate(by_row) if kind == UNCOND],
         }

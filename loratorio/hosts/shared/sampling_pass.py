@@ -258,6 +258,7 @@ class SamplingPass(ABC):
 
     def record(self) -> None:
         """Account for what was composed."""
+        self.engine.history.settle()
         composed = [self.loras[number].active for number in self.engine.participants.numbers]
         self.job.passes.append(
             PassRecord(
