@@ -11,6 +11,7 @@ from loratorio.errors import LoratorioError
 COMMANDS = {
     "bench": ("lab.bench.cli", "combinations × methods × seeds on the toybox, measured"),
     "step-time": ("lab.benchmarks.step_time", "what one denoising step costs"),
+    "reuse-cost": ("lab.benchmarks.reuse_cost", "what reuse saves and what it changes"),
     "pool-cost": ("lab.benchmarks.pool_cost", "what a pool costs and what it changes"),
     "train": ("lab.train.train", "train the toybox, or a part of it"),
     "check": ("lab.toybox.check", "does each LoRA of the toybox draw what it was trained on?"),

@@ -173,7 +173,7 @@ class Settings:
         "weights", 5, folded=True, choices=(("patches", "Hard"), ("smooth", "Interpolated"), ("overlap", "Overlapping")),
     )  # fmt: skip
     recentre: float = knob(
-        "float", 0.5, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
+        "float", 1.0, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
         "guidance", 3, step=0.05,
     )  # fmt: skip
     rescale: float = knob(
@@ -181,7 +181,7 @@ class Settings:
         "guidance", 6, folded=True, step=0.05,
     )  # fmt: skip
     share: float = knob(
-        "float", 0.0, "Shared part", "How much of every LoRA the others' passes have too. 0: nothing, as in the paper. 1: as merging.",
+        "float", 0.15, "Shared part", "How much of every LoRA the others' passes have too. 0: nothing, as in the paper. 1: as merging.",
         "weights", 6, folded=True, step=0.05,
     )  # fmt: skip
     pool_size: int = knob(
@@ -209,7 +209,7 @@ class Settings:
         "weights", 8, folded=True, step=0.05,
     )  # fmt: skip
     reuse: int = knob(
-        "int", 1, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
+        "int", 2, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
         "steps", 4, minimum=1, maximum=10, before=1,
     )  # fmt: skip
 
@@ -266,14 +266,14 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "balanced",
             "Balanced",
-            "Each LoRA at every second step, the base alone for the unconditional prediction. The default.",
-            {"recentre": 1.0, "share": 0.0, "reuse": 2},
+            "Each LoRA at every second step, the base model alone for the unconditional prediction. The default.",
+            {"recentre": 1.0, "share": 0.15, "reuse": 2},
         ),
         Preset(
             "fast",
             "Fast",
-            "Each LoRA at every fourth step.",
-            {"recentre": 1.0, "share": 0.0, "reuse": 4},
+            "As Balanced, with each LoRA at every third step.",
+            {"recentre": 1.0, "share": 0.15, "reuse": 3},
         ),
     )
 }

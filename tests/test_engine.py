@@ -20,6 +20,7 @@ from loratorio.compose.mixes import Branch, Mix, Participants
 from loratorio.engine import Engine, Predict, Row, Step, is_out_of_memory
 from loratorio.errors import LoratorioError
 from loratorio.settings import Settings
+from tests.published import paper
 
 from . import reference
 
@@ -76,7 +77,7 @@ def test_only_the_needed_rows_are_run(
 ) -> None:
     calls: list[list[Row]] = []
     latents = torch.randn(1, 4, 4, 4)
-    engine = Engine(Settings(method=method, recentre=strength), loras(count))
+    engine = Engine(paper(method=method, recentre=strength), loras(count))
     result = engine.step(step_of(latents, int(uncond)), fake(latents, calls))
     (rows,) = calls
     assert len(rows) == len(set(rows)) == expected
@@ -88,7 +89,7 @@ def test_only_the_needed_rows_are_run(
 def test_rows_of_one_mix_stand_together_and_have_slots() -> None:
     calls: list[list[Row]] = []
     latents = torch.randn(2, 4, 4, 4)
-    Engine(Settings(), loras(2)).step(step_of(latents), fake(latents, calls))
+    Engine(paper(), loras(2)).step(step_of(latents), fake(latents, calls))
     base, first, second = (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)
     assert calls == [[Row(mix, cond, slot) for mix in (base, first, second) for cond in (True, False) for slot in (0, 1)]]  # fmt: skip
 
@@ -101,7 +102,7 @@ def steps(draw: st.DrawFn) -> tuple[Settings, int, Step]:
     frames = draw(st.sampled_from([(), (1,), (3,)]))
     shape = (len(owners), 4, *frames, draw(st.integers(1, 5)), draw(st.integers(1, 5)))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
-    chosen = Settings(
+    chosen = paper(
         patch_size=draw(st.integers(1, 6)),
         temperature=draw(st.sampled_from([0.02, 0.5])),
         recentre=draw(st.sampled_from([0.0, 0.3, 1.0])),
@@ -165,8 +166,8 @@ def folded(latents: Tensor) -> Tensor:
 def test_and_with_as_many_rows_as_images_follows_its_owners() -> None:
     """Two rows, two images, but in the other order: each image's weights are its own row's."""
     latents = torch.randn(2, 4, 4, 4)
-    straight = Engine(Settings(recentre=0.0), loras(2)).step(step_of(latents), fake(latents))
-    crossed = Engine(Settings(recentre=0.0), loras(2)).step(step_of(latents, owners=(1, 0)), fake(latents))
+    straight = Engine(paper(recentre=0.0), loras(2)).step(step_of(latents), fake(latents))
+    crossed = Engine(paper(recentre=0.0), loras(2)).step(step_of(latents, owners=(1, 0)), fake(latents))
     assert straight.uncond is not None
     assert crossed.uncond is not None
     assert torch.equal(straight.cond, crossed.cond)
@@ -180,7 +181,7 @@ def test_denoised_and_noise_predictions_give_the_same_picture() -> None:
         slots = torch.stack([latents[row.slot] for row in rows])
         return slots - sigma * fake(latents)(rows)
 
-    engine = Engine(Settings(), loras(3))
+    engine = Engine(paper(), loras(3))
     as_noise = engine.step(step_of(latents, denoised=False), fake(latents))
     as_denoised = engine.step(step_of(latents), denoised)
     torch.testing.assert_close(latents - sigma * as_noise.cond, as_denoised.cond, atol=1e-4, rtol=1e-4)
@@ -190,7 +191,7 @@ def test_denoised_and_noise_predictions_give_the_same_picture() -> None:
 def test_outside_of_its_part_of_the_steps_the_loras_are_merged() -> None:
     calls: list[list[Row]] = []
     latents = torch.randn(1, 4, 4, 4)
-    engine = Engine(Settings(start=0.25, end=0.5), loras(2))
+    engine = Engine(paper(start=0.25, end=0.5), loras(2))
     for index in range(20):
         engine.step(step_of(latents, index=index), fake(latents, calls))
     merged = [{row.mix for row in rows} == {(1.0, 1.0)} for rows in calls]
@@ -200,21 +201,21 @@ def test_outside_of_its_part_of_the_steps_the_loras_are_merged() -> None:
 def test_loras_that_always_act_are_in_every_row() -> None:
     calls: list[list[Row]] = []
     latents = torch.randn(1, 4, 4, 4)
-    Engine(Settings(), loras(3), Participants.of(3, always=[1])).step(step_of(latents), fake(latents, calls))
+    Engine(paper(), loras(3), Participants.of(3, always=[1])).step(step_of(latents), fake(latents, calls))
     assert {row.mix for row in calls[0]} == {(0.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.0, 1.0, 1.0)}
 
 
 def test_without_a_lora_there_is_nothing_to_compose() -> None:
     with pytest.raises(LoratorioError, match="put at least one into the prompt"):
-        Engine(Settings(), loras(0))
+        Engine(paper(), loras(0))
 
 
 @pytest.mark.parametrize("most", [7, 4, 3, 2, 1])
 def test_too_many_rows_for_the_memory_are_halved(most: int) -> None:
     latents = torch.randn(1, 4, 4, 4)
-    expected = Engine(Settings(), loras(3)).step(step_of(latents), fake(latents))
+    expected = Engine(paper(), loras(3)).step(step_of(latents), fake(latents))
     calls: list[list[Row]] = []
-    engine = Engine(Settings(), loras(3))
+    engine = Engine(paper(), loras(3))
     for _ in range(2):
         found = engine.step(step_of(latents), fake(latents, calls, most))
         assert torch.equal(found.cond, expected.cond)
@@ -230,7 +231,7 @@ def test_too_many_rows_for_the_memory_are_halved(most: int) -> None:
 def test_one_row_too_many_is_said_in_a_sentence() -> None:
     latents = torch.randn(1, 4, 4, 4)
     with pytest.raises(LoratorioError, match="even with a single row"):
-        Engine(Settings(), loras(2)).step(step_of(latents), fake(latents, most=0))
+        Engine(paper(), loras(2)).step(step_of(latents), fake(latents, most=0))
 
 
 def test_what_failed_is_freed_before_the_next_try() -> None:
@@ -248,7 +249,7 @@ def test_what_failed_is_freed_before_the_next_try() -> None:
 
     gc.disable()  # freed at once, not some time
     try:
-        Engine(Settings(), loras(2)).step(step_of(latents), predict)
+        Engine(paper(), loras(2)).step(step_of(latents), predict)
     finally:
         gc.enable()
     assert len(left) > 3
@@ -282,7 +283,7 @@ def test_ways_to_say_that_memory_ran_out(problem: BaseException, expected: bool)
 @pytest.mark.parametrize("problem", [RuntimeError("shapes"), KeyboardInterrupt(), LoratorioError("stopped")])
 def test_other_errors_go_through(problem: BaseException) -> None:
     latents = torch.randn(1, 4, 4, 4)
-    engine = Engine(Settings(), loras(2))
+    engine = Engine(paper(), loras(2))
 
     def predict(rows: Sequence[Row]) -> Tensor:
         raise problem
@@ -295,13 +296,13 @@ def test_other_errors_go_through(problem: BaseException) -> None:
 def test_a_host_that_loses_rows_is_told() -> None:
     latents = torch.randn(1, 4, 4, 4)
     with pytest.raises(ValueError, match="predicted 7 rows where 8"):
-        Engine(Settings(), loras(3)).step(step_of(latents), lambda rows: fake(latents)(rows)[1:])
+        Engine(paper(), loras(3)).step(step_of(latents), lambda rows: fake(latents)(rows)[1:])
 
 
 def test_weight_maps_are_kept_only_when_asked_for() -> None:
     latents = torch.randn(2, 4, 4, 6)
     for weight_maps in (False, True):
-        engine = Engine(Settings(weight_maps=weight_maps), loras(3))
+        engine = Engine(paper(weight_maps=weight_maps), loras(3))
         for index in (0, 1, 1, 2):  # step 1 is evaluated twice
             engine.step(step_of(latents * (index + 1), index=index), fake(latents))
         assert engine.history.steps == ([0, 1, 2] if weight_maps else [])
@@ -348,7 +349,7 @@ def model_with(strengths: Sequence[float]) -> tuple[Model, Bank, Callable[[Seque
 def test_one_lora_without_recentring_is_that_lora_exactly() -> None:
     model, bank, predict, latents = model_with([0.8])
     with bank.attached(dict(model.named_children())):
-        result = Engine(Settings(recentre=0.0), bank).step(step_of(latents), predict)
+        result = Engine(paper(recentre=0.0), bank).step(step_of(latents), predict)
         with bank.routed([(1.0,)] * 2):
             cond, uncond = predict([Row((1.0,), True, 0), Row((1.0,), False, 0)]).split(1)
     assert torch.equal(result.cond, cond)
@@ -360,7 +361,7 @@ def test_one_lora_fully_recentred_is_guided_away_from_the_base() -> None:
     model, bank, predict, latents = model_with([0.8])
     base_uncond = predict([Row((0.0,), False, 0)])
     with bank.attached(dict(model.named_children())):
-        result = Engine(Settings(recentre=1.0), bank).step(step_of(latents), predict)
+        result = Engine(paper(recentre=1.0), bank).step(step_of(latents), predict)
     assert result.uncond is not None
     torch.testing.assert_close(result.uncond, base_uncond)
 
@@ -369,7 +370,7 @@ def test_one_lora_fully_recentred_is_guided_away_from_the_base() -> None:
 def test_a_lora_of_strength_zero_never_outweighs(row_limit: int) -> None:
     model, bank, predict, latents = model_with([0.9, 0.0, -0.4])
     with bank.attached(dict(model.named_children())):
-        engine = Engine(Settings(), bank, row_limit=row_limit)
+        engine = Engine(paper(), bank, row_limit=row_limit)
         result = engine.step(step_of(latents, denoised=False), predict)
     assert result.weights is not None
     assert bool((result.weights[1] <= result.weights).all())
@@ -379,7 +380,7 @@ def test_one_batch_equals_row_by_row() -> None:
     model, bank, predict, latents = model_with([0.9, 0.3, -0.4])
     with bank.attached(dict(model.named_children())):
         results = [
-            Engine(Settings(temperature=0.1), bank, row_limit=limit).step(step_of(latents), predict)
+            Engine(paper(temperature=0.1), bank, row_limit=limit).step(step_of(latents), predict)
             for limit in (0, 1, 2, 3, 5)
         ]
     for result in results[1:]:
@@ -401,7 +402,7 @@ def test_a_rebound_engine_keeps_its_limits_and_begins_methods_anew() -> None:
             made = [sum(v * part for v, part in zip(values, row.mix, strict=True)) + row.slot for row in rows]
             return torch.tensor(made).view(-1, 1, 1, 1).expand(-1, *shape) + noise
 
-        return Engine(Settings(method="cmlora"), loras(2), row_limit=3), predict
+        return Engine(paper(method="cmlora"), loras(2), row_limit=3), predict
 
     engine, first = engine_of((5.0, 7.0))
     fresh, second = engine_of((1.0, 3.0))
@@ -422,7 +423,7 @@ def test_a_pools_limits_hold_on_the_next_model() -> None:
     from loratorio.compose.mixes import Participants
     from loratorio.engine import POOL_RESIDENT, POOL_ROWS
 
-    engine = Engine(Settings(), loras(3), Participants.of(3, pooled=[1, 2]))
+    engine = Engine(paper(), loras(3), Participants.of(3, pooled=[1, 2]))
     assert engine.row_limit == POOL_ROWS
     bank = loras(3)
     assert bank._most_apart == 0

@@ -13,7 +13,7 @@ from loratorio.engine import check_places
 from loratorio.errors import LoratorioError
 from loratorio.places import EDGE, NAMED, read_place, with_words
 from loratorio.roles import TaggedLora, participants_of
-from loratorio.settings import Settings
+from tests.published import paper
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_participants_know_places_and_words() -> None:
 def test_places_need_a_method_with_rows_for_each_lora(method: str, option: str) -> None:
     name, _, value = option.partition("=")
     participants = participants_of([TaggedLora("alice", {name: value}), TaggedLora("bob")])
-    settings = Settings(method=method)
+    settings = paper(method=method)
     if METHODS[method].takes_places or option == "at=0,0,1,1":
         check_places(settings, participants)
     else:
@@ -132,5 +132,5 @@ def test_places_need_a_method_with_rows_for_each_lora(method: str, option: str) 
 def test_places_hold_in_every_step() -> None:
     placed = participants_of([TaggedLora("alice", {"at": "left"})])
     with pytest.raises(LoratorioError, match="start"):
-        check_places(Settings(start=0.2), placed)
-    check_places(Settings(start=0.2), Participants.of(2))
+        check_places(paper(start=0.2), placed)
+    check_places(paper(start=0.2), Participants.of(2))

@@ -16,7 +16,7 @@ from loratorio.roles import (
     participants_of,
     recognised_note,
 )
-from loratorio.settings import Settings
+from tests.published import paper
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_cast() -> None:
 
 def test_speed_loras_alone_are_simply_merged() -> None:
     loras = Bank([Adapter("lcm-lora", {})])
-    engine = Engine(Settings(), loras, participants_of([TaggedLora("lcm-lora")]))
+    engine = Engine(paper(), loras, participants_of([TaggedLora("lcm-lora")]))
     assert [branch.mix for branch in engine.branches(0, 4, True)] == [(1.0,), (1.0,)]
     result = engine.step(Step(0, 4, torch.zeros(1, 4, 2, 2), 1), lambda rows: torch.ones(len(rows), 4, 2, 2))
     assert bool((result.cond == 1).all())

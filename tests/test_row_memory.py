@@ -12,7 +12,7 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.engine import Engine, Row, Step
 from loratorio.row_memory import MARGIN, MeasuredRows, measured_rows
-from loratorio.settings import Settings
+from tests.published import paper
 
 LATENTS = torch.zeros(1, 4, 4, 4)
 
@@ -45,7 +45,7 @@ class Device:
 
 def run(device: Device, costs: dict[Hashable, float], steps: int = 2, size: Hashable = "512") -> Tensor:
     bank = Bank([Adapter(name, {}) for name in "abc"])
-    engine = Engine(Settings(recentre=0.5, reuse=1), bank)
+    engine = Engine(paper(recentre=0.5, reuse=1), bank)
     engine.memory = MeasuredRows(device, size, 2, costs)
     for index in range(steps):
         result = engine.step(Step(index, 20, LATENTS, 1), device.predict)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.engine import Engine, Row, Step
-from loratorio.settings import Settings
+from tests.published import paper
 
 from .layers import KINDS, LAYERS, deltas_for, merged, relative_error, rows_for
 from .test_kinds import matrices_and_norms, small_unet
@@ -75,7 +75,7 @@ def composed(dtype: torch.dtype, row_limit: int = 0, side: int = 16) -> tuple[Te
         prediction: Tensor = unet(x, 500, text, return_dict=False)[0]
         return prediction
 
-    engine = Engine(Settings(temperature=0.05), bank, row_limit=row_limit)
+    engine = Engine(paper(temperature=0.05), bank, row_limit=row_limit)
     with torch.inference_mode(), bank.attached(matrices_and_norms(unet)):
         result = engine.step(Step(0, 20, latents, 2, denoised=False), predict)
     assert result.uncond is not None

@@ -21,7 +21,7 @@ from loratorio.compose.methods.klora import scores
 from loratorio.compose.mixes import STYLE_SHARE as STYLE
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.engine import Engine, Row, Step
-from loratorio.settings import Settings
+from tests.published import paper
 
 SHAPE = (4, 6, 5)
 
@@ -59,7 +59,7 @@ def run(
 @pytest.mark.parametrize("uncond", [True, False])
 def test_every_method_composes_and_asks_for_each_row_once(method: str, count: int, uncond: bool) -> None:
     model = FakeModel()
-    engine = Engine(Settings(method=method), bank(count))
+    engine = Engine(paper(method=method), bank(count))
     for index in range(4):
         branches = engine.branches(index, 20, uncond)
         assert len(set(branches)) == len(branches)
@@ -77,7 +77,7 @@ def test_equal_opinions_stay_what_they_are(method: str) -> None:
             return super().opinion((), cond, slot)
 
     model = OneMind()
-    engine = Engine(Settings(method=method, recentre=0.3), bank(3))
+    engine = Engine(paper(method=method, recentre=0.3), bank(3))
     for index in range(5):
         result = run(engine, model, index)
         model.index = index
@@ -88,7 +88,7 @@ def test_equal_opinions_stay_what_they_are(method: str) -> None:
 
 def test_cmlora_pays_for_all_loras_only_at_refreshes() -> None:
     model = FakeModel()
-    engine = Engine(Settings(method="cmlora"), bank(3))
+    engine = Engine(paper(method="cmlora"), bank(3))
     total = 16
     for index in range(total):
         run(engine, model, index, total, batch=1)
@@ -102,7 +102,7 @@ def test_cmlora_lets_dominance_go_round_and_fall_to_an_equal_share() -> None:
     assert dominance(3, 1) == 2.0
     assert dominance(2, 9) == 1.0
     model = FakeModel()
-    engine = Engine(Settings(method="cmlora"), bank(3))
+    engine = Engine(paper(method="cmlora"), bank(3))
     alone = []
     for index in range(9):
         run(engine, model, index, 16, batch=1)
@@ -114,7 +114,7 @@ def test_cmlora_lets_dominance_go_round_and_fall_to_an_equal_share() -> None:
 def test_a_generation_forgets_the_one_before() -> None:
     first, second = FakeModel(), FakeModel()
     for model in (first, second):
-        engine = Engine(Settings(method="cmlora"), bank(2))
+        engine = Engine(paper(method="cmlora"), bank(2))
         results = [run(engine, model, index).cond for index in range(4)]
         model.results = results  # type: ignore[attr-defined]
     for a, b in zip(first.results, second.results, strict=True):  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ def test_a_generation_forgets_the_one_before() -> None:
 
 
 def test_planning_changes_nothing() -> None:
-    engine = Engine(Settings(method="cmlora"), bank(3))
+    engine = Engine(paper(method="cmlora"), bank(3))
     run(engine, FakeModel(), 0, 16)
     plan = [engine.branches(index, 16, True) for index in range(16)]
     assert plan == [engine.branches(index, 16, True) for index in range(16)]
@@ -148,7 +148,7 @@ def test_frequency_gives_each_band_to_the_lora_that_acts_there() -> None:
         by_mix = {(0.0, 0.0): base, (1.0, 0.0): base + coarse, (0.0, 1.0): base + fine}
         return torch.cat([by_mix[row.mix] for row in rows])
 
-    engine = Engine(Settings(method="frequency"), bank(2))
+    engine = Engine(paper(method="frequency"), bank(2))
     result = engine.step(Step(0, 1, torch.zeros(1, 4, 8, 8), 0, denoised=False), predict)
     torch.testing.assert_close(result.cond, base + coarse + fine, rtol=1e-4, atol=1e-5)
 
@@ -156,7 +156,7 @@ def test_frequency_gives_each_band_to_the_lora_that_acts_there() -> None:
 def test_w_composite_weighs_by_importance() -> None:
     participants = Participants.of(3, importance={0: 2.0, 1: 0.0, 2: 2.0})
     model = FakeModel()
-    result = run(Engine(Settings(method="w_composite"), bank(3), participants), model)
+    result = run(Engine(paper(method="w_composite"), bank(3), participants), model)
     wanted = (
         model.opinion(participants.singles[0], True, 0) + model.opinion(participants.singles[2], True, 0)
     ) / 2
@@ -181,9 +181,9 @@ def test_trigger_words_leave_the_prompt_tidy() -> None:
 )
 def test_anchored_methods_differ_only_in_the_unconditional_score(plain: str, anchored: str) -> None:
     model = FakeModel()
-    own = run(Engine(Settings(method=plain), bank(2)), model)
+    own = run(Engine(paper(method=plain), bank(2)), model)
     for strength in (0.0, 0.25, 1.0):
-        result = run(Engine(Settings(method=anchored, recentre=strength), bank(2)), model)
+        result = run(Engine(paper(method=anchored, recentre=strength), bank(2)), model)
         torch.testing.assert_close(result.cond, own.cond)
         assert own.uncond is not None
         base = torch.stack([model.opinion((0.0, 0.0), False, slot) for slot in range(2)])
@@ -223,7 +223,7 @@ def test_klora_takes_from_every_layer_the_lora_that_is_stronger_there() -> None:
     model, loras = two_loras()
     rows = torch.randn(2, 6)
     with loras.attached(layers(model)):
-        engine = Engine(Settings(method="klora"), loras)
+        engine = Engine(paper(method="klora"), loras)
         branches = engine.branches(10, 20, True)
         assert len(branches) == 2
         composed = engine.step(Step(0, 20, rows, 0, denoised=False), lambda asked: model(rows)).cond
@@ -258,7 +258,7 @@ def test_klora_keeps_the_loras_that_always_act() -> None:
         mixes = klora_mixes(loras, participants, 0)
         assert mixes["first"] == (1.0, 0.0, 1.0)
         assert "not touched" not in mixes
-        (branch,) = Engine(Settings(method="klora"), loras, participants).branches(0, 20, False)
+        (branch,) = Engine(paper(method="klora"), loras, participants).branches(0, 20, False)
         assert branch.mix == (1.0, 1.0, 1.0)
 
 
@@ -286,7 +286,7 @@ def test_klora_scores_do_not_depend_on_a_loras_overall_size() -> None:
 def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
     """With a style, it is LoRAtorio of the others on a model that has the style, but for the unconditional anchor."""
     model = FakeModel()
-    engine = Engine(Settings(recentre=0), bank(3), Participants.of(3, styles=[1]))
+    engine = Engine(paper(recentre=0), bank(3), Participants.of(3, styles=[1]))
     styled = run(engine, model)
     asked = {(row.mix, row.cond) for call in model.asked for row in call}
     contents = {(1.0, STYLE, 0.0), (0.0, STYLE, 1.0)}
@@ -299,7 +299,7 @@ def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
         ),
         numbers=always.numbers,
     )
-    plain = run(Engine(Settings(recentre=0), bank(3), replace(scaled, base=scaled.base[0])), model)
+    plain = run(Engine(paper(recentre=0), bank(3), replace(scaled, base=scaled.base[0])), model)
     torch.testing.assert_close(styled.cond, plain.cond)
     assert styled.weights is not None
     assert plain.weights is not None
@@ -309,7 +309,7 @@ def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
 
 def test_the_unconditional_anchor_is_the_base_without_styles() -> None:
     model = FakeModel()
-    result = run(Engine(Settings(recentre=1), bank(3), Participants.of(3, styles=[1])), model)
+    result = run(Engine(paper(recentre=1), bank(3), Participants.of(3, styles=[1])), model)
     assert result.uncond is not None
     base = torch.stack([model.opinion((0.0,) * 3, False, slot) for slot in range(2)])
     torch.testing.assert_close(result.uncond, base)
@@ -317,7 +317,7 @@ def test_the_unconditional_anchor_is_the_base_without_styles() -> None:
 
 def test_styles_alone_make_one_mix() -> None:
     model = FakeModel()
-    result = run(Engine(Settings(), bank(2), Participants.of(2, styles=[0, 1])), model)
+    result = run(Engine(paper(), bank(2), Participants.of(2, styles=[0, 1])), model)
     mixes = {row.mix for call in model.asked for row in call}
     assert mixes == {(1.0, 1.0), (0.0, 0.0)}
     assert result.weights is not None
@@ -337,8 +337,8 @@ def test_a_shared_part_of_the_others_is_in_every_row_but_the_anchors(always: tup
                 return super().opinion(mix, cond, slot)
             return super().opinion(tuple(max(part, 0.25) for part in mix), cond, slot)
 
-    shared = run(Engine(Settings(share=0.25), bank(count), participants), model)
-    plain = run(Engine(Settings(), bank(count), participants), Sharing())
+    shared = run(Engine(paper(share=0.25), bank(count), participants), model)
+    plain = run(Engine(paper(), bank(count), participants), Sharing())
     torch.testing.assert_close(shared.cond, plain.cond)
     torch.testing.assert_close(shared.uncond, plain.uncond)
     torch.testing.assert_close(shared.weights, plain.weights)
@@ -348,8 +348,8 @@ def test_a_shared_part_of_the_others_is_in_every_row_but_the_anchors(always: tup
 def test_sharing_everything_is_merging_recentred() -> None:
     for uncond in (True, False):
         model = FakeModel()
-        shared = run(Engine(Settings(share=1), bank(3)), model, uncond=uncond)
-        merged = run(Engine(Settings(method="merge_anchored"), bank(3)), FakeModel(), uncond=uncond)
+        shared = run(Engine(paper(share=1), bank(3)), model, uncond=uncond)
+        merged = run(Engine(paper(method="merge_anchored"), bank(3)), FakeModel(), uncond=uncond)
         torch.testing.assert_close(shared.cond, merged.cond)
         torch.testing.assert_close(shared.uncond, merged.uncond)
         assert {row.mix for row in model.asked[0] if row.cond} == {(1.0, 1.0, 1.0)}
@@ -357,10 +357,10 @@ def test_sharing_everything_is_merging_recentred() -> None:
 
 def test_one_lora_has_nothing_to_share_and_candidates_share_nothing() -> None:
     one = FakeModel()
-    run(Engine(Settings(share=0.5), bank(1)), one)
+    run(Engine(paper(share=0.5), bank(1)), one)
     assert {row.mix for row in one.asked[0]} == {(0.0,), (1.0,)}
     pool = FakeModel()
-    run(Engine(Settings(share=0.5, pool_interval=1), bank(4), Participants.of(4, pooled=[2, 3])), pool)
+    run(Engine(paper(share=0.5, pool_interval=1), bank(4), Participants.of(4, pooled=[2, 3])), pool)
     conditional = {row.mix for call in pool.asked for row in call if row.cond}
     assert conditional == {
         (0.5, 0.5, 0.0, 0.0),
@@ -378,7 +378,7 @@ def test_one_lora_has_nothing_to_share_and_candidates_share_nothing() -> None:
 def test_a_pool_runs_only_those_whose_word_matters() -> None:
     model = FakeModel()
     participants = Participants.of(12, pooled=range(1, 12))
-    knobs = Settings(pool_size=3, pool_interval=5, temperature=10)
+    knobs = paper(pool_size=3, pool_interval=5, temperature=10)
     engine = Engine(knobs, bank(12), participants)
     last_run: dict[Mix, int] = {}
     for index in range(10):
@@ -415,7 +415,7 @@ def test_a_pool_loses_nothing_where_the_loras_keep_their_distance(denoised: bool
             noise = own[0] + 0.2 * sum((i - 1.5) * part * own[1 + cond] for i, part in enumerate(mix))
             return -self.sigma * noise if denoised else noise
 
-    knobs = Settings(pool_size=1, pool_interval=100, temperature=0.1, recentre=0.25)
+    knobs = paper(pool_size=1, pool_interval=100, temperature=0.1, recentre=0.25)
     model = Constant()
     pooled, plain = Engine(knobs, bank(4), Participants.of(4, pooled=range(1, 4))), Engine(knobs, bank(4))
     for index in range(12):
@@ -428,7 +428,7 @@ def test_a_pool_loses_nothing_where_the_loras_keep_their_distance(denoised: bool
 
 
 def test_a_pool_that_scores_and_keeps_everything_is_plain_loratorio() -> None:
-    knobs = Settings(pool_size=100, pool_interval=1, temperature=10)
+    knobs = paper(pool_size=100, pool_interval=1, temperature=10)
     model = FakeModel()
     plain = run(Engine(knobs, bank(4)), model, 3)
     pooled = run(Engine(knobs, bank(4), Participants.of(4, pooled=range(4))), model, 3)
@@ -443,7 +443,7 @@ def test_candidates_with_hardly_any_share_are_not_run() -> None:
         def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
             return super().opinion((), cond, slot) * (-1 if mix[2] else 1)
 
-    engine = Engine(Settings(pool_size=3), bank(5), Participants.of(5, pooled=range(5)))
+    engine = Engine(paper(pool_size=3), bank(5), Participants.of(5, pooled=range(5)))
     model = OneKnows()
     for index in range(3):
         run(engine, model, index)
@@ -453,7 +453,7 @@ def test_candidates_with_hardly_any_share_are_not_run() -> None:
 def test_a_style_beside_a_pool_acts_in_its_candidates_rows() -> None:
     model = FakeModel()
     participants = Participants.of(4, styles=[0], pooled=[1, 2, 3])
-    result = run(Engine(Settings(temperature=10), bank(4), participants), model)
+    result = run(Engine(paper(temperature=10), bank(4), participants), model)
     asked = {(row.mix, row.cond) for call in model.asked for row in call}
     assert ((STYLE, 0.0, 0.0, 0.0), True) in asked
     assert ((0.0,) * 4, False) in asked
@@ -463,12 +463,12 @@ def test_a_style_beside_a_pool_acts_in_its_candidates_rows() -> None:
 
 
 def test_steps_that_are_not_composed_leave_the_pool_out() -> None:
-    engine = Engine(Settings(start=0.5), bank(4), Participants.of(4, pooled=[1, 2, 3]))
+    engine = Engine(paper(start=0.5), bank(4), Participants.of(4, pooled=[1, 2, 3]))
     assert {branch.mix for branch in engine.branches(0, 20, True)} == {(1.0, 0.0, 0.0, 0.0)}
 
 
 def test_only_the_loras_in_use_stay_on_the_device() -> None:
     loras = bank(100)
-    Engine(Settings(), loras, Participants.of(100, pooled=range(100)))
+    Engine(paper(), loras, Participants.of(100, pooled=range(100)))
     assert len(loras._apart) == 100
     assert loras._most_apart <= 32

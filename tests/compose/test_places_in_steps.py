@@ -15,7 +15,7 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.mixes import STYLE_SHARE, Mix, Participants
 from loratorio.compose.regions import Box, Place
 from loratorio.engine import Composition, Engine, Row, Step
-from loratorio.settings import Settings
+from tests.published import paper
 
 SHAPE = (4, 6, 9)
 LEFT, RIGHT = Place((Box(0, 0, 4 / 9, 1),)), Place((Box(4 / 9, 0, 1, 1),))
@@ -50,7 +50,7 @@ def step(
     **knobs: object,
 ) -> Composition:
     count = len(participants.base)
-    engine = Engine(Settings(**knobs), Bank([Adapter(str(i), {}) for i in range(count)]), participants)  # type: ignore[arg-type]
+    engine = Engine(paper(**knobs), Bank([Adapter(str(i), {}) for i in range(count)]), participants)  # type: ignore[arg-type]
     latents = torch.zeros(batch, *SHAPE)
     return engine.step(Step(0, 20, latents, batch if uncond else 0, denoised=False), model or FakeModel())
 
@@ -171,7 +171,7 @@ def test_own_words_are_in_the_loras_own_conditional_rows_alone() -> None:
 def test_a_batch_with_and_and_five_dimensions() -> None:
     """Every conditional row and every frame has the same places."""
     engine = Engine(
-        Settings(), Bank([Adapter("a", {}), Adapter("b", {})]), Participants.of(2, places={0: LEFT, 1: RIGHT})
+        paper(), Bank([Adapter("a", {}), Adapter("b", {})]), Participants.of(2, places={0: LEFT, 1: RIGHT})
     )
     latents = torch.zeros(3, 4, 2, 6, 9)
 

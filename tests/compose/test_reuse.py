@@ -16,7 +16,7 @@ from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.compose.regions import Box, Place
 from loratorio.engine import Engine, Row, Step
-from loratorio.settings import Settings
+from tests.published import paper
 
 LEFT = Place((Box(0, 0, 0.5, 1),))
 
@@ -92,7 +92,7 @@ def test_what_is_composed_is_the_formula(
 ) -> None:
     """Every evaluation equals one in which all LoRAs are run and those out of turn predict what the formula says."""
     shape, total = (4, *size), 16
-    knobs = Settings(reuse=every_nth, recentre=recentre, share=share)
+    knobs = paper(reuse=every_nth, recentre=recentre, share=share)
     engine, model = Engine(knobs, bank(count)), Model(shape, dtype)
     participants = engine.participants.with_shared_parts(share)
     base, reference = participants.base, participants.compared
@@ -126,7 +126,7 @@ def test_what_is_composed_is_the_formula(
         def full(rows: Sequence[Row], answers: dict[tuple[Mix, bool], Tensor] = answers) -> Tensor:
             return torch.stack([answers[row.mix, row.cond][row.slot] for row in rows]).float()
 
-        plain = Engine(Settings(recentre=recentre, share=share), bank(count))
+        plain = Engine(paper(recentre=recentre, share=share), bank(count))
         wanted = plain.step(Step(index, total, z, batch, denoised=denoised), full)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-3
         torch.testing.assert_close(found.weights, wanted.weights, rtol=1e-2, atol=20 * tolerance)
@@ -139,7 +139,7 @@ def test_what_is_composed_is_the_formula(
 def test_turns(count: int, every_nth: int) -> None:
     """All at first; then each LoRA once in n evaluations, at the end once in two, and about as many at each."""
     total = 40
-    engine, model = Engine(Settings(reuse=every_nth, recentre=1.0), bank(count)), Model((4, 4, 4))
+    engine, model = Engine(paper(reuse=every_nth, recentre=1.0), bank(count)), Model((4, 4, 4))
     for index in range(total):
         model.begin(index)
         engine.step(Step(index, total, latents(1, (4, 4, 4)), 1, denoised=False), model)
@@ -162,7 +162,7 @@ def test_turns(count: int, every_nth: int) -> None:
 @pytest.mark.parametrize(("total", "every_nth"), [(SHORT, 4), (4, 2), (30, 1)])
 def test_short_schedules_and_a_reuse_of_one_run_everything(total: int, every_nth: int) -> None:
     model = Model((4, 4, 4))
-    engine, plain = Engine(Settings(reuse=every_nth), bank(3)), Engine(Settings(reuse=1), bank(3))
+    engine, plain = Engine(paper(reuse=every_nth), bank(3)), Engine(paper(reuse=1), bank(3))
     for index in range(total):
         model.begin(index)
         step = Step(index, total, latents(1, (4, 4, 4)), 1, denoised=False)
@@ -172,7 +172,7 @@ def test_short_schedules_and_a_reuse_of_one_run_everything(total: int, every_nth
 
 
 def test_a_sampler_with_two_evaluations_a_step_takes_turns_by_evaluation() -> None:
-    engine, model = Engine(Settings(reuse=2, recentre=1.0), bank(2)), Model((4, 4, 4))
+    engine, model = Engine(paper(reuse=2, recentre=1.0), bank(2)), Model((4, 4, 4))
     for evaluation in range(20):
         model.begin(evaluation)
         engine.step(Step(evaluation // 2, 12, latents(1, (4, 4, 4)), 1), model)
@@ -183,7 +183,7 @@ def test_a_sampler_with_two_evaluations_a_step_takes_turns_by_evaluation() -> No
 
 def test_a_sampler_that_goes_on_at_its_last_step_never_forgets_a_lora() -> None:
     """Adaptive samplers evaluate more often than they have steps: the step's number then stands still."""
-    engine, model = Engine(Settings(reuse=4, recentre=1.0), bank(3)), Model((4, 4, 4))
+    engine, model = Engine(paper(reuse=4, recentre=1.0), bank(3)), Model((4, 4, 4))
     for evaluation in range(30):
         model.begin(evaluation)
         engine.step(Step(min(evaluation, 11), 12, latents(1, (4, 4, 4)), 1), model)
@@ -193,7 +193,7 @@ def test_a_sampler_that_goes_on_at_its_last_step_never_forgets_a_lora() -> None:
 
 
 def test_another_size_another_number_of_rows_and_rows_that_were_not_run_begin_anew() -> None:
-    engine, model = Engine(Settings(reuse=4, recentre=0.5), bank(3)), Model((4, 4, 4))
+    engine, model = Engine(paper(reuse=4, recentre=0.5), bank(3)), Model((4, 4, 4))
 
     def asked(evaluation: int, batch: int, side: int, uncond: bool) -> list[int]:
         model.shape = (4, side, side)
@@ -215,7 +215,7 @@ def test_another_size_another_number_of_rows_and_rows_that_were_not_run_begin_an
 
 
 def test_another_model_begins_anew() -> None:
-    engine, model = Engine(Settings(reuse=4), bank(3)), Model((4, 4, 4))
+    engine, model = Engine(paper(reuse=4), bank(3)), Model((4, 4, 4))
     for evaluation in range(3):
         model.begin(evaluation)
         engine.step(Step(evaluation, 40, latents(1, (4, 4, 4)), 1), model)
@@ -241,7 +241,7 @@ def test_styles_places_and_shared_parts_are_composed_too(
 
     model = Steady((4, 4, 6))
     participants = Participants.of(4, styles=[3], places={0: LEFT} if with_places else {})
-    knobs = Settings(reuse=3, share=share, recentre=recentre)
+    knobs = paper(reuse=3, share=share, recentre=recentre)
     engine = Engine(knobs, bank(4), participants)
     plain = Engine(knobs.with_values({"reuse": 1}), bank(4), participants)
     for index in range(20):
@@ -257,7 +257,7 @@ def test_styles_places_and_shared_parts_are_composed_too(
 
 
 def test_one_lora_is_run_at_every_step() -> None:
-    engine, model = Engine(Settings(reuse=4, recentre=1.0), bank(1)), Model((4, 4, 4))
+    engine, model = Engine(paper(reuse=4, recentre=1.0), bank(1)), Model((4, 4, 4))
     for index in range(15):
         model.begin(index)
         engine.step(Step(index, 15, latents(1, (4, 4, 4)), 1), model)

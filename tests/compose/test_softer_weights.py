@@ -13,7 +13,7 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.guidance import guide, rescale, rescaled_cond
 from loratorio.compose.weights import BLENDS, REFERENCE_SPREAD, at_reference_spread, spatial_weights
 from loratorio.engine import Engine, Step
-from loratorio.settings import Settings
+from tests.published import paper
 
 
 def noise(count: int, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def test_rescale_gives_the_guided_picture_the_unguided_contrast() -> None:
 @pytest.mark.parametrize("scale", [None, 1.0, 7.0])
 def test_the_engine_rescales_only_where_it_knows_the_guidance(scale: float | None) -> None:
     def step(strength: float) -> Tensor:
-        engine = Engine(Settings(rescale=strength), Bank([Adapter("a", {}), Adapter("b", {})]))
+        engine = Engine(paper(rescale=strength), Bank([Adapter("a", {}), Adapter("b", {})]))
         shape = (2, 4, 4, 4)
         random = torch.Generator().manual_seed(0)
         return engine.step(

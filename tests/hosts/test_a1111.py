@@ -11,6 +11,7 @@ import torch
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
 from loratorio.settings import Settings
+from tests.published import paper
 
 
 @pytest.fixture(params=[False, True], ids=["SD 1", "SDXL"])
@@ -22,7 +23,7 @@ def compose(p: Any, **knobs: Any) -> tuple[torch.Tensor, Job]:
     """The job's samples with LoRAtorio ticked."""
     from loratorio.hosts.a1111 import HOST
 
-    job = Job(p, Settings(enabled=True, **knobs), tell=p.comment)
+    job = Job(p, paper(enabled=True, **knobs), tell=p.comment)
     p.events = [
         ("process_before_every_sampling", lambda p: HOST.before_sampling(job)),
     ]
@@ -168,7 +169,7 @@ def test_equals_switching_loras_for_every_pass(a1111: Any, standin: Any, text: b
     for count in (2, 3):
         composed, _ = compose(standin.job(*loras[:count]), **knobs)
         with torch.no_grad():
-            assert close(composed, slowly(a1111, standin, loras[:count], Settings(**knobs)), 2e-3)
+            assert close(composed, slowly(a1111, standin, loras[:count], paper(**knobs)), 2e-3)
 
 
 def test_a_bundled_word_belongs_to_its_lora_alone(standin: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from loratorio.errors import LoratorioError
 from loratorio.settings import KNOBS, Settings
+from tests.published import paper
 
 ROOT = Path(__file__).parent.parent.parent
 pytest.importorskip(
@@ -114,7 +115,7 @@ def test_pools_become_loras_and_stay_pools_in_the_infotext(
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     monkeypatch.setattr(a1111.shared.cmd_opts, "lora_dir", str(tmp_path))
     p = standin.job(prompts=("a <pool:*:0.5>",), all_hr_prompts=["b <pool:one>"])
-    job, written = Job(p, Settings(enabled=True)), p.all_hr_prompts
+    job, written = Job(p, paper(enabled=True)), p.all_hr_prompts
     prompts = list(p.prompts)
     pools.expand(job, prompts)
     assert prompts == ["a <lora:one:0.5:pool=1><lora:two:0.5:pool=1>"]

@@ -16,7 +16,7 @@ import torch
 from loratorio.compose.weights import spatial_weights
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
-from loratorio.settings import Settings
+from tests.published import paper
 
 STANDIN = Path(__file__).parent.parent / "standin" / "forge"
 PACKAGES = ("modules", "networks", "backend", "ldm_patched", "modules_forge", "run")
@@ -75,7 +75,7 @@ def compose(
     **knobs: Any,
 ) -> tuple[torch.Tensor, Job]:
     """The job's samples with LoRAtorio ticked; `before` and `after` are other extensions' events before sampling."""
-    job = Job(p, Settings(enabled=True, **knobs), tell=p.comment)
+    job = Job(p, paper(enabled=True, **knobs), tell=p.comment)
     ours = host(standin)
     event = "process_before_every_sampling"
     p.events = []

@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from PIL import Image
 
 from loratorio.errors import LoratorioError
-from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
 from loratorio.standalone.schedule import SAMPLERS, SamplingSchedule
 from tests import tiny
+from tests.published import paper
 
 PROMPT = "a red (circle:1.2) <lora:one:0.8> <lora:two:0.5:1>"
 
@@ -54,7 +54,7 @@ def load(folders: dict[str, Path]) -> Callable[[str], tuple[Checkpoint, Path]]:
 
 def request(prompt: str = PROMPT, steps: int = 3, **changes: object) -> Request:
     return replace(
-        Request(prompt, "bad", Settings(enabled=True), steps=steps, cfg=4.0, width=64, height=64, seed=3),
+        Request(prompt, "bad", paper(enabled=True), steps=steps, cfg=4.0, width=64, height=64, seed=3),
         **changes,
     )
 
@@ -87,8 +87,8 @@ def test_one_lora_without_recentring_is_that_lora_merged(
 ) -> None:
     model, loras = load(kind)
     prompt = "a red circle <lora:one:0.7>"
-    composed = generate(model, loras, request(prompt, settings=Settings(enabled=True, recentre=0)))
-    merged = generate(model, loras, request(prompt, settings=Settings(enabled=True, method="merge")))
+    composed = generate(model, loras, request(prompt, settings=paper(enabled=True, recentre=0)))
+    merged = generate(model, loras, request(prompt, settings=paper(enabled=True, method="merge")))
     plain = generate(model, loras, request("a red circle"))
     assert psnr(composed.images[0], merged.images[0]) >= 60
     assert psnr(plain.images[0], merged.images[0]) < 40
@@ -182,7 +182,7 @@ def test_half_precision(folders: dict[str, Path]) -> None:
 
 def test_a_picture_that_is_not_square_with_maps(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
     model, loras = load("eps")
-    settings = Settings(enabled=True, weight_maps=True, patch_size=3)
+    settings = paper(enabled=True, weight_maps=True, patch_size=3)
     outcome = generate(model, loras, request(settings=settings, width=72, height=104))
     assert outcome.images[0].size == (72, 104)
     assert [step.shape for step in outcome.history.weights] == [(2, 1, 13, 9)] * 3
@@ -195,10 +195,10 @@ def test_a_picture_that_is_not_square_with_maps(load: Callable[[str], tuple[Chec
         ({"width": 60}, "width must be divisible by 8, not 60: the nearest is 64"),
         ({"height": 0}, "height must be divisible by 8, not 0: the nearest is 8"),
         (
-            {"settings": Settings(patch_size=9)},
+            {"settings": paper(patch_size=9)},
             "patch_size is 9, but the latent of a 64×64 picture is only 8×8",
         ),
-        ({"settings": Settings(top_k=3)}, "top_k is 3, but the prompt has 2 LoRAs"),
+        ({"settings": paper(top_k=3)}, "top_k is 3, but the prompt has 2 LoRAs"),
         ({"sampler": "eular"}, "sampler must be one of .*; did you mean euler"),
         ({"steps": 0}, "steps must be from 1 to 1000, not 0"),
         ({"batch": 0}, "batch must be from 1"),
@@ -225,7 +225,7 @@ def test_a_lora_but_no_folder(load: Callable[[str], tuple[Checkpoint, Path]]) ->
 def test_numbers_that_overflow(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
     model, loras = load("eps")
     with pytest.raises(LoratorioError, match="NaN or infinite"):
-        generate(model, loras, request("a <lora:one:1e30>", settings=Settings(enabled=True, method="merge")))
+        generate(model, loras, request("a <lora:one:1e30>", settings=paper(enabled=True, method="merge")))
 
 
 def test_nothing_is_left_behind(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from loratorio.errors import LoratorioError
-from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Outcome, Request, generate
 from tests import tiny
+from tests.published import paper
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def loras(model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(model: Checkpoint, loras: Path, prompt: str, **knobs: object) -> Outcome:
-    settings = Settings(enabled=True).with_values(knobs)
+    settings = paper(enabled=True).with_values(knobs)
     request = Request(prompt, settings=settings, steps=4, cfg=3.0, width=64, height=64)
     return generate(model, loras, request)
 

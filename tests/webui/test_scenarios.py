@@ -15,7 +15,8 @@ from .scenarios import HIRES, SCENARIOS, Scenario
 ALONE = {"recentre": 0.0}
 """One LoRA, no re-centring: exactly the picture that the WebUI makes with that LoRA."""
 
-TOGETHER = {"patch_size": 2, "temperature": 0.01, "top_k": 0, "recentre": 0.5}
+TOGETHER = {"preset": "paper", "patch_size": 2, "temperature": 0.01, "top_k": 0}
+"""As published, so that the slow reference can follow."""
 
 
 def tagged(text: str, loras: list[str], strengths: tuple[float, ...] = (1.0, 0.8, 0.9)) -> str:
@@ -153,7 +154,9 @@ def test_equals_the_slow_reference(
     fields = dict(fields)
     prompt = tagged(fields.pop("text", "a red circle"), loras[:count])
     knobs = {**TOGETHER, "patch_size": 3, "top_k": 2 if count == 3 else 0}
-    slow = webui.txt2img(prompt=prompt, scripts={"LoRAtorio slow reference": [knobs]}, **fields)
+    slow = webui.txt2img(
+        prompt=prompt, scripts={"LoRAtorio slow reference": [{**knobs, "recentre": 0.5}]}, **fields
+    )
     ours = webui.txt2img(knobs, prompt=prompt, **fields)
     assert is_composed(ours)
     record_property("dB", worst(slow, ours))
@@ -182,3 +185,25 @@ def test_unticked_leaves_no_trace(webui: WebUI, loras: list[str]) -> None:
     for one, other in zip(before, after, strict=True):
         assert (one.image == other.image).all()
         assert "LoRAtorio" not in re.sub(r"Lora hashes: \"[^\"]*\"", "", other.infotext)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "Heun"])
+@pytest.mark.parametrize("preset", ["paper", "balanced", "fast"])
+def test_presets_stay_near_themselves_without_reuse(
+    webui: WebUI, loras: list[str], preset: str, sampler: str, record_property: Record
+) -> None:
+    """Three LoRAs and 20 steps; hires fix too, whose second pass begins anew."""
+    if sampler not in {each["name"] for each in webui.call("samplers")}:
+        pytest.skip(f"this WebUI has no sampler {sampler}")
+    fields = {
+        "prompt": tagged("a red circle", loras[:3]),
+        "steps": 20,
+        "sampler_name": sampler,
+        "batch_size": 2,
+    }
+    for name, more in {"": {}, "hires, ": upscaled(webui, HIRES)}.items():
+        own = webui.txt2img({"preset": preset}, **fields, **more)
+        whole = webui.txt2img({"preset": preset, "reuse": 1}, **fields, **more)
+        assert is_composed(own)
+        record_property(f"{name}dB", worst(own, whole))
+        assert worst(own, whole) >= (90 if preset == "paper" else 20)
