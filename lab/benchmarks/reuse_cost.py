@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from lab.bench.backend import Pixels, ToyboxBackend
 from lab.bench.cli import toybox_categories
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--reuse", help="these values of the knob instead of the presets, with commas between"
     )
     options = parser.parse_args(arguments)
+    # Models as small as the toybox's are no faster with two threads, and much slower where another program wants one.
+    torch.set_num_threads(1)
     if options.reuse:
         balanced = PRESETS["balanced"].values
         settings = {f"reuse {n}": {**balanced, "reuse": int(n)} for n in options.reuse.split(",")}

@@ -58,7 +58,7 @@ def spatial_weights(
     if adaptive:
         similarity = at_reference_spread(similarity)
     if masks is None:
-        weights = keep_top_k(softmin(similarity, temperature), top_k)
+        weights = keep_top_k(softmin(similarity, temperature), top_k, -similarity)
         return _at_pixels(weights, patch_size, height, width, blend)
     # S is brought to the pixels, not Ω: what a LoRA predicts where it may not act must not count at all.
     at_pixels = _at_pixels(similarity, patch_size, height, width, blend)
@@ -143,18 +143,22 @@ def softmin(similarity: Tensor, temperature: float) -> Tensor:
     return torch.softmax(distance.div_(-max(temperature, 1e-30)), dim=0)
 
 
-def keep_top_k(weights: Tensor, top_k: int) -> Tensor:
+def keep_top_k(weights: Tensor, top_k: int, ranking: Tensor | None = None) -> Tensor:
     """Keep each patch's k largest weights (N, …), renormalised to sum to 1; k = 0 or k ≥ N keeps all.
 
     LoRAs that tie with the k-th largest are all kept: which of them came first in the prompt must not matter.
     Raises ValueError for k < 0.
+
+    Args:
+        ranking: what they are ranked by, (N, …), where it can tell weights apart that rounding has made alike.
     """
     if top_k < 0:
         raise ValueError(f"top-k must be 0 (all) or more, not {top_k}")
     if top_k == 0 or top_k >= weights.shape[0]:
         return weights
-    smallest_kept = weights.topk(top_k, dim=0).values[-1:]
-    kept = weights * (weights >= smallest_kept)
+    # Weights are quotients of a sum, whose rounding depends on the LoRAs' order: so near ties would too.
+    ranking = weights if ranking is None else ranking
+    kept = weights * (ranking >= ranking.topk(top_k, dim=0).values[-1:])
     return kept.div_(kept.sum(dim=0, keepdim=True))
 
 
