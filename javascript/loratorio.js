@@ -152,10 +152,22 @@
         });
     }
 
+    /** What each preset does, where one looks for it: Gradio's buttons know no tooltips. */
+    function explainPresets(tab) {
+        const line = gradioApp().querySelector(`#loratorio_${tab}_loras`);
+        for (const [name, help] of Object.entries(JSON.parse(line?.dataset.presets ?? "{}"))) {
+            const button = gradioApp().querySelector(`#loratorio_${tab}_preset_${name}`);
+            if (button && button.title !== help) {
+                button.title = help;
+            }
+        }
+    }
+
     function update() {
         for (const tab of ["txt2img", "img2img"]) {
             follow(textareaOf(`${tab}_prompt`), () => refresh(tab));
             refresh(tab);
+            explainPresets(tab);
         }
         follow(textareaOf("hires_prompt"), () => refresh("txt2img"));
     }

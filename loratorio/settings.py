@@ -210,7 +210,7 @@ class Settings:
     )  # fmt: skip
     reuse: int = knob(
         "int", 2, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
-        "steps", 4, minimum=1, maximum=10, before=1,
+        "steps", 3, minimum=1, maximum=10, before=1,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -271,9 +271,18 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
 
 
 def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> None:
+    from . import presets
     from .report import agrees, document, order, plots, published_order, table
 
-    results = list(store.read(grid))
+    every = list(store.read(grid))
+    # The presets' pictures are of another schedule: in the other tables they would be other pictures of the same rows.
+    results = [
+        each
+        for each in every
+        if each.cell.beside or options.steps == SPEED_STEPS or each.cell.knobs.get("steps") != SPEED_STEPS
+    ]
+    if speed := presets.section(every, {}):
+        print("\n\n".join(speed))
     if not results:
         print("There are no results yet.")
         return
@@ -291,13 +300,21 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
         return
     folder = options.report.parent / "results"
     pictures = plots(results, folder)
+    if (drawn := presets.plot(presets.of_schedule(every, SPEED_STEPS), folder)) is not None:
+        pictures.append(drawn)
     by_name = {file.stem: f"results/{file.name}" for file in pictures}
     from loratorio.standalone.output import write_all
 
     notes = options.report.parent / "results" / "notes.md"
     own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
     text = document(
-        results, command_line(options), len(grid), by_name, own, chosen_categories(options.elements)
+        results,
+        command_line(options),
+        len(grid) - len(every) + len(results),
+        by_name,
+        own,
+        chosen_categories(options.elements),
+        presets.section(every, by_name),
     )
     write_all({options.report: text.encode()})
     print(f"Written: {options.report} and {len(pictures)} plots in {folder}.")

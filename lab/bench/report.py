@@ -62,7 +62,7 @@ def row(variant: Variant, results: Sequence[Result], truth: Sequence[Result]) ->
         return None
     combos = {result.cell.elements for result in own}
     true = [result for result in truth if result.cell.elements in combos]
-    groups = [_shares(result) for result in own]
+    groups = [shares(result) for result in own]
     images = [image for result in own for image in result.images]
     true_shots = [image for result in true for image in result.images]
 
@@ -108,7 +108,7 @@ def comparable(variants: Sequence[Variant], results: Sequence[Result]) -> list[R
     return [*kept.values(), *truth]
 
 
-def _shares(result: Result) -> Floats:
+def shares(result: Result) -> Floats:
     """Per picture, the share of the wanted elements that was found."""
     wanted = set(result.cell.elements)
     return np.array([len(wanted & set(image.found)) / len(wanted) for image in result.images])
@@ -129,7 +129,7 @@ def win_rate(first: Sequence[Result], second: Sequence[Result]) -> tuple[float, 
         other = by_elements.get(result.cell.elements)
         if other is not None:
             count = min(len(result.images), len(other.images))
-            groups.append(measures.wins(_shares(result)[:count].tolist(), _shares(other)[:count].tolist()))
+            groups.append(measures.wins(shares(result)[:count].tolist(), shares(other)[:count].tolist()))
     if not groups:
         return math.nan, math.nan, math.nan
     low, high = measures.bootstrap(groups)
@@ -255,7 +255,7 @@ def order(results: Sequence[Result]) -> str:
     """
     results = comparable(MAIN_ROWS, results)
     shares = {
-        variant.label: {r.cell.elements: _shares(r) for r in results if r.cell.is_of(variant)}
+        variant.label: {r.cell.elements: shares(r) for r in results if r.cell.is_of(variant)}
         for variant in MAIN_ROWS
     }
     if not all(shares.values()):
@@ -384,6 +384,7 @@ def document(
     plots_at: Mapping[str, str],
     notes: Sequence[str] = (),
     categories: Mapping[str, Sequence[str]] | None = None,
+    sections_after_methods: Sequence[str] = (),
 ) -> str:
     """docs/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean.
 
@@ -425,6 +426,7 @@ def document(
             if found := order(plain):
                 sections.append(f"Without styles: {found}.")
             sections += [win_table(MAIN_ROWS, plain)]
+    sections += sections_after_methods
     if wide and categories:
         by_name = {name: category for category, names in categories.items() for name in names}
         sections += ["## A place for each LoRA", _PLACES, beside.table(wide, by_name)]

@@ -62,11 +62,6 @@ class _Presets:
                 name: gr.Button(preset.label, elem_id=f"loratorio_{tab}_preset_{name}", size="sm")
                 for name, preset in PRESETS.items()
             }
-            gr.HTML(
-                "<p class='loratorio-help'>"
-                + " ".join(f"<b>{escape(each.label)}</b> {escape(each.help)}" for each in PRESETS.values())
-                + "</p>"
-            )
 
     def connect(self, components: dict[str, Any]) -> None:
         for name, button in self._buttons.items():
@@ -80,9 +75,11 @@ def _line(tab: str) -> str:
     """What the tick box does, the line about the prompt's LoRAs, and their places, which JavaScript keeps true."""
     help_text = escape(KNOB_BY_NAME["enabled"].help)
     speed = escape(json.dumps(speed_loras()))
+    presets = escape(json.dumps({name: preset.help for name, preset in PRESETS.items()}))
     return (
         f'<p class="loratorio-help">{help_text}</p>'
-        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{speed}" aria-live="polite">{escape(NONE_YET)}</p>'
+        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{speed}" data-presets="{presets}" '
+        f'aria-live="polite">{escape(NONE_YET)}</p>'
         f'<div class="loratorio-places" id="loratorio_{tab}_places" data-colours="{escape(json.dumps(COLOURS))}" hidden></div>'
     )
 

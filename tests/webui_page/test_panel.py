@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loratorio.infotext import params
-from loratorio.settings import KNOBS, Settings
+from loratorio.settings import KNOBS, PRESETS, Settings
 
 from .host_infotext import written
 
@@ -104,6 +104,23 @@ def test_tick_move_generate(page: Any) -> None:
     )
     assert tab.generate()[0] == as_dict(chosen)
     # The other tab's panel is its own.
+    assert Tab(page, "img2img").open().generate()[0] == as_dict(Settings())
+
+
+def test_presets_set_their_knobs_in_this_tab_alone(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.number("temperature", 0.5)
+    for name, preset in PRESETS.items():
+        assert tab.find(f"_preset_{name}").get_attribute("title") == preset.help
+        tab.find(f"_preset_{name}").click()
+        expected = Settings(enabled=True, temperature=0.5).with_values(preset.values)
+        arrived, infotext = tab.generate()
+        assert arrived == as_dict(expected)
+        assert f"LoRAtorio reuse: {expected.reuse}" in infotext
+    # What is moved afterwards counts.
+    tab.number("reuse", 7)
+    assert tab.generate()[0]["reuse"] == 7
     assert Tab(page, "img2img").open().generate()[0] == as_dict(Settings())
 
 
@@ -254,4 +271,5 @@ def elsewhere(knob: Any) -> Any:
     special = {"start": 0.25, "end": 0.85, "temperature": 0.0371, "patch_size": 5}
     if knob.name in special:
         return special[knob.name]
-    return knob.check(knob.default + 3 * knob.step)
+    up = knob.default + 3 * knob.step
+    return knob.check(up if up <= knob.maximum else knob.default - 3 * knob.step)
