@@ -254,16 +254,16 @@ def order(results: Sequence[Result]) -> str:
     Empty where not all of them have results.
     """
     results = comparable(MAIN_ROWS, results)
-    shares = {
+    by_label = {
         variant.label: {r.cell.elements: shares(r) for r in results if r.cell.is_of(variant)}
         for variant in MAIN_ROWS
     }
-    if not all(shares.values()):
+    if not all(by_label.values()):
         return ""
-    ranked = sorted(shares, key=lambda label: -float(np.concatenate([*shares[label].values()]).mean()))
+    ranked = sorted(by_label, key=lambda label: -float(np.concatenate([*by_label[label].values()]).mean()))
     text = ranked[0]
     for first, second in itertools.pairwise(ranked):
-        differences = [own - shares[second][elements] for elements, own in shares[first].items()]
+        differences = [own - by_label[second][elements] for elements, own in by_label[first].items()]
         text += f" {'>' if measures.bootstrap(differences)[0] > 0 else '≈'} {second}"
     return text
 

@@ -18,8 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab.bench import cli, measures, report
-from lab.bench.plan import MAIN_ROWS, METHOD_ROWS, Cell, Variant, cells, combinations, sample
+from lab.bench import cli, measures, presets, report
+from lab.bench.plan import (
+    MAIN_ROWS,
+    METHOD_ROWS,
+    PRESET_ROWS,
+    SPEED_STEPS,
+    Cell,
+    Variant,
+    cells,
+    combinations,
+    sample,
+)
 from lab.bench.runner import run
 from lab.bench.store import ImageResult, Result, Store
 from loratorio.errors import LoratorioError
@@ -384,3 +394,31 @@ def test_webui_mode_says_what_is_wrong(
     monkeypatch.setenv("LORATORIO_SCORER", "tests.lab.bench.test_bench:constant_scorer")
     with pytest.raises(LoratorioError, match="No WebUI answers"):
         cli.bench(options(webui="http://127.0.0.1:9", loras=lora_list, out=tmp_path))
+
+
+def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
+    combos = combinations(CATEGORIES, 2)[:3]
+    other = cells(MAIN_ROWS, combos, 2, SAMPLING, truth_per_combination=4)
+    grid = cells(PRESET_ROWS, combos, 2, {**SAMPLING, "steps": SPEED_STEPS}, truth_per_combination=4)
+    store = Store(tmp_path)
+    run([*grid, *other], store, BACKEND)
+    results = list(store.read([*grid, *other]))
+    of_presets = presets.of_schedule(results, SPEED_STEPS)
+    assert {each.cell.variant for each in of_presets} == {"truth", "merge", "paper", "balanced", "fast"}
+    text = "\n".join(presets.section(results, {"presets": "results/presets.png"}))
+    assert "## Presets" in text
+    assert "(results/presets.png)" in text
+    assert "chosen from" not in text  # that table has no pictures here
+    by_label = {
+        line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")
+    }
+    assert list(by_label)[2:] == ["Rendered truth", "Merge", "Paper", "Balanced", "Fast"]
+    own = [each for each in of_presets if each.cell.variant == "fast"]
+    rows = np.mean([each.model_rows / len(each.images) for each in own])
+    assert by_label["Fast"][5].strip() == f"{rows / 2 / SPEED_STEPS:.2f}"
+    assert by_label["Paper"][1].strip() == ""
+    assert by_label["Fast"][1].strip()[0] in "+-"
+    file = presets.plot(of_presets, tmp_path)
+    assert file is not None
+    assert Image.open(file).size[0] > 300
+    assert presets.section([], {}) == []
