@@ -173,7 +173,7 @@ class Settings:
         "weights", 5, folded=True, choices=(("patches", "Hard"), ("smooth", "Interpolated"), ("overlap", "Overlapping")),
     )  # fmt: skip
     recentre: float = knob(
-        "float", 1.0, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
+        "float", 0.5, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
         "guidance", 3, step=0.05,
     )  # fmt: skip
     rescale: float = knob(
@@ -185,7 +185,7 @@ class Settings:
         "weights", 6, folded=True, step=0.05,
     )  # fmt: skip
     pool_size: int = knob(
-        "int", 6, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last prediction counts.",
+        "int", 5, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last predictions are carried on.",
         "pool", 7, folded=True, minimum=1, maximum=100,
     )  # fmt: skip
     pool_interval: int = knob(
@@ -266,13 +266,13 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "balanced",
             "Balanced",
-            "Each LoRA at every second step, the base model alone for the unconditional prediction. The default.",
-            {"recentre": 1.0, "share": 0.15, "reuse": 2},
+            "Each LoRA at every second step, and a small part of every LoRA in all the others' passes. The default.",
+            {"recentre": 0.5, "share": 0.15, "reuse": 2},
         ),
         Preset(
             "fast",
             "Fast",
-            "As Balanced, with each LoRA at every third step.",
+            "Each LoRA at every third step, and the base model alone for the unconditional prediction.",
             {"recentre": 1.0, "share": 0.15, "reuse": 3},
         ),
     )

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sizes", default="4,6,8,12", help="pool_size")
+    parser.add_argument("--sizes", default="4,5,6,8", help="pool_size")
     parser.add_argument("--intervals", default="7,20", help="pool_interval")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
