@@ -83,7 +83,7 @@ def train_lora(
     element: Element,
     parts: tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer],
     out: Path,
-    regularised: bool = True,
+    regularised: bool = False,
 ) -> None:
     """Train one element's LoRA into fresh copies of the base (`parts`: VAE, latent scale, UNet, text encoder, tokenizer).
 

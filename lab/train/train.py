@@ -48,7 +48,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--unregularised", action="store_true", help="for loras: without scenes that the base knows"
+        "--regularised",
+        action="store_true",
+        help="for loras: half of each batch scenes that the base knows, on which nothing shall change; what ships is without",
     )
     parser.add_argument("--only", nargs="*", choices=list(BY_NAME), help="for loras: these elements")
     return parser.parse_args(arguments)
@@ -109,7 +111,7 @@ def do_loras(options: argparse.Namespace) -> None:
             element,
             (vae, vae.config.scaling_factor, deepcopy(unet), deepcopy(text), pipeline.tokenizer),
             options.out / "lora",
-            not options.unregularised,
+            options.regularised,
         )
 
 

@@ -68,15 +68,13 @@ class Stacks:
         gone = set(numbers)
         for key in [key for key in self._low_rank if gone & set(key[1])]:
             del self._low_rank[key]
-        self.drop_sums(gone)
+        for dense in [key for key in self._dense if gone & dict(key[2]).keys()]:
+            del self._dense[dense]
 
-    def drop_sums(self, of: Iterable[int] | None = None) -> None:
-        """Free the dense sums of several LoRAs; or all that have any `of` these."""
-        gone = None if of is None else set(of)
-        for key in list(self._dense):
-            numbers = {number for number, _ in key[2]}
-            if len(numbers) > 1 if gone is None else gone & numbers:
-                del self._dense[key]
+    def drop_sums(self) -> None:
+        """Free the dense sums of several LoRAs."""
+        for key in [key for key in self._dense if len(key[2]) > 1]:
+            del self._dense[key]
 
     @property
     def sums(self) -> int:

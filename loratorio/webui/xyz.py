@@ -49,30 +49,35 @@ def _axis(script: ModuleType, knob: Knob) -> Any:
     label = PREFIX + knob.label
     if knob.kind == "bool":
         return script.AxisOption(
-            label, str, _apply(knob), confirm=_confirm(knob), choices=lambda: ["True", "False"]
+            label,
+            str,
+            _apply(knob),
+            confirm=_confirm(knob.label, knob.check),
+            choices=lambda: ["True", "False"],
         )
     if knob.kind == "choice":
         labels = [label for _, label in knob.choices]
-        return script.AxisOption(label, str, _apply(knob), confirm=_confirm(knob), choices=lambda: labels)
+        return script.AxisOption(
+            label, str, _apply(knob), confirm=_confirm(knob.label, knob.check), choices=lambda: labels
+        )
     if knob.kind == "int":
-        return script.AxisOption(label, int, _apply(knob), confirm=_confirm(knob))
-    return script.AxisOption(label, float, _apply(knob), confirm=_confirm(knob), prepare=_expand(script))
+        return script.AxisOption(label, int, _apply(knob), confirm=_confirm(knob.label, knob.check))
+    return script.AxisOption(
+        label, float, _apply(knob), confirm=_confirm(knob.label, knob.check), prepare=_expand(script)
+    )
 
 
 def _preset_axis(script: ModuleType) -> Any:
     def apply(p: Any, value: Any, values: Any) -> None:
         setattr(p, _FIELD, {"enabled": True, **chosen(p), **find_preset(value).values})
 
-    def confirm(p: Any, values: Sequence[Any]) -> None:
-        for value in values:
-            try:
-                find_preset(value)
-            except LoratorioError as problem:
-                raise LoratorioError(f"X/Y/Z plot, {PREFIX}{PRESET.capitalize()}: {problem}") from problem
-
     labels = [preset.label for preset in PRESETS.values()]
     return script.AxisOption(
-        PREFIX + PRESET.capitalize(), str, apply, confirm=confirm, choices=lambda: labels
+        PREFIX + PRESET.capitalize(),
+        str,
+        apply,
+        confirm=_confirm(PRESET.capitalize(), find_preset),
+        choices=lambda: labels,
     )
 
 
@@ -86,15 +91,15 @@ def _apply(knob: Knob) -> Callable[[Any, Any, Any], None]:
     return apply
 
 
-def _confirm(knob: Knob) -> Callable[[Any, Sequence[Any]], None]:
+def _confirm(label: str, check: Callable[[Any], Any]) -> Callable[[Any, Sequence[Any]], None]:
     """What the plot calls before the first picture: the place to stop with a sentence."""
 
     def confirm(p: Any, values: Sequence[Any]) -> None:
         for value in values:
             try:
-                knob.check(value)
+                check(value)
             except LoratorioError as problem:
-                raise LoratorioError(f"X/Y/Z plot, {PREFIX}{knob.label}: {problem}") from problem
+                raise LoratorioError(f"X/Y/Z plot, {PREFIX}{label}: {problem}") from problem
 
     return confirm
 

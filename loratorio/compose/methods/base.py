@@ -96,7 +96,8 @@ class Predictions:
 
     def with_branches(self, by_branch: Mapping[Branch, Tensor]) -> Predictions:
         """The same step with other branches beside, or in the place of, its own."""
-        return replace(self, by_branch={**self.by_branch, **by_branch}, _noise={})
+        kept = {mix: noise for mix, noise in self._noise.items() if Branch(mix, True) not in by_branch}
+        return replace(self, by_branch={**self.by_branch, **by_branch}, _noise=kept)
 
     def per_image(self, weights: Tensor, images: int) -> Tensor:
         """Weights of conditional rows (N, Bc, …) as weights of images (N, images, …): the mean of its rows."""

@@ -82,8 +82,10 @@ class Reuse(Method):
         shared = now.with_shared_parts()
         if not self._reuses(shared):
             return self._method.compose(now, predictions)
-        self._remember(shared, predictions)
-        composed = self._method.compose(now, predictions.with_branches(self._carried_on(shared, predictions)))
+        size = _size(shared, predictions)
+        self._remember(shared, predictions, size)
+        carried_on = self._carried_on(shared, predictions, size)
+        composed = self._method.compose(now, predictions.with_branches(carried_on))
         if any(now.participants.pooled):
             assert composed.weights is not None
             self._shares, self._listed = composed.weights.mean(dim=(1, 2, 3)), []
@@ -141,12 +143,12 @@ class Reuse(Method):
 
     # -- what the others would predict ------------------------------------------------------------------------------------
 
-    def _remember(self, now: StepContext, predictions: Predictions) -> None:
+    def _remember(self, now: StepContext, predictions: Predictions, size: Tensor) -> None:
         """Keep how far those that were run are from the base."""
         if self._shape != _shape(now):
             self._kept.clear()
             self._shape, self._time = _shape(now), 0
-        participants, size = now.participants, _size(now, predictions)
+        participants = now.participants
         for place, mix in enumerate(participants.singles):
             if Branch(mix, True) in predictions.by_branch:
                 cond = _difference(predictions, mix, participants.compared, True)
@@ -155,9 +157,9 @@ class Reuse(Method):
                 residual = Residual(self._time, cond / size, None if uncond is None else uncond / size)
                 self._kept[place] = [*self._kept.get(place, [])[-1:], residual]
 
-    def _carried_on(self, now: StepContext, predictions: Predictions) -> dict[Branch, Tensor]:
+    def _carried_on(self, now: StepContext, predictions: Predictions, size: Tensor) -> dict[Branch, Tensor]:
         """The predictions, float32, of the LoRAs that were not run."""
-        participants, size = now.participants, _size(now, predictions)
+        participants = now.participants
         made: dict[Branch, Tensor] = {}
         for place, mix in enumerate(participants.singles):
             if Branch(mix, True) in predictions.by_branch:
