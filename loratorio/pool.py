@@ -12,12 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
 
 from .errors import LoratorioError
+from .lora_folder import LoraFolder, folded
 from .roles import POOL_OPTION, looks_like_speed_lora
 
 _POOL_TAG = re.compile(r"<pool:([^<>]*)>", re.IGNORECASE)
 _LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
-SUFFIX = ".safetensors"
-_WILD = set("*?[")
 
 Loaded = TypeVar("Loaded")
 
@@ -37,38 +36,32 @@ class Candidates(Generic[Loaded]):
         return f"Left out of the pool because they cannot be used: {', '.join(name for name, _ in self.skipped)}."
 
 
-def pool_files(pattern: str, folder: Path, known: Iterable[str] = ()) -> list[Path]:
+def pool_files(pattern: str, folder: Path | LoraFolder, known: Iterable[str] = ()) -> list[Path]:
     """The LoRA files that a pool names, sorted, each once.
 
     Args:
         pattern: relative to the LoRA folder: a folder (all below it), a glob (``anime/*``, ``**/hat*``), a LoRA's name, or several of
-            these with commas. ``*`` alone is every LoRA.
+            these with commas. ``*`` alone is every LoRA. Capitals do not matter.
         folder: the LoRA folder. Nothing outside of it is used, whichever way the pattern or a link in the folder leads there.
         known: names of LoRAs that the prompt has already; they are left out.
 
     Raises:
         LoratorioError: a pattern that leaves the folder, or that no LoRA fits.
     """
-    root = folder.resolve()
-    if not root.is_dir():
-        raise LoratorioError(
-            f"There is no LoRA folder {folder}: the pool <pool:{pattern}> has nothing to choose from."
-        )
-    taken = {name.lower() for name in known}
+    loras = _read(folder, pattern)
+    taken = {folded(name) for name in known}
     files: dict[Path, Path] = {}  # by where a link ends, so that no file comes twice
     for part in (each.strip() for each in pattern.split(",")):
-        found = list(_fitting(part, root)) if part else []
-        if part and not found:
-            raise LoratorioError(
-                f"No LoRA fits {part!r} of the pool <pool:{pattern}>: check the name or the folder."
-            )
-        for file in found:
-            files.setdefault(file.resolve(), file)
+        if part:
+            for file in _fitting(part, pattern, loras):
+                files.setdefault(file.resolve(), file)
     if not files:
         raise LoratorioError(
             "A pool needs a folder, a pattern or names: <pool:folder:0.8>, <pool:anime/*>, <pool:a,b,c>."
         )
-    return sorted(file for file in files.values() if file.stem.lower() not in taken)
+    return sorted(
+        file for file in files.values() if not taken & {folded(loras.name_of(file)), folded(file.stem)}
+    )
 
 
 def expanded(prompt: str, folder: Path) -> str:
@@ -104,20 +97,28 @@ def load_candidates(files: Iterable[Path], load: Callable[[Path], Loaded]) -> Ca
     return Candidates(tuple(loaded), tuple(skipped))
 
 
-def _fitting(part: str, root: Path) -> Iterator[Path]:
+def _read(folder: Path | LoraFolder, pattern: str) -> LoraFolder:
+    if isinstance(folder, LoraFolder):
+        return folder
+    try:
+        return LoraFolder(folder)
+    except LoratorioError as problem:
+        raise LoratorioError(f"{problem} The pool <pool:{pattern}> has nothing to choose from.") from problem
+
+
+def _fitting(part: str, pattern: str, loras: LoraFolder) -> Iterator[Path]:
     path = PurePosixPath(part.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or any(":" in each for each in path.parts):
+    if path.is_absolute() or ".." in path.parts or ":" in part:
         raise LoratorioError(f"A pool stays inside the LoRA folder: {part!r} leads out of it.")
-    if (root / path).is_dir():
-        globbed: Iterable[Path] = (root / path).rglob(f"*{SUFFIX}")
-    elif _WILD & set(part):
-        globbed = root.glob(str(path))
-    else:
-        # A LoRA by name lies anywhere below the folder, as it does for a <lora:…> tag.
-        name = path.name.removesuffix(SUFFIX).lower()
-        globbed = (file for file in root.rglob(f"*{SUFFIX}") if file.stem.lower() == name)
-    for file in globbed:
-        # A link may lead anywhere; what counts is where it ends.
-        inside = file.resolve().is_relative_to(root)
-        if inside and file.is_file() and file.suffix.lower() == SUFFIX:
-            yield file
+    fitting = loras.within(part)
+    inside = [file for file in fitting if not loras.leads_out(file)]
+    if fitting and not inside:
+        raise LoratorioError(
+            f"{part!r} of the pool <pool:{pattern}> is a link that leads out of the LoRA folder, to {fitting[0].resolve()}: "
+            "a pool stays inside. Name the LoRA by itself, or move it here."
+        )
+    if not inside:
+        raise LoratorioError(
+            f"No LoRA fits {part!r} of the pool <pool:{pattern}>: check the name or the folder. {loras.cannot_be_read}".strip()
+        )
+    yield from inside

@@ -36,7 +36,16 @@ def names(files: list[Path]) -> list[str]:
         ("hats/", ["blue", "red", "tall"]),
         ("hats/*", ["blue", "red"]),
         ("**/*", ["blue", "cat", "dog", "red", "tall"]),
-        ("*", ["cat", "dog"]),
+        ("*", ["blue", "cat", "dog", "red", "tall"]),
+        ("c*", ["cat"]),
+        ("*at", ["cat"]),
+        ("**at", ["cat"]),
+        ("**/*al*", ["tall"]),
+        ("**/t?ll", ["tall"]),
+        ("hats/**", ["blue", "red", "tall"]),
+        ("HATS/R*", ["red"]),
+        ("Tall", ["tall"]),
+        ("[cd]*", ["cat", "dog"]),
         ("cat", ["cat"]),
         ("tall", ["tall"]),
         ("hats/old/tall.safetensors", ["tall"]),
@@ -69,10 +78,15 @@ def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path: Path) -> N
         pytest.skip("this system makes no symbolic links")
     assert names(pool_files("hats", folder)) == ["blue", "red", "tall"]
     assert "secret" not in names(pool_files("**/*", folder))
-    assert "secret" not in names(pool_files("up", folder))
+    assert "secret" not in names(pool_files("*", folder))
+    for pattern in ("up", "link", "up/secret"):
+        with pytest.raises(LoratorioError, match="a link that leads out of the LoRA folder"):
+            pool_files(pattern, folder)
 
 
-@pytest.mark.parametrize("pattern", ["nothing", "empty/*", "cat,nothing"])
+@pytest.mark.parametrize(
+    "pattern", ["nothing", "empty/*", "cat,nothing", "x" * 300, "a\0b", "[", "**[", "ats/red"]
+)
 def test_a_pattern_that_fits_nothing(folder: Path, pattern: str) -> None:
     with pytest.raises(LoratorioError, match="No LoRA fits"):
         pool_files(pattern, folder)

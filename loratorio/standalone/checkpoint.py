@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import LoratorioError
-
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-"""Files that run code when they are opened. They never are."""
+from ..lora_folder import PICKLES, SUFFIX, readable, reason
 
 _KNOWN_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _LATENT_PIXEL = 8  # picture pixels a side
@@ -122,14 +120,30 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
             f"{what} is a pickle ({path.name}), which can run any program when it is opened, so it was not. "
             "Get it as .safetensors."
         )
-    if path.suffix.lower() != ".safetensors":
-        raise LoratorioError(f"{what} must be a .safetensors file, not {path.name}.")
+    if path.suffix.lower() != SUFFIX:
+        raise LoratorioError(f"{what} must be a {SUFFIX} file, not {path.name}.")
+    try:
+        # The library has one error for what the system will not open and for what it cannot make sense of.
+        with open(path, "rb") as file:
+            file.read(1)
+    except (OSError, ValueError) as problem:
+        raise LoratorioError(
+            f"{what} cannot be read: {readable(path)} cannot be opened ({reason(problem)}). Check who may read it."
+        ) from problem
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
-    except (SafetensorError, OSError, ValueError, KeyError) as problem:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ) as problem:
         raise LoratorioError(
-            f"{what} cannot be read: {path} is damaged or incomplete ({problem}). Get it again."
+            f"{what} cannot be read: {readable(path)} is damaged or incomplete ({problem}). Get it again."
         ) from problem
 
 

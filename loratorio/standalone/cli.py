@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # File names may hold what cannot be printed; that is no reason to fail once a picture is made.
+            stream.reconfigure(errors="replace")
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
@@ -225,38 +230,52 @@ def _open_image(path: Path) -> Any:
 
 def _check_early(options: argparse.Namespace) -> None:
     """What can be said to be wrong before a model is loaded."""
-    from .prompt import split_loras
+    from .prompt import check_text, split_loras
     from .schedule import find_sampler
 
     find_sampler(options.sampler)
     split_loras(options.prompt)
+    check_text("negative prompt", options.negative)
     if options.size:
         _size(options.size)
 
 
 def _generate(options: argparse.Namespace) -> None:
     from .describe import describe
-    from .model import weight_maps
-    from .output import check_writable, png, write_all
+    from .model import map_files
+    from .output import check_writable, is_picture, png, write_all, write_numbered
 
     settings = _settings(options)
     _check_early(options)
-    is_file = options.out.suffix.lower() == ".png"
-    check_writable(options.out.parent if is_file else options.out)
+    check_writable(options.out)
     model = _load(options)
     request = _request(options, model, settings)
     outcome = model.run(request)
     _say(outcome.notes)
     if not outcome.loras:
         _say(["there is no <lora:name> in the prompt, so this is the model's plain picture."])
-    paths = _file_names(options.out, [str(seed) for seed in outcome.seeds])
-    files = {}
-    for i, (path, image) in enumerate(zip(paths, outcome.images, strict=True)):
-        files[path] = png(image, describe(model.checkpoint, outcome, i))
-        for name, weight_map in weight_maps(outcome, i).items():
-            files[path.with_name(f"{path.stem}-map-{name}.png")] = png(weight_map)
-    write_all(files)
-    for path in files:
+
+    def files(paths: Sequence[Path]) -> dict[Path, bytes]:
+        made: dict[Path, bytes] = {}
+        for i, (path, image) in enumerate(zip(paths, outcome.images, strict=True)):
+            made[path] = png(image, describe(model.checkpoint, outcome, i))
+            made |= map_files(outcome, i, path.with_name(f"{path.stem}-map-.png"))
+        return made
+
+    if is_picture(options.out):
+        several = len(outcome.seeds) > 1
+        out: Path = options.out
+        made = files([out.with_stem(f"{out.stem}-{seed}") if several else out for seed in outcome.seeds])
+        write_all(made)
+        written = list(made)
+    else:
+        written = write_numbered(
+            options.out,
+            lambda first: files(
+                [options.out / f"{first + i:05}-{seed}.png" for i, seed in enumerate(outcome.seeds)]
+            ),
+        )
+    for path in written:
         print(path)
 
 
@@ -266,27 +285,17 @@ def _say(notes: Iterable[str]) -> None:
         print(f"loratorio: {note}", file=sys.stderr)
 
 
-def _file_names(out: Path, labels: Sequence[str]) -> list[Path]:
-    """Where the pictures go: the named file, or the next free numbers in a folder, so that no older picture is lost."""
-    if out.suffix.lower() == ".png":
-        many = len(labels) > 1
-        return [out.with_name(f"{out.stem}-{label}{out.suffix}") if many else out for label in labels]
-    taken = [file.name[:5] for file in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")] if out.is_dir() else []
-    first = max((int(number) for number in taken), default=-1) + 1
-    return [out / f"{first + i:05}-{label}.png" for i, label in enumerate(labels)]
-
-
 def _compare(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from ..sheet import contact_sheet
-    from .output import check_writable, png, write_all
+    from .output import check_writable, is_picture, png, write_all, write_numbered
 
     settings = _settings(options)
     by = options.by.strip().lower().replace("-", "_")
     variants = _compared(options.by, options.values, settings)
     _check_early(options)
-    check_writable(options.out.parent if options.out.suffix.lower() == ".png" else options.out)
+    check_writable(options.out)
     model = _load(options)
     request = _request(options, model, settings)
     labels = list(variants)
@@ -295,10 +304,13 @@ def _compare(options: argparse.Namespace) -> None:
     columns = [outcome.images for outcome in outcomes]
     rows = [[column[i] for column in columns] for i in range(request.batch)]
     seeds = [f"seed {request.seed + i}" for i in range(request.batch)]
-    sheet = contact_sheet(rows, labels, seeds, f"{options.prompt}\nby {by.replace('_', ' ')}")
-    (path,) = _file_names(options.out, [f"by-{by.replace('_', '-')}"])
-    write_all({path: png(sheet)})
-    print(path)
+    sheet = png(contact_sheet(rows, labels, seeds, f"{options.prompt}\nby {by.replace('_', ' ')}"))
+    if is_picture(options.out):
+        write_all({options.out: sheet})
+        print(options.out)
+    else:
+        name = f"by-{by.replace('_', '-')}.png"
+        print(*write_numbered(options.out, lambda number: {options.out / f"{number:05}-{name}": sheet}))
 
 
 def _compared(by: str, values: str | None, settings: Settings) -> dict[str, Settings]:

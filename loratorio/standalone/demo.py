@@ -26,7 +26,7 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
     from ..sheet import contact_sheet
     from .describe import describe
     from .generate import Request
-    from .model import weight_maps
+    from .model import map_files
 
     check_writable(out)
     started = time.monotonic()
@@ -59,8 +59,7 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
     for entry in (each.entry for each in METHODS.values()):
         own = replace(request, settings=request.settings.with_values({"method": entry.name}))
         outcome = make(entry.label, f"method-{entry.name}", own)
-        for name, picture in weight_maps(outcome, 0).items():
-            files[out / f"map-{entry.name}-{name}.png"] = png(picture)
+        files |= map_files(outcome, 0, out / f"map-{entry.name}-.png")
     # Wide enough that the model draws two figures; they take more steps to settle.
     beside = replace(
         request,
@@ -73,10 +72,8 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
     merged = replace(beside, settings=Settings(enabled=True, method="merge"))
     make("Merge", "two-merge", merged, pair)
     make("LoRAtorio", "two-loratorio", beside, pair)
-    for name, picture in weight_maps(
-        make("LoRAtorio, a place for each", "two-places", placed, pair), 0
-    ).items():
-        files[out / f"map-two-places-{name}.png"] = png(picture)
+    in_places = make("LoRAtorio, a place for each", "two-places", placed, pair)
+    files |= map_files(in_places, 0, out / "map-two-places-.png")
     files[out / "two-characters.png"] = png(
         contact_sheet([list(pair.values())], list(pair), title=placed.prompt)
     )

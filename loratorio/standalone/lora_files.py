@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from ..adapters.delta import Adapter, Delta, Dense, LowRank
 from ..errors import LoratorioError
-from .checkpoint import PICKLES, Checkpoint, read_safetensors
+from ..lora_folder import LoraFolder, ambiguous_note, folded, readable
+from .checkpoint import Checkpoint, read_safetensors
 
 _KOHYA_PARTS = {
     "lora_unet_": "unet",
@@ -82,30 +83,30 @@ class LoadedLora:
 
 
 def list_loras(folder: Path) -> dict[str, Path]:
-    """Names (file names without extension) and files of all LoRAs in a folder and below it."""
-    files = sorted(file for file in folder.rglob("*.safetensors") if file.is_file())
-    return {file.stem: file for file in reversed(files)}
+    """Names and files of all LoRAs in a folder and below it."""
+    loras = LoraFolder(folder)
+    return {loras.name_of(file): file for file in loras.files}
 
 
-def find_lora(folder: Path, name: str) -> Path:
-    """The file of the LoRA `name`.
+def find_lora(folder: LoraFolder, name: str) -> tuple[Path, str]:
+    """The file of the LoRA `name`, and a sentence where several files have that name, or nothing.
 
     Raises:
-        LoratorioError: the folder does not exist, or has no such LoRA (with the nearest names), or has it as a pickle only.
+        LoratorioError: the folder has no such LoRA (with the nearest names).
     """
-    if not folder.is_dir():
-        raise LoratorioError(f"There is no LoRA folder {folder}: check --lora-dir.")
-    known = list_loras(folder)
-    by_lower = {known_name.lower(): file for known_name, file in known.items()}
-    if name.lower() in by_lower:
-        return known.get(name, by_lower[name.lower()])
-    for file in folder.rglob("*"):
-        if file.stem.lower() == name.lower() and file.suffix.lower() in PICKLES:
-            return file  # the reader says why it will not be opened
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)
-    names = [by_lower[each].stem for each in near]
-    hint = f"The nearest names are: {', '.join(names)}." if names else f"It has {len(known)} other LoRAs."
-    raise LoratorioError(f"LoRA {name} is not in {folder}. {hint}")
+    found = folder.find(name)
+    if found:
+        return found[0], ambiguous_note(name, found, folder)
+    for file in folder.pickles:
+        if folded(file.stem) == folded(name):
+            return file, ""  # the reader says why it will not be opened
+    by_folded = {folded(folder.name_of(file)): folder.name_of(file) for file in folder.files}
+    near = difflib.get_close_matches(folded(name), by_folded, n=3, cutoff=0.4)
+    names = [by_folded[each] for each in near]
+    hint = f"The nearest names are: {', '.join(names)}." if names else f"It has {len(by_folded)} other LoRAs."
+    raise LoratorioError(
+        f"LoRA {name} is not in {readable(folder.root)}. {hint} {folder.cannot_be_read}".strip()
+    )
 
 
 def load_lora(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.bank import Bank
 from ..compose.mixes import Mix, Participants
 from ..errors import LoratorioError
+from ..lora_folder import LoraFolder
 from ..places import with_words
 from ..pool import load_candidates, pool_files
 from ..roles import (
@@ -85,19 +86,23 @@ def load_lora_set(
     """
     parts: list[tuple[PromptLora, LoadedLora, TaggedLora]] = []
     notes: list[str] = []
+    if tags and folder is None:
+        raise LoratorioError(
+            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: give --lora-dir."
+        )
+    found = LoraFolder(folder) if tags and folder is not None else None
     names = [tag.name for tag in tags if not tag.pool]
     for tag in tags:
-        if folder is None:
-            raise LoratorioError(
-                f"The prompt names LoRA {tag.name}, but there is no LoRA folder: give --lora-dir."
-            )
+        assert found is not None
         if not tag.pool:
-            parts.append(_load(tag, find_lora(folder, tag.name), checkpoint, load))
+            file, note = find_lora(found, tag.name)
+            notes += [note] if note else []
+            parts.append(_load(tag, file, checkpoint, load))
             continue
         taken = [*names, *(own.name for own, _, _ in parts)]
         candidates = load_candidates(
-            pool_files(tag.name, folder, taken),
-            partial(_candidate, tag, checkpoint, load),
+            pool_files(tag.name, found, taken),
+            partial(_candidate, tag, checkpoint, load, found),
         )
         parts += candidates.loaded
         notes += [candidates.note] if candidates.note else []
@@ -121,17 +126,20 @@ def _load(
 
 
 def _candidate(
-    tag: PromptLora, checkpoint: Checkpoint, load: Load, file: Path
+    tag: PromptLora, checkpoint: Checkpoint, load: Load, folder: LoraFolder, file: Path
 ) -> tuple[PromptLora, LoadedLora, TaggedLora]:
     if "role" not in tag.options and looks_like_speed_lora(file.stem, read_metadata(file)):
         raise LoratorioError(
             f"{file.stem} is a speed LoRA, which is no matter of choice: name it in the prompt."
         )
-    return _load(replace(tag, name=file.stem), file, checkpoint, load)
+    return _load(replace(tag, name=folder.name_of(file)), file, checkpoint, load)
 
 
 def read_metadata(file: Path) -> Mapping[str, str]:
     """What a .safetensors file says of itself; nothing if it cannot be read."""
-    with contextlib.suppress(SafetensorError, OSError), safe_open(str(file), framework="pt") as opened:
+    with (
+        contextlib.suppress(SafetensorError, OSError, ValueError),
+        safe_open(str(file), framework="pt") as opened,
+    ):
         return dict(opened.metadata() or {})
     return {}

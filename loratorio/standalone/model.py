@@ -76,16 +76,27 @@ class LoadedModel:
                 bar.close()
 
 
-def weight_maps(outcome: Outcome, image: int) -> dict[str, Image.Image]:
-    """Pictures of where each LoRA was used, by its name, and first ``all`` in one; none if none were recorded."""
+def weight_maps(outcome: Outcome, image: int) -> list[Image.Image]:
+    """Pictures of where each LoRA was used: first all in one, then, if there are several, each; none if none were recorded."""
     from ..maps import render
 
     if not outcome.history.weights:
-        return {}
+        return []
     weights = [step[:, image] for step in outcome.history.weights]
-    maps = render(weights, outcome.composed, outcome.images[image], outcome.history.steps)
-    names = (name.replace("/", "-") for name in outcome.composed)
-    return dict(zip(["all", *names], maps, strict=False))
+    return render(weights, outcome.composed, outcome.images[image], outcome.history.steps)
+
+
+def map_files(outcome: Outcome, image: int, path: Path) -> dict[Path, bytes]:
+    """The weight maps as files: `path`, with ``all`` or a LoRA's name added to its stem."""
+    from .output import LONGEST_NAME, file_labels, png
+
+    maps = weight_maps(outcome, image)
+    room = LONGEST_NAME - len(path.name.encode("utf-8", "replace"))
+    labels = ["all", *file_labels(outcome.composed, room, taken=["all"])]
+    return {
+        path.with_name(f"{path.stem}{label}{path.suffix}"): png(each)
+        for label, each in zip(labels, maps, strict=False)
+    }
 
 
 def _toybox() -> tuple[Path, Path]:

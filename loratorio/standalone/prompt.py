@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import LoratorioError
+from ..lora_folder import folded, readable
 
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
 _MARKS = re.compile(
@@ -45,8 +46,9 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
     """The prompt without its tags, and the LoRAs that they name, in order.
 
     Raises:
-        LoratorioError: a strength is not a number, a tag of another kind, or a LoRA that is named twice.
+        LoratorioError: a strength is not a number, a tag of another kind, a LoRA that is named twice, or text that is no UTF-8.
     """
+    check_text("prompt", prompt)
     loras: list[PromptLora] = []
     for kind, content in _TAG.findall(prompt):
         if kind.lower() not in ("lora", "lyco", "pool"):
@@ -54,12 +56,23 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
                 f"<{kind}:{content}> is not known here: only <lora:name:strength> and <pool:folder> tags are."
             )
         lora = _read_tag(content, pool=kind.lower() == "pool")
-        if any(lora.name == other.name for other in loras):
+        if any(folded(lora.name) == folded(other.name) for other in loras):
             raise LoratorioError(
                 f"LoRA {lora.name} is in the prompt twice. Keep one, with the strength that you want."
             )
         loras.append(lora)
     return re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip(), loras
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise LoratorioError if `text` has bytes that are no UTF-8, as a command's arguments may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        where = readable(text[max(0, problem.start - 20) : problem.start + 1])
+        raise LoratorioError(
+            f"The {what} is not UTF-8 text: it goes wrong at {where!r}. Type it anew."
+        ) from None
 
 
 def _read_tag(content: str, pool: bool) -> PromptLora:

@@ -250,7 +250,7 @@ def _shown(model: LoadedModel, outcome: Outcome) -> tuple[Any, ...]:
         file = folder / f"{seed}.png"
         file.write_bytes(png(enlarged(image, 384), texts[-1]))
         files.append((str(file), f"seed {seed}"))
-    maps = [picture for i in range(len(outcome.images)) for picture in weight_maps(outcome, i).values()]
+    maps = [picture for i in range(len(outcome.images)) for picture in weight_maps(outcome, i)]
     notes = list(outcome.notes)
     if not outcome.loras:
         notes.append("There is no LoRA in the prompt, so this is the model's plain picture.")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.errors import LoratorioError
+from loratorio.lora_folder import LoraFolder
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.lora_files import _sgm_names, find_lora, load_lora
 from tests import tiny
@@ -331,13 +332,13 @@ def test_pickles_are_never_opened(
     monkeypatch.setattr(torch, "load", opened)
     monkeypatch.setattr("builtins.open", opened)
     with pytest.raises(LoratorioError, match="is a pickle"):
-        load_lora(find_lora(tmp_path, "evil"), "evil", model)
+        load_lora(find_lora(LoraFolder(tmp_path), "evil")[0], "evil", model)
 
 
 def test_not_found(model: Checkpoint, tmp_path: Path) -> None:
     tiny.save_kohya(tmp_path / "more" / "watercolour.safetensors", model.unet)
-    assert find_lora(tmp_path, "Watercolour").stem == "watercolour"
+    assert find_lora(LoraFolder(tmp_path), "Watercolour")[0].stem == "watercolour"
     with pytest.raises(LoratorioError, match=r"LoRA watercolor is not in .* nearest names are: watercolour"):
-        find_lora(tmp_path, "watercolor")
+        find_lora(LoraFolder(tmp_path), "watercolor")
     with pytest.raises(LoratorioError, match="no LoRA folder"):
-        find_lora(tmp_path / "none", "watercolour")
+        LoraFolder(tmp_path / "none")
