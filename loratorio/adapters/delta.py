@@ -142,7 +142,13 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
     """
     weight_shape = _weight_shape(layer)
     if isinstance(delta, LowRank):
-        fitted = _fit_low_rank(delta, weight_shape)
+        try:
+            fitted = _fit_low_rank(delta, weight_shape)
+        except (RuntimeError, IndexError) as problem:
+            # What torch says of shapes that cannot be multiplied.
+            raise ValueError(
+                f"its matrices {_shape(delta.up)} and {_shape(delta.down)} do not belong together"
+            ) from problem
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
         # The product of a grouped convolution's low-rank matrices is its weight's change; the two steps are not.
         return (

@@ -1,7 +1,7 @@
 """LoRA files as adapters: kohya, diffusers/PEFT and LyCORIS (LoRA, LoCon, LoHa, LoKr, DoRA, full diff, norms, …).
 
-Names of layers are turned by diffusers' conversion tables, and every kind but plain LoRA is computed by lycoris' own
-modules. What is low-rank in the file stays low-rank.
+Which layer a tensor belongs to is in `lora_names`. LoRA, LoKr and DoRA are computed by their formulas, the other kinds by lycoris'
+own modules. What is low-rank in the file stays low-rank.
 """
 
 from __future__ import annotations
@@ -9,52 +9,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import lora_conversion_utils as kohya
-from diffusers.utils.state_dict_utils import (
-    StateDictType,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
 from lycoris.functional.general import weight_decompose
 from lycoris.modules import get_module, make_module
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..adapters.delta import Adapter, Delta, Dense, LowRank
 from ..errors import LoratorioError
 from ..lora_folder import LoraFolder, ambiguous_note, folded, readable
 from .checkpoint import Checkpoint, read_safetensors
+from .embeddings import Embedding, read_embeddings
+from .lora_names import SCALE, Layer, by_layer
 
-_KOHYA_PARTS = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-}
-_PEFT_PARTS = {
-    "unet.": "unet",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-    "base_model.model.": "unet",
-}
-# PEFT's names for what kohya's files call otherwise; lycoris reads the latter.
-_PEFT_TAILS = {
-    "lora_A.weight": "lora_down.weight",
-    "lora_B.weight": "lora_up.weight",
-    "lora_magnitude_vector": "dora_scale",
-    "lora_magnitude_vector.weight": "dora_scale",
-    "lora_B.bias": "lora_up.bias",
-    "alpha": "alpha",
-}
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 """A sparse change of the weight beside the low-rank one, as LyCORIS' extraction writes it."""
 
@@ -64,17 +37,22 @@ _OF_LYCORIS = re.compile(
 """What LyCORIS' other kinds are made of: LoHa, LoKr, OFT and BOFT, GLoRA, norms, (IA)³."""
 
 
+_MATRIX = re.compile(r"lora_(up|down|mid)\.weight|hada_w[12]_[ab]|lokr_w[12](_[ab])?|[ab][12]\.weight")
+
+
 @dataclass(frozen=True)
 class LoadedLora:
     """One LoRA of a generation: its part of the UNet, and of each text encoder (without deltas where it has none).
 
     notes: sentences on what its file holds and was not used.
+    embeddings: of words that its file brings along.
     """
 
     name: str
     unet: Adapter
     text: tuple[Adapter, ...]
     notes: tuple[str, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def changes_nothing(self) -> bool:
@@ -123,257 +101,28 @@ def load_lora(
     parts: dict[str, nn.Module] = {"unet": checkpoint.unet}
     for number, encoder in zip(("", "_2"), checkpoint.text_encoders, strict=False):
         parts[f"text_encoder{number}"] = encoder
-    weights, notes = _by_layer(name, tensors, _peft_alphas(file), parts)
+    numbers = {key: _as_numbers(name, key, tensor) for key, tensor in tensors.items()}
+    named = by_layer(name, numbers, file, parts)
     deltas: dict[str, dict[str, list[Delta]]] = {part: {} for part in parts}
-    notes += _unread(name, weights)
-    for (part, layer, source), own in weights.items():
-        _check_alpha(name, source, own)
-        found = _deltas(name, layer, own, parts[part].get_submodule(layer))
-        deltas[part].setdefault(layer, []).extend(found)
-    if any(_does_nothing(own) for own in weights.values()):
-        notes.append(f"LoRA {name} has alpha 0 in some layers: it changes nothing there.")
+    notes = [*named.notes, *_unread(name, named.layers)]
+    for layer, own in named.layers.items():
+        _check_shapes(name, layer.source, own)
+        if all(tensor.numel() for tensor in own.values()):
+            found = _deltas(name, layer.path, own, parts[layer.part].get_submodule(layer.path))
+            deltas[layer.part].setdefault(layer.path, []).extend(found)
+    if any(_does_nothing(own) for own in named.layers.values()):
+        notes.append(f"LoRA {name} has alpha 0 or rank 0 in some layers: it changes nothing there.")
+    embeddings, unused = read_embeddings(name, named.embeddings, checkpoint.text_encoders)
     loaded = LoadedLora(
         name,
         Adapter(name, deltas.pop("unet"), unet),
         tuple(Adapter(name, own, te) for own in deltas.values()),
-        tuple(notes),
+        (*notes, *unused),
+        embeddings,
     )
     for adapter in (loaded.unet, *loaded.text):
         adapter.check_finite()
     return loaded
-
-
-_Layer = tuple[str, str, str]
-"""A part of the model (``unet``, ``text_encoder``, ``text_encoder_2``), a module path in it, and the file's name for it: a file may
-have one layer under two names, and both count."""
-
-
-def _by_layer(
-    name: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], parts: Mapping[str, nn.Module]
-) -> tuple[dict[_Layer, dict[str, Tensor]], list[str]]:
-    """The file's tensors by layer of the model and by kohya's tails (``lora_up.weight``, ``hada_w1_a``, ``diff``, …), and notes.
-
-    Raises:
-        LoratorioError: nothing, or next to nothing, in the file is for this model.
-    """
-    if not tensors:
-        raise LoratorioError(f"LoRA {name} is empty: the file holds no weights. Get it again.")
-    plain = {key.replace(".default.", "."): tensor for key, tensor in tensors.items()}
-    own_layers = {key[: own.start()] for key in plain if (own := _OWN_TAIL.search(key))}
-    unified = {_unified(key, own_layers): tensor for key, tensor in plain.items()}
-    kohya_named = {key: tensor for key, tensor in unified.items() if key.startswith(tuple(_KOHYA_PARTS))}
-    others = {key: tensor for key, tensor in unified.items() if key not in kohya_named}
-    strange = [key for key in others if not _is_peft([key]) and not _is_older(key)]
-    if len(strange) == len(unified):
-        raise LoratorioError(
-            f"LoRA {name} is not a LoRA that can be read here: its weights have names like {next(iter(tensors))}."
-        )
-    others = {key: tensor for key, tensor in others.items() if _is_peft([key]) or _is_older(key)}
-    tables = {part: _path_table(model) for part, model in parts.items()}
-    grouped: dict[_Layer, dict[str, Tensor]] = {}
-    missing: dict[str, str] = {}
-    for part, source, layer, tail, tensor in (
-        *_kohya_names(kohya_named, parts),
-        *_peft_names(others, alphas),
-    ):
-        path = tables.get(part, {}).get(layer.replace(".", "_"))
-        if path is None:
-            missing.setdefault(
-                layer, f"{layer} of the {part.replace('_', ' ')} with weights of shape {_shape(tensor)}"
-            )
-        else:
-            grouped.setdefault((part, path, f"{source}{layer}"), {})[tail] = tensor
-    for key in [key for key, own in grouped.items() if own.keys() == {"alpha"}]:
-        strange.append(f"{key[2]}.alpha")
-        del grouped[key]
-    if len(grouped) < _LEAST_PART * (len(grouped) + len(missing)) or not grouped:
-        first = next(iter(missing.values()), strange[0] if strange else "")
-        raise LoratorioError(
-            f"LoRA {name} changes the layer {first}, and this model has no such layer. It was made for another kind of model: "
-            "remove it from the prompt, or use the checkpoint that it is for."
-        )
-    return grouped, _leftovers(name, len(grouped), list(missing), strange)
-
-
-_LEAST_PART = 0.1
-"""Of a file's layers that must be in the model; with fewer it is for another kind of model."""
-
-
-def _leftovers(name: str, used: int, missing: Sequence[str], strange: Sequence[str]) -> list[str]:
-    notes = []
-    if missing:
-        notes.append(
-            f"Of LoRA {name} {used} of {used + len(missing)} layers were used: this model has no {missing[0]}"
-            f"{' and others' if len(missing) > 1 else ''}."
-        )
-    if strange:
-        notes.append(
-            f"LoRA {name} was read without {strange[0]}{f' and {len(strange) - 1} more tensors' if len(strange) > 1 else ''}: "
-            "they are none of a LoRA's weights that are known here."
-        )
-    return notes
-
-
-_OWN_TAIL = re.compile(r"\.(lora_(up|down|mid)\.weight|diff(_b)?|hada_\w+|lokr_\w+|oft_\w+|[wb]_norm)$")
-"""Tails of kohya's and LyCORIS' files, which may stand behind dotted names too."""
-
-_SHARED_TAIL = re.compile(r"\.(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?|dora_scale|alpha)$")
-"""Tails that PEFT's files have as well."""
-
-_COMFY = ("model.diffusion_model.", "diffusion_model.")
-_DOTTED = {
-    **dict.fromkeys(_COMFY, "lora_unet_"),
-    "unet.": "lora_unet_",
-    "text_encoder.": "lora_te1_",
-    "text_encoder_2.": "lora_te2_",
-}
-
-
-def _unified(key: str, own_layers: Collection[str]) -> str:
-    """A tensor's name in kohya's way: LyCORIS' prefix, ComfyUI's, and other dotted names but PEFT's and diffusers' own.
-
-    own_layers: those layers' names that have a tail of kohya's or LyCORIS' own.
-    """
-    if key.startswith("lycoris_"):
-        return "lora_unet_" + key.removeprefix("lycoris_")
-    prefix = next((each for each in _DOTTED if key.startswith(each)), None)
-    tail = _OWN_TAIL.search(key) or _SHARED_TAIL.search(key)
-    if prefix is None or tail is None:
-        return key
-    layer = key[: tail.start()]
-    # An alpha or a magnitude goes with the rest of its layer.
-    if prefix not in _COMFY and layer not in own_layers:
-        return key
-    return _DOTTED[prefix] + layer.removeprefix(prefix).replace(".", "_") + key[tail.start() :]
-
-
-_Named = tuple[str, str, str, str, Tensor]
-"""Part, what the file calls the part, layer (dots or underscores), tail, tensor."""
-
-
-def _kohya_names(tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> Iterable[_Named]:
-    blocks = _sgm_names({key.split(".", 1)[0] for key in tensors}, parts["unet"])
-    for key, tensor in tensors.items():
-        layer, _, tail = key.partition(".")
-        prefix = next(each for each in _KOHYA_PARTS if layer.startswith(each))
-        if tail.startswith("lora_magnitude_vector"):
-            tensor = tensor.reshape(-1, 1)
-        source = layer if layer in blocks else prefix
-        path = blocks.get(layer, layer.removeprefix(prefix))
-        yield _KOHYA_PARTS[prefix], source, path, _PEFT_TAILS.get(tail, tail), tensor
-
-
-def _sgm_names(layers: Iterable[str], unet: nn.Module) -> dict[str, str]:
-    """Diffusers' names of UNet layers that a file calls by their places in the original code (``input_blocks_4_1_…``)."""
-    original = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed_|label_emb|out_\d)")
-    keys = {f"{layer}.lora_down.weight": layer for layer in layers if original.match(layer)}
-    if not keys:
-        return {}
-    try:
-        blocks = kohya._maybe_map_sgm_blocks_to_diffusers(keys, unet.config)
-        named = {kohya._convert_unet_lora_key(key): layer for key, layer in blocks.items()}
-    except (ValueError, IndexError):
-        return {}  # these names then are unknown to the model, which is the right thing to say
-    paths = convert_unet_state_dict_to_peft(named)
-    return {
-        layer: re.sub(r"(_lora|\.lora)?(_A|\.down)\.weight$", "", path).replace("to_out_lora", "to_out_0")
-        for path, layer in paths.items()
-    }
-
-
-def _peft_names(tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> Iterable[_Named]:
-    new_names = tensors if _is_peft(tensors) else _older_names(tensors)
-    for key, tensor in new_names.items():
-        prefix = next((each for each in _PEFT_PARTS if key.startswith(each)), "")
-        part = _PEFT_PARTS.get(prefix, "unet")
-        tail = next((each for each in _PEFT_TAILS if key.endswith("." + each)), "")
-        layer = key.removeprefix(prefix).removesuffix("." + tail).removesuffix(".lora")
-        if tail == "lora_A.weight" and not {f"{prefix}{layer}{each}" for each in _ALPHAS} & new_names.keys():
-            # Without a word on alpha it equals the rank.
-            alpha = torch.tensor(alphas.get(f"{part}.{layer}", float(len(tensor))))
-            yield part, prefix, layer, "alpha", alpha
-        if tail.startswith("lora_magnitude_vector"):
-            tensor = tensor.reshape(-1, 1)
-        yield part, prefix, layer, _PEFT_TAILS.get(tail, tail), tensor
-
-
-_ALPHAS = (".alpha", ".lora.alpha")
-
-
-def _older_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names that diffusers used before PEFT's, as PEFT's; UNet and text encoders each have a table of their own."""
-    text = {key: tensor for key, tensor in tensors.items() if key.startswith("text_encoder")}
-    unet = {key: tensor for key, tensor in tensors.items() if key not in text}
-    renamed: dict[str, Tensor] = convert_unet_state_dict_to_peft(unet)
-    return renamed | (convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD) if text else {})
-
-
-def _is_older(key: str) -> bool:
-    """Whether it is one of diffusers' names of before PEFT, or an alpha beside one."""
-    return bool(re.search(r"_lora\.|\.lora\.|lora_linear_layer\.|\.alpha$|\.lora_magnitude_vector", key))
-
-
-def _is_peft(tensors: Iterable[str]) -> bool:
-    return any(".lora_A." in key or ".lora_B." in key for key in tensors)
-
-
-class _Alphas(dict[str, float]):
-    """Alpha by ``part.layer``, where PEFT's metadata gives patterns and defaults."""
-
-    def __init__(self, config: Mapping[str, object]) -> None:
-        super().__init__()
-        self._config = config
-
-    def get(self, key: str, default: float = 1.0) -> float:  # type: ignore[override]
-        part, _, layer = key.partition(".")
-        value = self._config.get(f"{part}.lora_alpha", default)
-        patterns = self._config.get(f"{part}.alpha_pattern") or {}
-        if isinstance(patterns, Mapping):
-            # PEFT takes the first that fits.
-            fitting = (
-                alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)
-            )
-            value = next(fitting, value)
-        try:
-            alpha = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise LoratorioError(
-                f"The LoRA's configuration gives the layer {layer} the alpha {str(value)[:40]!r}, which is no number. Get it again."
-            ) from None
-        # rsLoRA divides by √r, the readers of alpha by r.
-        return alpha * default**0.5 if self._config.get(f"{part}.use_rslora") else alpha
-
-
-def _peft_alphas(file: Path) -> Mapping[str, float]:
-    """Alphas that diffusers keeps in the file's header, or PEFT in ``adapter_config.json`` beside the file."""
-    with safe_open(str(file), framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    config = _json_object(metadata.get("lora_adapter_metadata", ""))
-    beside = file.with_name("adapter_config.json")
-    if not config and file.stem == "adapter_model" and beside.is_file():
-        own = _json_object(beside.read_text(encoding="utf-8", errors="replace"))
-        config = {f"{part}.{key}": value for part in set(_PEFT_PARTS.values()) for key, value in own.items()}
-    return _Alphas(config)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _path_table(model: nn.Module) -> dict[str, str]:
-    """Module paths by their names in LoRA files, where dots are underscores."""
-    table = {}
-    for path, _ in model.named_modules():
-        mangled = path.replace(".", "_")
-        table[mangled] = path
-        # Transformers 5 took the level ``text_model`` out of CLIPTextModel; files still have it.
-        if not mangled.startswith("text_model"):
-            table.setdefault(f"text_model_{mangled}", path)
-    return table
 
 
 def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> list[Delta]:
@@ -388,7 +137,7 @@ def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -
     if "lora_up.weight" in own and "lora_down.weight" in own:
         found += _of_low_rank(name, path, own, layer)
     elif others:
-        further = {tail: own[tail] for tail in ("alpha", "dora_scale") if tail in own}
+        further = {tail: own[tail] for tail in ("alpha", "dora_scale", SCALE) if tail in own}
         found.append(_by_lycoris(name, path, {**others, **further}, layer))
     if not found:
         tails = ", ".join(sorted(own.keys() - {"alpha"})) or "alpha alone"
@@ -430,7 +179,7 @@ def _sparse(own: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
     return packed.to_dense().reshape(shape)
 
 
-def _unread(name: str, weights: Mapping[_Layer, Mapping[str, Tensor]]) -> Iterable[str]:
+def _unread(name: str, weights: Mapping[Layer, Mapping[str, Tensor]]) -> Iterable[str]:
     """A sentence on tensors of known layers that no kind here knows."""
     low_rank = {
         "lora_up.weight",
@@ -440,7 +189,7 @@ def _unread(name: str, weights: Mapping[_Layer, Mapping[str, Tensor]]) -> Iterab
         "alpha",
         "dora_scale",
     }
-    known = {*low_rank, "diff", "diff_b", *_SPARSE}
+    known = {*low_rank, "diff", "diff_b", SCALE, *_SPARSE}
     unread = [
         f"{source}.{tail}"
         for (_, _, source), own in weights.items()
@@ -452,19 +201,46 @@ def _unread(name: str, weights: Mapping[_Layer, Mapping[str, Tensor]]) -> Iterab
         yield f"LoRA {name} was read without {several}: they are of no kind that is known here."
 
 
-def _check_alpha(name: str, layer: str, own: Mapping[str, Tensor]) -> None:
-    alpha = own.get("alpha")
-    if alpha is not None and not (alpha.numel() == 1 and math.isfinite(float(alpha))):
-        raise LoratorioError(
-            f"LoRA {name} has an alpha of {_shape(alpha)} for the layer {layer} that is not one finite number: the file is damaged. "
-            "Get it again."
+def _as_numbers(name: str, key: str, tensor: Tensor) -> Tensor:
+    """As it is where torch can reckon with its dtype; 8-bit floating point and whole numbers in float32, which holds them exactly."""
+    if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return tensor
+    try:
+        if tensor.is_complex():
+            raise TypeError("complex")
+        return (
+            tensor.to(torch.int64)
+            if key.endswith(("bias_indices", "bias_size"))
+            else tensor.to(torch.float32)
         )
+    except (RuntimeError, TypeError, NotImplementedError) as problem:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise LoratorioError(
+            f"LoRA {name} holds {key[:80]} as {kind}, which cannot be reckoned with here: get it as fp16 or bf16."
+        ) from problem
+
+
+def _check_shapes(name: str, layer: str, own: Mapping[str, Tensor]) -> None:
+    for tail in ("alpha", SCALE):
+        number = own.get(tail)
+        if number is not None and not (number.numel() == 1 and math.isfinite(float(number))):
+            raise LoratorioError(
+                f"LoRA {name} has an alpha of {_shape(number)} for the layer {layer[:120]} that is not one finite number: "
+                "the file is damaged. Get it again."
+            )
+    for tail, tensor in own.items():
+        if _MATRIX.fullmatch(tail) and tensor.ndim < 2:
+            raise LoratorioError(
+                f"LoRA {name} has a {tail} of {_shape(tensor)} for the layer {layer[:120]}, which is no matrix: "
+                "the file is damaged. Get it again."
+            )
 
 
 def _does_nothing(own: Mapping[str, Tensor]) -> bool:
-    """Whether alpha is 0 where it is a strength: not with OFT's blocks, nor with LoKr's factors that are both whole."""
+    """Whether its rank is 0, or alpha is where it is a strength: not with OFT's blocks, nor with LoKr's factors that are both whole."""
     has_rank = any(tail.startswith(("lora_", "hada_")) or tail in ("lokr_w1_b", "lokr_w2_b") for tail in own)
-    return has_rank and "alpha" in own and float(own["alpha"]) == 0
+    no_alpha = has_rank and "alpha" in own and float(own["alpha"]) == 0
+    return no_alpha or not all(tensor.numel() for tensor in own.values())
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -483,7 +259,7 @@ def _fitting(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) 
     """What torch and lycoris raise for shapes that do not belong together, as a sentence."""
     try:
         yield
-    except (RuntimeError, ValueError, AttributeError) as problem:
+    except (RuntimeError, ValueError, AttributeError, IndexError) as problem:
         shapes = ", ".join(f"{tail} {_shape(tensor)}" for tail, tensor in own.items() if tensor.ndim)
         raise LoratorioError(
             f"LoRA {name} does not fit the layer {path}, whose weight is {_shape(_weight(layer))}: it has {shapes}. "
@@ -495,9 +271,10 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
     """The dense change that lycoris computes for one layer, in float32 on the CPU."""
     own = {tail: tensor.to(torch.float32) for tail, tensor in own.items()}
     dora_scale = own.pop("dora_scale", None)
+    scale = own.pop(SCALE, None)
     factored = any(tail.startswith(("hada_", "lokr_")) for tail in own)
     # lycoris takes alpha 0 for the rank; in a file it is 0, as for every other reader.
-    strength = 0.0 if _does_nothing(own) else 1.0
+    strength = 0.0 if _does_nothing(own) else 1.0 if scale is None else float(scale)
     own.setdefault("alpha", torch.tensor(0.0))
     # A copy, because the layer may be in half precision or on another device.
     plain = copy.deepcopy(layer).to("cpu", torch.float32)
@@ -553,6 +330,8 @@ def _lycoris_module(name: str, path: str, own: Mapping[str, Tensor], layer: nn.M
 
 def _dora(merged: Tensor, dora_scale: Tensor) -> Tensor:
     """The merged weight at DoRA's magnitudes, which are given per output (out, 1, …) or per input (1, in, …)."""
+    if dora_scale.ndim < 2:
+        dora_scale = dora_scale.reshape(-1, 1)
     per_output = dora_scale.shape[0] == merged.shape[0]
     scale = dora_scale.reshape(*dora_scale.shape[:2], *[1] * (merged.ndim - 2))
     decomposed: Tensor = weight_decompose(merged, scale, 1, per_output)

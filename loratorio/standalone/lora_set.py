@@ -27,6 +27,7 @@ from ..roles import (
     without_effect_note,
 )
 from .checkpoint import Checkpoint
+from .embeddings import Embedding
 from .lora_files import LoadedLora, find_lora, load_lora
 from .prompt import PromptLora
 from .text import TextConditioner
@@ -43,12 +44,14 @@ class LoraSet:
         tags: one per LoRA; a pool's tag is repeated under each candidate's own name.
         tagged: the LoRAs as the roles see them.
         notes: sentences for the user: files that were skipped, speed LoRAs that were recognised.
+        embeddings: of words that the files bring along, also those without another effect.
     """
 
     tags: tuple[PromptLora, ...]
     loras: tuple[LoadedLora, ...]
     tagged: tuple[TaggedLora, ...]
     notes: tuple[str, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def participants(self) -> Participants:
@@ -63,7 +66,7 @@ class LoraSet:
         """For these texts, and `prompt` with any LoRA's own words, under any mix of the LoRAs."""
         banks = [Bank([lora.text[i] for lora in self.loras]) for i in range(len(checkpoint.text_encoders))]
         own = [with_words(prompt, each.words) for each in self.tagged if each.words]
-        return TextConditioner(checkpoint, banks, texts, own)
+        return TextConditioner(checkpoint, banks, texts, own, self.embeddings)
 
     def weighed(self, prompt: str, checkpoint: Checkpoint) -> Participants:
         """The participants with each LoRA's importance in the prompt, for W-Composite; those without trigger words count as average."""
@@ -106,6 +109,7 @@ def load_lora_set(
         )
         parts += candidates.loaded
         notes += [candidates.note] if candidates.note else []
+    embeddings = tuple(each for _, lora, _ in parts for each in lora.embeddings)
     idle = [tag.name for tag, lora, _ in parts if lora.changes_nothing]
     parts = [part for part in parts if not part[1].changes_nothing]
     notes += [without_effect_note(idle)] if idle else []
@@ -114,7 +118,11 @@ def load_lora_set(
     recognised = recognised_note(assigned_roles(tagged))
     notes += [recognised] if recognised else []
     return LoraSet(
-        tuple(tag for tag, _, _ in parts), tuple(lora for _, lora, _ in parts), tagged, tuple(notes)
+        tuple(tag for tag, _, _ in parts),
+        tuple(lora for _, lora, _ in parts),
+        tagged,
+        tuple(notes),
+        embeddings,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapters.bank import Bank
 from ..compose.mixes import Mix
 from .checkpoint import Checkpoint
+from .embeddings import Embedding, cut_by_words, vectors_put_in
 from .prompt import emphasised
 
 _ROOM = 75  # tokens of a chunk, beside its begin and end marks
@@ -31,8 +32,11 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class _Chunk:
+    """77 tokens and their weights; `words`: embeddings, by the place of their first token."""
+
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
+    words: tuple[tuple[int, Embedding], ...] = ()
 
 
 class TextConditioner:
@@ -44,6 +48,7 @@ class TextConditioner:
         banks: for each text encoder the LoRAs' deltas, in the order of the generation's LoRAs.
         texts: all texts that will be asked for; they decide how many chunks every one has.
         further: texts that may be longer, and do not make the others so.
+        embeddings: of words that LoRA files bring along; they count in every text and under every mix, as in the WebUI.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class TextConditioner:
         banks: Sequence[Bank],
         texts: Sequence[str],
         further: Sequence[str] = (),
+        embeddings: Sequence[Embedding] = (),
     ) -> None:
         self._checkpoint = checkpoint
         self._banks = tuple(banks)
@@ -59,7 +65,9 @@ class TextConditioner:
             any(bank.adapters[i].deltas for bank in self._banks) for i in range(len(banks[0].adapters))
         ]
         self._touched = tuple(touched)
-        self._chunks = [_aligned(tokenizer, texts, further) for tokenizer in checkpoint.tokenizers]
+        self._chunks = [
+            _aligned(tokenizer, texts, further, embeddings) for tokenizer in checkpoint.tokenizers
+        ]
         self._known: dict[tuple[str, Mix], Conditioning] = {}
 
     def prepare(self, texts: Sequence[str], mixes: Sequence[Mix]) -> None:
@@ -95,7 +103,13 @@ class TextConditioner:
         mixes = [mix for text, mix in wanted for _ in chunks[text]]
         ids = torch.tensor([chunk.tokens for chunk in rows], device=device)
         bank = self._banks[number]
+        words = [
+            (row, place, word.vectors[number])
+            for row, chunk in enumerate(rows)
+            for place, word in chunk.words
+        ]
         with ExitStack() as stack:
+            stack.enter_context(vectors_put_in(encoder, words))
             stack.enter_context(bank.attached(dict(encoder.named_modules())))
             stack.enter_context(bank.routed(mixes))
             output = encoder(ids, output_hidden_states=True)
@@ -130,43 +144,64 @@ def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
     return (after * ratio).to(hidden.dtype)
 
 
-def _aligned(tokenizer: Any, texts: Sequence[str], further: Sequence[str]) -> dict[str, list[_Chunk]]:
+def _aligned(
+    tokenizer: Any, texts: Sequence[str], further: Sequence[str], embeddings: Sequence[Embedding] = ()
+) -> dict[str, list[_Chunk]]:
     """Chunks of every text, as many as the longest of `texts` has: shorter ones get empty chunks. Of `further` some may have more."""
-    chunks = {text: _chunks(tokenizer, text) for text in (*texts, *further)}
+    chunks = {text: _chunks(tokenizer, text, embeddings) for text in (*texts, *further)}
     longest = max(len(chunks[text]) for text in texts)
-    return {text: each + [_chunk(tokenizer, [], [])] * (longest - len(each)) for text, each in chunks.items()}
+    return {text: each + [_chunk(tokenizer, [])] * (longest - len(each)) for text, each in chunks.items()}
 
 
-def _chunks(tokenizer: Any, text: str) -> list[_Chunk]:
+def _chunks(tokenizer: Any, text: str, embeddings: Sequence[Embedding] = ()) -> list[_Chunk]:
     """The text cut into chunks of 75 tokens with begin and end marks; at least one."""
     done: list[_Chunk] = []
-    tokens: list[int] = []
-    weights: list[float] = []
+    tokens: list[_Token] = []
+
+    def add(new: Sequence[_Token]) -> None:
+        if len(tokens) + len(new) > _ROOM:
+            close()
+        tokens.extend(new)
 
     def close() -> None:
-        done.append(_chunk(tokenizer, tokens, weights))
+        done.append(_chunk(tokenizer, tokens))
         tokens.clear()
-        weights.clear()
 
     for fragment in emphasised(text):
         if fragment.chunk_break:
             close()
             continue
-        for token in tokenizer(fragment.text, add_special_tokens=False, verbose=False).input_ids:
-            if len(tokens) == _ROOM:
-                close()
-            tokens.append(token)
-            weights.append(fragment.weight)
+        for piece in cut_by_words(fragment.text, embeddings):
+            if isinstance(piece, Embedding):
+                places = [_Token(_PLACEHOLDER, fragment.weight) for _ in range(piece.places)]
+                add([_Token(_PLACEHOLDER, fragment.weight, piece), *places[1:]])
+                continue
+            for token in tokenizer(piece, add_special_tokens=False, verbose=False).input_ids:
+                add([_Token(token, fragment.weight)])
     if tokens or not done:
         close()
     return done
 
 
-def _chunk(tokenizer: Any, tokens: Sequence[int], weights: Sequence[float]) -> _Chunk:
+class _Token(NamedTuple):
+    """A token with its emphasis; `word`: the embedding that begins here."""
+
+    number: int
+    weight: float
+    word: Embedding | None = None
+
+
+_PLACEHOLDER = 0
+"""A token where vectors are put in; not one that a text encoder takes for the end."""
+
+
+def _chunk(tokenizer: Any, tokens: Sequence[_Token]) -> _Chunk:
     """Begin mark, tokens, end mark, padding: 77 in all."""
     padding = _ROOM - len(tokens)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    numbers = (token.number for token in tokens)
     return _Chunk(
-        (tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *[pad] * padding),
-        (1.0, *weights, 1.0, *[1.0] * padding),
+        (tokenizer.bos_token_id, *numbers, tokenizer.eos_token_id, *[pad] * padding),
+        (1.0, *(token.weight for token in tokens), 1.0, *[1.0] * padding),
+        tuple((place + 1, token.word) for place, token in enumerate(tokens) if token.word is not None),
     )

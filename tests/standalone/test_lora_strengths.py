@@ -5,25 +5,42 @@ Not against a library's function for merging: lycoris 4.1.3's has LoHa's and LoK
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
+import peft as peft_library
 import pytest
 import torch
 from lycoris import create_lycoris_from_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import fit_all
 from loratorio.errors import LoratorioError
+from loratorio.standalone import checkpoint as checkpoint_module
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.lora_files import LoadedLora, load_lora
 from tests import tiny
 
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.0.resnets.0.conv1"
-KINDS = ("lora", "loha", "lokr", "lokr-one-factored", "lokr-full", "dora", "loha-dora", "lokr-dora", "diff")
+NORM = "down_blocks.0.resnets.0.norm1"
+KINDS = (
+    *("lora", "loha", "lokr", "lokr-one-factored", "lokr-full", "diff"),
+    *("lora-tucker", "loha-tucker", "lokr-tucker"),
+    *("lora-dora", "loha-dora", "lokr-dora"),
+)
 ALPHAS = (None, 0.5, 1.0, 3.0, 0.0)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+LDM = {
+    LINEAR: "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    CONV: "input_blocks.1.0.in_layers.2",
+    NORM: "input_blocks.1.0.in_layers.0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +62,30 @@ def weights_of(
     def normal(*sides: int) -> Tensor:
         return (torch.randn(*sides, generator=random) * 0.3).to(dtype)
 
-    base = kind.removesuffix("-dora")
+    base, tucker = kind.removesuffix("-dora").removesuffix("-tucker"), kind.endswith("-tucker")
+    kernel = shape[2:]
     own: dict[str, Tensor] = {}
-    if base in ("lora", "dora"):
+    if base == "lora":
         own = {
             "lora_down.weight": normal(rank, *shape[1:]),
-            "lora_up.weight": normal(out, rank, *[1] * (len(shape) - 2)),
+            "lora_up.weight": normal(out, rank, *[1] * len(kernel)),
         }
+        if tucker:
+            own["lora_down.weight"] = normal(rank, shape[1], 1, 1)
+            own["lora_mid.weight"] = normal(rank, rank, *kernel)
+    elif base == "loha" and tucker:
+        own = {f"hada_w{i}_a": normal(rank, out) for i in (1, 2)}
+        own |= {f"hada_w{i}_b": normal(rank, shape[1]) for i in (1, 2)}
+        own |= {f"hada_t{i}": normal(rank, rank, *kernel) for i in (1, 2)}
     elif base == "loha":
-        own = {f"hada_w{i}_a": normal(out, rank) for i in (1, 2)} | {
-            f"hada_w{i}_b": normal(rank, inside) for i in (1, 2)
-        }
+        own = {f"hada_w{i}_a": normal(out, rank) for i in (1, 2)}
+        own |= {f"hada_w{i}_b": normal(rank, inside) for i in (1, 2)}
+    elif base == "lokr" and tucker:
+        own = {"lokr_w1": normal(4, 4), "lokr_t2": normal(rank, rank, *kernel)}
+        own |= {"lokr_w2_a": normal(rank, out // 4), "lokr_w2_b": normal(rank, shape[1] // 4)}
     elif base == "lokr":
-        own = {
-            "lokr_w1_a": normal(4, rank),
-            "lokr_w1_b": normal(rank, 4),
-            "lokr_w2_a": normal(out // 4, rank),
-        }
-        own["lokr_w2_b"] = normal(rank, inside // 4)
+        own = {"lokr_w1_a": normal(4, rank), "lokr_w1_b": normal(rank, 4)}
+        own |= {"lokr_w2_a": normal(out // 4, rank), "lokr_w2_b": normal(rank, inside // 4)}
     elif base == "lokr-one-factored":
         own = {
             "lokr_w1": normal(4, 4),
@@ -70,7 +93,8 @@ def weights_of(
             "lokr_w2_b": normal(rank, inside // 4),
         }
     elif base == "lokr-full":
-        own = {"lokr_w1": normal(4, 4), "lokr_w2": normal(out // 4, inside // 4)}
+        # Kernels whole, as trainers save them.
+        own = {"lokr_w1": normal(4, 4), "lokr_w2": normal(out // 4, shape[1] // 4, *kernel)}
     elif base == "diff":
         return {"diff": normal(*shape)}
     if alpha is not None:
@@ -90,20 +114,38 @@ def formula(own: dict[str, Tensor], before: Tensor) -> Tensor:
 
     if "diff" in given:
         return given["diff"].reshape(shape)
-    if "lora_up.weight" in given:
+    if "lora_mid.weight" in given:
+        up, down = (given[f"lora_{end}.weight"].flatten(1) for end in ("up", "down"))
+        # W[o,i,k,l] = Σ_rs up[o,r] mid[r,s,k,l] down[s,i]
+        change = torch.einsum("or,rskl,si->oikl", up, given["lora_mid.weight"], down) * scale(len(down))
+    elif "lora_up.weight" in given:
         down = given["lora_down.weight"].flatten(1)
         change = given["lora_up.weight"].flatten(1) @ down * scale(len(down))
+    elif "hada_t1" in given:
+        # W[o,i,k,l] = Σ_rs a[r,o] t[r,s,k,l] b[s,i]
+        first, second = (
+            torch.einsum(
+                "ro,rskl,si->oikl", given[f"hada_w{i}_a"], given[f"hada_t{i}"], given[f"hada_w{i}_b"]
+            )
+            for i in (1, 2)
+        )
+        change = first * second * scale(len(given["hada_w1_b"]))
     elif "hada_w1_a" in given:
         first, second = (given[f"hada_w{i}_a"] @ given[f"hada_w{i}_b"] for i in (1, 2))
         change = first * second * scale(len(given["hada_w1_b"]))
+    elif "lokr_t2" in given:
+        second = torch.einsum("ro,rskl,si->oikl", given["lokr_w2_a"], given["lokr_t2"], given["lokr_w2_b"])
+        # W[(a,o),(b,i)] = w1[a,b] w2[o,i], at every place of the kernel.
+        change = torch.einsum("ab,oikl->aobikl", given["lokr_w1"], second) * scale(len(given["lokr_w2_b"]))
     else:
         factors, ranks = [], []
         for i in (1, 2):
             if f"lokr_w{i}" in given:
-                factors.append(given[f"lokr_w{i}"])
+                factors.append(given[f"lokr_w{i}"].flatten(1))
             else:
                 factors.append(given[f"lokr_w{i}_a"] @ given[f"lokr_w{i}_b"])
                 ranks.append(len(given[f"lokr_w{i}_b"]))
+        # Of a convolution the second factor has the kernel in its columns, as the weight laid flat has.
         change = torch.kron(*factors) * (scale(ranks[0]) if ranks else 1.0)
     change = change.reshape(shape)
     if "dora_scale" in given:
@@ -139,23 +181,76 @@ def kohya(path: str, own: dict[str, Tensor], prefix: str = "lora_unet_") -> dict
     return {f"{prefix}{path.replace('.', '_')}.{tail}": tensor for tail, tensor in own.items()}
 
 
+def peft(path: str, own: dict[str, Tensor], prefix: str = "unet.") -> dict[str, Tensor]:
+    names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    named = {f"{prefix}{path}.{names.get(tail, tail)}": each for tail, each in own.items()}
+    magnitudes = named.pop(f"{prefix}{path}.dora_scale", None)
+    if magnitudes is not None:
+        # Of a convolution PEFT keeps them as (1, out, 1, 1).
+        own_shape = magnitudes.flatten() if magnitudes.ndim == 2 else magnitudes.transpose(0, 1)
+        named[f"{prefix}{path}.lora_magnitude_vector.weight"] = own_shape
+    return named
+
+
+def old(path: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {"lora_down.weight": "lora.down.weight", "lora_up.weight": "lora.up.weight"}
+    return {f"unet.{path}.{names.get(tail, tail)}": tensor for tail, tensor in own.items()}
+
+
+def dotted(layer: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{layer}.{tail}": tensor for tail, tensor in own.items()}
+
+
+NAMINGS: dict[str, Callable[[str, dict[str, Tensor]], dict[str, Tensor]]] = {
+    "kohya's, diffusers' layers": kohya,
+    "kohya's, LDM layers": lambda path, own: kohya(LDM[path], own),
+    "lycoris_": lambda path, own: kohya(path, own, "lycoris_"),
+    "ComfyUI's, LDM layers": lambda path, own: dotted(f"diffusion_model.{LDM[path]}", own),
+    "ComfyUI's, in full": lambda path, own: dotted(f"model.diffusion_model.{LDM[path]}", own),
+    "dotted": lambda path, own: dotted(f"unet.{path}", own),
+    "PEFT's": peft,
+    "PEFT's, one model": lambda path, own: peft(path, own, "base_model.model."),
+    "PEFT's, with its adapter's name": lambda path, own: {
+        key.replace(".weight", ".default.weight"): each for key, each in peft(path, own).items()
+    },
+    "diffusers' of before PEFT": old,
+}
+OF_PEFT = ("lora", "lora-dora")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("rank", [1, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_kohyas_names(
-    model: Checkpoint, tmp_path: Path, kind: str, alpha: float | None, rank: int, dtype: torch.dtype
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kind_is_read_at_its_strength(
+    model: Checkpoint, tmp_path: Path, kind: str, naming: str, dtype: torch.dtype
 ) -> None:
-    tensors, expected = {}, {}
-    for path in (LINEAR, CONV):
-        before = layer_of(model, path).weight.detach()  # type: ignore[operator]
-        own = weights_of(kind, tuple(before.shape), rank, alpha, dtype)
-        tensors |= kohya(path, own)
-        expected[path] = formula(own, before)
-    loaded = read(model, tensors, tmp_path)
-    for path, change in expected.items():
-        assert_equal(change_of(loaded, model, path), change)
-    assert bool(loaded.notes) == (alpha == 0 and kind not in ("diff", "lokr-full"))
+    """Kind × naming × dtype × alpha × rank, for a linear layer and a convolution."""
+    if ("PEFT" in naming and kind not in OF_PEFT) or ("before" in naming and kind != "lora"):
+        pytest.skip("these names have no such kind")
+    paths = [CONV] if "tucker" in kind else [LINEAR, CONV]
+    for rank, alpha in product((1, 4, 8) if dtype == torch.float32 else (1, 4), ALPHAS):
+        tensors, expected = {}, {}
+        for path in paths:
+            before = layer_of(model, path).weight.detach()  # type: ignore[operator]
+            own = weights_of(kind, tuple(before.shape), rank, alpha, dtype)
+            tensors |= NAMINGS[naming](path, own)
+            expected[path] = formula(own, before)
+        loaded = read(model, tensors, tmp_path)
+        for path, change in expected.items():
+            assert_equal(change_of(loaded, model, path), change)
+        assert bool(loaded.notes) == (alpha == 0 and kind not in ("diff", "lokr-full"))
+
+
+@pytest.mark.parametrize("naming", [each for each in NAMINGS if "PEFT" not in each])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_as_diff(model: Checkpoint, tmp_path: Path, naming: str, dtype: torch.dtype) -> None:
+    own = {"diff": torch.randn(32).to(dtype), "diff_b": torch.randn(32).to(dtype)}
+    loaded = read(model, NAMINGS[naming](NORM, own), tmp_path)
+    fitted = fit_all(loaded.unet.deltas[NORM], layer_of(model, NORM))
+    assert fitted.dense is not None
+    assert torch.equal(fitted.dense.weight, own["diff"].float())  # type: ignore[arg-type]
+    assert torch.equal(fitted.dense.bias, own["diff_b"].float())  # type: ignore[arg-type]
+    assert not loaded.notes
 
 
 @pytest.mark.parametrize(
@@ -181,16 +276,6 @@ def test_lycoris_own_forward(model: Checkpoint, tmp_path: Path, kind: str, rank:
         network.apply_to()
         theirs = holder.to_q(rows) - before
     assert_equal(rows.double() @ change_of(loaded, model, LINEAR).T, theirs.double())
-
-
-def peft(path: str, own: dict[str, Tensor], prefix: str = "unet.") -> dict[str, Tensor]:
-    names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-    return {f"{prefix}{path}.{names.get(tail, tail)}": tensor for tail, tensor in own.items()}
-
-
-def old(path: str, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {"lora_down.weight": "lora.down.weight", "lora_up.weight": "lora.up.weight", "alpha": "alpha"}
-    return {f"unet.{path}.{names[tail]}": tensor for tail, tensor in own.items()}
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -261,7 +346,7 @@ def test_two_names_for_one_layer_add_up(model: Checkpoint, tmp_path: Path) -> No
     assert_equal(fitted.low_rank.dense().double(), formula(first, zero) + formula(second, zero))
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "lora-dora"])
 def test_what_lies_beside_a_kind_is_added(model: Checkpoint, tmp_path: Path, kind: str) -> None:
     """`diff` and `diff_b` of a layer that has another kind, too."""
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
@@ -278,7 +363,7 @@ def test_what_lies_beside_a_kind_is_added(model: Checkpoint, tmp_path: Path, kin
 
 def test_a_magnitude_in_kohyas_names_is_doras(model: Checkpoint, tmp_path: Path) -> None:
     before = layer_of(model, LINEAR).weight.detach()  # type: ignore[operator]
-    own = weights_of("dora", (32, 32), 4, 2.0, torch.float32)
+    own = weights_of("lora-dora", (32, 32), 4, 2.0, torch.float32)
     renamed = {**own, "lora_magnitude_vector": own["dora_scale"].flatten()}
     del renamed["dora_scale"]
     loaded = read(model, kohya(LINEAR, renamed), tmp_path)
@@ -330,30 +415,6 @@ def test_a_sparse_change_outside_of_the_weight_is_a_sentence(model: Checkpoint, 
             read(model, kohya(LINEAR, {**own, **more}), tmp_path)
 
 
-NAMES = {
-    "lycoris_": lambda path, own: kohya(path, own, "lycoris_"),
-    "ComfyUI's, LDM layers": lambda path, own: {
-        f"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.{tail}": each
-        for tail, each in own.items()
-    },
-    "dotted": lambda path, own: {f"unet.{path}.{tail}": each for tail, each in own.items()},
-    "PEFT's with its adapter's name": lambda path, own: {
-        key.replace(".weight", ".default.weight"): each for key, each in peft(path, own).items()
-    },
-}
-
-
-@pytest.mark.parametrize("naming", NAMES)
-@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
-def test_names_that_people_have(model: Checkpoint, tmp_path: Path, naming: str, kind: str) -> None:
-    if kind != "lora" and "PEFT" in naming:
-        pytest.skip("PEFT has names of its own for these")
-    own = weights_of(kind, (32, 32), 4, 2.0, torch.float32)
-    loaded = read(model, NAMES[naming](LINEAR, own), tmp_path)
-    assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
-    assert not loaded.notes
-
-
 def test_both_ways_of_naming_in_one_file(model: Checkpoint, tmp_path: Path) -> None:
     first, second = (weights_of("lora", (32, 32), 4, 2.0, torch.float32, seed) for seed in (1, 2))
     other = LINEAR.replace("to_q", "to_k")
@@ -364,12 +425,158 @@ def test_both_ways_of_naming_in_one_file(model: Checkpoint, tmp_path: Path) -> N
 
 def test_what_does_not_fit_is_said_and_the_rest_is_used(model: Checkpoint, tmp_path: Path) -> None:
     own = weights_of("lora", (32, 32), 4, 2.0, torch.float32)
-    more = kohya("label_emb_0_0", {tail: tensor.clone() for tail, tensor in own.items()}) | {
-        "bundle_emb.x.string_to_param.*": torch.ones(2, 32)
-    }
+    more = kohya("label_emb_0_0", {tail: tensor.clone() for tail, tensor in own.items()})
+    more |= {"something.else": torch.ones(2, 32)}
     more |= {"lora_unet_down_blocks_0_attentions_0_proj_in.alpha": torch.tensor(4.0)}
     loaded = read(model, kohya(LINEAR, own) | more, tmp_path)
     assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
     assert list(loaded.unet.deltas) == [LINEAR]
     assert any("1 of 2 layers were used" in note for note in loaded.notes)
-    assert any("bundle_emb" in note and "more tensors" in note for note in loaded.notes)
+    assert any("something.else and 1 more tensors" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 2), (2, 8), (8, 8)])
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("patterns", [False, True])
+def test_pefts_loha_and_lokr_against_pefts_layer(
+    model: Checkpoint, tmp_path: Path, kind: str, rank: int, alpha: int, conv: bool, patterns: bool
+) -> None:
+    """A folder as PEFT saves it, and what PEFT's own layer adds to the weight."""
+    path = CONV if conv else LINEAR
+    name = path.rpartition(".")[2]
+    holder = nn.Module()
+    holder.add_module(name, copy.deepcopy(layer_of(model, path)))
+    more = {"alpha_pattern": {name: 3}, "rank_pattern": {name: 2}} if patterns else {}
+    make = peft_library.LoHaConfig if kind == "loha" else peft_library.LoKrConfig
+    config = make(r=rank, alpha=alpha, target_modules=[name], init_weights=False, **more)
+    theirs = peft_library.get_peft_model(holder, config)
+    theirs.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    above = path.rpartition(".")[0]
+    renamed = {
+        key.replace("base_model.model.", f"base_model.model.{above}."): each for key, each in saved.items()
+    }
+    loaded = read(model, renamed, tmp_path, "adapter_model")
+    expected = theirs.base_model.model.get_submodule(name).get_delta_weight("default")
+    assert_equal(
+        change_of(loaded, model, path), expected.detach().double().reshape(layer_of(model, path).weight.shape)
+    )  # type: ignore[union-attr]
+    assert not loaded.notes
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_rank_0_changes_nothing_and_is_said(model: Checkpoint, tmp_path: Path, kind: str) -> None:
+    own = weights_of("lora", (32, 32), 4, 2.0, torch.float32)
+    other = LINEAR.replace("to_q", "to_k")
+    loaded = read(
+        model, kohya(LINEAR, own) | kohya(other, weights_of(kind, (32, 32), 0, 2.0, torch.float32)), tmp_path
+    )
+    assert list(loaded.unet.deltas) == [LINEAR]
+    assert any("rank 0" in note for note in loaded.notes)
+    alone = read(model, kohya(other, weights_of(kind, (32, 32), 0, 2.0, torch.float32)), tmp_path)
+    assert alone.changes_nothing
+
+
+@pytest.mark.parametrize(
+    "layer", ["down_blocks_0", "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out", "mid_block"]
+)
+@pytest.mark.parametrize("tail", ["diff", "lora_magnitude_vector", "diff_b", "lora_down.weight"])
+def test_a_key_that_names_no_layer_but_a_container(
+    model: Checkpoint, tmp_path: Path, layer: str, tail: str
+) -> None:
+    own = weights_of("lora", (32, 32), 4, 2.0, torch.float32)
+    stray = {f"lora_unet_{layer}.{tail}": torch.ones(32, 32)}
+    loaded = read(model, kohya(LINEAR, own) | stray, tmp_path)
+    assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
+    assert any("1 of 2 layers were used" in note for note in loaded.notes)
+    with pytest.raises(LoratorioError, match="no such layer"):
+        read(model, stray, tmp_path)
+
+
+def used(model: Checkpoint, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """Read and attached, which is where shapes meet the layer."""
+    with Bank([read(model, tensors, tmp_path).unet]).attached(dict(model.unet.named_modules())):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tail", "shape"),
+    [
+        *(("lora_up.weight", shape) for shape in ((), (4,), (32, 5), (5, 4), (4, 32, 1, 1, 1), (32, 4, 3))),
+        *(("lora_down.weight", shape) for shape in ((), (4,), (5, 32), (4, 31), (32, 4, 1), (4, 32, 3, 3))),
+    ],
+)
+def test_matrices_that_do_not_belong_together(
+    model: Checkpoint, tmp_path: Path, tail: str, shape: tuple[int, ...]
+) -> None:
+    own = {**weights_of("lora", (32, 32), 4, 2.0, torch.float32), tail: torch.ones(shape)}
+    with pytest.raises(LoratorioError, match="LoRA x"):
+        used(model, kohya(LINEAR, own), tmp_path)
+
+
+@pytest.mark.parametrize("alpha", ["two", [1], {}, "", "1e", "0x4"])
+@pytest.mark.parametrize("place", ["unet.lora_alpha", "unet.alpha_pattern"])
+def test_metadata_whose_alpha_is_no_number(
+    model: Checkpoint, tmp_path: Path, alpha: object, place: str
+) -> None:
+    values = {place: {"to_q": alpha} if "pattern" in place else alpha}
+    file = tmp_path / "x.safetensors"
+    own = peft(LINEAR, weights_of("lora", (32, 32), 4, None, torch.float32))
+    save_file(own, file, {"lora_adapter_metadata": json.dumps(values)})
+    with pytest.raises(LoratorioError, match=r"configuration of LoRA x gives the layer .*to_q the alpha"):
+        load_lora(file, "x", model)
+
+
+@pytest.mark.parametrize(
+    "values", [{"unet.lora_alpha": None}, {"unet.alpha_pattern": None}, {"unet.alpha_pattern": "to_q"}]
+)
+def test_metadata_that_says_nothing_on_alpha(model: Checkpoint, tmp_path: Path, values: object) -> None:
+    own = weights_of("lora", (32, 32), 4, None, torch.float32)
+    file = tmp_path / "x.safetensors"
+    save_file(peft(LINEAR, own), file, {"lora_adapter_metadata": json.dumps(values)})
+    assert_equal(change_of(load_lora(file, "x", model), model, LINEAR), formula(own, torch.zeros(32, 32)))
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "*", "(a+)+$", "(?P<", "x" * 300 + "*", "\\", ".*.*.*.*.*"])
+def test_patterns_that_are_broken_or_without_end(model: Checkpoint, tmp_path: Path, pattern: str) -> None:
+    own = peft(LINEAR, weights_of("lora", (32, 32), 4, None, torch.float32))
+    file = tmp_path / "x.safetensors"
+    save_file(own, file, {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 8}})})
+    with pytest.raises(LoratorioError, match="the pattern"):
+        load_lora(file, "x", model)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "\x00", "{}", '{"unet.lora_alpha": 1e999}']
+)
+def test_metadata_that_is_nonsense(model: Checkpoint, tmp_path: Path, text: str) -> None:
+    own = weights_of("lora", (32, 32), 4, None, torch.float32)
+    file = tmp_path / "x.safetensors"
+    save_file(peft(LINEAR, own), file, {"lora_adapter_metadata": text})
+    if "999" in text:
+        with pytest.raises(LoratorioError, match="alpha"):
+            load_lora(file, "x", model)
+    else:
+        assert_equal(change_of(load_lora(file, "x", model), model, LINEAR), formula(own, torch.zeros(32, 32)))
+
+
+def test_complex_numbers_are_a_sentence(model: Checkpoint, tmp_path: Path) -> None:
+    own = weights_of("lora", (32, 32), 4, None, torch.float32)
+    own["lora_up.weight"] = own["lora_up.weight"].to(torch.complex64)
+    with pytest.raises(LoratorioError, match="complex64"):
+        read(model, kohya(LINEAR, own), tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(model, kohya(LINEAR, weights_of("lora", (32, 32), 4, None, torch.float32)), tmp_path)
+
+    def refused(path: Path, mode: str) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint_module, "open", refused, raising=False)
+    with pytest.raises(LoratorioError, match=r"cannot be opened \(permission denied\)") as told:
+        load_lora(tmp_path / "x.safetensors", "x", model)
+    assert "damaged" not in str(told.value)

@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.errors import LoratorioError
 from loratorio.lora_folder import LoraFolder
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
-from loratorio.standalone.lora_files import _sgm_names, find_lora, load_lora
+from loratorio.standalone.lora_files import find_lora, load_lora
 from tests import tiny
 
 
@@ -185,32 +184,6 @@ def merge_per_input(unet: nn.Module, weights: dict[str, Tensor]) -> None:
             merged = layer.weight.data + change
             norm = merged.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (merged.ndim - 2))
             layer.weight.data = merged / norm * weights[f"{key}.dora_scale"]
-
-
-def test_sdxl_names_of_the_original_code() -> None:
-    """Kohya trains SDXL on the original UNet, whose blocks are numbered otherwise."""
-    unet = SimpleNamespace(config=SimpleNamespace(layers_per_block=2))
-    pairs = {
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
-        "lora_unet_input_blocks_8_1_transformer_blocks_9_ff_net_0_proj": "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj",
-        "lora_unet_middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
-        "lora_unet_output_blocks_0_1_transformer_blocks_3_attn2_to_out_0": "up_blocks.0.attentions.0.transformer_blocks.3.attn2.to_out.0",
-        "lora_unet_output_blocks_5_1_proj_out": "up_blocks.1.attentions.2.proj_out",
-        "lora_unet_input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
-        "lora_unet_input_blocks_1_0_emb_layers_1": "down_blocks.0.resnets.0.time_emb_proj",
-        "lora_unet_input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
-        "lora_unet_input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
-        "lora_unet_middle_block_0_out_layers_3": "mid_block.resnets.0.conv2",
-        "lora_unet_output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
-        "lora_unet_time_embed_0": "time_embedding.linear_1",
-        "lora_unet_label_emb_0_2": "add_embedding.linear_2",
-        "lora_unet_input_blocks_0_0": "conv_in",
-        "lora_unet_out_2": "conv_out",
-    }
-    names = _sgm_names(pairs, unet)  # type: ignore[arg-type]
-    assert {layer: name.replace("_", ".") for layer, name in names.items()} == {
-        layer: name.replace("_", ".") for layer, name in pairs.items()
-    }
 
 
 def test_sdxl_both_text_encoders(xl: Checkpoint, tmp_path: Path) -> None:
