@@ -125,13 +125,28 @@ class Adapter:
 
 def _is_zero(delta: Delta) -> bool:
     if isinstance(delta, LowRank):
-        return delta.scale == 0 or not bool(delta.up.any()) or not bool(delta.down.any())
+        return delta.scale == 0 or not all(bool(reckonable(each).any()) for each in (delta.up, delta.down))
     return not any(bool(tensor.any()) for tensor in _tensors(delta))
 
 
 def _tensors(delta: Delta) -> list[Tensor]:
     found = [delta.down, delta.up, delta.mid] if isinstance(delta, LowRank) else [delta.weight, delta.bias]
-    return [tensor for tensor in found if tensor is not None]
+    return [reckonable(tensor) for tensor in found if tensor is not None]
+
+
+def reckonable(tensor: Tensor) -> Tensor:
+    """As it is, or in float32 where it is of 8-bit floating point, with which torch cannot reckon."""
+    is_8_bit = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.to(torch.float32) if is_8_bit else tensor
+
+
+def _all_reckonable(delta: Delta) -> Delta:
+    def of(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else reckonable(tensor)
+
+    if isinstance(delta, LowRank):
+        return LowRank(reckonable(delta.down), reckonable(delta.up), delta.scale, of(delta.mid))
+    return Dense(of(delta.weight), of(delta.bias))
 
 
 def fit(delta: Delta, layer: nn.Module) -> Delta:
@@ -141,6 +156,7 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
         ValueError: the delta is for a layer of other shape or kind; the message has both shapes.
     """
     weight_shape = _weight_shape(layer)
+    delta = _all_reckonable(delta)
     if isinstance(delta, LowRank):
         try:
             fitted = _fit_low_rank(delta, weight_shape)

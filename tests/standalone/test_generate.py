@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
@@ -243,3 +246,26 @@ def test_nothing_is_left_behind(load: Callable[[str], tuple[Checkpoint, Path]]) 
 def stop(done: int, total: int) -> None:
     if done == 2:
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("method", METHODS)
+def test_8_bit_files_in_every_method_and_a_pool(
+    load: Callable[[str], tuple[Checkpoint, Path]], tmp_path: Path, method: str, dtype: torch.dtype
+) -> None:
+    """One of the LoRAs as fp8, named and out of a pool: the picture of its values in float32."""
+    checkpoint, folder = load("eps")
+    one = {key: tensor.to(dtype) for key, tensor in load_file(folder / "one.safetensors").items()}
+    pictures = []
+    for kind in (dtype, torch.float32):
+        own = tmp_path / str(kind)
+        own.mkdir()
+        save_file({key: tensor.to(kind) for key, tensor in one.items()}, own / "one.safetensors")
+        shutil.copy(folder / "two.safetensors", own)
+        prompts = (PROMPT, "a red (circle:1.2) <lora:two:0.5:1><pool:one:0.8>")
+        settings = paper(enabled=True).with_values({"method": method})
+        pictures.append(
+            [generate(checkpoint, own, request(each, settings=settings)).images[0] for each in prompts]
+        )
+    for first, second in zip(*pictures, strict=True):
+        assert psnr(first, second) > 60

@@ -18,7 +18,8 @@ from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
 from loratorio.standalone.lora_files import LoadedLora, load_lora
 from tests import tiny
-from tests.standalone.test_lora_strengths import CONV, KINDS, LINEAR, NAMINGS, NORM, layer_of, weights_of
+from tests.lora_kinds import KINDS, weights_of
+from tests.standalone.test_lora_strengths import CONV, LINEAR, NAMINGS, NORM, layer_of
 
 TIMES, PARTS = 10_000, 10
 DTYPES = (

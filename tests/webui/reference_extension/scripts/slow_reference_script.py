@@ -6,7 +6,9 @@ Its one argument is `{"patch_size": …, "temperature": …, "top_k": …, "rece
 import importlib.util
 
 import gradio as gr
-from modules import scripts
+import torch
+from fastapi import Body
+from modules import script_callbacks, scripts
 
 # A WebUI puts the extension's folder on the path while it loads its scripts.
 from slow_reference import run
@@ -42,4 +44,23 @@ class SlowReference(scripts.Script):
         run.clear()
 
 
+def layers():
+    """Names in the original code and shapes of the UNet's weights."""
+    return {name: list(weight.shape) for name, weight in host.weights().items()}
+
+
+def change(lora: str = Body(...), layer: str = Body(...)):
+    """A layer's weight, and what the WebUI itself adds to it for a LoRA at strength 1, both as flat lists."""
+    before = host.weights()[layer].detach().float().cpu()
+    with torch.no_grad():
+        added = host.change(lora, layer, before.clone())
+    return {"before": before.flatten().tolist(), "change": added.float().cpu().flatten().tolist()}
+
+
+def add_routes(demo, app):
+    app.add_api_route("/sdapi/v1/slow-reference-layers", layers, methods=["GET"])
+    app.add_api_route("/sdapi/v1/slow-reference-change", change, methods=["POST"])
+
+
+script_callbacks.on_app_started(add_routes)
 host.install()

@@ -81,3 +81,17 @@ def after(params):
 def install():
     script_callbacks.on_cfg_denoiser(before)
     script_callbacks.on_cfg_denoised(after)
+
+
+def weights():
+    return {
+        name.removeprefix("diffusion_model_"): module.weight
+        for name, module in shared.sd_model.network_layer_mapping.items()
+        if name.startswith("diffusion_model_") and getattr(module, "weight", None) is not None
+    }
+
+
+def change(lora, layer, before):
+    networks.list_available_networks()
+    network = networks.load_network(lora, networks.available_networks[lora])
+    return network.modules[f"diffusion_model_{layer}"].calc_updown(before)[0]

@@ -148,3 +148,32 @@ def compose(predict, strengths, x, cond_scale):
     mixed = sum(w[:, None] * each for w, each in zip(weights, unconds[1:], strict=True))
     uncond = knobs["recentre"] * unconds[0] + (1 - knobs["recentre"]) * mixed
     return (uncond + cond_scale * sum(strengths) * (cond - uncond)).to(x)
+
+
+def weights():
+    return {
+        key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_"): weight
+        for key, weight in unet().model.state_dict().items()
+        if key.startswith("diffusion_model.") and key.endswith(".weight")
+    }
+
+
+def change(lora, layer, before):
+    """Forge and Forge Neo; reForge merges elsewhere."""
+    import networks
+    from backend.patcher.lora import load_lora, merge_lora_to_weight, model_lora_keys_unet
+
+    networks.list_available_networks()
+    state = networks.load_lora_state_dict(networks.available_networks[lora].filename)
+    patches, _ = load_lora(state, model_lora_keys_unet(unet().model, {}))
+    key = next(
+        key for key in patches
+        if key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_") == layer
+    )  # fmt: skip
+    return merge_lora_to_weight([(1.0, patches[key], 1.0, None, None)], before.clone(), key) - before
+
+
+def unet():
+    from modules import shared
+
+    return shared.sd_model.forge_objects_original.unet
