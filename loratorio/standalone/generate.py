@@ -102,7 +102,7 @@ def generate(
     bank = Bank([lora.unet for lora in loras.loras])
     weighed = METHODS[settings.method].uses_importance
     with torch.inference_mode():
-        texts = loras.conditioner(checkpoint, _prompts(request, text), text)
+        texts = loras.conditioner(checkpoint, _prompts(request, text))
         participants = loras.weighed(text, checkpoint) if weighed else loras.participants
         engine = Engine(settings, bank, participants) if loras.loras else None
         latents = _sample(checkpoint, request, text, bank, engine, texts, progress)

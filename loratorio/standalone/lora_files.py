@@ -56,8 +56,10 @@ class LoadedLora:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the picture is the same with it: strength 0, no layer of this model, or nothing but zeros."""
-        return all(adapter.changes_nothing for adapter in (self.unet, *self.text))
+        """Whether the picture is the same with it: strength 0, or no layer of this model, nothing but zeros, and no word."""
+        adapters = (self.unet, *self.text)
+        off = all(adapter.strength == 0 for adapter in adapters)
+        return all(adapter.changes_nothing for adapter in adapters) and (off or not self.embeddings)
 
 
 def list_loras(folder: Path) -> dict[str, Path]:

@@ -15,7 +15,6 @@ from ..adapters.bank import Bank
 from ..compose.mixes import Mix, Participants
 from ..errors import LoratorioError
 from ..lora_folder import LoraFolder
-from ..places import with_words
 from ..pool import load_candidates, pool_files
 from ..roles import (
     TaggedLora,
@@ -27,7 +26,6 @@ from ..roles import (
     without_effect_note,
 )
 from .checkpoint import Checkpoint
-from .embeddings import Embedding
 from .lora_files import LoadedLora, find_lora, load_lora
 from .prompt import PromptLora
 from .text import TextConditioner
@@ -44,14 +42,12 @@ class LoraSet:
         tags: one per LoRA; a pool's tag is repeated under each candidate's own name.
         tagged: the LoRAs as the roles see them.
         notes: sentences for the user: files that were skipped, speed LoRAs that were recognised.
-        embeddings: of words that the files bring along, also those without another effect.
     """
 
     tags: tuple[PromptLora, ...]
     loras: tuple[LoadedLora, ...]
     tagged: tuple[TaggedLora, ...]
     notes: tuple[str, ...] = ()
-    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def participants(self) -> Participants:
@@ -62,11 +58,10 @@ class LoraSet:
         """Names of the composed LoRAs, in the order of the weights."""
         return [self.tagged[number].name for number in self.participants.numbers]
 
-    def conditioner(self, checkpoint: Checkpoint, texts: Sequence[str], prompt: str = "") -> TextConditioner:
-        """For these texts, and `prompt` with any LoRA's own words, under any mix of the LoRAs."""
+    def conditioner(self, checkpoint: Checkpoint, texts: Sequence[str]) -> TextConditioner:
+        """For these texts, and any others, under any mix of the LoRAs."""
         banks = [Bank([lora.text[i] for lora in self.loras]) for i in range(len(checkpoint.text_encoders))]
-        own = [with_words(prompt, each.words) for each in self.tagged if each.words]
-        return TextConditioner(checkpoint, banks, texts, own, self.embeddings)
+        return TextConditioner(checkpoint, banks, texts, [lora.embeddings for lora in self.loras])
 
     def weighed(self, prompt: str, checkpoint: Checkpoint) -> Participants:
         """The participants with each LoRA's importance in the prompt, for W-Composite; those without trigger words count as average."""
@@ -109,7 +104,6 @@ def load_lora_set(
         )
         parts += candidates.loaded
         notes += [candidates.note] if candidates.note else []
-    embeddings = tuple(each for _, lora, _ in parts for each in lora.embeddings)
     idle = [tag.name for tag, lora, _ in parts if lora.changes_nothing]
     parts = [part for part in parts if not part[1].changes_nothing]
     notes += [without_effect_note(idle)] if idle else []
@@ -122,7 +116,6 @@ def load_lora_set(
         tuple(lora for _, lora, _ in parts),
         tagged,
         tuple(notes),
-        embeddings,
     )
 
 

@@ -46,9 +46,8 @@ class TextConditioner:
 
     Args:
         banks: for each text encoder the LoRAs' deltas, in the order of the generation's LoRAs.
-        texts: all texts that will be asked for; they decide how many chunks every one has.
-        further: texts that may be longer, and do not make the others so.
-        embeddings: of words that LoRA files bring along; they count in every text and under every mix, as in the WebUI.
+        texts: they decide how many chunks every text has at least; others may be longer.
+        words: for each LoRA the embeddings of the words that its file brings along; they are known where the LoRA is in the mix.
     """
 
     def __init__(
@@ -56,25 +55,29 @@ class TextConditioner:
         checkpoint: Checkpoint,
         banks: Sequence[Bank],
         texts: Sequence[str],
-        further: Sequence[str] = (),
-        embeddings: Sequence[Embedding] = (),
+        words: Sequence[Sequence[Embedding]] = (),
     ) -> None:
         self._checkpoint = checkpoint
         self._banks = tuple(banks)
+        count = len(banks[0].adapters)
+        self._words = tuple(words) or ((),) * count
         touched = [
-            any(bank.adapters[i].deltas for bank in self._banks) for i in range(len(banks[0].adapters))
+            any(bank.adapters[i].deltas for bank in self._banks) or bool(self._words[i]) for i in range(count)
         ]
         self._touched = tuple(touched)
-        self._chunks = [
-            _aligned(tokenizer, texts, further, embeddings) for tokenizer in checkpoint.tokenizers
+        every = [word for own in self._words for word in own]
+        self._least = [
+            max(len(_chunks(tokenizer, text, known)) for text in texts for known in ((), every))
+            for tokenizer in checkpoint.tokenizers
         ]
+        self._cut: dict[tuple[int, str, tuple[int, ...]], list[_Chunk]] = {}
         self._known: dict[tuple[str, Mix], Conditioning] = {}
 
     def prepare(self, texts: Sequence[str], mixes: Sequence[Mix]) -> None:
         """Compute what is missing for these texts under these mixes."""
         wanted = dict.fromkeys((text, self._effective(mix)) for mix in mixes for text in texts)
         missing = [each for each in wanted if each not in self._known]
-        lengths = [len(self._chunks[0][text]) for text, _ in missing]
+        lengths = [len(self._chunks(0, text, mix)) for text, mix in missing]
         for length in dict.fromkeys(lengths):
             self._prepare([each for each, own in zip(missing, lengths, strict=True) if own == length])
 
@@ -95,12 +98,22 @@ class TextConditioner:
     def _effective(self, mix: Mix) -> Mix:
         return tuple(part if touched else 0.0 for part, touched in zip(mix, self._touched, strict=True))
 
+    def _chunks(self, number: int, text: str, mix: Mix) -> list[_Chunk]:
+        """The text as an encoder reads it under a mix, whose LoRAs' words it knows."""
+        active = tuple(i for i, part in enumerate(mix) if part and self._words[i])
+        key = (number, text, active)
+        if key not in self._cut:
+            tokenizer = self._checkpoint.tokenizers[number]
+            own = _chunks(tokenizer, text, [word for i in active for word in self._words[i]])
+            self._cut[key] = own + [_chunk(tokenizer, [])] * (self._least[number] - len(own))
+        return self._cut[key]
+
     def _encode(self, number: int, wanted: Sequence[tuple[str, Mix]]) -> tuple[Tensor, Tensor | None]:
         """Tokens (R, 77·K, W) and, of SDXL's second encoder, pooled (R, W′)."""
-        encoder, chunks = self._checkpoint.text_encoders[number], self._chunks[number]
-        device = self._checkpoint.device
-        rows = [chunk for text, _ in wanted for chunk in chunks[text]]
-        mixes = [mix for text, mix in wanted for _ in chunks[text]]
+        encoder, device = self._checkpoint.text_encoders[number], self._checkpoint.device
+        chunks = [self._chunks(number, text, mix) for text, mix in wanted]
+        rows = [chunk for own in chunks for chunk in own]
+        mixes = [mix for own, (_, mix) in zip(chunks, wanted, strict=True) for _ in own]
         ids = torch.tensor([chunk.tokens for chunk in rows], device=device)
         bank = self._banks[number]
         words = [
@@ -142,15 +155,6 @@ def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
     # A chunk whose mean the emphasis brought to nothing cannot be scaled back.
     ratio = torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio))
     return (after * ratio).to(hidden.dtype)
-
-
-def _aligned(
-    tokenizer: Any, texts: Sequence[str], further: Sequence[str], embeddings: Sequence[Embedding] = ()
-) -> dict[str, list[_Chunk]]:
-    """Chunks of every text, as many as the longest of `texts` has: shorter ones get empty chunks. Of `further` some may have more."""
-    chunks = {text: _chunks(tokenizer, text, embeddings) for text in (*texts, *further)}
-    longest = max(len(chunks[text]) for text in texts)
-    return {text: each + [_chunk(tokenizer, [])] * (longest - len(each)) for text, each in chunks.items()}
 
 
 def _chunks(tokenizer: Any, text: str, embeddings: Sequence[Embedding] = ()) -> list[_Chunk]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,13 @@ def save(folder: Path, bundled: dict[str, Tensor], name: str = "x") -> None:
     )
 
 
-def conditioning(model: Checkpoint, folder: Path, prompt: str) -> tuple[Tensor, Tensor | None]:
+def conditioning(
+    model: Checkpoint, folder: Path, prompt: str, mix: tuple[float, ...] = (1.0,)
+) -> tuple[Tensor, Tensor | None]:
     text, tags = split_loras(prompt)
     loras = load_lora_set(tags, folder, model)
     with torch.inference_mode():
-        found = loras.conditioner(model, [text]).of(text, (0.0,) * len(loras.loras))
+        found = loras.conditioner(model, [text]).of(text, mix)
     return found.tokens, found.pooled
 
 
@@ -116,3 +119,34 @@ def test_words_are_found_whole_and_the_longest_first() -> None:
     assert list(cut_by_words("x a-b-c, a-b.", [short, long, other])) == ["x ", long, ", ", short, "."]
     assert list(cut_by_words("xa-b a-bx (", [short])) == ["xa-b a-bx ("]
     assert list(cut_by_words("", [])) == [""]
+
+
+def test_a_word_is_known_where_its_lora_is_in_the_mix(model: Checkpoint, tmp_path: Path) -> None:
+    save(tmp_path, {"zorb.emb_params": vectors(model, "qw")}, "x")
+    save(tmp_path, {"blip.emb_params": vectors(model, "t" * 72)}, "y")
+    prompt = "e zorb blip <lora:x:1> <lora:y:1>"
+    for mix, same_as in (
+        ((0.0, 0.0), "e zorb blip"),
+        ((1.0, 0.0), "e q w blip"),
+        ((0.0, 1.0), "e zorb BREAK" + " t" * 72),
+        ((0.5, 0.5), "e q w" + " t" * 72),
+    ):
+        found, _ = conditioning(model, tmp_path, prompt, mix)
+        expected, _ = conditioning(model, tmp_path, f"{same_as} <lora:x:1> <lora:y:1>", (0.0, 0.0))
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=0)
+
+
+def test_a_lora_that_only_brings_a_word_counts(model: Checkpoint, tmp_path: Path) -> None:
+    save(tmp_path, {"zorb.emb_params": vectors(model, "qw")})
+    assert len(load_lora_set(split_loras("<lora:x:1>")[1], tmp_path, model).loras) == 1
+    assert not load_lora_set(split_loras("<lora:x:0>")[1], tmp_path, model).loras
+    request = Request("a zorb <lora:x:1>", steps=2, width=64, height=64)
+    other = Request("a q w <lora:x:1>", steps=2, width=64, height=64)
+    merge = {"method": "merge"}
+    pictures = [
+        generate(model, tmp_path, replace(each, settings=each.settings.with_values(merge)))
+        .images[0]
+        .tobytes()
+        for each in (request, other)
+    ]
+    assert pictures[0] == pictures[1]
