@@ -209,7 +209,7 @@ class Settings:
         "weights", 8, folded=True, step=0.05,
     )  # fmt: skip
     reuse: int = knob(
-        "int", 2, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
+        "int", 3, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
         "steps", 3, minimum=1, maximum=10, before=1,
     )  # fmt: skip
 
@@ -266,8 +266,8 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "balanced",
             "Balanced",
-            "Each LoRA at every second step, and a small part of every LoRA in all the others' passes. The default.",
-            {"recentre": 0.5, "share": 0.15, "reuse": 2},
+            "Each LoRA at every third step, and a small part of every LoRA in all the others' passes. The default.",
+            {"recentre": 0.5, "share": 0.15, "reuse": 3},
         ),
         Preset(
             "fast",

@@ -176,7 +176,7 @@ def speed(recentre: float, share: float, reuse: int) -> Variant:
 
 SPEED_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
-    *(speed(0.5, share, reuse) for share in (0.0, 0.15) for reuse in (1, 2)),
+    *(speed(0.5, share, reuse) for share in (0.0, 0.15) for reuse in (1, 3)),
     *(speed(1.0, share, reuse) for share in (0.0, 0.15) for reuse in (1, 2, 3, 4)),
 )
 """What the presets are chosen from."""

@@ -1,6 +1,6 @@
 """What a pool costs and what it changes: rows and seconds against plain steps, and PSNR against scoring all candidates always.
 
-loratorio-lab pool-cost                 the toybox; its LoRAs over again at other strengths, up to a pool of 20
+loratorio-lab pool-cost --recentre 1    the toybox; its LoRAs over again at other strengths, up to a pool of 20
 loratorio-lab pool-cost --pool 100 --seeds 1 --no-reference        does a pool of 100 run to the end, and at what cost?
 loratorio-lab pool-cost --checkpoint model --lora-dir folder --prompt "a cat" --size 512
 """
@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", default="4,5,6,8", help="pool_size")
     parser.add_argument("--intervals", default="7,20", help="pool_interval")
+    parser.add_argument(
+        "--recentre",
+        type=float,
+        default=Settings().recentre,
+        help="at 1 candidates have no unconditional rows",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.checkpoint is None:
@@ -102,7 +108,7 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
         """Pictures, rows a step and image, and seconds of processor time."""
         request = Request(
             prompt,
-            settings=Settings(enabled=True).with_values(knobs),
+            settings=Settings(enabled=True, recentre=options.recentre).with_values(knobs),
             steps=options.steps,
             cfg=options.cfg,
             batch=options.seeds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
-from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT
+from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT, UNCOND, UncondResidual
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.compose.regions import Box, Place
 from loratorio.engine import Engine, Row, Step
@@ -45,9 +46,9 @@ class Model:
         self.evaluation = evaluation
         self.asked.append([])
 
-    def run_at(self, evaluation: int, participants: Participants) -> list[int]:
-        """Places of the LoRAs whose conditional rows were run."""
-        mixes = {row.mix for row in self.asked[evaluation] if row.cond}
+    def run_at(self, evaluation: int, participants: Participants, cond: bool = True) -> list[int]:
+        """Places of the LoRAs whose conditional, or unconditional, rows were run."""
+        mixes = {row.mix for row in self.asked[evaluation] if row.cond == cond}
         return [place for place, mix in enumerate(participants.singles) if mix in mixes]
 
 
@@ -67,6 +68,15 @@ def slowly(history: list[tuple[int, Tensor]], now: int) -> Tensor:
     before_time, before = history[-2]
     onward = DAMPING * min(1.0, (now - last_time) / (last_time - before_time))
     return last + onward * (last - before)
+
+
+def along(uncond: Tensor, cond: Tensor) -> Tensor:
+    """How much of one residual lies along the other, by picture, from 0 to 1: (B, 1, 1, 1)."""
+    parts = []
+    for own, other in zip(uncond, cond, strict=True):
+        dot, square = float((own * other).sum()), float((other * other).sum())
+        parts.append(min(1.0, max(0.0, dot / square)) if square else 0.0)
+    return torch.tensor(parts, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -97,7 +107,7 @@ def test_what_is_composed_is_the_formula(
     participants = engine.participants.with_shared_parts(share)
     base, reference = participants.base, participants.compared
     conds: dict[int, list[tuple[int, Tensor]]] = {}
-    unconds: dict[int, list[tuple[int, Tensor]]] = {}
+    unconds: dict[int, tuple[Tensor, Tensor]] = {}
     for index in range(total):
         model.begin(index)
         z = latents(batch, shape, index)
@@ -112,16 +122,20 @@ def test_what_is_composed_is_the_formula(
             (reference, True): now(reference, True),
         }
         run = model.run_at(index, participants)
+        run_uncond = model.run_at(index, participants, cond=False)
         for place, mix in enumerate(participants.singles):
             if place in run:
                 conds.setdefault(place, []).append(
                     (index, (now(mix, True) - now(reference, True)) / rms(noise))
                 )
-                unconds.setdefault(place, []).append(
-                    (index, (now(mix, False) - now(base, False)) / rms(noise))
-                )
-            answers[mix, True] = now(reference, True) + rms(noise) * slowly(conds[place], index)
-            answers[mix, False] = now(base, False) + rms(noise) * slowly(unconds[place], index)
+            residual = slowly(conds[place], index) if place not in run else conds[place][-1][1]
+            if place in run_uncond:
+                unconds[place] = (now(mix, False) - now(base, False)) / rms(noise), residual
+            answers[mix, True] = now(reference, True) + rms(noise) * residual
+            if place in unconds:  # with λ = 1 none of them is run
+                uncond, beside = unconds[place]
+                uncond = uncond + DAMPING * along(uncond, beside) * (residual - beside)
+                answers[mix, False] = now(base, False) + rms(noise) * uncond
 
         def full(rows: Sequence[Row], answers: dict[tuple[Mix, bool], Tensor] = answers) -> Tensor:
             return torch.stack([answers[row.mix, row.cond][row.slot] for row in rows]).float()
@@ -157,6 +171,35 @@ def test_turns(count: int, every_nth: int) -> None:
     for asked in model.asked:
         assert {row.mix for row in asked if not row.cond} == {engine.participants.base}
         assert engine.participants.base in {row.mix for row in asked if row.cond}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("every_nth", [2, 3])
+def test_unconditional_rows_are_run_at_some_of_a_loras_runs(count: int, every_nth: int) -> None:
+    total = 40
+    engine, model = Engine(paper(reuse=every_nth), bank(count)), Model((4, 4, 4))
+    for index in range(total):
+        model.begin(index)
+        engine.step(Step(index, total, latents(1, (4, 4, 4)), 1, denoised=False), model)
+    for place in range(count):
+        runs = [index for index in range(total) if place in model.run_at(index, engine.participants)]
+        unconds = [
+            index for index in range(total) if place in model.run_at(index, engine.participants, cond=False)
+        ]
+        assert unconds[0] == 0
+        assert set(unconds) <= set(runs)
+        late = LATE * total
+        assert [index for index in unconds if index >= late] == [index for index in runs if index >= late]
+        again = [runs.index(index) for index in unconds[1:] if index < late]
+        assert again[0] == place % UNCOND + 1
+        assert {later - earlier for earlier, later in itertools.pairwise(again)} == {UNCOND}
+
+
+def test_what_is_kept_of_and_prompts_is_not_taken_to_follow() -> None:
+    """With AND there are more conditional rows than unconditional ones, which then stay as they were."""
+    uncond, cond = torch.randn(1, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    kept = UncondResidual.of(uncond, cond)
+    assert torch.equal(kept.now(torch.randn(2, 4, 3, 3)), uncond)
 
 
 @pytest.mark.parametrize(("total", "every_nth"), [(SHORT, 4), (4, 2), (30, 1)])

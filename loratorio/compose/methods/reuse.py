@@ -28,7 +28,10 @@ LATE = 0.85
 """From this part of the steps on, a LoRA is run at every other evaluation at least: predictions change fastest at the end."""
 
 DAMPING = 0.5
-"""How much of a LoRA's last change is taken to go on: found by measurement (docs/METHODS.md)."""
+"""How much of a change is taken to go on, or to be followed: found by measurement (docs/METHODS.md)."""
+
+UNCOND = 2
+"""A LoRA's unconditional rows are run at every second of its runs: they count for less, and follow the conditional ones."""
 
 LEAST_SHARE = 0.02
 """Of the picture, times evaluations since; a candidate of a pool with less is not run."""
@@ -40,28 +43,61 @@ class Residual:
 
     Attributes:
         time: number of the evaluation.
-        cond: of the conditional rows, (Bc, C, H, W) float32. uncond: of the unconditional ones, (Bu, C, H, W), where they were run.
+        cond: of the conditional rows, (Bc, C, H, W) float32.
     """
 
     time: int
     cond: Tensor
-    uncond: Tensor | None
+
+
+@dataclass(frozen=True)
+class UncondResidual:
+    """The same of the unconditional rows, and of the conditional ones beside them.
+
+    Attributes:
+        uncond: (Bu, C, H, W) float32.
+        cond: (Bc, C, H, W) float32 of the same evaluation.
+        follows: (Bu, 1, 1, 1), how much of a change of `cond` is taken for one of `uncond`: `DAMPING` of the part of `uncond` that lies
+            along `cond`, which is from 0 to 1; 0 where the one does not belong to the other (Bc is not Bu).
+    """
+
+    uncond: Tensor
+    cond: Tensor
+    follows: Tensor
+
+    @classmethod
+    def of(cls, uncond: Tensor, cond: Tensor) -> UncondResidual:
+        if uncond.shape != cond.shape:
+            return cls(uncond, cond, torch.zeros_like(uncond[:, :1, :1, :1]))
+        along = (uncond * cond).sum(dim=(1, 2, 3), keepdim=True)
+        follows = along / cond.square().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-20)
+        return cls(uncond, cond, DAMPING * follows.clamp(0, 1))
+
+    def now(self, cond: Tensor) -> Tensor:
+        """What it is taken to be where the conditional one is `cond`."""
+        same = cond.shape == self.uncond.shape
+        return self.uncond + self.follows * (cond - self.cond) if same else self.uncond
 
 
 class Reuse(Method):
     """A weighted method of which an evaluation of the model runs only some of the LoRAs.
 
     The base is run at every evaluation. A LoRA that is not is taken to differ from it as it did when it last was, in proportion to
-    the size of the base's noise, and `DAMPING` of its last change going on. Of the LoRAs that the prompt names every n-th is run, by turn,
-    n being the knob `reuse`; all of them at the first evaluation. Of a pool's candidates the `pool_size` most urgent ones are run: those
-    with the largest share of the picture times the evaluations since they last were; all of them at every `pool_interval`-th step. A
-    LoRA is weighed at every evaluation, run or not. Evaluations count, not steps: some samplers make two a step.
+    the size of the base's noise, and `DAMPING` of its last change going on. Its unconditional rows are run at every `UNCOND`-th of its
+    runs, and late at all; between, they are taken to change as its conditional ones do.
+
+    Of the LoRAs that the prompt names every n-th is run, by turn, n being the knob `reuse`; all of them at the first evaluation. Of a
+    pool's candidates the `pool_size` most urgent ones are run: those with the largest share of the picture times the evaluations since
+    they last were; all of them at every `pool_interval`-th step. A LoRA is weighed at every evaluation, run or not. Evaluations count,
+    not steps: some samplers make two a step.
     """
 
     def __init__(self, method: Weighted) -> None:
         self._method = method
         self._time = 0
         self._kept: dict[int, list[Residual]] = {}  # by place, the last two
+        self._unconds: dict[int, UncondResidual] = {}
+        self._until_uncond: dict[int, int] = {}  # by place, runs without the unconditional rows that are left
         self._shape: Hashable = None
         self._shares: Tensor | None = None
         self._listed: list[float] = []
@@ -72,7 +108,7 @@ class Reuse(Method):
         if not self._reuses(shared):
             return asked
         left_out = self._left_out(shared)
-        branches = [branch for branch in asked if branch.mix not in left_out]
+        branches = [branch for branch in asked if branch not in left_out]
         if any(not branch.cond for branch in asked):
             # What unconditional predictions are compared with, also where the method itself does without.
             branches.append(Branch(shared.participants.base, False))
@@ -96,17 +132,22 @@ class Reuse(Method):
 
     def _reuses(self, now: StepContext) -> bool:
         """Whether any LoRA may be left out at this step."""
-        participants = now.participants
-        by_turn = now.knobs["reuse"] > 1 and now.total > SHORT
-        return len(participants.singles) > 1 and (by_turn or any(participants.pooled))
+        every = range(len(now.participants.singles))
+        return len(every) > 1 and any(self._may_wait(place, now) for place in every)
 
-    def _left_out(self, now: StepContext) -> set[Mix]:
-        """Mixes of the LoRAs that are not run at this evaluation."""
+    def _left_out(self, now: StepContext) -> set[Branch]:
+        """What of the LoRAs is not run at this evaluation."""
         participants = now.participants
-        run = {participants.singles[place] for place in self._due(now)}
+        due = self._due(now)
+        stale = self._is_stale(now)
+        with_uncond = [place for place in due if stale or self._is_uncond_due(place, now)]
         # LoRAs that share all of themselves are one mix, and the reference's.
         needed = {participants.base, participants.compared, *(each.mix for each in participants.additions)}
-        return set(participants.singles) - run - needed
+        left_out: set[Branch] = set()
+        for cond, run in ((True, due), (False, with_uncond)):
+            mixes = {*participants.singles} - {participants.singles[place] for place in run} - needed
+            left_out |= {Branch(mix, cond) for mix in mixes}
+        return left_out
 
     def _due(self, now: StepContext) -> list[int]:
         """Places of the LoRAs that are run at this evaluation."""
@@ -117,10 +158,20 @@ class Reuse(Method):
         named = [place for place in every if not now.participants.is_candidate(place)]
         return [*self._by_turn(named, now), *self._by_urgency(pooled, now)]
 
+    def _may_wait(self, place: int, now: StepContext) -> bool:
+        """Whether a LoRA is one that need not be run at every evaluation."""
+        by_turn = now.knobs["reuse"] > 1 and now.total > SHORT
+        return by_turn or now.participants.is_candidate(place)
+
+    def _is_uncond_due(self, place: int, now: StepContext) -> bool:
+        """Whether a LoRA that is run is run with its unconditional rows, too."""
+        late = now.index >= LATE * now.total
+        return late or self._until_uncond.get(place, 0) == 0 or not self._may_wait(place, now)
+
     def _is_stale(self, now: StepContext) -> bool:
         """Whether nothing is kept that fits this evaluation's rows, or something is lacking that is asked now."""
         of_uncond = now.has_uncond and now.knobs["recentre"] < 1
-        lacking = of_uncond and any(each[-1].uncond is None for each in self._kept.values())
+        lacking = of_uncond and self._unconds.keys() != self._kept.keys()
         return not self._kept or lacking or self._shape != _shape(now)
 
     def _by_turn(self, named: list[int], now: StepContext) -> list[int]:
@@ -147,33 +198,42 @@ class Reuse(Method):
         """Keep how far those that were run are from the base."""
         if self._shape != _shape(now):
             self._kept.clear()
+            self._unconds.clear()
+            self._until_uncond.clear()
             self._shape, self._time = _shape(now), 0
         participants = now.participants
         for place, mix in enumerate(participants.singles):
             if Branch(mix, True) in predictions.by_branch:
                 cond = _difference(predictions, mix, participants.compared, True)
                 assert cond is not None
-                uncond = _difference(predictions, mix, participants.base, False)
-                residual = Residual(self._time, cond / size, None if uncond is None else uncond / size)
+                residual = Residual(self._time, cond / size)
                 self._kept[place] = [*self._kept.get(place, [])[-1:], residual]
+                uncond = _difference(predictions, mix, participants.base, False)
+                if uncond is not None:
+                    # Of several LoRAs' first unconditional rows some come again sooner, so that each step has about as many.
+                    first = place not in self._unconds
+                    self._unconds[place] = UncondResidual.of(uncond / size, residual.cond)
+                    self._until_uncond[place] = place % UNCOND if first else UNCOND - 1
+                else:
+                    self._until_uncond[place] = max(0, self._until_uncond.get(place, 0) - 1)
 
     def _carried_on(self, now: StepContext, predictions: Predictions, size: Tensor) -> dict[Branch, Tensor]:
         """The predictions, float32, of the LoRAs that were not run."""
         participants = now.participants
         made: dict[Branch, Tensor] = {}
         for place, mix in enumerate(participants.singles):
-            if Branch(mix, True) in predictions.by_branch:
-                continue
             kept = self._kept[place]
-            since = self._time - kept[-1].time
-            before = kept[-1].time - kept[0].time
-            onward = DAMPING * min(1.0, since / before) if before else 0.0
-            reference = predictions.cond(participants.compared).to(torch.float32)
-            made[Branch(mix, True)] = reference + size * _onward([each.cond for each in kept], onward)
-            unconds = [each.uncond for each in kept if each.uncond is not None]
-            if unconds and now.has_uncond:
+            residual = kept[-1].cond
+            if Branch(mix, True) not in predictions.by_branch:
+                since = self._time - kept[-1].time
+                before = kept[-1].time - kept[0].time
+                onward = DAMPING * min(1.0, since / before) if before else 0.0
+                residual = _onward([each.cond for each in kept], onward)
+                reference = predictions.cond(participants.compared).to(torch.float32)
+                made[Branch(mix, True)] = reference + size * residual
+            if now.has_uncond and place in self._unconds and Branch(mix, False) not in predictions.by_branch:
                 reference = predictions.uncond(participants.base).to(torch.float32)
-                made[Branch(mix, False)] = reference + size * _onward(unconds, onward)
+                made[Branch(mix, False)] = reference + size * self._unconds[place].now(residual)
         return made
 
 
