@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,35 @@ def test_generate(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> N
     # Older pictures are never written over.
     assert run("generate", PROMPT)[0] == 0
     assert pictures(tmp_path)[-1] == "00002-0.png"
+
+
+def test_loras_called_all_long_ambiguous_or_behind_a_link(
+    run: Callable[..., tuple[int, str, str]], studio: Path, tmp_path: Path
+) -> None:
+    """What a LoRA is called costs no picture, no overview map, and no other LoRA's map."""
+    rose, own, long = studio / "loras" / "rose.safetensors", tmp_path / "loras", "x" * 240
+    for name in ("all", long, "sub/same", "sub2/same"):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(rose, own / f"{name}.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(rose, tmp_path / "elsewhere" / "far.SAFETENSORS")
+    os.symlink(tmp_path / "elsewhere", own / "linked")
+    prompt = f"a <lora:All:0.5> <lora:{long}> <lora:sub2/same> <lora:same> <lora:far>"
+    code, printed, said = run("generate", prompt, "--weight-maps", "--lora-dir", str(own))
+    assert code == 0, said
+    assert "2 LoRA files are called same: sub/same, sub2/same. sub/same was used" in said
+    names = [Path(line).name for line in printed.splitlines()]
+    assert len({*names}) == len(names) == 7
+    assert names[:3] == ["00000-0.png", "00000-0-map-all.png", "00000-0-map-All-2.png"]
+    assert pictures(tmp_path) == sorted(names)
+
+
+def test_a_prompt_that_is_no_utf_8(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    for options in ((os.fsdecode(b"a \xff circle"),), (PROMPT, "--negative", os.fsdecode(b"\xe9t\xe9"))):
+        code, _, said = run("generate", *options)
+        assert code == 2
+        assert "is not UTF-8 text" in said
+    assert pictures(tmp_path) == []
 
 
 def test_compare_methods_and_values(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

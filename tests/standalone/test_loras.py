@@ -131,6 +131,10 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "loha-dora": {"algo": "loha", "dora_wd": True},
     "lokr": {"algo": "lokr", "factor": 4},
     "lokr-full-matrix": {"algo": "lokr", "factor": 4, "full_matrix": True},
+    "lokr-tucker": {"algo": "lokr", "factor": 4, "use_tucker": True},
+    "lokr-unbalanced": {"algo": "lokr", "unbalanced_factorization": True},
+    "lokr-decompose-both": {"algo": "lokr", "factor": 4, "decompose_both": True},
+    "lokr-unbalanced-tucker": {"algo": "lokr", "unbalanced_factorization": True, "use_tucker": True},
     "full": {"algo": "full", "train_norm": True},
     "glora": {"algo": "glora"},
     "diag-oft": {"algo": "diag-oft"},
@@ -159,6 +163,10 @@ def test_lycoris_against_lycoris(model: Checkpoint, tmp_path: Path, kind: str) -
     }
     if kind == "dora-per-input":
         merge_per_input(merged, lycoris_names)
+    elif kind.startswith("lokr"):
+        # The trained network itself: reading its own files again, lycoris guesses how they are factored.
+        made.load_state_dict(lycoris_names)
+        merged = theirs
     else:
         # Its forward, as it trains: its merging of LoHa and LoKr has alpha/rank twice.
         network, _ = create_lycoris_from_weights(1.0, "", merged, weights_sd=lycoris_names)

@@ -1,0 +1,91 @@
+"""The method's premise on the toybox: does a LoRA that the prompt asks for diverge from the base further than one that it does not?
+
+loratorio-lab premise                     the toybox that ships
+loratorio-lab premise --folder FOLDER     another one, as `loratorio-lab train` writes it
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lab.bench.cli import toybox_categories
+from lab.bench.plan import combinations, sample
+from lab.toybox import shapes, world
+from loratorio import toybox
+from loratorio.settings import Settings
+from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
+from loratorio.standalone.generate import Request, generate
+from loratorio.toybox.elements import ELEMENTS
+
+STEPS, CFG, SEEDS = 12, 3.0, 2
+EARLY = 3
+"""Of the steps, the first that are looked at: later ones show what was composed already."""
+
+
+def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[str]) -> list[float]:
+    """How well divergence tells a combination's LoRAs from the others of the toybox, per early step.
+
+    All LoRAs are composed under the combination's prompt. A LoRA's divergence is its mean over the patches of 1 − cos to the base's noise,
+    up to a constant of the step: at temperature 1 the logarithm of its weight is that (arXiv 2508.11624, SoftMin over similarities).
+
+    Returns:
+        The probability that a LoRA that is asked for diverges further than one that is not; 0.5 is chance.
+    """
+    scene = world.random_scene(random.Random("+".join(combination)), *combination)
+    tags = " ".join(f"<lora:{element.name}>" for element in ELEMENTS)
+    knobs = {"temperature": 1.0, "share": 0.0, "reuse": 1, "weight_maps": True}
+    request = Request(
+        f"{world.caption(scene)} {tags}",
+        settings=Settings(enabled=True).with_values(knobs),
+        steps=STEPS,
+        cfg=CFG,
+        batch=SEEDS,
+        width=shapes.PIXELS,
+        height=shapes.PIXELS,
+    )
+    outcome = generate(checkpoint, loras, request)
+    wanted = np.array([name in combination for name in outcome.composed])
+    found = []
+    for weights in outcome.history.weights[:EARLY]:
+        scores = np.log(np.asarray(weights.float())).mean(axis=(2, 3))  # (LoRAs, pictures)
+        found.append(float(np.mean([auc(scores[:, image], wanted) for image in range(SEEDS)])))
+    return found
+
+
+def auc(scores: NDArray[np.float64], wanted: NDArray[np.bool_]) -> float:
+    """Share of the pairs of one that is wanted and one that is not in which the wanted one scores higher; ties count half."""
+    differences = scores[wanted][:, None] - scores[~wanted][None, :]
+    return float(((differences > 0) + 0.5 * (differences == 0)).mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="loratorio-lab premise",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, default=toybox.FOLDER, help="where model/ and lora/ are")
+    parser.add_argument("--combinations", type=int, default=6, help="how many of each N; 0: all")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    categories = toybox_categories()
+    combos = [
+        combo
+        for count in (2, 3, 4, 5)
+        for combo in sample(combinations(categories, count), options.combinations)
+    ]
+    checkpoint = load_checkpoint(options.folder / "model" / "toybox.safetensors")
+    every = np.array([divergence_auc(checkpoint, options.folder / "lora", combo) for combo in combos])
+    print(
+        f"Divergence of the LoRAs that are asked for and of the others, {len(combos)} combinations, {SEEDS} seeds: AUC"
+    )
+    for step, values in enumerate(every.T, 1):
+        print(f"  step {step} of {STEPS}: {values.mean():.2f} (least of a combination {values.min():.2f})")
+    print(f"  all {EARLY}: {every.mean():.2f}")

@@ -1,0 +1,33 @@
+"""How well divergence tells wanted LoRAs from others: the measure itself, and one combination of the toybox."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.benchmarks.premise import EARLY, auc, divergence_auc
+from loratorio import toybox
+from loratorio.standalone.checkpoint import load_checkpoint
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=12))
+def test_auc_is_the_share_of_pairs_in_order(pairs: list[tuple[int, bool]]) -> None:
+    wanted = np.array([own for _, own in pairs])
+    if wanted.all() or not wanted.any():
+        return
+    scores = np.array([score for score, _ in pairs], dtype=float)
+    points = [
+        1.0 if one > other else 0.5 if one == other else 0.0
+        for one, own in pairs
+        if own
+        for other, its in pairs
+        if not its
+    ]
+    assert np.isclose(auc(scores, wanted), np.mean(points))
+
+
+def test_one_combination() -> None:
+    found = divergence_auc(load_checkpoint(toybox.CHECKPOINT), toybox.LORA_DIR, ("cat", "night"))
+    assert len(found) == EARLY
+    assert all(0 <= value <= 1 for value in found)
