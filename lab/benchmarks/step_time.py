@@ -315,16 +315,22 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def measure_presets(
-    bench: Workbench, count: int, pixels: int, rounds: int, clock: Clock, steps: int = 20
+    bench: Workbench,
+    presets: Sequence[str],
+    count: int,
+    pixels: int,
+    rounds: int,
+    clock: Clock,
+    steps: int = 20,
 ) -> dict[str, Any]:
-    """Whole schedules by each preset, step by step in turns with plain steps.
+    """Whole schedules by each of these presets, step by step in turns with plain steps.
 
     Returns:
         seconds, rows and operations of a mean step, and the seconds over a plain step's.
     """
-    variants = {name: Variants(bench, count, pixels) for name in PRESETS}
+    variants = {name: Variants(bench, count, pixels) for name in presets}
     plain = Variants(bench, count, pixels)
-    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *PRESETS)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *presets)}
     with ExitStack() as attached:
         layers = lora_layers(bench.hooked_unet)
         for variant in variants.values():
@@ -461,6 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="LoRAs, for the presets' schedules",
     )
+    parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=list(PRESETS))
     parser.add_argument("--preset-rounds", type=int, default=1, help="how many schedules of each preset")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
@@ -512,7 +519,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary["presets"] = []
     for pixels in sizes:
         for count in options.preset_counts:
-            summary["presets"].append(measure_presets(bench, count, pixels, options.preset_rounds, clock))
+            summary["presets"].append(
+                measure_presets(bench, options.presets, count, pixels, options.preset_rounds, clock)
+            )
             report_presets(summary["presets"][-1])
             save()
     if options.compose_size:
