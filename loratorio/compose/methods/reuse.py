@@ -166,6 +166,9 @@ class Reuse(Method):
     def _is_uncond_due(self, place: int, now: StepContext) -> bool:
         """Whether a LoRA that is run is run with its unconditional rows, too."""
         late = now.index >= LATE * now.total
+        is_candidate = now.participants.is_candidate(place)
+        if is_candidate and now.index % now.knobs["pool_interval"] == 0:
+            return True
         return late or self._until_uncond.get(place, 0) == 0 or not self._may_wait(place, now)
 
     def _is_stale(self, now: StepContext) -> bool:
