@@ -299,7 +299,7 @@ def test_settings_page_gives_the_defaults(webui: SimpleNamespace, capsys: pytest
 
 
 AT_START = (
-    "compose errors hosts infotext job places pool roles settings webui "
+    "compose errors hosts infotext job lora_folder places pool roles settings webui "
     "compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.regions compose.weights "
     "hosts.shared hosts.shared.host "
     "webui.api webui.components webui.infotext webui.options webui.pools webui.xyz"
