@@ -24,6 +24,9 @@ KNOBS = ("reuse", "pool_size", "pool_interval")
 SHORT = 10
 """Schedules of so many steps and fewer run all named LoRAs at all steps: what a LoRA predicts changes too much between two of theirs."""
 
+FEW = 17
+"""Schedules of so many steps and fewer run a LoRA at every other evaluation at least: else it would be run but five times and less."""
+
 LATE = 0.85
 """From this part of the steps on, a LoRA is run at every other evaluation at least: predictions change fastest at the end."""
 
@@ -179,7 +182,7 @@ class Reuse(Method):
 
     def _by_turn(self, named: list[int], now: StepContext) -> list[int]:
         every_nth = now.knobs["reuse"] if now.total > SHORT else 1
-        if now.index >= LATE * now.total:
+        if now.index >= LATE * now.total or now.total <= FEW:
             every_nth = min(every_nth, 2)
         # Neighbours take turns together: they stand together in the batch, and in what it is multiplied with.
         turns = [number * every_nth // max(len(named), every_nth) for number in range(len(named))]
