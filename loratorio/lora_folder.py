@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from pathlib import Path
@@ -52,10 +53,9 @@ class LoraFolder:
             raise LoratorioError(f"There is no LoRA folder {readable(folder)}: check the path.")
         self.files = tuple(sorted(self._found(folder)))
         self._relative = {file: self._path_in_folder(file) for file in self.files}
-        stems = [folded(file.stem) for file in self.files]
-        self._repeated = (
-            {stem for stem in stems if stems.count(stem) > 1} if len({*stems}) < len(stems) else set()
-        )
+        stems = Counter(folded(file.stem) for file in self.files)
+        self._repeated = {stem for stem, count in stems.items() if count > 1}
+        self._real_root = folder.resolve()
 
     def name_of(self, file: Path) -> str:
         """The shortest name that no other file has."""
@@ -89,7 +89,7 @@ class LoraFolder:
 
     def leads_out(self, file: Path) -> bool:
         """Whether a file lies elsewhere and is here by a link."""
-        return not file.resolve().is_relative_to(self.root.resolve())
+        return not file.resolve().is_relative_to(self._real_root)
 
     @property
     def cannot_be_read(self) -> str:

@@ -19,33 +19,19 @@ from lab.toybox.models import (
     UNET_CHANNELS,
     VAE_CHANNELS,
 )
+from loratorio.standalone.ldm_names import ALONE, IN_RESNET
 
 TEXT_NAME = "toybox_text"
 """Folder of the tokenizer and text configuration, as the configuration file names it."""
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_OUTER = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def unet_key(key: str) -> str:
     """LDM's name of a diffusers UNet weight (two residual blocks a level)."""
     module, kind = key.rsplit(".", 1)
-    if module in _OUTER:
-        return f"{_OUTER[module]}.{kind}"
+    if module in ALONE:
+        return f"{ALONE[module]}.{kind}"
     parts = re.fullmatch(
         r"(down|mid|up)_blocks?\.?(\d*)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module
     )
@@ -53,7 +39,7 @@ def unet_key(key: str) -> str:
         raise KeyError(key)
     side, level, what, index, rest = parts[1], int(parts[2] or 0), parts[3], int(parts[4]), parts[5]
     if what == "resnets":
-        rest = _RESNET[rest]
+        rest = IN_RESNET[rest]
     if side == "mid":
         return f"middle_block.{1 if what == 'attentions' else 2 * index}.{rest}.{kind}"
     if what == "downsamplers":

@@ -117,7 +117,7 @@ class Adapter:
         """Raise LoratorioError naming the layer if any tensor holds NaN or infinity."""
         for layer, deltas in self.deltas.items():
             for delta in deltas:
-                if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(delta)):
+                if not all(bool(torch.isfinite(reckonable(tensor)).all()) for tensor in _tensors(delta)):
                     raise LoratorioError(
                         f"LoRA {self.name} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
                     )
@@ -126,12 +126,12 @@ class Adapter:
 def _is_zero(delta: Delta) -> bool:
     if isinstance(delta, LowRank):
         return delta.scale == 0 or not all(bool(reckonable(each).any()) for each in (delta.up, delta.down))
-    return not any(bool(tensor.any()) for tensor in _tensors(delta))
+    return not any(bool(reckonable(tensor).any()) for tensor in _tensors(delta))
 
 
 def _tensors(delta: Delta) -> list[Tensor]:
     found = [delta.down, delta.up, delta.mid] if isinstance(delta, LowRank) else [delta.weight, delta.bias]
-    return [reckonable(tensor) for tensor in found if tensor is not None]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def reckonable(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-_IN_RESNET = {
+IN_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -14,7 +14,7 @@ _IN_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_ALONE = {
+ALONE = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -22,6 +22,11 @@ _ALONE = {
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+}
+_MIDDLE = {
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
 }
 
 
@@ -33,33 +38,25 @@ def ldm_names(unet: nn.Module) -> dict[str, str]:
         block = next((each for each in blocks if path == each or path.startswith(f"{each}.")), None)
         if block is not None:
             inner = path.removeprefix(block).removeprefix(".")
-            inner = _IN_RESNET.get(inner, inner) if ".resnets." in block else inner
+            inner = IN_RESNET.get(inner, inner) if ".resnets." in block else inner
             named[f"{blocks[block]}.{inner}".removesuffix(".")] = path
     return named
 
 
 def _blocks(unet: Any) -> dict[str, str]:
     """What stands where: paths of blocks, and the original code's for them, which counts them through."""
-    blocks = dict(_ALONE)
-    count = 1
-    for i, down in enumerate(unet.down_blocks):
-        for j in range(len(down.resnets)):
-            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{count}.0"
-            blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{count}.1"
-            count += 1
-        if down.downsamplers:
-            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
-            count += 1
-    for j in range(2):
-        blocks[f"mid_block.resnets.{j}"] = f"middle_block.{2 * j}"
-    blocks["mid_block.attentions.0"] = "middle_block.1"
-    count = 0
-    for i, up in enumerate(unet.up_blocks):
-        for j in range(len(up.resnets)):
-            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{count}.0"
-            blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{count}.1"
-            count += 1
-        if up.upsamplers:
-            place = 2 if getattr(up, "attentions", None) else 1
-            blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{count - 1}.{place}.conv"
+    blocks = {**ALONE, **_MIDDLE}
+    for side, theirs, count in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
+        for i, block in enumerate(getattr(unet, side)):
+            for j in range(len(block.resnets)):
+                blocks[f"{side}.{i}.resnets.{j}"] = f"{theirs}.{count}.0"
+                blocks[f"{side}.{i}.attentions.{j}"] = f"{theirs}.{count}.1"
+                count += 1
+            if getattr(block, "downsamplers", None):
+                blocks[f"{side}.{i}.downsamplers.0.conv"] = f"{theirs}.{count}.0.op"
+                count += 1
+            if getattr(block, "upsamplers", None):
+                # The last module of the block before, whose second is the attention, if there is one.
+                place = 2 if getattr(block, "attentions", None) else 1
+                blocks[f"{side}.{i}.upsamplers.0.conv"] = f"{theirs}.{count - 1}.{place}.conv"
     return blocks

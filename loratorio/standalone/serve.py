@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,19 +98,19 @@ def build(model: LoadedModel) -> Any:
     """The page, not yet served."""
     import gradio as gr
 
-    names = sorted(list_loras(model.lora_dir)) if model.lora_dir else []
+    loras = list_loras(model.lora_dir) if model.lora_dir else {}
     with gr.Blocks(title="LoRAtorio", analytics_enabled=False) as page:
         gr.Markdown("# LoRAtorio\nSeveral LoRAs in one picture, each where it knows best.", elem_id="title")
         with gr.Row(equal_height=False, elem_id="main"):
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
-                    _first_prompt(names), label="Prompt", lines=3, max_lines=8, elem_id="prompt",
+                    _first_prompt(loras), label="Prompt", lines=3, max_lines=8, elem_id="prompt",
                     placeholder="words and <lora:name:strength> tags",
                 )  # fmt: skip
                 gr.Markdown(
                     "LoRAs *· click to put one into the prompt, or to take it out*", elem_classes="heading"
                 )
-                _cards(gr, model.lora_dir, names, prompt)
+                _cards(gr, loras, prompt)
                 button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
                 knobs = _knobs(gr)
                 with gr.Accordion("Picture", open=False):
@@ -182,13 +182,13 @@ def build(model: LoadedModel) -> Any:
     return page
 
 
-def _cards(gr: Any, folder: Path | None, names: Sequence[str], prompt: Any) -> None:
+def _cards(gr: Any, loras: Mapping[str, Path], prompt: Any) -> None:
     """A button with a picture for every LoRA."""
     pictures = Path(tempfile.mkdtemp(prefix="loratorio-cards-"))
     with gr.Row(elem_id="cards"):
-        for number, name in enumerate(names):
+        for number, (name, lora) in enumerate(sorted(loras.items())):
             file = pictures / f"{number}.png"
-            _card(folder, name).save(file)
+            _card(lora, name).save(file)
             card = gr.Button(name, icon=str(file), elem_classes="card", min_width=0, size="sm")
             card.click(None, prompt, prompt, js=_TOGGLE % json.dumps(name), api_visibility="private")
 
@@ -222,14 +222,12 @@ def _component(gr: Any, knob: Knob) -> Any:
     )
 
 
-def _first_prompt(names: Sequence[str]) -> str:
+def _first_prompt(names: Collection[str]) -> str:
     return example.prompt(":1") if set(example.LORAS) <= set(names) else ""
 
 
-def _card(folder: Path | None, name: str) -> Image.Image:
+def _card(file: Path, name: str) -> Image.Image:
     """The LoRA's preview picture (a file of its name beside it, or the toybox's thumbnail), or its name on a coloured card."""
-
-    file = list_loras(folder)[name] if folder else Path(name)
     candidates = [file.with_suffix(ending) for ending in _PICTURE_ENDINGS]
     candidates += [toybox.THUMBNAIL_DIR / f"{name}.png"]
     for candidate in candidates:

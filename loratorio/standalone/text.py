@@ -66,8 +66,9 @@ class TextConditioner:
         ]
         self._touched = tuple(touched)
         every = [word for own in self._words for word in own]
+        known_words = [(), every] if every else [()]
         self._least = [
-            max(len(_chunks(tokenizer, text, known)) for text in texts for known in ((), every))
+            max(len(_chunks(tokenizer, text, known)) for text in texts for known in known_words)
             for tokenizer in checkpoint.tokenizers
         ]
         self._cut: dict[tuple[int, str, tuple[int, ...]], list[_Chunk]] = {}

@@ -61,25 +61,24 @@ class UncondResidual:
         uncond: (Bu, C, H, W) float32.
         cond: (Bc, C, H, W) float32 of the same evaluation.
         follows: (Bu, 1, 1, 1), how much of a change of `cond` is taken for one of `uncond`: `DAMPING` of the part of `uncond` that lies
-            along `cond`, which is from 0 to 1; 0 where the one does not belong to the other (Bc is not Bu).
+            along `cond`, which is from 0 to 1; None where the one does not belong to the other (Bc is not Bu).
     """
 
     uncond: Tensor
     cond: Tensor
-    follows: Tensor
+    follows: Tensor | None
 
     @classmethod
     def of(cls, uncond: Tensor, cond: Tensor) -> UncondResidual:
         if uncond.shape != cond.shape:
-            return cls(uncond, cond, torch.zeros_like(uncond[:, :1, :1, :1]))
+            return cls(uncond, cond, None)
         along = (uncond * cond).sum(dim=(1, 2, 3), keepdim=True)
         follows = along / cond.square().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-20)
         return cls(uncond, cond, DAMPING * follows.clamp(0, 1))
 
     def now(self, cond: Tensor) -> Tensor:
         """What it is taken to be where the conditional one is `cond`."""
-        same = cond.shape == self.uncond.shape
-        return self.uncond + self.follows * (cond - self.cond) if same else self.uncond
+        return self.uncond if self.follows is None else self.uncond + self.follows * (cond - self.cond)
 
 
 class Reuse(Method):
@@ -163,16 +162,13 @@ class Reuse(Method):
 
     def _may_wait(self, place: int, now: StepContext) -> bool:
         """Whether a LoRA is one that need not be run at every evaluation."""
-        by_turn = now.knobs["reuse"] > 1 and now.total > SHORT
-        return by_turn or now.participants.is_candidate(place)
+        return _every_nth(now) > 1 or now.participants.is_candidate(place)
 
     def _is_uncond_due(self, place: int, now: StepContext) -> bool:
         """Whether a LoRA that is run is run with its unconditional rows, too."""
-        late = now.index >= LATE * now.total
-        is_candidate = now.participants.is_candidate(place)
-        if is_candidate and now.index % now.knobs["pool_interval"] == 0:
+        if not self._may_wait(place, now) or _is_late(now) or self._until_uncond.get(place, 0) == 0:
             return True
-        return late or self._until_uncond.get(place, 0) == 0 or not self._may_wait(place, now)
+        return now.participants.is_candidate(place) and _is_whole_pool_run(now)
 
     def _is_stale(self, now: StepContext) -> bool:
         """Whether nothing is kept that fits this evaluation's rows, or something is lacking that is asked now."""
@@ -181,15 +177,13 @@ class Reuse(Method):
         return not self._kept or lacking or self._shape != _shape(now)
 
     def _by_turn(self, named: list[int], now: StepContext) -> list[int]:
-        every_nth = now.knobs["reuse"] if now.total > SHORT else 1
-        if now.index >= LATE * now.total or now.total <= FEW:
-            every_nth = min(every_nth, 2)
+        every_nth = _every_nth(now)
         # Neighbours take turns together: they stand together in the batch, and in what it is multiplied with.
         turns = [number * every_nth // max(len(named), every_nth) for number in range(len(named))]
         return [place for place, turn in zip(named, turns, strict=True) if turn == self._time % every_nth]
 
     def _by_urgency(self, pooled: list[int], now: StepContext) -> list[int]:
-        if not pooled or now.index % now.knobs["pool_interval"] == 0:
+        if not pooled or _is_whole_pool_run(now):
             return pooled
         if self._shares is not None and not self._listed:
             # The one thing that a step's plan reads off the device.
@@ -241,6 +235,22 @@ class Reuse(Method):
                 reference = predictions.uncond(participants.base).to(torch.float32)
                 made[Branch(mix, False)] = reference + size * self._unconds[place].now(residual)
         return made
+
+
+def _every_nth(now: StepContext) -> int:
+    """Of a named LoRA's evaluations every so-manieth is run."""
+    if now.total <= SHORT:
+        return 1
+    every_nth: int = now.knobs["reuse"]
+    return min(every_nth, 2) if _is_late(now) or now.total <= FEW else every_nth
+
+
+def _is_late(now: StepContext) -> bool:
+    return now.index >= LATE * now.total
+
+
+def _is_whole_pool_run(now: StepContext) -> bool:
+    return bool(now.index % now.knobs["pool_interval"] == 0)
 
 
 def _onward(kept: Sequence[Tensor], part: float) -> Tensor:
