@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters.bank import Bank
+from .adapters.bank import Bank, Change
 from .compose.guidance import rescaled_cond
 from .compose.methods import METHODS, Composition, Method, Predictions, StepContext
 from .compose.methods.merge import MergeNamed
@@ -57,6 +57,8 @@ class Step:
         owners: image of every conditional row; a prompt with AND has several for an image. Empty: row i is image i.
         denoised: predictions are denoised latents D, and e = (z − D)/σ; else they are the noise e itself.
         guidance: the CFG scale s that the sampler guides with, for guidance rescale; None where the host cannot tell.
+        strengths: what multiplies each of the bank's LoRAs at this step, where that changes while sampling. Empty: 1 for all.
+        absent: numbers of the LoRAs that change nothing at this step, not even text.
     """
 
     index: int
@@ -66,11 +68,13 @@ class Step:
     owners: tuple[int, ...] = ()
     denoised: bool = True
     guidance: float | None = None
+    strengths: tuple[float, ...] = ()
+    absent: frozenset[int] = frozenset()
 
 
 @dataclass
 class WeightHistory:
-    """Ω over the sampling, for the weight maps.
+    """Ω over the sampling: for the weight maps, and how much of the picture each LoRA had.
 
     Attributes:
         steps: indices of the recorded steps.
@@ -79,6 +83,23 @@ class WeightHistory:
 
     steps: list[int] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    _sums: dict[tuple[int, ...], tuple[int, Tensor]] = field(default_factory=dict, repr=False)
+
+    def count(self, numbers: tuple[int, ...], weights: Tensor) -> None:
+        """Add Ω (N, Bc, H, W) of an evaluation to what the LoRAs with these numbers have had of the picture."""
+        evaluations, total = self._sums.get(numbers, (0, None))
+        mean = weights.mean(dim=(1, 2, 3))
+        self._sums[numbers] = (evaluations + 1, mean if total is None else total + mean)
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """By LoRA number, how much of the picture it had, from 0 to 1, as a mean over all evaluations; only when sampling is over."""
+        every = sum(evaluations for evaluations, _ in self._sums.values())
+        shares: dict[int, float] = {}
+        for numbers, (_, total) in self._sums.items():
+            for number, part in zip(numbers, total.tolist(), strict=True):
+                shares[number] = shares.get(number, 0.0) + part / every
+        return shares
 
     def record(self, index: int, weights: Tensor) -> None:
         """Keep Ω of step `index`; of a step that the sampler evaluates twice the last one counts."""
@@ -130,6 +151,8 @@ class Engine:
         check_places(settings, self.participants)
         self._canvas = Canvas(region)
         self.words = self.participants.words_by_mix(settings.share)
+        self._acting = self.participants  # those of them that act at the present step
+        self._strengths: tuple[float, ...] = ()
         if not bank.adapters:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
         self.history = WeightHistory()
@@ -175,6 +198,7 @@ class Engine:
         Raises:
             LoratorioError: not even a single row fits into memory.
         """
+        self._follow_strengths(step)
         method = self._method_at(step.index, step.total)
         height, width = step.latents.shape[-2:]
         counts = (len(step.latents), step.uncond_count)
@@ -184,20 +208,47 @@ class Engine:
         by_layer = session.layer_mixes(now)
         predictions = self._predictions(step, branches, by_layer, predict)
         composition = self._rescaled(session.compose(now, predictions), predictions, step)
-        if composition.weights is not None and self.settings.weight_maps:
-            self.history.record(step.index, composition.weights)
+        if composition.weights is not None:
+            self.history.count(self._acting.numbers, composition.weights)
+            if self.settings.weight_maps:
+                self.history.record(step.index, self._of_all(composition.weights))
         return _unfolded(composition, step)
+
+    def _follow_strengths(self, step: Step) -> None:
+        """Compose those LoRAs that act at this step, as strongly as they do."""
+        acting = self.participants.without(step.absent)
+        if (acting, step.strengths) == (self._acting, self._strengths):
+            return
+        self._acting, self._strengths = acting, step.strengths
+        self.words.update(acting.words_by_mix(self.settings.share))
+        # Nothing that is remembered of a LoRA at another strength holds.
+        self._sessions.clear()
+
+    def _of_all(self, weights: Tensor) -> Tensor:
+        """Ω of the LoRAs that act as Ω of all participants, (N, Bc, H, W): 0 for those that do not act."""
+        if self._acting is self.participants:
+            return weights
+        place = {number: i for i, number in enumerate(self._acting.numbers)}
+        none = torch.zeros_like(weights[:1])
+        own = [weights[place[n] : place[n] + 1] if n in place else none for n in self.participants.numbers]
+        return torch.cat(own)
+
+    def _mix_now(self, mix: Mix) -> Mix:
+        """How much of each LoRA's changes acts under `mix` at this step."""
+        if not self._strengths:
+            return mix
+        return tuple(part * strength for part, strength in zip(mix, self._strengths, strict=True))
 
     def _method_at(self, index: int, total: int) -> Method:
         """The method of this step."""
-        composed = self.settings.active_at(index, total) and self.participants.are_composed
+        composed = self.settings.active_at(index, total) and self._acting.are_composed
         return METHODS[self.settings.method] if composed else _NOT_COMPOSED
 
     def _session(self, method: Method) -> Method:
         """The method in its own object for this sampling on this model."""
         name = method.entry.name
         if name not in self._sessions:
-            self._sessions[name] = method.begin(self.participants, self.bank)
+            self._sessions[name] = method.begin(self._acting, _ChangesNow(self.bank, self._mix_now))
         return self._sessions[name]
 
     def _context(
@@ -210,7 +261,7 @@ class Engine:
         rows: tuple[int, int] | None = None,
     ) -> StepContext:
         knobs = {name: getattr(self.settings, name) for name in method.knobs}
-        return StepContext(self.participants, knobs, index, total, has_uncond, self._canvas, size, rows)
+        return StepContext(self._acting, knobs, index, total, has_uncond, self._canvas, size, rows)
 
     def _predictions(
         self, step: Step, branches: Sequence[Branch], by_layer: Mapping[str, Mix], predict: Predict
@@ -258,7 +309,9 @@ class Engine:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
         try:
             observed = nullcontext() if self.memory is None else self.memory.observed(len(rows))
-            with self.bank.routed([row.mix for row in rows], by_layer), observed:
+            mixes = [self._mix_now(row.mix) for row in rows]
+            layers = {name: self._mix_now(mix) for name, mix in by_layer.items()}
+            with self.bank.routed(mixes, layers), observed:
                 return predict(rows)
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
@@ -268,6 +321,24 @@ class Engine:
                     "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
                 ) from problem
             return None
+
+
+class _ChangesNow:
+    """What the bank's LoRAs do to the weights at the strengths of the present step (see `compose.methods.base.Changes`)."""
+
+    def __init__(self, bank: Bank, mix_now: Callable[[Mix], Mix]) -> None:
+        self._bank, self._mix_now = bank, mix_now
+
+    def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
+        factors = self._mix_now((1.0,) * len(self._bank.adapters))
+        for name, by_number in self._bank.changes():
+            yield (
+                name,
+                {
+                    number: Change(weight * factors[number], rank)
+                    for number, (weight, rank) in by_number.items()
+                },
+            )
 
 
 _NOT_COMPOSED = MergeNamed()

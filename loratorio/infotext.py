@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from .settings import KNOBS, Knob, Settings
+from . import __version__
+from .settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
+VERSION_KEY = "LoRAtorio version"
 LORAS_KEY = "LoRAtorio LoRAs"
 HIRES_LORAS_KEY = "LoRAtorio hires LoRAs"
 
@@ -26,12 +28,42 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(sign in text for sign in ",:\n") else text
 
 
+class LoraUse(NamedTuple):
+    """A LoRA as it was composed in a pass.
+
+    Attributes:
+        strength: in the UNet; the least that it had, where it changed from step to step.
+        place: as its tag has it, or nothing.
+        most: the most that it had, where it changed.
+        share: how much of the picture it had, from 0 to 1; for a candidate of a pool, else None.
+    """
+
+    name: str
+    strength: float
+    place: str = ""
+    most: float | None = None
+    share: float | None = None
+
+    def __str__(self) -> str:
+        strength = number(self.strength)
+        if self.most is not None and self.most != self.strength:
+            strength += f" to {number(self.most)}"
+        place = f" at {self.place}" if self.place else ""
+        share = "" if self.share is None else f" ({self.share * 100:.0f} %)"
+        return f"{self.name}:{strength}{place}{share}"
+
+
+UNUSED = 0.005
+"""A candidate of a pool with less of the picture than this is not named in the infotext."""
+
+
 def params(
     settings: Settings,
-    loras: Iterable[tuple[str, float, str]],
-    hires_loras: Iterable[tuple[str, float, str]] = (),
+    loras: Iterable[tuple[Any, ...]],
+    hires_loras: Iterable[tuple[Any, ...]] = (),
 ) -> dict[str, str]:
-    """The fields for `p.extra_generation_params`: every knob, and the LoRAs that were composed with their strengths and places.
+    """The fields for `p.extra_generation_params`: what the picture was made with beside the defaults, the version that these belong
+    to, and the LoRAs that were composed (`LoraUse`, or its first fields).
 
     Nothing when the box is unticked. The WebUI quotes the values itself where they need it; its rule mistakes a value
     that starts with a quotation mark, but quotes any that has a colon, and so every list of LoRAs is safe, whatever a
@@ -39,13 +71,18 @@ def params(
     """
     if not settings.enabled:
         return {}
-    fields = {knob.infotext_key: text(knob, getattr(settings, knob.name)) for knob in KNOBS}
-    for key, composed in ((LORAS_KEY, list(loras)), (HIRES_LORAS_KEY, list(hires_loras))):
-        if composed:
-            fields[key] = ", ".join(
-                f"{name}:{number(strength)}{f' at {place}' if place else ''}"
-                for name, strength, place in composed
-            )
+    fields = {KNOB_BY_NAME["enabled"].infotext_key: "True", VERSION_KEY: __version__}
+    for knob in KNOBS:
+        value = getattr(settings, knob.name)
+        if value != knob.default and not knob.ignored_by(settings.method):
+            fields[knob.infotext_key] = text(knob, value)
+    for key, composed in ((LORAS_KEY, loras), (HIRES_LORAS_KEY, hires_loras)):
+        uses = [LoraUse(*each) for each in composed]
+        named = [each for each in uses if each.share is None or each.share >= UNUSED]
+        if named:
+            fields[key] = ", ".join(map(str, named))
+        if len(named) < len(uses):
+            fields[f"{key} unused"] = f"{len(uses) - len(named)} of the pool"
     return fields
 
 

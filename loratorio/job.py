@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .infotext import LoraUse
 from .settings import Settings
 
 if TYPE_CHECKING:  # a WebUI's start-up need not wait for the engine
@@ -17,21 +18,32 @@ class PassRecord:
     """One finished sampling: what was composed in it.
 
     Attributes:
-        loras: names as in the prompt, in its order, without those that act in every pass.
-        strengths: of those LoRAs in the UNet. places: as their tags have them, or nothing.
+        uses: the LoRAs, in the prompt's order, without those that act in every pass.
         batch: number of the batch within the job, from 0.
         hires: whether it is the second pass of hires fix, which replaces the first one's picture.
         history: Ω per step; empty unless weight maps were asked for.
         owners: image, within the batch, of each of the history's rows. Empty: row i is image i.
     """
 
-    loras: tuple[str, ...]
-    strengths: tuple[float, ...]
-    places: tuple[str, ...]
+    uses: tuple[LoraUse, ...]
     batch: int
     hires: bool
     history: WeightHistory
     owners: tuple[int, ...] = ()
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Their names, as in the prompt."""
+        return tuple(use.name for use in self.uses)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the user, and the pass that it is true of. batch, hires: as in `PassRecord`."""
+
+    sentence: str
+    batch: int
+    hires: bool
 
 
 @dataclass
@@ -41,9 +53,11 @@ class Job:
     Attributes:
         p: the WebUI's processing object.
         settings: the knobs.
-        tell: shows a sentence to the user (page and infotext); set by the script.
+        tell: called with every new sentence.
+        changed: called when a pass, or a note, has come.
         passes: what was composed so far.
-        notes: the sentences told so far, each once, for the infotext.
+        told: the notes so far, each once a pass.
+        begun: the passes that have begun, as (batch, hires).
         adapters: LoRAs that the host has read, kept for the job's other batches, since some kinds take seconds.
         hires_prompts: the job's own prompts for the hires pass, while others stand in their place for the WebUI to read.
     """
@@ -51,13 +65,58 @@ class Job:
     p: Any
     settings: Settings
     tell: Callable[[str], None] = lambda sentence: None
+    changed: Callable[[], None] = lambda: None
     passes: list[PassRecord] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    told: list[Note] = field(default_factory=list)
+    begun: set[tuple[int, bool]] = field(default_factory=set)
     adapters: dict[Any, Any] = field(default_factory=dict)
     hires_prompts: list[str] | None = None
 
+    @property
+    def batch(self) -> int:
+        """Number of the batch that is being made, from 0."""
+        return int(getattr(self.p, "iteration", 0) or 0)
+
+    @property
+    def is_hires(self) -> bool:
+        """Whether the second pass of hires fix is being made."""
+        return bool(getattr(self.p, "is_hr_pass", False))
+
+    @property
+    def notes(self) -> list[str]:
+        """All sentences so far, each once."""
+        return list(dict.fromkeys(note.sentence for note in self.told))
+
+    def begin_pass(self) -> None:
+        """A sampling begins."""
+        self.begun.add((self.batch, self.is_hires))
+
     def note(self, sentence: str) -> None:
-        """Tell the user `sentence`, once a job."""
-        if sentence not in self.notes:
-            self.notes.append(sentence)
+        """Tell the user `sentence`, of the pass that is being made."""
+        note = Note(sentence, self.batch, self.is_hires)
+        if note in self.told:
+            return
+        is_new = sentence not in self.notes
+        self.told.append(note)
+        if is_new:
             self.tell(sentence)
+        self.changed()
+
+    def record(self, done: PassRecord) -> None:
+        """A sampling is over."""
+        self.passes.append(done)
+        self.changed()
+
+    def notes_of(self, batch: int) -> list[str]:
+        """The sentences about a batch's pictures; where it has two passes and one is true of one only, it says of which."""
+        has_two = {(batch, False), (batch, True)} <= self.begun
+        of_batch = [note for note in self.told if note.batch == batch]
+        sentences = []
+        for sentence in dict.fromkeys(note.sentence for note in of_batch):
+            passes = {note.hires for note in of_batch if note.sentence == sentence}
+            which = "" if not has_two or len(passes) == 2 else HIRES_PASS if True in passes else FIRST_PASS
+            sentences.append(which + sentence)
+        return sentences
+
+
+FIRST_PASS, HIRES_PASS = "First pass: ", "Hires pass: "

@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, cast
 
 from .compose.importance import importance, without_words
@@ -37,12 +38,9 @@ POOL_OPTION = "pool"
 
 # These words name nothing else.
 _CERTAIN = re.compile(r"(?<![a-z])(lcm|dmd2|tcd|hyper[-_ ]?(sd(xl)?|flux))(?![a-z])", re.IGNORECASE)
-# These are words of the language too, and count only beside a model's name or a number of steps.
-_LIKELY = re.compile(r"(?<![a-z])(lightning|hyper|turbo|dmd|distill(ed)?)(?![a-z])", re.IGNORECASE)
-_BESIDE = re.compile(
-    r"(?<![a-z])(sd|sdxl|xl|sd[-_ ]?\d|flux|qwen|wan|lora|alpha)(?![a-z])|\d+[-_ ]?steps?(?![a-z])",
-    re.IGNORECASE,
-)
+# These are words of the language too, and count only right beside a model's name, "LoRA" or a number of steps.
+_LIKELY = re.compile(r"lightning|hyper|turbo|dmd|distill(ed)?")
+_BESIDE = re.compile(r"(sd|sdxl|xl|flux|qwen|wan|image|lora|alpha)\d*|\d+steps?")
 _METADATA_KEYS = (
     "modelspec.title",
     "modelspec.description",
@@ -108,8 +106,16 @@ def looks_like_speed_lora(name: str, metadata: Mapping[str, str] | None = None) 
     """Whether a LoRA's name, or what its file says of itself, is that of an LCM, Lightning, Hyper, Turbo or DMD LoRA."""
     texts = [name.replace("\\", "/").rsplit("/", 1)[-1]]
     texts += [str((metadata or {}).get(key, ""))[:400] for key in _METADATA_KEYS]
+    return any(_CERTAIN.search(text) or _names_speed(text) for text in texts if text)
+
+
+def _names_speed(text: str) -> bool:
+    """Whether two words that stand side by side are that of a way to need fewer steps, and what it was made for."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(\d)[-_ ]+(steps?)", r"\1\2", text.lower()))
     return any(
-        _CERTAIN.search(text) or (_LIKELY.search(text) and _BESIDE.search(text)) for text in texts if text
+        _LIKELY.fullmatch(one) and _BESIDE.fullmatch(other)
+        for pair in pairwise(words)
+        for one, other in (pair, pair[::-1])
     )
 
 
@@ -190,6 +196,25 @@ def prompt_importance(
         return None
     tokens = encode([prompt, *(without_words(prompt, words[i]) for i in known)])
     return dict(zip(known, importance(tokens[0], tokens[1:]), strict=True))
+
+
+def unknown_options_note(loras: Sequence[TaggedLora], others: Collection[str] = ()) -> str:
+    """A sentence on the named arguments of tags that nobody reads, or nothing.
+
+    Args:
+        others: arguments that the host, or another extension, reads.
+    """
+    own = (OPTION, PLACE_OPTION, WORDS_OPTION, POOL_OPTION)
+    strange = []
+    for lora in loras:
+        for option in lora.options:
+            if option not in own and option not in others:
+                near = difflib.get_close_matches(option, own[:3], n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                strange.append(f"{option}= of LoRA {lora.name}{hint}")
+    if not strange:
+        return ""
+    return f"Unknown in a LoRA tag, and without effect: {', '.join(strange)}."
 
 
 def without_effect_note(names: Sequence[str]) -> str:

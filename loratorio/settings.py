@@ -37,7 +37,8 @@ class Knob:
         row: of the panel; knobs of one row stand side by side. folded: in the panel's fold, for what most pictures do without.
         minimum, maximum, step: of a number; the range is closed.
         choices: names and labels of a choice.
-        before: what pictures of versions that did not have it were made with; None: its default.
+        former: its defaults in versions before: the last version that had it, and the value. A version that did not have the knob
+            yet made pictures with the value that does nothing.
     """
 
     name: str
@@ -52,12 +53,19 @@ class Knob:
     maximum: float = 1
     step: float = 1
     choices: tuple[tuple[str, str], ...] = ()
-    before: bool | int | float | str | None = None
+    former: tuple[tuple[str, bool | int | float | str], ...] = ()
 
     @property
     def infotext_key(self) -> str:
         """Under this name the value stands in a picture's infotext."""
         return "LoRAtorio" if self.name == "enabled" else f"LoRAtorio {self.label.lower()}"
+
+    def default_in(self, version: str) -> bool | int | float | str:
+        """What a picture of this version was made with where its infotext does not say; "" stands for one that says no version."""
+        for last, value in self.former:
+            if _as_numbers(version) <= _as_numbers(last):
+                return value
+        return self.default
 
     @property
     def option(self) -> str:
@@ -182,7 +190,7 @@ class Settings:
     )  # fmt: skip
     share: float = knob(
         "float", 0.15, "Shared part", "How much of every LoRA the others' passes have too. 0: nothing, as in the paper. 1: as merging.",
-        "weights", 6, folded=True, step=0.05,
+        "weights", 6, folded=True, step=0.05, former=(("0.1.0", 0.0),),
     )  # fmt: skip
     pool_size: int = knob(
         "int", 5, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last predictions are carried on.",
@@ -210,7 +218,7 @@ class Settings:
     )  # fmt: skip
     reuse: int = knob(
         "int", 3, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
-        "steps", 3, minimum=1, maximum=10, before=1,
+        "steps", 3, minimum=1, maximum=10, former=(("0.1.0", 1),),
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -289,6 +297,12 @@ def find_preset(name: Any) -> Preset:
         if str(name).strip().lower() in (preset.name, preset.label.lower()):
             return preset
     raise LoratorioError(f"{PRESET} must be one of {', '.join(PRESETS)}, not {name!r}.")
+
+
+def _as_numbers(version: str) -> tuple[int, ...]:
+    """A version to compare; what is none comes before all."""
+    parts = version.split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
 
 
 def _knob_of(name: str, metadata: Mapping[str, Any]) -> Knob:

@@ -44,12 +44,15 @@ class LoratorioScript(scripts.Script):
     def process(self, p, *args):
         with stopping(p):
             settings = api.settings_from_args(args, p)
-            infotext.begin(p.extra_generation_params, settings)
-            p.loratorio_job = Job(p, settings, tell=partial(tell, p)) if settings.enabled else None
+            infotext.write(p.extra_generation_params, settings, None)
+            if settings.enabled:
+                p.loratorio_job = Job(p, settings, tell=gr.Warning, changed=partial(write_infotext, p))
+                p.loratorio_comments = infotext.Comments(p.comments)
 
     def before_process_batch(self, p, *args, prompts=(), **kwargs):
         with stopping(p):
             if job_of(p):
+                write_infotext(p)
                 pools.expand(job_of(p), prompts)
 
     def process_batch(self, p, *args, **kwargs):
@@ -63,8 +66,9 @@ class LoratorioScript(scripts.Script):
                 webui_host().before_sampling(job_of(p))
 
     def postprocess_batch(self, p, *args, **kwargs):
-        if job_of(p) and job_of(p).passes:
-            infotext.finish(p.extra_generation_params, job_of(p).settings, job_of(p).passes)
+        if job_of(p):
+            write_infotext(p)
+            p.loratorio_comments.update(job_of(p))
 
     def postprocess(self, p, processed, *args):
         if job_of(p) and job_of(p).settings.weight_maps:
@@ -86,7 +90,5 @@ def stopping(p):
         refuse(p, problem)
 
 
-def tell(p, sentence):
-    p.comment(sentence)
-    p.extra_generation_params["LoRAtorio note"] = " ".join(job_of(p).notes)
-    gr.Warning(sentence)
+def write_infotext(p):
+    infotext.write(p.extra_generation_params, job_of(p).settings, job_of(p))

@@ -15,6 +15,7 @@ from loratorio.roles import (
     looks_like_speed_lora,
     participants_of,
     recognised_note,
+    unknown_options_note,
 )
 from tests.published import paper
 
@@ -31,6 +32,9 @@ from tests.published import paper
         "FLUX.1-Turbo-Alpha",
         "dmd2_sdxl_4step_lora",
         "speed/SDXL-Lightning-8steps",
+        "Qwen-Image-Lightning-8steps-V1.0",
+        "flux_turbo_8step",
+        "Lightning LoRA",
     ],
 )
 def test_speed_loras_are_known_by_name(name: str) -> None:
@@ -48,6 +52,10 @@ def test_speed_loras_are_known_by_name(name: str) -> None:
         "hyper detailer",
         "robot",
         "lcmx",
+        "hyper-realistic_xl",
+        "Lightning power SDXL",
+        "hyperdetail_8steps",
+        "turbo charger style flux",
     ],
 )
 def test_other_loras_are_not(name: str) -> None:
@@ -75,6 +83,18 @@ def test_the_tag_has_the_last_word() -> None:
     assert "lcm-lora" in note
     assert "role=content" in note
     assert recognised_note(parts[1:]) == ""
+
+
+def test_unknown_arguments_of_a_tag_are_said() -> None:
+    loras = [
+        TaggedLora("ink", {"rolle": "style", "role": "style"}),
+        TaggedLora("cat", {"lbw": "x", "at": "left"}),
+    ]
+    assert unknown_options_note(loras, ["lbw"]) == (
+        "Unknown in a LoRA tag, and without effect: rolle= of LoRA ink (did you mean role?)."
+    )
+    assert "lbw= of LoRA cat" in unknown_options_note(loras)
+    assert unknown_options_note(loras[1:], ["lbw"]) == ""
 
 
 def test_an_unknown_role_is_a_sentence() -> None:

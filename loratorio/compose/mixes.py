@@ -6,8 +6,8 @@ model, a single one is that LoRA alone, all ones is what merging gives. A LoRA's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .regions import Place
@@ -122,6 +122,28 @@ class Participants:
         """Whether the single at this position acts in no other's rows: a pool's candidate, one with a place or words of its own."""
         placed = bool(self.places) and self.places[place] is not None
         return self.is_candidate(place) or placed or (bool(self.words) and bool(self.words[place]))
+
+    def without(self, gone: Collection[int]) -> Participants:
+        """The participants without those LoRAs, by number among all. Mixes keep their coefficients: nothing of these LoRAs acts."""
+        left = [i for i, number in enumerate(self.numbers) if number not in gone]
+        additions = tuple(each for each in self.additions if each.number not in gone)
+        if len(left) == len(self.numbers) and len(additions) == len(self.additions):
+            return self
+
+        def kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in left) if values else ()
+
+        return replace(
+            self,
+            singles=kept(self.singles),
+            numbers=kept(self.numbers),
+            styles=kept(self.styles),
+            importance=kept(self.importance),
+            pooled=kept(self.pooled),
+            places=kept(self.places),
+            words=kept(self.words),
+            additions=additions,
+        )
 
     @property
     def unweighed_styles(self) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Checkpoint:
         schedule: betas and prediction type, as diffusers' schedulers take them.
         native_size: side in pixels of the pictures that it was trained on.
         zero_empty_negative: SDXL's habit: an empty negative prompt is all zeros.
+        lock: held while a picture is made, as LoRAs are attached to the model itself for that time.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Checkpoint:
     schedule: Mapping[str, Any]
     native_size: int
     zero_empty_negative: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @property
     def is_sdxl(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import __version__
-from ..infotext import infotext, params
+from ..infotext import LoraUse, infotext, params
 from ..places import OPTION
 from .checkpoint import Checkpoint
 from .generate import Outcome
@@ -24,8 +24,18 @@ def describe(checkpoint: Checkpoint, outcome: Outcome, image: int) -> str:
         "Denoising strength": f"{request.strength:g}" if is_img2img else None,
     }
     if outcome.loras:
+        shares = outcome.history.shares
         fields |= params(
-            request.settings, [(lora.name, lora.unet, lora.options.get(OPTION, "")) for lora in outcome.loras]
+            request.settings,
+            [
+                LoraUse(
+                    lora.name,
+                    lora.unet,
+                    lora.options.get(OPTION, ""),
+                    share=shares.get(number, 0.0) if lora.pool and shares else None,
+                )
+                for number, lora in enumerate(outcome.loras)
+            ],
         )
     fields["Version"] = f"loratorio {__version__}"
     return infotext(request.prompt, request.negative, fields)

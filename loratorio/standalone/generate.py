@@ -24,7 +24,7 @@ from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
 from .lora_set import Load, load_lora_set
-from .prompt import PromptLora, split_loras
+from .prompt import PromptLora, plain_text_notes, split_loras
 from .schedule import SamplingSchedule, denoise, find_sampler
 from .text import TextConditioner
 
@@ -88,11 +88,21 @@ def generate(
     progress: Progress | None = None,
     load: Load = load_lora,
 ) -> Outcome:
-    """Make the pictures. `load` reads a LoRA file; one that remembers saves time where many pictures share LoRAs.
+    """Make the pictures; of several threads with one checkpoint, one after another.
+
+    Args:
+        load: reads a LoRA file; one that remembers saves time where many pictures share LoRAs.
 
     Raises:
         LoratorioError: anything in the request, the prompt or the LoRA files that cannot be used.
     """
+    with checkpoint.lock:
+        return _generate(checkpoint, lora_dir, request, progress, load)
+
+
+def _generate(
+    checkpoint: Checkpoint, lora_dir: Path | None, request: Request, progress: Progress | None, load: Load
+) -> Outcome:
     text, tags = split_loras(request.prompt)
     check(request, tags, checkpoint.latent_scale)
     loras = load_lora_set(tags, lora_dir, checkpoint, load)
@@ -116,7 +126,7 @@ def generate(
         list(loras.tags),
         loras.composed,
         engine.history if engine else WeightHistory(),
-        loras.notes,
+        (*plain_text_notes(text, request.negative), *loras.notes),
     )
 
 

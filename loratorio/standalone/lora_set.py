@@ -23,6 +23,7 @@ from ..roles import (
     participants_of,
     prompt_importance,
     recognised_note,
+    unknown_options_note,
     without_effect_note,
 )
 from .checkpoint import Checkpoint
@@ -109,8 +110,9 @@ def load_lora_set(
     notes += [without_effect_note(idle)] if idle else []
     tagged = tuple(each for _, _, each in parts)
     notes += [note for _, lora, _ in parts for note in lora.notes]
-    recognised = recognised_note(assigned_roles(tagged))
-    notes += [recognised] if recognised else []
+    notes += [
+        note for note in (recognised_note(assigned_roles(tagged)), unknown_options_note(tagged)) if note
+    ]
     return LoraSet(
         tuple(tag for tag, _, _ in parts),
         tuple(lora for _, lora, _ in parts),

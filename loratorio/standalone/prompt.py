@@ -64,6 +64,18 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
     return re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip(), loras
 
 
+def plain_text_notes(prompt: str, negative: str) -> list[str]:
+    """Sentences on what looks like the WebUI's language and is plain text here."""
+    notes = []
+    if re.search(r"\bAND\b", prompt):
+        notes.append(
+            "AND is a word like any other here: only the WebUIs compose several prompts into one picture."
+        )
+    if _TAG.search(negative):
+        notes.append("The tag in the negative prompt is plain text: LoRAs are read from the prompt only.")
+    return notes
+
+
 def check_text(what: str, text: str) -> None:
     """Raise LoratorioError if `text` has bytes that are no UTF-8, as a command's arguments may."""
     try:
@@ -81,6 +93,11 @@ def _read_tag(content: str, pool: bool) -> PromptLora:
         raise LoratorioError(f"<{'pool' if pool else 'lora'}:{content}> names no LoRA.")
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     positional = [part for part in parts if "=" not in part]
+    if len(positional) > 2:
+        raise LoratorioError(
+            f"<{'pool' if pool else 'lora'}:{content}> has more than two numbers: one is the strength, two are those in the text "
+            "encoder and in the UNet."
+        )
     te = _strength(name, options.pop("te", positional[0] if positional else "1"))
     unet = options.pop("unet", positional[1] if len(positional) > 1 else None)
     return PromptLora(name, te, te if unet is None else _strength(name, unet), options, pool)
@@ -88,7 +105,8 @@ def _read_tag(content: str, pool: bool) -> PromptLora:
 
 def _strength(name: str, text: str) -> float:
     try:
-        value = float(text)
+        # float() takes Python's own ways to write numbers too, such as 1_0 for ten.
+        value = float("nan" if "_" in text else text)
     except ValueError:
         value = float("nan")
     if not abs(value) < float("inf"):

@@ -6,51 +6,73 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
-from ..infotext import HIRES_LORAS_KEY, LORAS_KEY, params
+from ..infotext import VERSION_KEY, LoraUse, params
 from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
 if TYPE_CHECKING:
-    from ..job import PassRecord
+    from ..job import Job
+
+NOTE_KEY = "LoRAtorio note"
 
 Params = Mapping[str, Any]
 """An infotext as the WebUI parsed it: field names and values, all text."""
 
 
-def begin(fields: dict[str, Any], settings: Settings) -> None:
-    """Write the knobs into `p.extra_generation_params` when a job begins.
+def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
+    """Bring the WebUI's `p.extra_generation_params` up to date: the knobs, and what is true of the batch that is being made.
 
-    As early as this, because the WebUI writes the file that its paste button reads before the first picture is sampled. What an
-    earlier job left is taken out: the pictures of an X/Y/Z plot share one mapping.
+    The knobs are written as the job begins, because the WebUI writes the file that its paste button reads before the first picture
+    is sampled; LoRAs and notes after each pass, because a picture may be saved between two of them. What was there is taken out: the
+    pictures of an X/Y/Z plot, and the batches of a job, share one mapping.
     """
     for key in [key for key in fields if key.split(" ")[0] == "LoRAtorio"]:
         del fields[key]
-    fields.update(params(settings, ()))
+    if job is None:
+        fields.update(params(settings, ()))
+        return
+    uses: dict[bool, Sequence[LoraUse]] = {False: (), True: ()}
+    for each in job.passes:
+        if each.batch == job.batch:
+            uses[each.hires] = each.uses
+    fields.update(params(settings, uses[False], uses[True] if uses[True] != uses[False] else ()))
+    notes = job.notes_of(job.batch)
+    if notes:
+        fields[NOTE_KEY] = " ".join(notes)
 
 
-def finish(fields: dict[str, Any], settings: Settings, passes: Sequence[PassRecord]) -> None:
-    """Add what was composed in the last batch: in its first pass and, if that had other LoRAs, in its hires pass."""
-    last: dict[bool, list[tuple[str, float, str]]] = {False: [], True: []}
-    for each in passes:
-        last[each.hires] = list(zip(each.loras, each.strengths, each.places, strict=True))
-        if not each.hires:
-            last[True] = []
-    for key in (LORAS_KEY, HIRES_LORAS_KEY):
-        fields.pop(key, None)
-    fields.update(params(settings, last[False], last[True] if last[True] != last[False] else ()))
+class Comments:
+    """The job's notes below the pictures in the page, each with the batches that it is true of."""
+
+    def __init__(self, comments: dict[str, Any]) -> None:
+        self._comments = comments  # the WebUI's, which jobs of one script share
+        self._own: list[str] = []
+
+    def update(self, job: Job) -> None:
+        """To be called after each batch."""
+        for line in self._own:
+            self._comments.pop(line, None)
+        batches = range(job.batch + 1)
+        of_batches = {batch: job.notes_of(batch) for batch in batches}
+        self._own = []
+        for sentence in dict.fromkeys(each for notes in of_batches.values() for each in notes):
+            numbers = [batch + 1 for batch in batches if sentence in of_batches[batch]]
+            some = f"Batch {', '.join(map(str, numbers))}: " if len(numbers) < len(batches) else ""
+            self._own.append(f"{some}{sentence}")
+        self._comments.update(dict.fromkeys(self._own, 1))
 
 
 def value_from(knob: Knob, params: Params) -> Any:
     """What the panel's component shows after pasting `params`; None leaves it as it is.
 
     A picture made without LoRAtorio unticks the box. Text without a line of parameters is only a prompt and changes
-    nothing. A picture of an older version lacks the newer knobs: they go to what it was made with.
+    nothing. Knobs that an infotext does not mention had the defaults of the version that made the picture.
     """
     if knob.name != "enabled" and KNOB_BY_NAME["enabled"].infotext_key not in params:
         return None
     if "Steps" not in params and knob.infotext_key not in params:
         return None
-    unsaid = knob.default if knob.before is None else knob.before
     try:
+        unsaid = knob.default_in(str(params.get(VERSION_KEY, "")))
         value = knob.check(params.get(knob.infotext_key, unsaid))
     except LoratorioError as problem:
         print(f"LoRAtorio: pasting: {problem}")

@@ -406,7 +406,7 @@ def test_a_place_that_is_the_picture_is_no_place(a1111: Any, either: Any) -> Non
     plain, _ = compose(either.job(a, b))
     placed, job = compose(either.job(Tag(a, named={"at": "0,0,1,1"}), Tag(b, named={"at": "left+right"})))
     assert torch.equal(plain, placed)
-    assert job.passes[0].places == ("0,0,1,1", "left+right")
+    assert tuple(use.place for use in job.passes[0].uses) == ("0,0,1,1", "left+right")
     left, _ = compose(either.job(Tag(a, named={"at": "left"}), Tag(b, named={"at": "right"})))
     right, _ = compose(either.job(Tag(a, named={"at": "right"}), Tag(b, named={"at": "left"})))
     assert not close(left, plain)

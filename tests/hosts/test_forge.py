@@ -368,7 +368,7 @@ def test_strengths(webui: Any, standin: Any) -> None:
     own = standin.run(standin.job(*tags))
     composed, job = compose(standin, standin.job(*tags), recentre=0, **KNOBS)
     assert close(composed, own)
-    assert job.passes[0].strengths == (-0.7,)
+    assert [use.strength for use in job.passes[0].uses] == [-0.7]
 
 
 def test_part_of_the_steps(standin: Any) -> None:
@@ -652,7 +652,7 @@ def test_a_place_that_is_the_picture_is_no_place(webui: Any, standin: Any) -> No
     plain, _ = compose(standin, standin.job("a", "b"))
     placed, job = compose(standin, standin.job(tag("a", at="0,0,1,1"), tag("b", at="left+right")))
     assert torch.equal(plain, placed)
-    assert job.passes[0].places == ("0,0,1,1", "left+right")
+    assert tuple(use.place for use in job.passes[0].uses) == ("0,0,1,1", "left+right")
     left, _ = compose(standin, standin.job(tag("a", at="left"), tag("b", at="right")))
     assert not close(left, plain)
 

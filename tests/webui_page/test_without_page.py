@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratorio import __version__
+from loratorio.compose.methods import METHODS
+from loratorio.engine import WeightHistory
 from loratorio.errors import LoratorioError
-from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, number, params
+from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, VERSION_KEY, LoraUse, number, params
+from loratorio.job import Job, PassRecord
 from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings
 from loratorio.webui import api, infotext, options, xyz
 from loratorio.webui.components import component
@@ -55,7 +60,8 @@ def test_every_knob_comes_back_exactly(chosen: Settings, loras: list[tuple[str, 
     assert fields["Seed"] == "1"
     assert fields["Prompt"] == "a fox"
     shown = {knob.name: infotext.value_from(knob, fields) for knob in KNOBS}
-    assert Settings.from_mapping(shown) == chosen
+    ignored = {knob.name: knob.default for knob in KNOBS if knob.ignored_by(chosen.method)}
+    assert Settings.from_mapping(shown) == chosen.with_values(ignored)
 
 
 @given(st.lists(st.tuples(names, st.floats(-4, 4), st.sampled_from(PLACES)), min_size=1, max_size=5))
@@ -68,13 +74,65 @@ def test_lora_names_survive_the_hosts_quoting(loras: list[tuple[str, float, str]
     assert fields[HIRES_LORAS_KEY] == expected
 
 
-def test_readable() -> None:
-    fields = params(Settings(enabled=True), [("fox", 0.8, ""), ("ink", 1.0, "left~0.2")])
-    assert fields["LoRAtorio"] == "True"
-    assert fields["LoRAtorio method"] == "LoRAtorio"
-    assert fields["LoRAtorio temperature"] == number(Settings().temperature)
-    assert fields["LoRAtorio LoRAs"] == "fox:0.8, ink:1 at left~0.2"
-    assert len(fields) == len(KNOBS) + 1
+def test_only_what_matters_to_the_picture_is_written() -> None:
+    loras = [
+        ("fox", 0.8, ""),
+        ("ink", 1.0, "left~0.2"),
+        ("cat", 0.0, "", 1.0),
+        LoraUse("dog", 1.0, share=0.341),
+    ]
+    fields = params(Settings(enabled=True), loras)
+    assert fields == {
+        "LoRAtorio": "True",
+        "LoRAtorio version": __version__,
+        "LoRAtorio LoRAs": "fox:0.8, ink:1 at left~0.2, cat:0 to 1, dog:1 (34 %)",
+    }
+    # Knobs that were changed, but for those that the method does not look at.
+    changed = params(Settings(enabled=True, method="composite", recentre=0.25, temperature=0.5), loras)
+    knobs = {key.removeprefix("LoRAtorio ") for key in changed} - {"LoRAtorio", "version", "LoRAs"}
+    read_by_composite = {KNOB_BY_NAME[name].label.lower() for name in METHODS["composite"].knobs}
+    assert knobs == {"method"} | ({"re-centring", "temperature"} & read_by_composite)
+    assert "temperature" not in read_by_composite
+    # Of a pool those that had a part of the picture.
+    pool = [
+        LoraUse("dog", 1.0, share=0.341),
+        LoraUse("cat", 1.0, share=0.001),
+        LoraUse("emu", 1.0, share=0.0),
+    ]
+    fields = params(Settings(enabled=True), pool)
+    assert fields[LORAS_KEY] == "dog:1 (34 %)"
+    assert fields[f"{LORAS_KEY} unused"] == "2 of the pool"
+
+
+def test_a_picture_is_exact_although_defaults_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A knob that is not mentioned has the default of the version that made the picture."""
+    knob = KNOB_BY_NAME["reuse"]
+    assert (knob.default_in(""), knob.default_in("0.1.0"), knob.default_in(__version__)) == (
+        1,
+        1,
+        knob.default,
+    )
+    later = replace(knob, default=5, former=(*knob.former, (__version__, knob.default)))
+    made = read(written("a fox", params(Settings(enabled=True), [])))
+    assert infotext.value_from(later, made) == knob.default
+    assert infotext.value_from(later, {**made, VERSION_KEY: "99.0.0"}) == 5
+    assert infotext.value_from(later, {**made, VERSION_KEY: "0.1.0"}) == 1
+
+
+DEFAULTS = {
+    "recentre": 0.5,
+    "share": 0.15,
+    "reuse": 3,
+    "temperature": 0.1,
+    "patch_size": 2,
+    "top_k": 0,
+    "method": "loratorio",
+}
+"""Of version 0.2.0. Where one changes, the version must, and the knob's `former` must say what it was."""
+
+
+def test_defaults_are_those_of_their_version() -> None:
+    assert {name: KNOB_BY_NAME[name].default_in("0.2.0") for name in DEFAULTS} == DEFAULTS
 
 
 def test_keys_are_ones_that_the_hosts_can_read() -> None:
@@ -88,22 +146,69 @@ def test_unticked_leaves_no_trace() -> None:
     assert params(Settings(), [("fox", 1.0, "")]) == {}
 
 
-def sampled(names: tuple[str, ...], hires: bool = False) -> Any:
-    return SimpleNamespace(loras=names, strengths=(1.0,) * len(names), places=("",) * len(names), hires=hires)
+def job_of(*passes: PassRecord, batch: int = 0) -> Job:
+    """A job that has come as far as this batch."""
+    job = Job(SimpleNamespace(iteration=batch), Settings(enabled=True), passes=list(passes))
+    job.begun = {(each.batch, each.hires) for each in passes}
+    return job
+
+
+def sampled(name: str, batch: int = 0, hires: bool = False) -> PassRecord:
+    return PassRecord((LoraUse(name, 1.0),), batch, hires, WeightHistory())
 
 
 def test_hires_pass_is_named_only_if_it_differs() -> None:
-    def fields(*passes: Any) -> dict[str, Any]:
+    def fields(job: Job) -> dict[str, Any]:
         made = {"Seed": 1, HIRES_LORAS_KEY: "of the batch before"}
-        infotext.finish(made, Settings(enabled=True), passes)
+        infotext.write(made, job.settings, job)
         assert made["Seed"] == 1
         return made
 
-    assert HIRES_LORAS_KEY not in fields(sampled(("fox",)), sampled(("fox",), hires=True))
-    assert fields(sampled(("fox",)), sampled(("ink",), hires=True))[HIRES_LORAS_KEY] == "ink:1"
-    second_batch = fields(sampled(("fox",)), sampled(("ink",), hires=True), sampled(("dog",)))
-    assert HIRES_LORAS_KEY not in second_batch
-    assert second_batch[LORAS_KEY] == "dog:1"
+    assert HIRES_LORAS_KEY not in fields(job_of(sampled("fox"), sampled("fox", hires=True)))
+    assert fields(job_of(sampled("fox"), sampled("ink", hires=True)))[HIRES_LORAS_KEY] == "ink:1"
+    second = fields(job_of(sampled("fox"), sampled("ink", hires=True), sampled("dog", batch=1), batch=1))
+    assert HIRES_LORAS_KEY not in second
+    assert second[LORAS_KEY] == "dog:1"
+    # What the batch before had is no matter of one that has not been composed.
+    assert LORAS_KEY not in fields(job_of(sampled("fox"), batch=1))
+
+
+def test_notes_belong_to_their_batch_and_pass() -> None:
+    job = job_of()
+    comments: dict[str, Any] = {"the WebUI's own": 1}
+    shown = infotext.Comments(comments)
+
+    def note_of_batch(batch: int, *passes: tuple[bool, tuple[str, ...]]) -> str:
+        job.p.iteration = batch
+        for hires, sentences in passes:
+            job.p.is_hr_pass = hires
+            job.begin_pass()
+            for sentence in sentences:
+                job.note(sentence)
+        fields: dict[str, Any] = {}
+        infotext.write(fields, job.settings, job)
+        shown.update(job)
+        return str(fields.get(infotext.NOTE_KEY, ""))
+
+    assert note_of_batch(0, (False, ("None.",))) == "None."
+    assert list(comments) == ["the WebUI's own", "None."]
+    assert note_of_batch(1, (False, ())) == ""
+    assert list(comments) == ["the WebUI's own", "Batch 1: None."]
+    assert note_of_batch(2, (False, ("None.", "Both.")), (True, ("Both.", "Late."))) == (
+        "First pass: None. Both. Hires pass: Late."
+    )
+    assert set(comments) == {
+        "the WebUI's own",
+        "Batch 1: None.",
+        "Batch 3: First pass: None.",
+        "Batch 3: Both.",
+        "Batch 3: Hires pass: Late.",
+    }
+    # Another job of the same script leaves them where they are.
+    other = infotext.Comments(comments)
+    other.update(job_of())
+    assert len(comments) == 5
+    assert job.notes == ["None.", "Both.", "Late."]
 
 
 def test_knobs_are_written_when_the_job_begins() -> None:
@@ -114,12 +219,12 @@ def test_knobs_are_written_when_the_job_begins() -> None:
         "LoRAtorio LoRAs": "fox:1",
         "LoRA": "x",
     }
-    infotext.begin(fields, Settings(enabled=True, patch_size=5))
+    infotext.write(fields, Settings(enabled=True, patch_size=5), None)
     assert fields["LoRAtorio"] == "True"
     assert fields["LoRAtorio patch size"] == "5"
     assert "LoRAtorio note" not in fields
     assert "LoRAtorio LoRAs" not in fields
-    infotext.begin(fields, Settings())
+    infotext.write(fields, Settings(), None)
     assert fields == {"Seed": 1, "LoRA": "x"}
 
 

@@ -8,32 +8,20 @@ from typing import Any
 
 from ...compose.mixes import Mix
 from ..shared.text import Prompts, set_up_conds
-from .loras import Network, activated, bundled_embeddings
+from .loras import Network, activated, at_text_strength, bundled_embeddings
 
 
-def conditioning_under(p: Any, loras: Sequence[Network], mix: Mix, words: str) -> Prompts:
-    """The pass's conditioning with each LoRA at its coefficient, and with own words, past the WebUI's caches."""
-    acting = [lora for lora, coefficient in zip(loras, mix, strict=True) if coefficient]
+def conditioning_under(
+    p: Any, loras: Sequence[Network], strengths: Sequence[float], mix: Mix, words: str
+) -> Prompts:
+    """The pass's conditioning with each LoRA at its strength times its coefficient, and with own words, past the WebUI's caches."""
+    acting = [number for number, coefficient in enumerate(mix) if coefficient]
+    scaled = [at_text_strength(loras[number], strengths[number] * mix[number]) for number in acting]
     with ExitStack() as undo:
         undo.enter_context(_undisturbed(p))
-        undo.enter_context(_scaled(loras, mix))
-        undo.enter_context(activated(acting))
-        undo.enter_context(bundled_embeddings(acting, loras))
+        undo.enter_context(activated(scaled))
+        undo.enter_context(bundled_embeddings([loras[number] for number in acting], loras))
         return set_up_conds(p, words)
-
-
-@contextmanager
-def _scaled(loras: Sequence[Network], mix: Mix) -> Iterator[None]:
-    """Multiply the LoRAs' text-encoder strengths by their coefficients."""
-    before = [lora.te_multiplier for lora in loras]
-    for lora, coefficient in zip(loras, mix, strict=True):
-        if coefficient:
-            lora.te_multiplier *= coefficient
-    try:
-        yield
-    finally:
-        for lora, strength in zip(loras, before, strict=True):
-            lora.te_multiplier = strength
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def bundled_embeddings(loras: Sequence[Network], every: Sequence[Network]) -> It
 def changes_text(lora: Network) -> bool:
     """Whether text conditioning depends on this LoRA."""
     has_layers = any(not name.startswith(UNET) for name in lora.modules)
-    return bool(has_layers and lora.te_multiplier) or any(
+    return bool(has_layers and (lora.te_multiplier or changes_by_step(lora))) or any(
         embedding.loaded for embedding in lora.bundle_embeddings.values()
     )
 
@@ -95,6 +96,7 @@ def active_loras(p: Any) -> list[ActiveLora]:
             ),
             float(network.unet_multiplier),
             network,
+            changes_by_step(network),
         )
         for network in lora_extension().loaded_networks
     ]
@@ -106,8 +108,25 @@ def name_of(lora: Network) -> str:
 
 
 def identity(lora: Network) -> tuple[Any, ...]:
-    """Equal for two activations of one LoRA that give the same deltas."""
-    return lora.name, lora.mtime, lora.te_multiplier, lora.unet_multiplier, lora.dyn_dim
+    """Equal for two activations of one LoRA that give the same deltas. An extension may have changed the LoRA itself, not its file."""
+    return lora, lora.dyn_dim
+
+
+def changes_by_step(lora: Network) -> bool:
+    """Whether an extension works the LoRA's strength out anew whenever it is asked for, as loractl does."""
+    return isinstance(getattr(type(lora), "unet_multiplier", None), property)
+
+
+def at_text_strength(lora: Network, strength: float) -> Network:
+    """What stands for `lora` among the activated ones with this strength in the text encoder; `lora` itself stays as it is."""
+    twin = SimpleNamespace(**vars(lora))
+    twin.te_multiplier = twin.unet_multiplier = strength
+    twin.modules = {}
+    for name, module in lora.modules.items():
+        if not name.startswith(UNET):
+            twin.modules[name] = copy.copy(module)
+            twin.modules[name].network = twin
+    return twin
 
 
 def restore_base(layers: Mapping[str, nn.Module]) -> None:
@@ -121,7 +140,7 @@ def restore_base(layers: Mapping[str, nn.Module]) -> None:
 
 
 def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: bool = False) -> Adapter:
-    """What `lora` adds to the UNet at the strength that the prompt gives it.
+    """What `lora` adds to the UNet at strength 1, which every kind that the WebUI reads is proportional to.
 
     Args:
         layers: the UNet's layers, with the base weights in them (see `restore_base`).
@@ -135,8 +154,8 @@ def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: boo
         if not name.startswith(UNET):
             continue
         layer = layers.get(name)
-        if layer is None or not lora.unet_multiplier:
-            if layer is None and not skip_misfits:
+        if layer is None:
+            if not skip_misfits:
                 raise _not_for_this_model(lora, name, "the model has no such layer")
             continue
         try:
@@ -158,7 +177,7 @@ def _not_for_this_model(lora: Network, name: str, why: str) -> LoratorioError:
 
 
 def _delta(module: Any, layer: nn.Module) -> Delta:
-    """One layer's part of a LoRA, its strength included."""
+    """One layer's part of a LoRA at strength 1."""
     if _is_plain_low_rank(module):
         return _low_rank(module, layer)
     return _dense(module, layer)
@@ -179,7 +198,7 @@ def _low_rank(module: Any, layer: nn.Module) -> LowRank:
         down, up = down[:rank], up[:, :rank]
     if isinstance(layer, nn.Conv2d):
         down = _for_inpainting(down, layer)
-    return LowRank(down, up, float(module.calc_scale() * module.multiplier()), mid)
+    return LowRank(down, up, float(module.calc_scale()), mid)
 
 
 def _dense(module: Any, layer: Any) -> Dense:
@@ -201,8 +220,9 @@ def _for_inpainting(weight: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def _in_float32(module: Any) -> Any:
-    """The WebUI's LoRA module with its tensors in float32; `module` stays as it is."""
+    """The WebUI's LoRA module at strength 1, with its tensors in float32; `module` stays as it is."""
     twin = copy.copy(module)
+    twin.multiplier = lambda: 1.0
     for name, value in vars(module).items():
         if isinstance(value, Tensor) and value.is_floating_point():
             setattr(twin, name, value.to(torch.float32))

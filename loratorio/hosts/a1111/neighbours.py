@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..shared.neighbours import merged_because, replaced_attention
+
 
 def obstacle(p: Any) -> str | None:
     """The sentence that says why this pass is left to the WebUI's own merging; None if it can be composed."""
@@ -16,26 +18,22 @@ def obstacle(p: Any) -> str | None:
 
     model = shared.sd_model
     if getattr(model, "is_sd3", False):
-        return _merged_because("Stable Diffusion 3 is not supported here")
+        return merged_because("Stable Diffusion 3 is not supported here")
     if model.cond_stage_key == "edit":
-        return _merged_because("an InstructPix2Pix checkpoint guides by two scales at once")
+        return merged_because("an InstructPix2Pix checkpoint guides by two scales at once")
     if _control_net_is_active(model):
-        return _merged_because("ControlNet is active, which takes the model's rows apart by itself")
+        return merged_because("ControlNet is active, which takes the model's rows apart by itself")
     if p.extra_generation_params.get("RP Active"):
-        return _merged_because("Regional Prompter is active, which gives LoRAs to regions by itself")
+        return merged_because("Regional Prompter is active, which gives LoRAs to regions by itself")
     if _unet_is_replaced():
-        return _merged_because("another UNet (such as TensorRT) is selected in the settings")
-    return None
+        return merged_because("another UNet (such as TensorRT) is selected in the settings")
+    return replaced_attention(model.model.diffusion_model)
 
 
 def remarks(p: Any) -> Iterator[str]:
     """Sentences on what will not be composed although the pass is."""
     if any(key.startswith("ADetailer") for key in p.extra_generation_params):
         yield "The picture was composed; ADetailer's own passes over it merge the LoRAs as usual."
-
-
-def _merged_because(why: str) -> str:
-    return f"LoRAtorio merged the LoRAs as the WebUI does without it: {why}."
 
 
 def _control_net_is_active(model: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...calls import by_kind, predicted_by
 from ...compose.mixes import Participants
-from ...engine import Engine, Row
+from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
 from ...job import Job
 from ...row_memory import measured_rows
@@ -123,10 +123,9 @@ class A1111Pass(SamplingPass):
         self.engine = Engine(self.job.settings, self.bank(), participants, limit, self.region)
 
     def _attach(self) -> None:
-        """Take the LoRAs off the current model and attach them as the bank."""
+        """Take the LoRAs off the current model's weights and attach them as the bank."""
         from modules import devices, shared
 
-        self.attachment.enter_context(activated(()))
         layers = self._layers()
         restore_base(layers)
         self._bound_to = shared.sd_model.sd_checkpoint_info
@@ -135,7 +134,7 @@ class A1111Pass(SamplingPass):
         networks = [lora.active.source for lora in self.loras]
         self._texts = TextConditioning(
             [lora.text is not None for lora in self.loras],
-            partial(conditioning_under, self.p, networks),
+            partial(conditioning_under, self.p, networks, [float(each.te_multiplier) for each in networks]),
             # What the WebUI made with all of the prompt's LoRAs is of use unless some of them were left out.
             host_has_merged=len(self.loras) == len(self._networks),
         )
@@ -165,21 +164,12 @@ class A1111Pass(SamplingPass):
         from modules import script_callbacks
 
         self._attach()
-        set_up = self.p.setup_conds
-
-        def set_up_with_loras() -> None:
-            # When the refiner comes in, the WebUI makes its conditioning anew: with the prompt's LoRAs, as it does without us.
-            with activated(self._networks):
-                set_up()
-
-        self.p.setup_conds = set_up_with_loras
         script_callbacks.on_cfg_denoiser(self._before_evaluation)
         try:
             yield
         finally:
             script_callbacks.remove_callbacks_for_function(self._before_evaluation)
             self._unwrap()
-            del self.p.setup_conds
 
     def missed(self) -> None:
         if not self._given_up:
@@ -240,11 +230,22 @@ class A1111Pass(SamplingPass):
             return None
         size = (self._bound_to.filename, tuple(params.x.shape[1:]), params.x.dtype)
         self.engine.memory = measured_rows(params.x.device, size, len(params.x))
-        composition = self.engine.step(rows.step(), partial(self._predict, model, rows))
+        # Only here: what other extensions find activated between the steps, and what they do to it, is as without us.
+        with activated(()):
+            composition = self.engine.step(
+                self._at_strengths(rows.step()), partial(self._predict, model, rows)
+            )
         self.owners = rows.owners
         self.evaluations += 1
         parts = [composition.cond] if composition.uncond is None else [composition.cond, composition.uncond]
         return torch.cat(parts)
+
+    def _at_strengths(self, step: Step) -> Step:
+        """The step with the strengths that the LoRAs have by now: extensions change them from step to step."""
+        strengths = tuple(float(lora.active.source.unet_multiplier) for lora in self.loras)
+        self.saw_strengths(strengths)
+        gone = (i for i, lora in enumerate(self.loras) if strengths[i] == 0 and lora.text is None)
+        return replace(step, strengths=strengths, absent=frozenset(gone))
 
     def _predict(self, model: Callable[..., Tensor], step_rows: A1111Rows, rows: Sequence[Row]) -> Tensor:
         """The WebUI's model on any rows of the step; rows whose text is of different length go in calls of their own."""

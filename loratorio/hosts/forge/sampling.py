@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
 from ...job import Job
 from ...roles import TaggedLora
+from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
 from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, text_encoder
@@ -87,7 +89,32 @@ class ForgePass(SamplingPass):
         ]
 
     def obstacle(self) -> str | None:
-        return self._flavour.obstacle(self.p)
+        loras = self.active_loras()
+        return (
+            self._flavour.obstacle(self.p)
+            or replaced_attention(self.p.sd_model.forge_objects.unet.model)
+            or strengths_by_step(self.p, [lora.tagged for lora in loras])
+            or self._changed_strengths(loras)
+        )
+
+    def _changed_strengths(self, loras: Sequence[ActiveLora]) -> str | None:
+        """A reason not to compose, where an extension has changed what the host made of the LoRAs, as LoRA Block Weight does.
+
+        They are read from their files again, one by one.
+        """
+        applied = self.p.sd_model.forge_objects_after_applying_lora.unet
+        originals = {
+            key: len(patches)
+            for key, patches in self._flavour.patches(self.p.sd_model.forge_objects_original.unet)
+        }
+        asked = {lora.strength for lora in loras}
+        for key, patches in self._flavour.patches(applied):
+            for patch in list(patches)[originals.get(key, 0) :]:
+                if not any(math.isclose(float(patch[0]), strength, abs_tol=1e-9) for strength in asked):
+                    return merged_because(
+                        "another extension has changed the strengths of the LoRAs layer by layer"
+                    )
+        return None
 
     def remarks(self) -> Iterator[str]:
         if self._flavour.text_sees_pictures() and any(lora.text is not None for lora in self.loras):

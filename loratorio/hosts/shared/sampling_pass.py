@@ -6,7 +6,7 @@ A host derives from `SamplingPass` and says where LoRAs come from, how text is m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from ...compose.mixes import Participants
 from ...compose.regions import WHOLE, Box
 from ...engine import Engine
 from ...errors import LoratorioError
+from ...infotext import LoraUse
 from ...job import Job, PassRecord
 from ...places import OPTION as PLACE_OPTION
 from ...pool import Candidates
@@ -29,8 +30,10 @@ from ...roles import (
     participants_of,
     prompt_importance,
     recognised_note,
+    unknown_options_note,
     without_effect_note,
 )
+from .neighbours import known_options
 
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
 
@@ -50,13 +53,15 @@ class ActiveLora:
 
     Attributes:
         tagged: what the prompt and its file say of it.
-        strength: in the UNet.
+        strength: in the UNet, when the pass begins.
         source: what the host reads it from.
+        may_change: whether its strength may be another at each step.
     """
 
     tagged: TaggedLora
     strength: float
     source: Any
+    may_change: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class ReadLora:
     """A LoRA as it acts on one model.
 
     Attributes:
-        adapter: what it adds to the UNet, strength included.
+        adapter: what it adds to the UNet: at its strength, or at strength 1 where the host says the strength at every step.
         text: what the host makes text conditioning with it from; None if it leaves text as it is.
         remark: what the user should know of it, or nothing.
     """
@@ -95,6 +100,7 @@ class SamplingPass(ABC):
         self.attachment = ExitStack()
         self.evaluations = 0
         self.owners: tuple[int, ...] = ()
+        self._strengths: set[tuple[float, ...]] = set()
 
     # -- what a host says ---------------------------------------------------------------------------------------------
 
@@ -146,6 +152,7 @@ class SamplingPass(ABC):
         Raises:
             LoratorioError: the picture would not be what was asked for.
         """
+        self.job.begin_pass()
         active = self.active_loras()
         why_not = self.obstacle() if active else NO_LORA
         if why_not and any(lora.tagged.is_candidate for lora in active):
@@ -159,7 +166,11 @@ class SamplingPass(ABC):
         tagged = [lora.active.tagged for lora in self.loras]
         participants = participants_of(tagged, self._importance(tagged))
         own_remarks = [lora.remark for lora in self.loras]
-        for remark in (*own_remarks, *self.remarks(), recognised_note(assigned_roles(tagged))):
+        of_tags = (
+            recognised_note(assigned_roles(tagged)),
+            unknown_options_note(tagged, known_options(self.p)),
+        )
+        for remark in (*own_remarks, *self.remarks(), *of_tags):
             if remark:
                 self.job.note(remark)
         if not participants.are_composed:
@@ -181,7 +192,8 @@ class SamplingPass(ABC):
                 skipped.append((lora.tagged.name, str(problem)))
                 continue
             # It predicts what the base predicts, and would have a share of the picture all the same.
-            if read.adapter.changes_nothing and read.text is None:
+            is_off = lora.strength == 0 and not lora.may_change
+            if (is_off or read.adapter.changes_nothing) and read.text is None:
                 without_effect.append(lora.tagged.name)
             else:
                 yield read
@@ -209,7 +221,7 @@ class SamplingPass(ABC):
     @property
     def is_hires(self) -> bool:
         """Whether this is the second pass of hires fix."""
-        return bool(getattr(self.p, "is_hr_pass", False))
+        return self.job.is_hires
 
     @property
     def region(self) -> Box:
@@ -259,18 +271,27 @@ class SamplingPass(ABC):
     def record(self) -> None:
         """Account for what was composed."""
         self.engine.history.settle()
-        composed = [self.loras[number].active for number in self.engine.participants.numbers]
-        self.job.passes.append(
+        shares = self.engine.history.shares
+        self.job.record(
             PassRecord(
-                loras=tuple(lora.tagged.name for lora in composed),
-                strengths=tuple(lora.strength for lora in composed),
-                places=tuple(lora.tagged.options.get(PLACE_OPTION, "") for lora in composed),
-                batch=self.p.iteration,
+                uses=tuple(self._use(number, shares) for number in self.engine.participants.numbers),
+                batch=self.job.batch,
                 hires=self.is_hires,
                 history=self.engine.history,
                 owners=self.owners,
             )
         )
+
+    def _use(self, number: int, shares: Mapping[int, float]) -> LoraUse:
+        lora = self.loras[number].active
+        seen = [strengths[number] for strengths in self._strengths] or [lora.strength]
+        share = shares.get(number, 0.0) if lora.tagged.is_candidate and shares else None
+        place = lora.tagged.options.get(PLACE_OPTION, "")
+        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share)
+
+    def saw_strengths(self, strengths: tuple[float, ...]) -> None:
+        """Remember, for the infotext, the strengths that the LoRAs have at this evaluation, where they may change."""
+        self._strengths.add(strengths)
 
     def place_in_sampling(self) -> tuple[int, int]:
         """Number of the step, from 0, at which the WebUI's sampler stands, and how many steps there are.

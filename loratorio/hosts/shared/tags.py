@@ -16,9 +16,15 @@ class TagOptions:
         self._left: dict[str, list[Mapping[str, str]]] = {}
         for kind in KINDS:
             for tag in (data or {}).get(kind, ()):
-                self._left.setdefault(tag.positional[0], []).append(tag.named)
+                self._left.setdefault(tag.positional[0], []).append(_named(tag))
 
     def take(self, name: str) -> Mapping[str, str]:
         """Those of the next tag that names this LoRA; none where there is no further one."""
         left = self._left.get(name)
         return left.pop(0) if left else {}
+
+
+def _named(tag: Any) -> Mapping[str, str]:
+    """A tag's named arguments as they are written: an extension may have taken them out of what the WebUI made of it (loractl does)."""
+    written = (str(item).partition("=") for item in getattr(tag, "items", None) or ())
+    return {**tag.named, **{key: value for key, sign, value in written if sign and "=" not in value}}

@@ -1,0 +1,90 @@
+"""Other extensions that reach into the sampling itself, recognised in every WebUI alike.
+
+Read from the sources of LoRA Block Weight (June 2025), NegPiP (November 2025) and loractl.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+from ...roles import TaggedLora
+
+_WEBUI_OPTIONS = ("te", "unet", "dyn")
+_BLOCK_WEIGHT = "lora_block_weight"
+_OPTIONS_OF = {
+    _BLOCK_WEIGHT: ("lbw", "lbwe", "w", "x", "start", "stop", "step"),
+    "loractl": ("hr", "hrunet", "hrte"),
+}
+"""By a word in the path of an extension's script, the arguments of a LoRA tag that it reads."""
+
+_BY_STEP = ("start", "stop", "step")
+_ATTENTION = ("attention", "streamblock")
+
+
+def merged_because(why: str) -> str:
+    """The note on a pass that is left to the WebUI."""
+    return f"LoRAtorio merged the LoRAs as the WebUI does without it: {why}."
+
+
+def known_options(p: Any) -> list[str]:
+    """Named arguments of LoRA tags that the WebUI, or an extension that is installed, reads."""
+    known = list(_WEBUI_OPTIONS)
+    for word, options in _OPTIONS_OF.items():
+        if _has_script(p, word):
+            known += options
+    return known
+
+
+def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
+    """A reason not to compose, where LoRA Block Weight was asked to change a LoRA's strength while sampling."""
+    asked = any(option in lora.options for lora in loras for option in _BY_STEP)
+    if asked and _has_script(p, _BLOCK_WEIGHT):
+        return merged_because(
+            "the extension LoRA Block Weight changes a LoRA's strength from step to step (start=, stop= or step= in its tag), "
+            "which cannot be followed in this WebUI"
+        )
+    return None
+
+
+def replaced_attention(unet: nn.Module) -> str | None:
+    """A reason not to compose, where an extension has put a function of its own in the place of an attention layer's.
+
+    Such a function (NegPiP's is one) tells conditional from unconditional rows by where they stand in the WebUI's own batch.
+    """
+    for module in unet.modules():
+        forward = vars(module).get("forward")
+        if forward is None or not any(word in type(module).__name__.lower() for word in _ATTENTION):
+            continue
+        extension = _extension_of(forward)
+        if extension:
+            return merged_because(
+                f"the extension {extension} replaces the model's attention, and counts on the WebUI's own rows"
+            )
+    return None
+
+
+def _has_script(p: Any, word: str) -> bool:
+    return any(word in PurePath(name).as_posix().lower() for name in _scripts(p))
+
+
+def _scripts(p: Any) -> Iterator[str]:
+    runner = getattr(p, "scripts", None)
+    for script in getattr(runner, "alwayson_scripts", None) or ():
+        yield str(getattr(script, "filename", "") or "")
+
+
+def _extension_of(function: Any) -> str:
+    """Name of the extension whose file a function stands in, or nothing."""
+    while isinstance(function, partial):
+        function = function.func
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    parts = PurePath(code.co_filename).parts if code is not None else ()
+    if "extensions" not in parts[:-1]:
+        return ""
+    return parts[parts.index("extensions") + 1]

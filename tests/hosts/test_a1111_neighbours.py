@@ -1,0 +1,195 @@
+"""Beside extensions that change LoRAs while A1111 samples, against the stand-in of tests/standin/a1111."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hosts.test_a1111 import close, compose, trace
+
+
+@contextmanager
+def by_step(
+    a1111: Any, networks: Sequence[Any], schedule: Any, seen: list[Any] | None = None
+) -> Iterator[None]:
+    """An extension that sets strengths at every evaluation, as LoRA Block Weight does: schedule(step, network) → strength."""
+
+    def change(params: Any) -> None:
+        if seen is not None:
+            seen.append([net.name for net in a1111.networks.loaded_networks])
+        for net in networks:
+            strength = schedule(params.denoiser.step, net)
+            net.te_multiplier = net.unet_multiplier = strength
+
+    a1111.callbacks.on_cfg_denoiser(change)
+    try:
+        yield
+    finally:
+        a1111.callbacks.remove_callbacks_for_function(change)
+
+
+SCHEDULES = {
+    "stops": lambda step, net: 1.0 if step < 2 else 0.0,
+    "starts": lambda step, net: 0.0 if step < 2 else 0.7,
+    "glides": lambda step, net: 1.0 - 0.3 * step,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("method", ["loratorio", "merge", "frequency"])
+def test_one_lora_and_merge_follow_the_strengths(a1111: Any, standin: Any, name: str, method: str) -> None:
+    """The text encoder's part keeps the strength that it had when the WebUI made its conditioning, as without us."""
+    loras = [standin.lora("a", 1)] if method != "merge" else [standin.lora("a", 1), standin.full("b", 2)]
+    with by_step(a1111, loras[-1:], SCHEDULES[name]):
+        wanted = standin.run(standin.job(*loras))
+        found, _ = compose(standin.job(*loras), method=method, recentre=0.0, reuse=3)
+    still, _ = compose(standin.job(*loras), method=method, recentre=0.0)
+    if method == "frequency":  # has its own way with a single LoRA: only that it is not the constant one's
+        assert not close(found, still)
+        return
+    assert close(found, wanted)
+    assert not close(found, still)
+
+
+def test_two_are_the_slow_reference(a1111: Any, standin: Any) -> None:
+    """One of two LoRAs stops after two steps: from there on the other is alone, whatever is reused."""
+    a, b = standin.lora("a", 1), standin.lora("b", 2, text=False)
+    seen: list[Any] = []
+    before = trace(a1111, standin)[:-1]  # the caches of conditioning are the WebUI's
+    with by_step(a1111, [b], SCHEDULES["stops"], seen):
+        found, job = compose(standin.job(a, b), recentre=0.5, reuse=3)
+    b.te_multiplier = b.unet_multiplier = 1.0
+    assert close(found, slowly(a1111, standin, [a, b], until=2).to(found.dtype), 1e-3)
+    # What another extension finds activated is what the WebUI has activated.
+    assert seen == [["a", "b"]] * 4
+    assert [(use.strength, use.most) for use in job.passes[0].uses] == [(1.0, 1.0), (0.0, 1.0)]
+    a1111.networks.loaded_networks.clear()
+    assert trace(a1111, standin)[:-1] == before
+
+
+@torch.no_grad()
+def slowly(a1111: Any, standin: Any, loras: list[Any], until: int, steps: int = 4) -> torch.Tensor:
+    """By METHOD.md's formulas in float64, each LoRA merged by the WebUI itself; the last LoRA is off from step `until` on."""
+    model = standin.model
+    states = []
+    for active in ([], [loras[0]], [loras[1]]):
+        a1111.networks.loaded_networks[:] = active
+        states.append((active, model.encode("a red circle"), model.encode("blurry")))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double() * 10
+    for step, (sigma, then) in enumerate(pairwise(torch.linspace(10, 0, steps + 1).double())):
+        noise: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for active, cond, uncond in states:
+            a1111.networks.loaded_networks[:] = active
+            for kind, text in ((True, cond), (False, uncond)):
+                crossattn = {"c_crossattn": [text[None]], "c_concat": [torch.zeros(1, 1, 1, 1)]}
+                noise[kind].append(model.apply_model(x.float(), sigma.float().view(1), crossattn).double())
+        acting = [1, 2] if step < until else [1]
+        sums = {kind: torch.zeros_like(x) for kind in noise}
+        for top in range(0, 8, 2):
+            for left in range(0, 8, 2):
+                patch = (0, slice(None), slice(top, top + 2), slice(left, left + 2))
+                base = noise[True][0][patch].flatten()
+                near = [torch.cosine_similarity(noise[True][i][patch].flatten(), base, dim=0) for i in acting]
+                shares = torch.softmax(-torch.stack(near) / 0.1, dim=0)
+                for kind in noise:
+                    sums[kind][patch] = sum(
+                        w * noise[kind][i][patch] for w, i in zip(shares, acting, strict=True)
+                    )
+        anchor = 0.5 * noise[False][0] + 0.5 * sums[False]
+        x = x + (anchor + 5.0 * (sums[True] - anchor)) * (then - sigma)
+    return x
+
+
+def test_a_strength_that_is_worked_out_anew_is_followed(a1111: Any, standin: Any, monkeypatch: Any) -> None:
+    """loractl makes the strength a property of the WebUI's class, 0 at the first step; and it takes a tag's arguments away."""
+    step = SimpleNamespace(now=0)
+
+    def now(net: Any) -> float:
+        return 0.4 * step.now if net.name == "b" else net.__dict__["_own"]
+
+    def keep(net: Any, value: float) -> None:
+        net.__dict__["_own"] = value
+
+    a, b = standin.lora("a", 1), standin.lora("b", 2, text=False)
+    for net in (a, b):
+        net.__dict__.pop("te_multiplier")
+        net.__dict__.pop("unet_multiplier")
+        net.__dict__["_own"] = 1.0
+    for name in ("te_multiplier", "unet_multiplier"):
+        monkeypatch.setattr(a1111.networks.Network, name, property(now, keep), raising=False)
+
+    def count(params: Any) -> None:
+        step.now = params.denoiser.step
+
+    a1111.callbacks.on_cfg_denoiser(count)
+    try:
+        for method, loras in (("merge", (a, b)), ("loratorio", (b,))):
+            step.now = 0
+            wanted = standin.run(standin.job(*loras))
+            step.now = 0
+            found, job = compose(standin.job(*loras), method=method, recentre=0.0)
+            assert close(found, wanted), method
+            assert str(job.passes[0].uses[-1]) == "b:0 to 1.2000000000000002"
+    finally:
+        a1111.callbacks.remove_callbacks_for_function(count)
+
+
+def test_arguments_that_another_extension_takes_away_still_count(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    tag = Tag(b)
+    tag.items = ["b", "1@0,0@1", "role=style", "a=b=c"]
+    taken, job = compose(standin.job(a, tag))
+    written, _ = compose(standin.job(a, Tag(b, named={"role": "style"})))
+    assert torch.equal(taken, written)
+    assert job.notes == []
+
+
+def attention_of(path: str) -> Any:
+    """A function as if it stood in this file."""
+    made: dict[str, Any] = {}
+    exec(compile("def forward(x, context=None):\n    return x\n", path, "exec"), made)
+    return made["forward"]
+
+
+class CrossAttention(torch.nn.Module):
+    def forward(self, x: Any, context: Any = None) -> Any:
+        return x
+
+
+@pytest.mark.parametrize(
+    "path", ["/webui/extensions/sd-webui-negpip/scripts/negpip.py", "/webui/modules/x.py"]
+)
+def test_replaced_attention_is_left_to_the_webui(a1111: Any, standin: Any, path: str) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    attention = CrossAttention()
+    standin.model.model.diffusion_model.attn2 = attention
+    attention.forward = attention_of(path)
+    for loras in ((a, b), (a,)):
+        found, job = compose(standin.job(*loras), recentre=0.0)
+        if "extensions" in path:
+            assert torch.equal(found, standin.run(standin.job(*loras)))
+            assert job.notes == [
+                "LoRAtorio merged the LoRAs as the WebUI does without it: the extension sd-webui-negpip replaces the model's "
+                "attention, and counts on the WebUI's own rows."
+            ]
+        else:  # the WebUI's own ways to put a function there look at one row at a time
+            assert job.notes == []
+
+
+def test_arguments_that_nobody_reads_are_said(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), Tag(standin.lora("b", 2), named={"rolle": "style", "lbw": "XYZ", "dyn": "4"})
+    _, job = compose(standin.job(a, b))
+    assert job.notes == [
+        "Unknown in a LoRA tag, and without effect: rolle= of LoRA b (did you mean role?), lbw= of LoRA b."
+    ]
+    block_weight = SimpleNamespace(filename="/webui/extensions/x/scripts/lora_block_weight.py")
+    _, job = compose(standin.job(a, b, scripts=SimpleNamespace(alwayson_scripts=[block_weight])))
+    assert job.notes == ["Unknown in a LoRA tag, and without effect: rolle= of LoRA b (did you mean role?)."]
