@@ -217,6 +217,25 @@ def unknown_options_note(loras: Sequence[TaggedLora], others: Collection[str] = 
     return f"Unknown in a LoRA tag, and without effect: {', '.join(strange)}."
 
 
+def unread_note(names: Sequence[str]) -> str:
+    """A sentence on LoRAs of which the WebUI found no file that it can read."""
+    several = len(names) > 1
+    return (
+        f"LoRA{'s' if several else ''} {', '.join(names)} {'are' if several else 'is'} not in the picture: there is no such file, or it "
+        "is damaged."
+    )
+
+
+def partly_used_note(name: str, used: int, total: int) -> str:
+    """A sentence on a LoRA of which a model has not all layers, or nothing."""
+    if used >= total:
+        return ""
+    return (
+        f"Of LoRA {name} {used} of {total} layers were used: the others are not in this model, which may be of another kind than the "
+        "one that it was made for."
+    )
+
+
 def without_effect_note(names: Sequence[str]) -> str:
     """A sentence on the LoRAs that were left out because the picture is the same with them, or nothing."""
     if not names:

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, fit
 from ...errors import LoratorioError
-from ...roles import TaggedLora
+from ...roles import TaggedLora, partly_used_note
+from ..shared.lora_layers import layers
 from ..shared.sampling_pass import ActiveLora
 from ..shared.tags import TagOptions
 
@@ -167,6 +169,24 @@ def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: boo
             raise _not_for_this_model(lora, name, str(problem)) from problem
         deltas[name] = [delta]
     return Adapter(name_of(lora), deltas)
+
+
+def partly_used(lora: Network) -> str:
+    """A sentence where the WebUI found no layer of its model for a part of the LoRA's file, or nothing."""
+    used = layers(module.network_key for module in lora.modules.values())
+    every = layers(_names_in(lora.network_on_disk)) | used
+    return partly_used_note(name_of(lora), len(used), len(every))
+
+
+def _names_in(file: Any) -> list[str]:
+    """Names of the tensors in a LoRA file; nothing for one of a format that is not looked into."""
+    if not getattr(file, "is_safetensors", False):
+        return []
+    try:
+        with safe_open(file.filename, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError):
+        return []
 
 
 def _not_for_this_model(lora: Network, name: str, why: str) -> LoratorioError:

@@ -33,6 +33,7 @@ from .loras import (
     changes_text,
     identity,
     lora_extension,
+    partly_used,
     restore_base,
     unet_layers,
 )
@@ -100,7 +101,7 @@ class A1111Pass(SamplingPass):
         restore_base(layers)  # some kinds depend on the weight that they change
         adapter = adapter_of(lora.source, layers, skip_misfits=is_refiner)
         adapter.check_finite()
-        return ReadLora(lora, adapter)
+        return ReadLora(lora, adapter, remark="" if is_refiner else partly_used(lora.source))
 
     def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
         # The WebUI may have made the network anew since its deltas were kept: text is made with the present one.

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.delta import Adapter, Delta, Dense, LowRank
+from ...adapters.delta import Adapter, Delta, Dense, LowRank, fit_all
 from ...errors import LoratorioError
-from ..shared.sampling_pass import ActiveLora, ReadLora
+from ...roles import partly_used_note
+from ..shared.lora_layers import layers
+from ..shared.sampling_pass import ActiveLora, ReadLora, UnreadableLora
 from .flavours import Flavour, LoraFile, Patch, Patcher
 
 
@@ -23,7 +25,11 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
     """
     file: LoraFile = lora.source
     original = sd_model.forge_objects_original
-    unet, clip = flavour.load(original.unet, original.clip, file)
+    try:
+        unet, clip = flavour.load(original.unet, original.clip, file)
+        names = set(flavour.names_in(file))
+    except Exception as problem:  # whatever the host's reader says of a damaged file
+        raise UnreadableLora(f"LoRA {file.name} cannot be read ({problem}): get the file again.") from problem
     if unet is original.unet and clip is original.clip:
         raise LoratorioError(
             f"LoRA {file.name} fits nothing in this model: it was made for another kind of model. "
@@ -31,9 +37,12 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
         )
     adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
     adapter.check_finite()
-    remark = ""
-    if not adapter.deltas and file.unet and any(map(_is_of_unet, flavour.names_in(file))):
+    _check_fit(adapter, unet)
+    if not adapter.deltas and file.unet and any(map(_is_of_unet, names)):
         remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."
+    else:
+        used = _added(flavour, unet, original.unet) + _added(flavour, clip.patcher, original.clip.patcher)
+        remark = partly_used_note(file.name, used, len(layers(names)))
     has_text = clip is not original.clip and file.text != 0
     return ReadLora(lora, adapter, clip if has_text else None, remark)
 
@@ -41,6 +50,24 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
 def _is_of_unet(name: str) -> bool:
     """Whether a tensor of a LoRA file with this name is for the UNet, and not for a text encoder."""
     return not name.startswith(("lora_te", "lora_prior_te", "text", "clip_", "t5", "bundle_emb"))
+
+
+def _added(flavour: Flavour, patcher: Patcher, original: Patcher) -> int:
+    """How many patches the host made of a LoRA for a model: at least one for each of the file's layers that it knows."""
+    counts = [sum(len(patches) for _, patches in flavour.patches(each)) for each in (patcher, original)]
+    return counts[0] - counts[1]
+
+
+def _check_fit(adapter: Adapter, unet: Patcher) -> None:
+    """Raise LoratorioError where the LoRA is for a layer of another shape: the host would leave it out, and say so in its log only."""
+    for name, deltas in adapter.deltas.items():
+        try:
+            fit_all(deltas, unet.model.get_submodule(name))
+        except ValueError as problem:
+            raise LoratorioError(
+                f"LoRA {adapter.name} does not fit the layer {name}: {problem}. It was made for another kind of model: "
+                "remove it from the prompt, or untick LoRAtorio."
+            ) from problem
 
 
 def layers_of(adapters: Sequence[Adapter], unet: Patcher) -> dict[str, nn.Module]:

@@ -31,9 +31,11 @@ from ...roles import (
     prompt_importance,
     recognised_note,
     unknown_options_note,
+    unread_note,
     without_effect_note,
 )
 from .neighbours import known_options
+from .tags import TagOptions
 
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
 
@@ -45,6 +47,10 @@ BYPASSED = (
 )
 
 Result = TypeVar("Result")
+
+
+class UnreadableLora(LoratorioError):
+    """A LoRA's file cannot be read. The WebUI goes on without it, and so does a pass."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,8 @@ class SamplingPass(ABC):
         """
         self.job.begin_pass()
         active = self.active_loras()
-        why_not = self.obstacle() if active else NO_LORA
+        missing = self._missing(active)
+        why_not = self.obstacle() if active else "" if missing else NO_LORA
         if why_not and any(lora.tagged.is_candidate for lora in active):
             raise LoratorioError(
                 f"{why_not} With a pool that is no picture of use: take the pool out of the prompt."
@@ -162,7 +169,7 @@ class SamplingPass(ABC):
         if why_not:
             self.job.note(why_not)
             return None
-        self.loras = tuple(self._usable(active))
+        self.loras = tuple(self._usable(active, missing))
         tagged = [lora.active.tagged for lora in self.loras]
         participants = participants_of(tagged, self._importance(tagged))
         own_remarks = [lora.remark for lora in self.loras]
@@ -179,27 +186,43 @@ class SamplingPass(ABC):
             return None
         return participants
 
-    def _usable(self, active: Sequence[ActiveLora]) -> Iterator[ReadLora]:
-        """The LoRAs, read, without those that change nothing and those candidates of a pool that cannot be used; notes say which."""
-        skipped: list[tuple[str, str]] = []
+    def _missing(self, active: Sequence[ActiveLora]) -> dict[str, bool]:
+        """Names of LoRAs that have a tag and that the WebUI has not loaded, and whether they are only candidates of a pool."""
+        tags = TagOptions(self.p)
+        for lora in active:
+            tags.take(lora.tagged.name)
+        return {name: TaggedLora(name, options).is_candidate for name, options in tags.left.items()}
+
+    def _usable(self, active: Sequence[ActiveLora], missing: Mapping[str, bool]) -> Iterator[ReadLora]:
+        """The LoRAs, read, without those that change nothing, those whose file cannot be read, and those candidates of a pool that
+        cannot be used; notes say which."""
+        skipped = [(name, "") for name, is_candidate in missing.items() if is_candidate]
+        unread = [name for name, is_candidate in missing.items() if not is_candidate]
         without_effect: list[str] = []
+        found = 0
         for lora in active:
             try:
                 read = self.read_once(lora)
             except LoratorioError as problem:
-                if not lora.tagged.is_candidate:
+                if lora.tagged.is_candidate:
+                    skipped.append((lora.tagged.name, str(problem)))
+                elif isinstance(problem, UnreadableLora):
+                    unread.append(lora.tagged.name)
+                else:
                     raise
-                skipped.append((lora.tagged.name, str(problem)))
                 continue
+            found += 1
             # It predicts what the base predicts, and would have a share of the picture all the same.
             is_off = lora.strength == 0 and not lora.may_change
             if (is_off or read.adapter.changes_nothing) and read.text is None:
                 without_effect.append(lora.tagged.name)
             else:
                 yield read
+        if unread:
+            self.job.note(unread_note(unread))
         if without_effect:
             self.job.note(without_effect_note(without_effect))
-        if len(skipped) == len(active):
+        if skipped and not found and not unread:
             raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
         if skipped:
             self.job.note(Candidates((), tuple(skipped)).note)

@@ -16,12 +16,17 @@ class TagOptions:
         self._left: dict[str, list[Mapping[str, str]]] = {}
         for kind in KINDS:
             for tag in (data or {}).get(kind, ()):
-                self._left.setdefault(tag.positional[0], []).append(_named(tag))
+                self._left.setdefault(str(tag.positional[0]), []).append(_named(tag))
 
     def take(self, name: str) -> Mapping[str, str]:
         """Those of the next tag that names this LoRA; none where there is no further one."""
         left = self._left.get(name)
         return left.pop(0) if left else {}
+
+    @property
+    def left(self) -> dict[str, Mapping[str, str]]:
+        """By name, those of the LoRAs whose tags were not taken."""
+        return {name: options[0] for name, options in self._left.items() if options}
 
 
 def _named(tag: Any) -> Mapping[str, str]:

@@ -25,7 +25,7 @@ class Network:
 
 class NetworkModule:
     def __init__(self, net, key):
-        self.network, self.sd_key = net, key
+        self.network, self.sd_key, self.network_key = net, key, f"lora_{key}.alpha"
         self.bias = self.dora_scale = None
 
     def multiplier(self):
