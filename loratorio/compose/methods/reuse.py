@@ -27,7 +27,7 @@ SHORT = 10
 FEW = 17
 """Schedules of so many steps and fewer run a LoRA at every other evaluation at least: else it would be run but five times and less."""
 
-LATE = 0.85
+LATE = 0.9
 """From this part of the steps on, a LoRA is run at every other evaluation at least: predictions change fastest at the end."""
 
 DAMPING = 0.5
