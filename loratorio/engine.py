@@ -279,8 +279,11 @@ class Engine:
             return composition
         # The sampler adds up the parts of a prompt with AND itself; each is rescaled on its own.
         own_uncond = torch.stack([uncond[owner] for owner in predictions.owners])
-        cond = rescaled_cond(composition.cond, own_uncond, scale, strength)
-        return Composition(cond, uncond, composition.weights)
+        # A clip has one contrast, not one for each frame.
+        shape = composition.cond.shape
+        clips = (-1, _frames(step.latents), *shape[1:])
+        cond = rescaled_cond(composition.cond.reshape(clips), own_uncond.reshape(clips), scale, strength)
+        return Composition(cond.reshape(shape), uncond, composition.weights)
 
     def _predict(self, rows: Sequence[Row], by_layer: Mapping[str, Mix], predict: Predict) -> Tensor:
         """All rows in as few calls as the limit and the memory allow, in order."""

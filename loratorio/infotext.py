@@ -47,7 +47,7 @@ class LoraUse(NamedTuple):
     def __str__(self) -> str:
         strength = number(self.strength)
         if self.most is not None and self.most != self.strength:
-            strength += f" to {number(self.most)}"
+            strength = f"{self.strength:.3g} to {self.most:.3g}"
         place = f" at {self.place}" if self.place else ""
         share = "" if self.share is None else f" ({self.share * 100:.0f} %)"
         return f"{self.name}:{strength}{place}{share}"

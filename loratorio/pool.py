@@ -6,7 +6,7 @@ Which of them are used is decided while sampling (`compose.methods.loratorio.Fro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
@@ -36,39 +36,53 @@ class Candidates(Generic[Loaded]):
         return f"Left out of the pool because they cannot be used: {', '.join(name for name, _ in self.skipped)}."
 
 
-def pool_files(pattern: str, folder: Path | LoraFolder, known: Iterable[str] = ()) -> list[Path]:
+def pool_files(
+    pattern: str, folder: Path | LoraFolder | Sequence[Path], known: Iterable[str] = ()
+) -> list[Path]:
     """The LoRA files that a pool names, sorted, each once.
 
     Args:
         pattern: relative to the LoRA folder: a folder (all below it), a glob (``anime/*``, ``**/hat*``), a LoRA's name, or several of
             these with commas. ``*`` alone is every LoRA. Capitals do not matter.
-        folder: the LoRA folder. Nothing outside of it is used, whichever way the pattern or a link in the folder leads there.
+        folder: the LoRA folder, or several. Nothing outside of them is used, whichever way the pattern or a link leads there.
         known: names of LoRAs that the prompt has already; they are left out.
 
     Raises:
         LoratorioError: a pattern that leaves the folder, or that no LoRA fits.
     """
-    loras = _read(folder, pattern)
+    folders = _read(folder, pattern)
     taken = {folded(name) for name in known}
-    files: dict[Path, Path] = {}  # by where a link ends, so that no file comes twice
+    files: dict[Path, tuple[LoraFolder, Path]] = {}  # by where a link ends, so that no file comes twice
     for part in (each.strip() for each in pattern.split(",")):
-        if part:
-            for file in _fitting(part, pattern, loras):
-                files.setdefault(file.resolve(), file)
+        for loras, file in _fitting_in_any(part, pattern, folders) if part else ():
+            files.setdefault(file.resolve(), (loras, file))
     if not files:
         raise LoratorioError(
             "A pool needs a folder, a pattern or names: <pool:folder:0.8>, <pool:anime/*>, <pool:a,b,c>."
         )
     return sorted(
-        file for file in files.values() if not taken & {folded(loras.name_of(file)), folded(file.stem)}
+        file for loras, file in files.values() if not taken & {folded(loras.name_of(file)), folded(file.stem)}
     )
 
 
-def expanded(prompt: str, folder: Path) -> str:
+def has_pool(prompt: str) -> bool:
+    """Whether a prompt has a pool's tag."""
+    return _POOL_TAG.search(prompt) is not None
+
+
+def expanded(
+    prompt: str,
+    folder: Path | Sequence[Path],
+    name_of: Callable[[Path], str] = lambda file: file.stem,
+    is_speed_lora: Callable[[Path], bool] = lambda file: looks_like_speed_lora(file.stem),
+) -> str:
     """`prompt` with every ``<pool:…:0.8>`` replaced by a ``<lora:name:0.8:pool=1>`` for each candidate.
 
     For hosts that read LoRA tags themselves and pass over arguments that they do not know: `roles` takes a LoRA with
     ``pool=1`` for a candidate. Speed LoRAs are left out.
+
+    Args:
+        name_of: the name that the host has for a file.
 
     Raises:
         LoratorioError: as `pool_files`.
@@ -77,10 +91,11 @@ def expanded(prompt: str, folder: Path) -> str:
 
     def tags(match: re.Match[str]) -> str:
         pattern, _, rest = match.group(1).partition(":")
-        names = [file.stem for file in pool_files(pattern.strip(), folder, known)]
+        names = [
+            name_of(file) for file in pool_files(pattern.strip(), folder, known) if not is_speed_lora(file)
+        ]
         known.extend(names)
-        chosen = [name for name in names if not looks_like_speed_lora(name)]
-        return "".join(f"<lora:{name}:{rest or '1'}:{POOL_OPTION}=1>" for name in chosen)
+        return "".join(f"<lora:{name}:{rest or '1'}:{POOL_OPTION}=1>" for name in names)
 
     return _POOL_TAG.sub(tags, prompt)
 
@@ -97,13 +112,34 @@ def load_candidates(files: Iterable[Path], load: Callable[[Path], Loaded]) -> Ca
     return Candidates(tuple(loaded), tuple(skipped))
 
 
-def _read(folder: Path | LoraFolder, pattern: str) -> LoraFolder:
+def _read(folder: Path | LoraFolder | Sequence[Path], pattern: str) -> list[LoraFolder]:
     if isinstance(folder, LoraFolder):
-        return folder
-    try:
-        return LoraFolder(folder)
-    except LoratorioError as problem:
-        raise LoratorioError(f"{problem} The pool <pool:{pattern}> has nothing to choose from.") from problem
+        return [folder]
+    read: list[LoraFolder] = []
+    trouble: list[LoratorioError] = []
+    for each in [folder] if isinstance(folder, Path) else folder:
+        try:
+            read.append(LoraFolder(each))
+        except LoratorioError as problem:
+            trouble.append(problem)
+    if not read:
+        raise LoratorioError(
+            f"{trouble[0]} The pool <pool:{pattern}> has nothing to choose from."
+        ) from trouble[0]
+    return read
+
+
+def _fitting_in_any(part: str, pattern: str, folders: Sequence[LoraFolder]) -> list[tuple[LoraFolder, Path]]:
+    found: list[tuple[LoraFolder, Path]] = []
+    trouble: list[LoratorioError] = []
+    for loras in folders:
+        try:
+            found += [(loras, file) for file in _fitting(part, pattern, loras)]
+        except LoratorioError as problem:
+            trouble.append(problem)
+    if not found:
+        raise trouble[0]
+    return found
 
 
 def _fitting(part: str, pattern: str, loras: LoraFolder) -> Iterator[Path]:

@@ -430,3 +430,24 @@ def test_a_pools_limits_hold_on_the_next_model() -> None:
     engine.rebind(bank)
     assert (bank._apart, bank._most_apart) == ({1, 2}, POOL_RESIDENT)
     assert engine.row_limit == POOL_ROWS
+
+
+def test_guidance_rescale_looks_at_a_clip_as_a_whole() -> None:
+    """Not frame by frame: a clip whose contrast changes in time keeps that."""
+    torch.manual_seed(0)
+    settings = paper(enabled=True, method="merge", rescale=0.7)
+    clips = torch.randn(2, 4, 3, 5, 6, dtype=torch.float64) * torch.tensor([0.2, 1.0, 3.0]).view(
+        1, 1, 3, 1, 1
+    )
+    noise = torch.stack([clips, torch.randn_like(clips)])  # conditional, unconditional
+    engine = Engine(settings, Bank([Adapter("a", {})]))
+    made = engine.step(
+        Step(0, 4, torch.zeros_like(clips), 2, denoised=False, guidance=5.0),
+        lambda rows: torch.stack([noise[0 if row.cond else 1][row.slot] for row in rows]),
+    )
+    assert made.uncond is not None
+    for cond, uncond, rescaled in zip(noise[0], noise[1], made.cond.double(), strict=True):
+        guided = uncond + 5 * (cond - uncond)
+        wanted = guided * (0.7 * cond.std() / guided.std() + 0.3)
+        found = uncond + 5 * (rescaled - uncond)
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)

@@ -131,3 +131,26 @@ def test_a_tag_says_that_its_lora_is_a_candidate() -> None:
         [TaggedLora("cat"), TaggedLora("red", {"pool": "1"}), TaggedLora("tall", {"pool": "0"})]
     )
     assert participants.pooled == (False, True, False)
+
+
+def test_several_folders_are_one(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "LyCORIS"
+    other.mkdir()
+    (other / "fish.safetensors").write_bytes(b"x")
+    both = [folder, tmp_path / "none", other]
+    assert names(pool_files("*", both)) == ["blue", "cat", "dog", "fish", "red", "tall"]
+    assert names(pool_files("hats/r*, fish", both)) == ["fish", "red"]
+    with pytest.raises(LoratorioError, match="No LoRA fits 'bird'"):
+        pool_files("fish, bird", both)
+    with pytest.raises(LoratorioError, match="nothing to choose from"):
+        pool_files("*", [tmp_path / "none", tmp_path / "neither"])
+
+
+def test_a_host_may_have_other_names(folder: Path) -> None:
+    found = expanded(
+        "<Pool:hats:0.5>",
+        folder,
+        lambda file: file.relative_to(folder).with_suffix("").as_posix(),
+        lambda file: file.stem == "tall",
+    )
+    assert found == "<lora:hats/blue:0.5:pool=1><lora:hats/red:0.5:pool=1>"

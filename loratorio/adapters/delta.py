@@ -5,6 +5,7 @@ Every kind of LoRA file comes down to one of two forms: a low-rank product, or a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -113,14 +114,34 @@ class Adapter:
         every = (delta for deltas in self.deltas.values() for delta in deltas)
         return sum(tensor.numel() for each in every if isinstance(each, Dense) for tensor in _tensors(each))
 
-    def check_finite(self) -> None:
-        """Raise LoratorioError naming the layer if any tensor holds NaN or infinity."""
+    def check_numbers(self) -> None:
+        """Raise LoratorioError naming the layer if any tensor holds NaN or infinity, or numbers that no model could take."""
         for layer, deltas in self.deltas.items():
             for delta in deltas:
                 if not all(bool(torch.isfinite(reckonable(tensor)).all()) for tensor in _tensors(delta)):
                     raise LoratorioError(
                         f"LoRA {self.name} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
                     )
+                largest = _largest(delta)
+                if largest > LARGEST:
+                    raise LoratorioError(
+                        f"LoRA {self.name} changes layer {layer} by numbers as large as {largest:.1e}, of which no picture can be "
+                        "made. The file is damaged: get it again."
+                    )
+
+
+LARGEST = 65504.0
+"""The largest number of half precision. Weights of models, and what LoRAs change in them, are a thousand times smaller and more."""
+
+
+def _largest(delta: Delta) -> float:
+    """The largest number of those that a change is made of, and of the change itself, at most."""
+    parts = [float(reckonable(tensor).abs().max()) if tensor.numel() else 0.0 for tensor in _tensors(delta)]
+    if isinstance(delta, LowRank):
+        # No entry of a product is larger than this; those of real LoRAs are far smaller.
+        bound = math.prod(parts) * abs(delta.scale) * delta.rank ** (len(parts) - 1)
+        parts.append(bound / 1000)
+    return max(parts, default=0.0)
 
 
 def _is_zero(delta: Delta) -> bool:

@@ -76,6 +76,6 @@ def rescale(guided: Tensor, cond: Tensor, strength: float) -> Tensor:
 def rescaled_cond(cond: Tensor, uncond: Tensor, scale: float, strength: float) -> Tensor:
     """The conditional prediction with which a sampler's own guidance (`guide` at `scale`) ends at the rescaled result.
 
-    cond, uncond: (B, C, H, W), row by row; `scale` must not be 0.
+    cond, uncond: (B, C, H, W), row by row, or (B, T, C, H, W), clip by clip; `scale` must not be 0.
     """
     return uncond + (rescale(guide(cond, uncond, scale), cond, strength) - uncond) / scale

@@ -123,7 +123,7 @@ def load_lora(
         embeddings,
     )
     for adapter in (loaded.unet, *loaded.text):
-        adapter.check_finite()
+        adapter.check_numbers()
     return loaded
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import LoratorioError
-from ..settings import KNOBS, Settings
+from ..settings import KNOB_BY_NAME, KNOBS, Settings
 from . import options, xyz
 
 
@@ -14,8 +14,8 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
     """The settings that `args` ask for, with what an X/Y/Z plot set on the processing object `p` on top.
 
     Args:
-        args: one value per knob in the order of `KNOBS` (missing ones and None: the settings page's defaults), or one mapping
-            of knob names first, after which nothing else counts: the WebUI fills the rest with the panel's defaults.
+        args: one value per knob in the order of `KNOBS`, or one mapping of knob names first, after which nothing else counts: the WebUI
+            fills the rest with the panel's defaults. Missing ones and None: the settings page's defaults.
 
     Raises:
         LoratorioError: an unknown knob, a bad value, too many values. Not where the panel's box is unticked: what is typed into a panel
@@ -32,7 +32,9 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
 
 def _values(args: Sequence[Any]) -> dict[str, Any]:
     if args and isinstance(args[0], Mapping):
-        return dict(args[0])
+        return {
+            name: value for name, value in args[0].items() if value is not None or name not in KNOB_BY_NAME
+        }
     if len(args) > len(KNOBS):
         raise LoratorioError(
             f"LoRAtorio takes {len(KNOBS)} arguments ({', '.join(knob.name for knob in KNOBS)}), but {len(args)} came. "

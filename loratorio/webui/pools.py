@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..pool import expanded
+from ..pool import expanded, has_pool, pool_files
+from ..roles import looks_like_speed_lora
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -15,26 +17,105 @@ def expand(job: Job, prompts: list[str]) -> None:
     """Replace each `<pool:…>` in a batch's prompts, and in those of its hires pass, by the LoRAs it stands for.
 
     Raises:
-        LoratorioError: a pool that leaves the LoRA folder, or that no LoRA fits.
+        LoratorioError: a pool that leaves the LoRA folders, or that no LoRA fits.
     """
-    from modules import shared
-
     p = job.p
     hires = getattr(p, "all_hr_prompts", None) or []
-    if not any("<pool:" in prompt for prompt in (*prompts, *hires)):
+    if not any(has_pool(prompt) for prompt in (*prompts, *hires)):
         return
     # The infotext keeps the tag: it is made of the job's prompts, of which these are copies.
-    folder = Path(shared.cmd_opts.lora_dir)
-    prompts[:] = [expanded(prompt, folder) for prompt in prompts]
+    prompts[:] = map(_expanded, prompts)
     if hires:
         own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size)
         # These are no copies, and so have to be put back.
         job.hires_prompts = hires
         p.all_hr_prompts = list(hires)
-        p.all_hr_prompts[own] = [expanded(prompt, folder) for prompt in hires[own]]
+        p.all_hr_prompts[own] = map(_expanded, hires[own])
 
 
 def restore(job: Job) -> None:
     """Once the WebUI has read the batch's prompts: the job's prompts for the infotext are as the user wrote them."""
     if job.hires_prompts is not None:
         job.p.all_hr_prompts, job.hires_prompts = job.hires_prompts, None
+
+
+def count(pattern: str) -> int:
+    """How many candidates a pool has. Raises LoratorioError as `expand`."""
+    return sum(not _is_speed_lora(file) for file in pool_files(pattern, folders()))
+
+
+def folders() -> list[Path]:
+    """The folders in which the WebUI looks for LoRAs."""
+    from modules.shared import cmd_opts
+
+    several = getattr(cmd_opts, "lora_dirs", None) or ()
+    older = getattr(cmd_opts, "lyco_dir_backcompat", None)
+    found = [cmd_opts.lora_dir, *several, *([older] if older else [])]
+    return [Path(folder) for folder in dict.fromkeys(map(str, found))]
+
+
+def _expanded(prompt: str) -> str:
+    return expanded(prompt, folders(), _name_of, _is_speed_lora)
+
+
+def _name_of(file: Path) -> str:
+    """A name by which the WebUI finds this very file.
+
+    It knows a file by its name without folders, of which the last one found counts. A file that it would not find so, or whose name
+    cannot stand in a tag, is told to it by its path. That stays until the WebUI lists its LoRAs anew, and no prompt can mean it by chance.
+    """
+    import networks
+
+    known = _entry(networks, file.stem)
+    if _is_file(known, file) and _can_be_written(file.stem):
+        return file.stem
+    if known is None and _can_be_written(file.stem) and not _has_twin(file):
+        return file.stem  # new in the folder: the WebUI looks for it itself
+    name = _path_as_name(file)
+    while _entry(networks, name) is not None and not _is_file(_entry(networks, name), file):
+        name += "_"
+    if _entry(networks, name) is None:
+        import network
+
+        networks.available_network_aliases[name] = network.NetworkOnDisk(name, str(file))
+    return name
+
+
+def _entry(networks: Any, name: str) -> Any:
+    """What the WebUI finds by this name, or None."""
+    if name.lower() in networks.forbidden_network_aliases:
+        return networks.available_networks.get(name)
+    return networks.available_network_aliases.get(name)
+
+
+def _is_file(entry: Any, file: Path) -> bool:
+    try:
+        return entry is not None and Path(entry.filename).resolve() == file.resolve()
+    except OSError:
+        return False
+
+
+def _can_be_written(name: str) -> bool:
+    return not set(name) & set("<>:,\n")
+
+
+def _has_twin(file: Path) -> bool:
+    return sum(1 for folder in folders() for _ in folder.rglob(f"{escape(file.stem)}.*")) > 1
+
+
+def _path_as_name(file: Path) -> str:
+    """The file's path in its folder, without what a tag cannot have."""
+    for folder in folders():
+        if file.is_relative_to(folder):
+            file = file.relative_to(folder)
+            break
+    path = file.with_suffix("").as_posix()
+    return "./" + "".join(sign if _can_be_written(sign) else "_" for sign in path)
+
+
+def _is_speed_lora(file: Path) -> bool:
+    import networks
+
+    entry = _entry(networks, file.stem)
+    metadata = getattr(entry, "metadata", None) if _is_file(entry, file) else None
+    return looks_like_speed_lora(file.stem, metadata or {})

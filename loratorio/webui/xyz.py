@@ -60,11 +60,22 @@ def _axis(script: ModuleType, knob: Knob) -> Any:
         return script.AxisOption(
             label, str, _apply(knob), confirm=_confirm(knob.label, knob.check), choices=lambda: labels
         )
-    if knob.kind == "int":
-        return script.AxisOption(label, int, _apply(knob), confirm=_confirm(knob.label, knob.check))
+    # Not int or float: of text the plot would make an error of its own, before it asks `confirm`.
     return script.AxisOption(
-        label, float, _apply(knob), confirm=_confirm(knob.label, knob.check), prepare=_expand(script)
+        label, _number(knob), _apply(knob), confirm=_confirm(knob.label, knob.check), prepare=_expand(script)
     )
+
+
+def _number(knob: Knob) -> Callable[[Any], Any]:
+    """What makes a number of what is typed into the axis; text that is none is left for `confirm`."""
+
+    def read(value: Any) -> Any:
+        try:
+            return knob.check(value)
+        except LoratorioError:
+            return value
+
+    return read
 
 
 def _preset_axis(script: ModuleType) -> Any:
@@ -105,18 +116,24 @@ def _confirm(label: str, check: Callable[[Any], Any]) -> Callable[[Any, Sequence
 
 
 def _expand(script: ModuleType) -> Callable[[str], list[str]]:
-    """Ranges as in "0-1 (+0.1)", ended where they say: the plot's own expansion of those goes one step too far."""
+    """Ranges as in "0-1 (+0.1)" and "0-1 [5]". The first end where they say: the plot's own expansion goes one step too far."""
 
     def expand(text: str) -> list[str]:
         values: list[str] = []
         for part in script.csv_string_to_list_strip(text):
-            match = script.re_range_float.fullmatch(part)
-            if match is None:
+            by_step = script.re_range_float.fullmatch(part)
+            by_count = script.re_range_count_float.fullmatch(part)
+            if by_step is not None:
+                start, end, step = (float(each) if each else 1.0 for each in by_step.groups())
+                count = int((end - start) / step + 1e-6) + 1 if step else 1
+            elif by_count is not None:
+                start, end, wanted = (float(each) if each else 1.0 for each in by_count.groups())
+                count = max(1, int(wanted))
+                step = (end - start) / (count - 1) if count > 1 else 0.0
+            else:
                 values.append(part)
                 continue
-            start, end, step = (float(each) if each else 1.0 for each in match.groups())
-            count = int((end - start) / step + 1e-6) if step else 0
-            values += [number(round(start + i * step, 10)) for i in range(count + 1)]
+            values += [number(round(start + i * step, 10)) for i in range(count)]
         return values
 
     return expand

@@ -62,9 +62,30 @@ def test_the_same_as_in_float32(dtype: torch.dtype, kind: str) -> None:
 def test_nothing_and_nan_are_told_apart(dtype: torch.dtype) -> None:
     nothing = Adapter("x", {"0": [LowRank(torch.ones(2, 5).to(dtype), torch.zeros(6, 2).to(dtype))]})
     assert nothing.changes_nothing
-    nothing.check_finite()
+    nothing.check_numbers()
     broken = Adapter(
         "x", {"0": [LowRank(torch.full((2, 5), float("nan")).to(dtype), torch.ones(6, 2).to(dtype))]}
     )
     with pytest.raises(LoratorioError, match="LoRA x holds NaN"):
-        broken.check_finite()
+        broken.check_numbers()
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        LowRank(torch.full((2, 5), 1e30), torch.ones(6, 2)),
+        LowRank(torch.full((2, 5), 1e20), torch.full((6, 2), 1e20)),
+        LowRank(torch.full((2, 5), 6e4), torch.full((6, 2), 6e4)),
+        LowRank(torch.ones(2, 5), torch.ones(6, 2), scale=1e12),
+        Dense(weight=torch.full((6, 5), -1e6)),
+        Dense(bias=torch.full((6,), 1e38)),
+    ],
+)
+def test_numbers_that_no_picture_can_be_made_of_are_said_by_name(delta: LowRank | Dense) -> None:
+    with pytest.raises(LoratorioError, match=r"LoRA huge changes layer 0 by numbers as large as"):
+        Adapter("huge", {"0": [delta]}).check_numbers()
+
+
+def test_large_numbers_of_real_loras_are_no_matter() -> None:
+    Adapter("x", {"0": [LowRank(torch.full((128, 5), 50.0), torch.full((6, 128), 50.0))]}).check_numbers()
+    Adapter("x", {"0": [Dense(weight=torch.full((6, 5), 500.0))]}).check_numbers()

@@ -34,7 +34,7 @@ def a1111() -> Iterator[Any]:
     finally:
         sys.path.remove(str(STANDIN))
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("modules", "networks", "run"):
+            if name.split(".")[0] in ("modules", "network", "networks", "run"):
                 del sys.modules[name]
 
 

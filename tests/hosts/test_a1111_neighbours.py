@@ -135,7 +135,7 @@ def test_a_strength_that_is_worked_out_anew_is_followed(a1111: Any, standin: Any
             step.now = 0
             found, job = compose(standin.job(*loras), method=method, recentre=0.0)
             assert close(found, wanted), method
-            assert str(job.passes[0].uses[-1]) == "b:0 to 1.2000000000000002"
+            assert str(job.passes[0].uses[-1]) == "b:0 to 1.2"
     finally:
         a1111.callbacks.remove_callbacks_for_function(count)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,49 @@ def test_pools_become_loras_and_stay_pools_in_the_infotext(
     pools.restore(job)
     assert p.all_hr_prompts is written
     assert written == ["b <pool:one>"]
+
+
+def test_of_files_with_one_name_a_pool_finds_the_one_that_it_means(
+    standin: Any, a1111: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from loratorio.job import Job
+    from loratorio.webui import pools
+
+    network, networks = sys.modules["network"], a1111.networks
+    folder, other = tmp_path / "Lora", tmp_path / "LyCORIS"
+    files = {}
+    for path in ("sub/same", "sub2/same", "new", "a,b", "a:b"):
+        files[path] = folder / f"{path}.safetensors"
+        files[path].parent.mkdir(parents=True, exist_ok=True)
+        files[path].write_bytes(b"")
+    other.mkdir()
+    (other / "fish.safetensors").write_bytes(b"")
+    monkeypatch.setattr(a1111.shared.cmd_opts, "lora_dir", str(folder))
+    monkeypatch.setattr(a1111.shared.cmd_opts, "lyco_dir_backcompat", str(other), raising=False)
+    # The WebUI knows the last of them by their name, and nothing of a file that is new.
+    known = {"same": network.NetworkOnDisk("same", str(files["sub2/same"]))}
+    known["fish"] = network.NetworkOnDisk(
+        "fish", str(other / "fish.safetensors"), {"modelspec.title": "LCM fish"}
+    )
+    monkeypatch.setattr(networks, "available_network_aliases", dict(known))
+    monkeypatch.setattr(networks, "available_networks", dict(known))
+
+    def tags(prompt: str) -> list[str]:
+        job = Job(standin.job(), paper(enabled=True))
+        prompts = [prompt]
+        pools.expand(job, prompts)
+        return [tag.split(":")[1] for tag in prompts[0].split("<") if tag]
+
+    assert tags("<Pool:sub2/sam*>") == ["same"]
+    assert tags("<pool:sub/sam*:0.5>") == ["./sub/same"]
+    assert networks.available_network_aliases["./sub/same"].filename == str(files["sub/same"])
+    assert tags("<pool:new>") == ["new"]
+    assert "new" not in networks.available_network_aliases
+    assert sorted(tags("<pool:a?b>")) == ["./a_b", "./a_b_"]
+    found = {networks.available_network_aliases[name].filename for name in ("./a_b", "./a_b_")}
+    assert found == {str(files["a,b"]), str(files["a:b"])}
+    assert pools.count("*") == 5  # fish says of itself that it is a speed LoRA
+    assert sorted(tags("<pool:*>")) == ["./a_b", "./a_b_", "./sub/same", "new", "same"]
 
 
 def test_installing_needs_nothing(capsys: Any) -> None:

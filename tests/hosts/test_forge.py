@@ -337,12 +337,13 @@ def test_loras_that_do_not_fit_the_refiner_are_left_out_there(webui: Any, standi
     own = standin.run(standin.job("b", refiner=refiner))
     composed, done = compose(standin, standin.job("b", refiner=refiner), recentre=0, **KNOBS)
     assert close(composed, own)
-    assert any("No LoRA of the prompt fits the refiner" in note for note in done.notes)
+    assert done.notes == ["No LoRA of the prompt fits the refiner: its steps are without them."]
     # The one with a text encoder part is composed by that.
     merged = standin.run(standin.job("a", "b", refiner=refiner))
     knobs = {**KNOBS, "method": "merge"}
     composed, done = compose(standin, standin.job("a", "b", refiner=refiner), **knobs)
     assert close(composed, merged)
+    assert done.notes == ["LoRA b does not fit the refiner, whose steps are without it."]
 
 
 def test_second_order_samplers(standin: Any) -> None:
@@ -675,3 +676,111 @@ def test_a_lora_without_effect_takes_no_weight(webui: Any, standin: Any) -> None
     assert close(found, wanted, 1e-6)
     assert job.passes[0].loras == ("a", "c")
     assert any("LoRA b changes nothing here" in note for note in job.notes)
+
+
+# -- files, and what other extensions do to them -----------------------------------------------------------------------
+
+
+def test_of_a_pool_only_the_candidate_of_another_shape_is_left_out(webui: Any, standin: Any) -> None:
+    low_rank = ("lora", torch.ones(8, 2, 1, 1), torch.ones(2, 5, 3, 3), 1.0, None, None, None)
+    webui.networks.files["/loras/wide"] = {"diffusion_model.conv_in.weight": low_rank}
+    tags = [webui.run.tag(name, pool="1") for name in ("a", "wide", "b")]
+    composed, job = compose(standin, standin.job(*tags), **KNOBS)
+    alone, _ = compose(standin, standin.job(tags[0], tags[2]), **KNOBS)
+    assert torch.equal(composed, alone)
+    assert job.notes == ["Left out of the pool because they cannot be used: wide."]
+    with pytest.raises(LoratorioError, match="LoRA wide does not fit the layer"):
+        compose(standin, standin.job("a", "wide"), **KNOBS)
+
+
+def test_a_file_that_cannot_be_read_is_left_out_with_a_note(
+    webui: Any, standin: Any, monkeypatch: Any
+) -> None:
+    original = webui.networks.load_lora_state_dict
+    standin.lora("broken", 7)
+
+    def load(path: str) -> Any:
+        if path.endswith("broken"):
+            raise OSError("header too large")
+        return original(path)
+
+    wanted, _ = compose(standin, standin.job("a", "b"), **KNOBS)
+    # The host made its patches before the file went bad.
+    job = standin.job("a", "broken", "b")
+    composed, done = compose(
+        standin,
+        job,
+        before=lambda p: monkeypatch.setattr(webui.networks, "load_lora_state_dict", load),
+        **KNOBS,
+    )
+    assert torch.equal(composed, wanted)
+    assert done.notes == ["LoRA broken is not in the picture: there is no such file, or it is damaged."]
+
+
+def test_a_lora_that_the_host_does_not_have_is_said(webui: Any, standin: Any) -> None:
+    def forget(p: Any) -> None:
+        p.extra_network_data["lora"].append(webui.run.tag("gone"))
+
+    wanted, _ = compose(standin, standin.job("a", "b"), **KNOBS)
+    composed, done = compose(standin, standin.job("a", "b"), before=forget, **KNOBS)
+    assert torch.equal(composed, wanted)
+    assert done.notes == ["LoRA gone is not in the picture: there is no such file, or it is damaged."]
+
+
+def test_a_lora_that_fits_in_part_says_how_much(webui: Any, standin: Any) -> None:
+    webui.networks.files["/loras/a"]["somewhere.lora_up.weight"] = ("diff", torch.ones(3))
+    _, done = compose(standin, standin.job("a", "b"), **KNOBS)
+    assert done.notes == [
+        "Of LoRA a 4 of 5 layers were used: the others are not in this model, which may be of another kind than the one that it was "
+        "made for."
+    ]
+
+
+def test_strengths_that_another_extension_changed_are_left_to_the_host(webui: Any, standin: Any) -> None:
+    """LoRA Block Weight changes them layer by layer after the host has made its patches; we would read the file again."""
+
+    def halve(p: Any) -> None:
+        unet = p.sd_model.forge_objects_after_applying_lora.unet
+        holders = unet.lora_patches.values() if standin.model.flavour == "forge" else [unet.patches]
+        for patches in holders:
+            for key in patches:
+                patches[key] = [[0.5 * float(patch[0]), *patch[1:]] for patch in patches[key]]
+
+    def job() -> Any:
+        return standin.job("a", "b")
+
+    composed, done = compose(standin, job(), before=halve, **KNOBS)
+    assert done.passes == []
+    assert "changed the strengths of the LoRAs layer by layer" in done.notes[0]
+    standin.model.current_lora_hash = ""  # so does the extension, and the host makes its patches anew
+    own = job()
+    own.events = [("process_before_every_sampling", halve)]
+    assert torch.equal(composed, standin.run(own))
+    standin.model.current_lora_hash = ""
+
+
+@pytest.mark.parametrize("option", ["start", "stop", "step"])
+def test_strengths_by_step_are_left_to_the_host(webui: Any, standin: Any, option: str) -> None:
+    script = SimpleNamespace(filename="/webui/extensions/lbw/scripts/lora_block_weight.py")
+    job = standin.job(
+        webui.run.tag("a", **{option: "2"}), "b", scripts=SimpleNamespace(alwayson_scripts=[script])
+    )
+    composed, done = compose(standin, job, **KNOBS)
+    assert torch.equal(composed, standin.run(standin.job("a", "b")))
+    assert "LoRA Block Weight changes a LoRA's strength" in done.notes[0]
+
+
+def test_replaced_attention_is_left_to_the_host(webui: Any, standin: Any) -> None:
+    class CrossAttention(torch.nn.Module):
+        pass
+
+    attention = CrossAttention()
+    made: dict[str, Any] = {}
+    exec(
+        compile("def forward(x):\n    return x\n", "/webui/extensions/negpip/scripts/negpip.py", "exec"), made
+    )
+    attention.forward = made["forward"]
+    standin.model.model.diffusion_model.attn2 = attention
+    composed, done = compose(standin, standin.job("a"), recentre=0, **KNOBS)
+    assert torch.equal(composed, standin.run(standin.job("a")))
+    assert "the extension negpip replaces the model's attention" in done.notes[0]

@@ -63,8 +63,8 @@ NEIGHBOURS = {
         "negpip", (True,), "(blur:-1.0) <lora:{0}:1> <lora:{1}:1>", {}, {"batch_size": 2}, "negpip replaces the model's attention"
     ),
     "NegPiP without a negative weight": Neighbour("negpip", (True,), "blur <lora:{0}:1>"),
-    "loractl, one": Neighbour("dynamic lora weights", (True,), "<lora:{0}:1@0,0@1>", ALONE, {}, "", "0 to 1"),
-    "loractl, two merged": Neighbour("dynamic lora weights", (True,), "<lora:{0}:0@0,1@1> <lora:{1}:1>", MERGE, {}, "", "0 to 1"),
+    "loractl, one": Neighbour("dynamic lora weights", (True,), "<lora:{0}:1@0,0@1>", ALONE, {}, "", "0.167 to 1"),
+    "loractl, two merged": Neighbour("dynamic lora weights", (True,), "<lora:{0}:0@0,1@1> <lora:{1}:1>", MERGE, {}, "", "0 to 0.833"),
     "FreeU": Neighbour("freeu", (True,), "<lora:{0}:1>"),
     "Kohya hires fix": Neighbour("kohya hires.fix", (True,), "<lora:{0}:1>", ALONE, {"width": 128, "height": 128}),
     "Tiled Diffusion": Neighbour(

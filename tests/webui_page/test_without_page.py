@@ -307,6 +307,9 @@ def webui(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         re_range_float=re.compile(
             r"\s*([+-]?\s*\d+(?:.\d*)?)\s*-\s*([+-]?\s*\d+(?:.\d*)?)(?:\s*\(([+-]\d+(?:.\d*)?)\s*\))?\s*"
         ),
+        re_range_count_float=re.compile(
+            r"\s*([+-]?\s*\d+(?:.\d*)?)\s*-\s*([+-]?\s*\d+(?:.\d*)?)(?:\s*\[(\d+(?:.\d*)?)\s*])?\s*"
+        ),
     )
     script_class = type("Script", (), {"__module__": "scripts.xyz_grid"})
     scripts.scripts_data = [SimpleNamespace(script_class=script_class, module=grid)]
@@ -386,7 +389,29 @@ def test_ranges_end_where_they_say(webui: SimpleNamespace) -> None:
     xyz.add_axes()
     expand = axis(webui, "recentre").prepare
     assert [float(each) for each in expand("0-1 (+0.1)")] == [i / 10 for i in range(11)]
-    assert expand("0.5, 0-1, 1-0 (-0.5), 0-1 [3]") == ["0.5", "0", "1", "1", "0.5", "0", "0-1 [3]"]
+    assert expand("0.5, 0-1, 1-0 (-0.5), 0-1 [3]") == ["0.5", "0", "1", "1", "0.5", "0", "0", "0.5", "1"]
+    size = axis(webui, "patch_size")
+    assert [size.type(each) for each in size.prepare("1-5 (+2), 8, 2-4 [2]")] == [1, 3, 5, 8, 2, 4]
+
+
+def test_text_in_an_axis_of_numbers_is_a_sentence_with_the_knob(webui: SimpleNamespace) -> None:
+    """The plot makes each value one of the axis' type before it asks whether they are good."""
+    xyz.add_axes()
+    for knob in KNOBS:
+        own = axis(webui, knob.name)
+        values = [own.type(each) for each in (own.prepare or str.split)("warm")]
+        with pytest.raises(
+            LoratorioError, match=rf"X/Y/Z plot, .*{re.escape(knob.label)}: {knob.name} must be"
+        ):
+            own.confirm(None, values)
+
+
+def test_null_is_the_default_by_name_as_by_position() -> None:
+    assert api.settings_from_args([{"enabled": True, "top_k": None, "preset": None}]) == Settings(
+        enabled=True
+    )
+    with pytest.raises(LoratorioError, match="no knob 'topk'"):
+        api.settings_from_args([{"topk": None}])
 
 
 def test_no_xyz_script_is_no_error(webui: SimpleNamespace) -> None:

@@ -32,7 +32,6 @@ from .loras import (
     adapter_of,
     changes_text,
     identity,
-    lora_extension,
     partly_used,
     restore_base,
     unet_layers,
@@ -56,7 +55,6 @@ class A1111Pass(SamplingPass):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self._denoiser = self.p.sampler.model_wrap_cfg
-        self._networks = tuple(lora_extension().loaded_networks)
         self._texts: TextConditioning
         self._bound_to: Any = None  # the checkpoint that the LoRAs are attached to
         self._evaluation: A1111Evaluation | None = None
@@ -100,7 +98,7 @@ class A1111Pass(SamplingPass):
         layers = self._layers()
         restore_base(layers)  # some kinds depend on the weight that they change
         adapter = adapter_of(lora.source, layers, skip_misfits=is_refiner)
-        adapter.check_finite()
+        adapter.check_numbers()
         return ReadLora(lora, adapter, remark="" if is_refiner else partly_used(lora.source))
 
     def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
@@ -136,14 +134,13 @@ class A1111Pass(SamplingPass):
         self._texts = TextConditioning(
             [lora.text is not None for lora in self.loras],
             partial(conditioning_under, self.p, networks, [float(each.te_multiplier) for each in networks]),
-            # What the WebUI made with all of the prompt's LoRAs is of use unless some of them were left out.
-            host_has_merged=len(self.loras) == len(self._networks),
+            host_has_merged=self.all_take_part,
         )
 
     def _follow_refiner(self) -> None:
         """The same LoRAs on the model that has come in."""
         self.attachment.close()
-        self.loras = tuple(self.read_once(lora.active, is_refiner=True) for lora in self.loras)
+        self.loras = self.loras_of_refiner([lora.active for lora in self.loras])
         self.engine.rebind(self.bank())
         self._attach()
 

@@ -36,7 +36,7 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
             "Remove it from the prompt, or untick LoRAtorio."
         )
     adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
-    adapter.check_finite()
+    adapter.check_numbers()
     _check_fit(adapter, unet)
     if not adapter.deltas and file.unet and any(map(_is_of_unet, names)):
         remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."

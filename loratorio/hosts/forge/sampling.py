@@ -20,7 +20,7 @@ from ...errors import LoratorioError
 from ...job import Job
 from ...roles import TaggedLora
 from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
-from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
+from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, text_encoder
 from .flavours import Flavour, Patcher
@@ -29,7 +29,6 @@ from .rows import MARK, Call, ForgeRows
 
 MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
 REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
-REFINER_WITHOUT = "No LoRA of the prompt fits the refiner: its steps are without them."
 
 
 class Hook:
@@ -143,7 +142,9 @@ class ForgePass(SamplingPass):
         merged_text = self._flavour.text_sees_pictures()
         changes_text = [lora.text is not None and not merged_text for lora in self.loras]
         self._texts = TextConditioning(
-            changes_text, partial(conditioning_under, self.p, self.loras, self._flavour)
+            changes_text,
+            partial(conditioning_under, self.p, self.loras, self._flavour),
+            host_has_merged=self.all_take_part or merged_text,
         )
         self._texts.prepare(self.engine.participants.mixes(self.job.settings.share), self.engine.words)
 
@@ -181,7 +182,7 @@ class ForgePass(SamplingPass):
         active = [lora for lora in self.active_loras() if lora.source in taking_part]
         if self.obstacle() or len(active) != len(self.loras):
             return
-        loras = tuple(self.read_once(lora, is_refiner=True) for lora in active)
+        loras = self.loras_of_refiner(active)
         if not any(lora.adapter.deltas or lora.text is not None for lora in loras):
             self._refiner_note = REFINER_WITHOUT
             return

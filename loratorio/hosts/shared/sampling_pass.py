@@ -41,6 +41,8 @@ NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the pi
 
 ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
 
+REFINER_WITHOUT = "No LoRA of the prompt fits the refiner: its steps are without them."
+
 BYPASSED = (
     "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
     "Untick LoRAtorio, or switch the other extension off."
@@ -92,6 +94,7 @@ class SamplingPass(ABC):
     Attributes:
         job, p: the press of the button that it belongs to, and the WebUI's processing object.
         loras: those that take part, in the order of a mix's coefficients.
+        all_take_part: whether those are all that the WebUI has activated, and made its own conditioning with.
         engine: composes the pass's steps.
         attachment: what is undone when the pass ends, or its model goes.
         evaluations: how often the model was composed so far.
@@ -102,6 +105,7 @@ class SamplingPass(ABC):
         self.job = job
         self.p = job.p
         self.loras: tuple[ReadLora, ...] = ()
+        self.all_take_part = True
         self.engine: Engine
         self.attachment = ExitStack()
         self.evaluations = 0
@@ -170,6 +174,7 @@ class SamplingPass(ABC):
             self.job.note(why_not)
             return None
         self.loras = tuple(self._usable(active, missing))
+        self.all_take_part = len(self.loras) == len(active)
         tagged = [lora.active.tagged for lora in self.loras]
         participants = participants_of(tagged, self._importance(tagged))
         own_remarks = [lora.remark for lora in self.loras]
@@ -234,6 +239,23 @@ class SamplingPass(ABC):
             self.job.adapters[key] = self.read(lora, is_refiner)
         known: ReadLora = self.job.adapters[key]
         return replace(known, active=lora)  # the tag may say something else in the next batch
+
+    def loras_of_refiner(self, active: Sequence[ActiveLora]) -> tuple[ReadLora, ...]:
+        """The pass's LoRAs on the refiner that has come in; a note says which of them do not fit it."""
+        loras = tuple(self.read_once(lora, is_refiner=True) for lora in active)
+        gone = [
+            now.active.tagged.name
+            for now, before in zip(loras, self.loras, strict=True)
+            if before.adapter.deltas and not now.adapter.deltas and now.text is None
+        ]
+        if gone and len(gone) < len(loras):
+            self.job.note(
+                f"LoRA{'s' if len(gone) > 1 else ''} {', '.join(gone)} {'do' if len(gone) > 1 else 'does'} not fit the refiner, "
+                f"whose steps are without {'them' if len(gone) > 1 else 'it'}."
+            )
+        elif gone:
+            self.job.note(REFINER_WITHOUT)
+        return loras
 
     def _importance(self, tagged: Sequence[TaggedLora]) -> dict[int, float] | None:
         """By LoRA, how much its trigger words matter in the prompt; only asked for by a method that uses it."""

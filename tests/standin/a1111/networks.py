@@ -1,13 +1,10 @@
 """The built-in extension Lora: `loaded_networks` is merged into layers when they run."""
 
 import torch
+from network import NetworkOnDisk
 
 loaded_networks = []
-
-
-class NetworkOnDisk:
-    def __init__(self, metadata=None):
-        self.metadata = metadata or {}
+available_networks, available_network_aliases, forbidden_network_aliases = {}, {}, {}
 
 
 class Network:
@@ -15,7 +12,7 @@ class Network:
 
     def __init__(self, name, metadata=None):
         self.name = self.mentioned_name = name
-        self.network_on_disk = NetworkOnDisk(metadata)
+        self.network_on_disk = NetworkOnDisk(name, None, metadata)
         self.te_multiplier = self.unet_multiplier = 1.0
         self.dyn_dim = None
         self.mtime = 0.0
