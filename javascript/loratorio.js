@@ -9,6 +9,7 @@
     const ONE_ONLY = "With a single LoRA, only re-centring changes the picture.";
     const ALWAYS_ONLY = "These act in every pass: there is nothing to compose.";
     const NONE_FOLDED = "no LoRA yet";
+    const OFF = "Off. Ticked, it would compose";
     const STYLES_TOO = "LoRAs of the chosen styles come on top.";
     const ROLES = ["content", "style", "always"];
     const ROLES_HELP = "content: where it fits, patch by patch. style: everywhere, in the passes of all the others. always: in every pass, never "
@@ -24,6 +25,10 @@
     function chip(lora, index, textarea) {
         const made = element("span", "loratorio-lora", (lora.pool ? "pool " : "") + lora.name + " ");
         made.append(element("b", "", lora.unet));
+        const known = found.of(lora);
+        if (known) {
+            made.append(element("span", "loratorio-found", " " + known));
+        }
         if (lora.text !== lora.unet) {
             made.append(element("span", "loratorio-text-strength", " text " + lora.text));
         }
@@ -45,6 +50,55 @@
         menu.addEventListener("change", () => loratorioTags.write(textarea, index, "role", menu.value === lora.own ? undefined : menu.value));
         return menu;
     }
+
+    /** What the WebUI has of the prompts' LoRAs and pools, asked for when new ones are in them. */
+    const found = {
+        pools: {},
+        missing: new Set(),
+        asked: new Set(),
+
+        /** A remark on a LoRA that there is not, or how many a pool has; nothing while that is not known. */
+        of(lora) {
+            if (!lora.pool) {
+                return this.missing.has(lora.name) ? "not found" : "";
+            }
+            const count = this.pools[lora.name];
+            return typeof count === "number" ? `${count} LoRA${count === 1 ? "" : "s"}` : count ?? "";
+        },
+
+        /** Ask for those that were not asked for yet; `done` is called when the answer is there. */
+        async ask(loras, done) {
+            const key = lora => (lora.pool ? "pool:" : "lora:") + lora.name;
+            const fresh = loras.filter(lora => !this.asked.has(key(lora)));
+            if (!fresh.length) {
+                return;
+            }
+            fresh.forEach(lora => this.asked.add(key(lora)));
+            const names = pool => fresh.filter(lora => lora.pool === pool).map(lora => lora.name);
+            try {
+                const answer = await fetch("./loratorio/found", {
+                    method: "POST",
+                    headers: {"Content-Type": "application/json"},
+                    body: JSON.stringify({loras: names(false), pools: names(true)}),
+                });
+                if (!answer.ok) {
+                    return;
+                }
+                const {missing, pools} = await answer.json();
+                missing.forEach(name => this.missing.add(name));
+                Object.assign(this.pools, pools);
+                done();
+            } catch {
+                // Where nobody answers, the line says nothing of it.
+            }
+        },
+
+        /** Files may have come or gone: ask again from now on. */
+        forget() {
+            this.asked.clear();
+            this.missing.clear();
+        },
+    };
 
     /** A list of LoRAs under its heading. */
     function listed(heading, loras, textarea) {
@@ -78,6 +132,32 @@
         return on ? textareaOf("hires_prompt") : null;
     }
 
+    /** The panel's tick box: the WebUI's own in an accordion's title, or a plain one. */
+    function tickBox(tab) {
+        return gradioApp().querySelector(`#loratorio_${tab}-visible-checkbox`)
+            ?? gradioApp().querySelector(`#loratorio_${tab}-checkbox input`);
+    }
+
+    /** What a step costs with so many LoRAs, from what Python counted for one, two, …; beyond those a straight line goes on. */
+    function cost(costs, count) {
+        const last = costs.length;
+        if (!last || !count) {
+            return "";
+        }
+        const steps = costs[count - 1] ?? costs[last - 1] + (count - last) * (costs[last - 1] - costs[last - 2]);
+        return `With ${count} LoRA${count === 1 ? "" : "s"} a step takes about ${steps.toFixed(1)} times the work of a plain one.`;
+    }
+
+    function showCost(tab, count) {
+        const place = gradioApp().querySelector(`#loratorio_${tab}_about .loratorio-cost`);
+        if (place) {
+            const text = cost(JSON.parse(place.dataset.costs || "[]"), count);
+            if (place.textContent !== text) {
+                place.textContent = text;
+            }
+        }
+    }
+
     const shown = {};
 
     /** Bring the line of a tab up to date; touches the page only where something changed. */
@@ -91,15 +171,19 @@
         const loras = rolesOf(prompt, line);
         const hires = rolesOf(hiresArea, line);
         const styles = gradioApp().querySelector(`#${tab}_styles .token`) !== null;
-        const state = JSON.stringify([loras, hires, styles]);
+        const on = tickBox(tab)?.checked ?? true;
+        const composed = loras.filter(lora => lora.role !== "always");
+        showCost(tab, composed.filter(lora => !lora.pool).length);
+        found.ask([...loras, ...hires], () => refresh(tab));
+        const state = JSON.stringify([loras, hires, styles, on, [...loras, ...hires].map(lora => found.of(lora))]);
         if (shown[tab]?.line === line && shown[tab].state === state) {
             return;
         }
         shown[tab] = {line, state};
 
-        const composed = loras.filter(lora => lora.role !== "always");
         const alone = composed.length === 1 && !composed[0].pool && !hires.length;
-        const parts = loras.length ? listed(alone && loras.length === 1 ? "One LoRA" : "Will compose", loras, prompt) : [];
+        const heading = !on ? OFF : alone && loras.length === 1 ? "One LoRA" : "Will compose";
+        const parts = loras.length ? listed(heading, loras, prompt) : [];
         if (hires.length) {
             parts.push(...listed("Hires pass", hires, hiresArea));
         }
@@ -112,8 +196,13 @@
                 parts.push(element("span", "loratorio-remark", text));
             }
         }
+        // A drop-down that was changed by keyboard keeps the focus, although it is another one now.
+        const focused = line.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
         // Blanks for those who copy the line or have it read out; the page itself does not show them.
         line.replaceChildren(...parts.flatMap(part => [part, " "]));
+        if (focused) {
+            [...line.querySelectorAll("select")].find(menu => menu.getAttribute("aria-label") === focused)?.focus();
+        }
         loratorioPlaces.show(tab, prompt, loras);
         const all = loras.map(lora => `${lora.name} ${lora.unet}`);
         folded(tab).textContent = all.length ? all.join(" · ") : NONE_FOLDED;
@@ -130,26 +219,52 @@
         return place;
     }
 
-    /** Have `changed` called for what is typed into a textarea and for what the page writes into it (paste, send to, styles). */
-    function follow(textarea, changed) {
-        if (!textarea || textarea.loratorioFollowed) {
+    /** Have `changed` called for what is typed or ticked, and for what the page itself writes (paste, send to, styles). */
+    function follow(field, property, changed) {
+        if (!field || field.loratorioFollowed) {
             return;
         }
-        textarea.loratorioFollowed = true;
-        textarea.addEventListener("input", changed);
-        // Gradio sets .value and tells nobody.
-        const value = Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value");
-        Object.defineProperty(textarea, "value", {
+        field.loratorioFollowed = true;
+        field.addEventListener("input", changed);
+        field.addEventListener("change", changed);
+        // Gradio sets the property and tells nobody.
+        const own = Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), property);
+        Object.defineProperty(field, property, {
             configurable: true,
-            enumerable: value.enumerable,
+            enumerable: own.enumerable,
             get() {
-                return value.get.call(this);
+                return own.get.call(this);
             },
-            set(text) {
-                value.set.call(this, text);
+            set(value) {
+                own.set.call(this, value);
                 changed();
             },
         });
+    }
+
+    /**
+     * Once the panel is open, its arrow and its tick box go ways of their own: folding it shall not switch it off.
+     *
+     * The WebUI itself parts them at the first click on the box; an event that is no mouse's does the same and ticks nothing.
+     */
+    function partArrowAndBox(tab) {
+        const box = gradioApp().querySelector(`#loratorio_${tab}-visible-checkbox`);
+        if (box && !box.loratorioParted && gradioApp().querySelector(`#loratorio_${tab} > .label-wrap.open`)) {
+            box.loratorioParted = true;
+            box.dispatchEvent(new Event("click"));
+        }
+    }
+
+    /** Tick the box when the page is opened, where the settings say so: in the page alone, so that API calls are not affected. */
+    function tickAtStart(tab) {
+        const box = tickBox(tab);
+        if (!box || box.loratorioStarted || typeof opts === "undefined" || opts.loratorio_ticked === undefined) {
+            return;
+        }
+        box.loratorioStarted = true;
+        if (opts.loratorio_ticked && !box.checked) {
+            box.click();
+        }
     }
 
     /** What each preset does, where one looks for it: Gradio's buttons know no tooltips. */
@@ -165,13 +280,18 @@
 
     function update() {
         for (const tab of ["txt2img", "img2img"]) {
-            follow(textareaOf(`${tab}_prompt`), () => refresh(tab));
+            follow(textareaOf(`${tab}_prompt`), "value", () => refresh(tab));
+            follow(tickBox(tab), "checked", () => refresh(tab));
+            tickAtStart(tab);
+            partArrowAndBox(tab);
             refresh(tab);
             explainPresets(tab);
         }
-        follow(textareaOf("hires_prompt"), () => refresh("txt2img"));
+        follow(textareaOf("hires_prompt"), "value", () => refresh("txt2img"));
     }
 
     onUiLoaded(update);
     onAfterUiUpdate(update);
+    // The WebUI's button that lists the LoRAs anew.
+    document.addEventListener("click", event => event.target?.closest?.("[id$='_extra_refresh']") && found.forget(), true);
 })();

@@ -30,13 +30,13 @@ const loratorioTags = (function() {
      */
     function read(prompt) {
         const found = [];
-        for (const match of withoutComments(prompt).matchAll(/<(lora|lyco|pool):([^>]+)>/g)) {
+        for (const match of withoutComments(prompt).matchAll(/<(lora|lyco|[Pp][Oo][Oo][Ll]):([^>]+)>/g)) {
             const [name, ...rest] = match[2].split(":");
             const {positional, options} = partsOf(rest);
             const text = options.te ?? positional[0] ?? "1";
             const unet = options.unet ?? positional[1] ?? text;
             found.push({
-                pool: match[1] === "pool",
+                pool: match[1].toLowerCase() === "pool",
                 name,
                 unet: plain(unet),
                 text: plain(text),

@@ -20,9 +20,13 @@ _GAP = 10
 
 
 def render(
-    weights: Sequence[Any], names: Sequence[str], picture: Image.Image, steps: Sequence[int] = ()
+    weights: Sequence[Any],
+    names: Sequence[str],
+    picture: Image.Image,
+    steps: Sequence[int] = (),
+    single: bool = True,
 ) -> list[Image.Image]:
-    """Maps of one picture: first all LoRAs in one, each in its colour, then one map per LoRA.
+    """Maps of one picture: first all LoRAs in one, each in its colour, then, if asked for, one map per LoRA.
 
     Every map shows the mean over the sampling large, and below it some moments from the first recorded step to the last.
 
@@ -31,6 +35,7 @@ def render(
         names: the LoRAs', N of them.
         picture: what was made; the maps are laid over it.
         steps: number of each recorded step, from 0; by default they are counted.
+        single: whether each of several LoRAs has a map of its own, too.
 
     Raises:
         ValueError: no weights, or not as many names as LoRAs.
@@ -43,26 +48,41 @@ def render(
     steps = list(steps) or list(range(len(recorded)))
     base = enlarged(picture.convert("RGB"), _SIDE)
     maps = [_map(base, recorded, steps, list(names), range(len(names)))]
-    if len(names) > 1:
+    if single and len(names) > 1:
         maps += [_map(base, recorded, steps, list(names), [number]) for number in range(len(names))]
     return maps
 
 
 def overlay(picture: Image.Image, weights: Any, numbers: Sequence[int]) -> Image.Image:
-    """The picture in grey, tinted where the LoRAs `numbers` of Ω (N, h, w) have weight, each in its colour."""
-    array = _array(weights)
+    """The picture in grey, tinted where the LoRAs `numbers` of Ω (N, h, w) have weight.
+
+    Of several the one with the most weight gives the colour, the more of it the more decided that is; mixed colours could be mistaken for
+    those of other LoRAs. Of a single one there is as much as it has weight.
+    """
+    array = _array(weights)[list(numbers)]
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] * 0.75 + 40
-    tint = np.zeros((*array.shape[1:], 3), np.float32)
-    share = np.zeros((*array.shape[1:], 1), np.float32)
-    for number in numbers:
-        tint += array[number][..., None] * np.array(COLOURS[number % len(COLOURS)], np.float32)
-        share += array[number][..., None]
-    colour = _spread(tint / np.maximum(share, 1e-6), picture.size)
+    colours = np.array([COLOURS[number % len(COLOURS)] for number in numbers], np.float32)
+    colour = _spread(colours[array.argmax(axis=0)], picture.size)
     # A little of the picture shows through even where a LoRA is all there is.
-    # Styles act everywhere beside the others, so that shares add up to more than 1.
-    amount = _spread(np.minimum(share, 1).repeat(3, axis=2), picture.size) * 0.72
+    amount = _spread(_decided(array)[..., None].repeat(3, axis=2), picture.size) * 0.72
     mixed = grey * (1 - amount) + (colour * 0.75 + grey * 0.25) * amount
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8), "RGB")
+
+
+_LEAST = 0.25
+"""The share of its colour that the LoRA with the most weight has where others have as much."""
+
+
+def _decided(array: np.ndarray) -> np.ndarray:
+    """(h, w) from 0 to 1: 1 where one LoRA has all the weight, `_LEAST` where all have the same, 0 where none has any."""
+    total = array.sum(axis=0)
+    # Styles act everywhere beside the others, so that weights add up to more than 1.
+    most = array.max(axis=0)
+    if len(array) == 1:
+        return np.minimum(most, 1)  # type: ignore[no-any-return]
+    share = most / np.maximum(total, 1e-6)
+    decided = (share * len(array) - 1) / (len(array) - 1)
+    return np.minimum(total, 1) * (_LEAST + (1 - _LEAST) * np.clip(decided, 0, 1))  # type: ignore[no-any-return]
 
 
 def _map(

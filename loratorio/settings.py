@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from .compose.methods import METHODS
 from .compose.regions import YIELDING
+from .compose.weights import BLENDS
 from .errors import LoratorioError
 
 Kind = Literal["bool", "int", "float", "choice"]
@@ -177,8 +178,8 @@ class Settings:
         "weights", 2, minimum=0, maximum=100,
     )  # fmt: skip
     blend: str = knob(
-        "choice", "patches", "Patch borders", "How weights change between patches: at once, interpolated, or from overlapping patches.",
-        "weights", 5, folded=True, choices=(("patches", "Hard"), ("smooth", "Interpolated"), ("overlap", "Overlapping")),
+        "choice", "hard", "Patch borders", "How weights change between patches: at once, interpolated, or from overlapping patches.",
+        "weights", 5, folded=True, choices=tuple((each, each.capitalize()) for each in BLENDS),
     )  # fmt: skip
     recentre: float = knob(
         "float", 0.5, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
@@ -209,7 +210,7 @@ class Settings:
         "steps", 4, step=0.05,
     )  # fmt: skip
     weight_maps: bool = knob(
-        "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used.",
+        "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used. An X/Y/Z plot has no room for them.",
         "shown", 3,
     )  # fmt: skip
     yielding: float = knob(
@@ -219,6 +220,10 @@ class Settings:
     reuse: int = knob(
         "int", 3, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
         "steps", 3, minimum=1, maximum=10, former=(("0.1.0", 1),),
+    )  # fmt: skip
+    single_maps: bool = knob(
+        "bool", False, "A map for each", "With weight maps: after the one of all LoRAs, one for each of them.",
+        "shown", 8, folded=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import gradio as gr
-from modules import scripts
+from modules import script_callbacks, scripts
 
 ROOT = str(Path(scripts.basedir()))
 if ROOT not in sys.path:
@@ -17,9 +17,10 @@ if ROOT not in sys.path:
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.shared.host import refuse  # noqa: E402
 from loratorio.job import Job  # noqa: E402
-from loratorio.webui import api, infotext, options, panel, pools, xyz  # noqa: E402
+from loratorio.webui import api, found, infotext, options, panel, pools, xyz  # noqa: E402
 
 options.register()
+script_callbacks.on_app_started(found.add_route)
 
 
 class LoratorioScript(scripts.Script):

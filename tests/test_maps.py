@@ -32,6 +32,48 @@ def test_each_half_has_its_loras_colour() -> None:
         assert np.argsort(side[0, 0]).tolist() == np.argsort(colour).tolist()
 
 
+def test_the_dominant_lora_gives_the_colour_and_how_decided_it_is_the_strength() -> None:
+    weights = np.zeros((3, 1, 4), np.float32)
+    weights[:, 0, 0] = 1, 0, 0  # alone
+    weights[:, 0, 1] = 0.6, 0.3, 0.1
+    weights[:, 0, 2] = 0.34, 0.33, 0.33  # nearly level
+    weights[:, 0, 3] = 0, 0, 0  # none may act here
+    tinted = np.asarray(overlay(GREY, weights, range(3))).astype(float)
+    pixels = [tinted[32, 8 + 16 * i] for i in range(4)]
+    grey = pixels[3]
+    assert grey.std() == 0
+    ways = [pixel - grey for pixel in pixels[:3]]
+    strengths = [float(np.linalg.norm(way)) for way in ways]
+    assert strengths == sorted(strengths, reverse=True)
+    assert strengths[2] > 0.2 * strengths[0]
+    # Always towards the first one's colour: nothing is mixed.
+    for way in ways:
+        assert np.dot(way, ways[0]) > 0.97 * np.linalg.norm(way) * strengths[0]
+
+
+def test_colours_can_be_told_apart() -> None:
+    """Distances in Oklab, as Ottosson defines it: of the twenty about as far as Okabe and Ito's seven are from each other."""
+    linear = np.array([[_linear(value / 255) for value in colour] for colour in COLOURS])
+    cones = np.cbrt(
+        linear
+        @ np.array(
+            [[0.4122214708, 0.2119034982, 0.0883024619], [0.5363325363, 0.6806995451, 0.2817188376],
+             [0.0514459929, 0.1073969566, 0.6299787005]]
+        )
+    )  # fmt: skip
+    lab = cones @ np.array(
+        [[0.2104542553, 1.9779984951, 0.0259040371], [0.7936177850, -2.4285922050, 0.7827717662],
+         [-0.0040720468, 0.4505937099, -0.8086757660]]
+    )  # fmt: skip
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + np.eye(len(lab))
+    assert len(COLOURS) == 20
+    assert apart.min() > 0.15
+
+
+def _linear(value: float) -> float:
+    return value / 12.92 if value <= 0.04045 else float(((value + 0.055) / 1.055) ** 2.4)
+
+
 def test_one_lora_leaves_the_rest_grey() -> None:
     tinted = np.asarray(overlay(GREY, halves().half(), [0]))
     assert (tinted[:, 32:] == tinted[0, 40, 0]).all()
@@ -43,6 +85,10 @@ def test_a_map_for_all_and_one_for_each(size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size)
     maps = render([halves()] * 20, ["rose", "a name that is far too long for one line " * 3], picture)
     assert len(maps) == 3
+    (alone,) = render(
+        [halves()] * 20, ["rose", "a name that is far too long for one line " * 3], picture, single=False
+    )
+    assert (np.asarray(alone) == np.asarray(maps[0])).all()
     assert len({each.width for each in maps}) == 1
     assert all(each.mode == "RGB" and each.height > each.width * size[1] / size[0] for each in maps)
 

@@ -128,35 +128,37 @@ ROLE_ROWS: tuple[Variant, ...] = (
 
 BETTER_ROWS: tuple[Variant, ...] = (
     Variant(
-        "plain", "LoRAtorio as in the paper", {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.0}
+        "plain", "LoRAtorio as in the paper", {**PAPER, "blend": "hard", "adaptive": False, "rescale": 0.0}
     ),
     Variant(
-        "smooth", "with interpolated weights", {**PAPER, "blend": "smooth", "adaptive": False, "rescale": 0.0}
+        "smooth",
+        "with interpolated weights",
+        {**PAPER, "blend": "interpolated", "adaptive": False, "rescale": 0.0},
     ),
     Variant(
         "overlap",
         "with overlapping patches",
-        {**PAPER, "blend": "overlap", "adaptive": False, "rescale": 0.0},
+        {**PAPER, "blend": "overlapping", "adaptive": False, "rescale": 0.0},
     ),
     Variant(
         "adaptive",
         "with adaptive temperature",
-        {**PAPER, "blend": "patches", "adaptive": True, "rescale": 0.0},
+        {**PAPER, "blend": "hard", "adaptive": True, "rescale": 0.0},
     ),
     Variant(
         "rescale",
         "with guidance rescale 0.7",
-        {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.7},
+        {**PAPER, "blend": "hard", "adaptive": False, "rescale": 0.7},
     ),
     Variant(
         "share",
         "with a shared part of 0.3",
-        {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.0, "share": 0.3},
+        {**PAPER, "blend": "hard", "adaptive": False, "rescale": 0.0, "share": 0.3},
     ),
     Variant(
         "start",
         "merged for the first fifth of the steps",
-        {**PAPER, "blend": "patches", "adaptive": False, "rescale": 0.0, "start": 0.2},
+        {**PAPER, "blend": "hard", "adaptive": False, "rescale": 0.0, "start": 0.2},
     ),
 )
 """What the paper does not have, one at a time."""

@@ -14,7 +14,7 @@ from .regions import Masks
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLENDS = ("patches", "smooth", "overlap")
+BLENDS = ("hard", "interpolated", "overlapping")
 """How weights go over from patch to patch: at once, by interpolation between patch centres, or as the mean of overlapping patches."""
 
 REFERENCE_SPREAD = 0.03
@@ -28,7 +28,7 @@ def spatial_weights(
     temperature: float,
     top_k: int = 0,
     *,
-    blend: str = "patches",
+    blend: str = "hard",
     adaptive: bool = False,
     masks: Masks | None = None,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def spatial_weights(
         patch_size: side P of a patch in latent pixels. A border patch is made of the pixels that are there.
         temperature: τ of the SoftMin; towards 0 the most divergent LoRA alone, towards ∞ the plain mean.
         top_k: how many LoRAs a patch may use; 0, or N and more, means all.
-        blend: one of `BLENDS`. The paper's is "patches"; with P = 1 all are alike.
+        blend: one of `BLENDS`. The paper's is "hard"; with P = 1 all are alike.
         adaptive: τ is multiplied by the spread of S in this image at this step, over `REFERENCE_SPREAD`.
         masks: where each LoRA may act. Top-k then counts, pixel by pixel, among those that may act there.
 
@@ -53,7 +53,7 @@ def spatial_weights(
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}, not {blend!r}")
     height, width = base.shape[-2:]
-    overlap = blend == "overlap" and patch_size > 1
+    overlap = blend == "overlapping" and patch_size > 1
     similarity = patch_similarity(base, adapters, patch_size, stride=1 if overlap else None)
     if adaptive:
         similarity = at_reference_spread(similarity)
@@ -67,9 +67,9 @@ def spatial_weights(
 
 def _at_pixels(weights: Tensor, patch_size: int, height: int, width: int, blend: str) -> Tensor:
     """Patches' weights (N, B, h, w) as pixels' (N, B, height, width), in the way that `blend` says."""
-    if blend == "overlap" and patch_size > 1:
+    if blend == "overlapping" and patch_size > 1:
         return _mean_of_covering(weights, patch_size, height, width)
-    if blend == "smooth" and patch_size > 1:
+    if blend == "interpolated" and patch_size > 1:
         return _interpolated(weights, patch_size, height, width)
     return upsample(weights, patch_size, height, width)
 

@@ -32,7 +32,7 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
     started = time.monotonic()
     request = Request(
         example.prompt(),
-        settings=Settings(enabled=True, weight_maps=True),
+        settings=Settings(enabled=True, weight_maps=True, single_maps=True),
         steps=steps or STEPS,
         cfg=model.cfg,
         seed=seed,

@@ -77,13 +77,14 @@ class LoadedModel:
 
 
 def weight_maps(outcome: Outcome, image: int) -> list[Image.Image]:
-    """Pictures of where each LoRA was used: first all in one, then, if there are several, each; none if none were recorded."""
+    """Pictures of where each LoRA was used: first all in one, then, if asked for, each; none if none were recorded."""
     from ..maps import render
 
     if not outcome.history.weights:
         return []
     weights = [step[:, image] for step in outcome.history.weights]
-    return render(weights, outcome.composed, outcome.images[image], outcome.history.steps)
+    single = outcome.request.settings.single_maps
+    return render(weights, outcome.composed, outcome.images[image], outcome.history.steps, single)
 
 
 def map_files(outcome: Outcome, image: int, path: Path) -> dict[Path, bytes]:

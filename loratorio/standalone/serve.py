@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .generate import Outcome
     from .model import LoadedModel
 
-_HIDDEN = ("enabled", "weight_maps")
+_HIDDEN = ("enabled", "weight_maps", "single_maps")
 
 _PICTURE_ENDINGS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
@@ -150,7 +150,12 @@ def build(model: LoadedModel) -> Any:
                     text,
                     unwanted or "",
                     Settings.from_mapping(
-                        {"enabled": True, "weight_maps": True, **dict(zip(knobs, values, strict=True))}
+                        {
+                            "enabled": True,
+                            "weight_maps": True,
+                            "single_maps": True,
+                            **dict(zip(knobs, values, strict=True)),
+                        }
                     ),
                     int(steps),
                     float(cfg),

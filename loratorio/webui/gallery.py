@@ -24,7 +24,7 @@ def add_maps(job: Job, processed: Any) -> None:
 
     drawn = [
         (each, infotext) for picture, infotext, done, row in _pictures(job, processed)
-        for each in _draw(job.p, picture, done, row)
+        for each in _draw(job.p, picture, done, row, job.settings.single_maps)
     ]  # fmt: skip
     for each, infotext in drawn:
         each.info["parameters"] = infotext
@@ -51,14 +51,14 @@ def _pictures(job: Job, processed: Any) -> Iterator[tuple[Image.Image, str, Pass
                 yield processed.images[first + number * stride], texts[number], done, row
 
 
-def _draw(p: Any, picture: Image.Image, done: PassRecord, row: int) -> list[Image.Image]:
+def _draw(p: Any, picture: Image.Image, done: PassRecord, row: int, single: bool) -> list[Image.Image]:
     """The maps of one picture; of its inpainted part alone where only that was sampled."""
     region = getattr(p, "paste_to", None)
     if region is not None:
         x, y, width, height = region
         picture = picture.crop((x, y, x + width, y + height))
     weights = [_of_image(step, done.owners, row) for step in done.history.weights]
-    return maps.render(weights, done.loras, picture, done.history.steps)
+    return maps.render(weights, done.loras, picture, done.history.steps, single)
 
 
 def _of_image(weights: Tensor, owners: tuple[int, ...], row: int) -> Tensor:

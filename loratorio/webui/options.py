@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .. import __version__
 from ..errors import LoratorioError
 from ..settings import KNOBS, Knob, Settings
 from .components import component, shown
@@ -44,11 +45,35 @@ def register() -> None:
     import gradio as gr
     from modules import shared
 
+    _follow_new_defaults(shared.opts.data)
     for knob in _offered():
         name, values = component(knob)
         default = shown(knob, knob.default)
         info = shared.OptionInfo(default, knob.label, getattr(gr, name), values or None, section=SECTION)
         shared.opts.add_option(option_name(knob), info.info(knob.help).needs_reload_ui())
+    ticked = shared.OptionInfo(False, "Ticked when the page is opened", section=SECTION)
+    shared.opts.add_option(TICKED, ticked.info("API calls are not affected.").needs_reload_ui())
+
+
+TICKED = "loratorio_ticked"
+"""The option to have the box ticked when the page is opened. javascript/loratorio.js does it: were the box ticked from the start, API
+calls that never heard of this extension would be composed."""
+
+VERSION = "loratorio_version"
+"""Under this name the version whose defaults were last in force stands in the WebUI's config.json."""
+
+
+def _follow_new_defaults(stored: dict[str, Any]) -> None:
+    """The WebUI stores every option when one is changed, its default or not: what is still an older version's default becomes ours."""
+    version = str(stored.get(VERSION, ""))
+    for knob in _offered():
+        name = option_name(knob)
+        try:
+            if name in stored and knob.check(stored[name]) == knob.default_in(version):
+                stored[name] = shown(knob, knob.default)
+        except LoratorioError:
+            continue  # said when it is used
+    stored[VERSION] = __version__
 
 
 def _offered() -> tuple[Knob, ...]:

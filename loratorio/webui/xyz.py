@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import LoratorioError
 from ..infotext import number
+from ..refusal import Refusal
 from ..settings import KNOBS, PRESET, PRESETS, Knob, find_preset
 
 PREFIX = "[LoRAtorio] "
@@ -110,7 +111,7 @@ def _confirm(label: str, check: Callable[[Any], Any]) -> Callable[[Any, Sequence
             try:
                 check(value)
             except LoratorioError as problem:
-                raise LoratorioError(f"X/Y/Z plot, {PREFIX}{label}: {problem}") from problem
+                raise Refusal(f"X/Y/Z plot, {PREFIX}{label}: {problem}") from None
 
     return confirm
 

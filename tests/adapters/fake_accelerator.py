@@ -28,11 +28,11 @@ DEVICE = "gpu:0"
 LATENTS = {"pictures": (4, 9, 7), "frames": (4, 2, 9, 7)}
 KNOBS: tuple[dict[str, Any], ...] = (
     {},
-    {"adaptive": True, "blend": "smooth", "top_k": 1, "rescale": 0.5, "weight_maps": True},
+    {"adaptive": True, "blend": "interpolated", "top_k": 1, "rescale": 0.5, "weight_maps": True},
     {"share": 0.3},
     {"share": 0.3, "reuse": 1, "recentre": 0.5},
     {"reuse": 3, "recentre": 0.5, "weight_maps": True},
-    {"blend": "overlap", "recentre": 1.0, "start": 0.3, "end": 0.9},
+    {"blend": "overlapping", "recentre": 1.0, "start": 0.3, "end": 0.9},
     {"recentre": 0.0, "patch_size": 1},
 )
 PARTICIPANTS = {

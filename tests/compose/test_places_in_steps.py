@@ -60,7 +60,7 @@ KNOBS = st.fixed_dictionaries(
         "method": st.sampled_from(["loratorio", "loratorio", "composite", "w_composite"]),
         "recentre": st.sampled_from([0.0, 0.5, 1.0]),
         "share": st.sampled_from([0.0, 0.2, 1.0]),
-        "blend": st.sampled_from(["patches", "smooth", "overlap"]),
+        "blend": st.sampled_from(["hard", "interpolated", "overlapping"]),
         "patch_size": st.integers(1, 4),
         "temperature": st.sampled_from([0.001, 0.1]),
         "top_k": st.integers(0, 2),

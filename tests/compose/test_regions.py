@@ -133,7 +133,7 @@ def noises(count: int, batch: int, height: int, width: int, seed: int) -> tuple[
     st.integers(1, 5),
     st.sampled_from([1e-4, 0.003, 0.1, 10.0]),
     st.integers(0, 3),
-    st.sampled_from(["patches", "smooth", "overlap"]),
+    st.sampled_from(["hard", "interpolated", "overlapping"]),
     st.booleans(),
     st.integers(0, 10**6),
 )

@@ -66,11 +66,11 @@ def test_overlapping_patches_are_the_mean_of_all_patches_over_a_pixel() -> None:
             weight = torch.softmax(-similar / tau, dim=0)
             total[window] += weight[:, :, None, None]
             count[top : top + side, left : left + side] += 1
-    weights = spatial_weights(base, adapters, side, tau, blend="overlap")
+    weights = spatial_weights(base, adapters, side, tau, blend="overlapping")
     torch.testing.assert_close(weights.double(), total / count, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("blend", ["smooth", "overlap"])
+@pytest.mark.parametrize("blend", ["interpolated", "overlapping"])
 def test_softer_blends_have_smaller_jumps(blend: str) -> None:
     base, adapters = noise(2, 16, 16, 2)
 

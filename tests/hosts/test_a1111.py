@@ -164,7 +164,7 @@ def slowly(a1111: Any, standin: Any, loras: list[Any], settings: Settings, steps
 @pytest.mark.parametrize("text", [True, False], ids=["text", "no text"])
 def test_equals_switching_loras_for_every_pass(a1111: Any, standin: Any, text: bool) -> None:
     loras = [standin.lora("a", 1, text=text), standin.lora("b", 2, rank=3, text=text), standin.full("f", 3)]
-    knobs = {"patch_size": 3, "temperature": 0.05, "recentre": 0.3, "adaptive": False, "blend": "patches"}
+    knobs = {"patch_size": 3, "temperature": 0.05, "recentre": 0.3, "adaptive": False, "blend": "hard"}
     knobs = {name: value for name, value in knobs.items() if name in Settings.__dataclass_fields__}
     for count in (2, 3):
         composed, _ = compose(standin.job(*loras[:count]), **knobs)

@@ -95,9 +95,13 @@ def test_without_a_lora_it_says_so(standin: Any, script: Any) -> None:
 def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     prompts = ("a red circle AND sea", "a blue square")
-    samples, p = run(standin, script, [{"enabled": True, "weight_maps": True}], a, b, prompts=prompts)
+    samples, p = run(
+        standin, script, [{"enabled": True, "weight_maps": True, "single_maps": True}], a, b, prompts=prompts
+    )
     assert len(samples) == 2
     assert len(p.processed.images) == len(p.processed.infotexts) == 2 + 2 * 3
+    _, p = run(standin, script, [{"enabled": True, "weight_maps": True}], a, b, prompts=prompts)
+    assert len(p.processed.images) == 2 + 2
     plain, p = run(standin, script, [{"enabled": True}], a, b, prompts=prompts)
     assert len(p.processed.images) == 2
     assert torch.equal(plain, samples)

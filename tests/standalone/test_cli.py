@@ -77,7 +77,7 @@ def pictures(folder: Path) -> list[str]:
 
 def test_generate(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, printed, _ = run(
-        "generate", PROMPT, "--weight-maps", "--batch", "2", "--seed", "5", "--size", "64x72"
+        "generate", PROMPT, "--weight-maps", "--single-maps", "--batch", "2", "--seed", "5", "--size", "64x72"
     )
     assert code == 0
     maps = [f"0000{i}-{5 + i}-map-{name}.png" for i in (0, 1) for name in ("all", "dusk", "rose")]
@@ -107,7 +107,7 @@ def test_loras_called_all_long_ambiguous_or_behind_a_link(
     shutil.copy(rose, tmp_path / "elsewhere" / "far.SAFETENSORS")
     os.symlink(tmp_path / "elsewhere", own / "linked")
     prompt = f"a <lora:All:0.5> <lora:{long}> <lora:sub2/same> <lora:same> <lora:far>"
-    code, printed, said = run("generate", prompt, "--weight-maps", "--lora-dir", str(own))
+    code, printed, said = run("generate", prompt, "--weight-maps", "--single-maps", "--lora-dir", str(own))
     assert code == 0, said
     assert "2 LoRA files are called same: sub/same, sub2/same. sub/same was used" in said
     names = [Path(line).name for line in printed.splitlines()]

@@ -119,7 +119,7 @@ def test_w_composite_weighs_by_the_trigger_words(model: Checkpoint, loras: Path,
 
 def test_guidance_rescale_and_softer_patches(model: Checkpoint, loras: Path) -> None:
     plain = make(model, loras, "a <lora:cat> <lora:ink>").images[0]
-    for knobs in ({"rescale": 0.7}, {"blend": "overlap"}, {"blend": "smooth"}, {"adaptive": True}):
+    for knobs in ({"rescale": 0.7}, {"blend": "overlapping"}, {"blend": "interpolated"}, {"adaptive": True}):
         assert differ(plain, make(model, loras, "a <lora:cat> <lora:ink>", **knobs).images[0])
 
 

@@ -69,8 +69,11 @@ def test_interruption(webui: WebUI, loras: list[str], call: str) -> None:
 
 
 def test_weight_maps_follow_the_pictures(webui: WebUI, loras: list[str]) -> None:
+    prompt = tagged("a red circle", loras)
+    summaries = webui.txt2img({**TOGETHER, "weight_maps": True}, prompt=prompt, batch_size=2)
+    assert len(summaries.images) in (4, 5)
     pictures = webui.txt2img(
-        {**TOGETHER, "weight_maps": True}, prompt=tagged("a red circle", loras), batch_size=2
+        {**TOGETHER, "weight_maps": True, "single_maps": True}, prompt=prompt, batch_size=2
     )
     assert is_composed(pictures)
     # Two pictures (and perhaps their grid), and for each one map of all LoRAs and one per LoRA.

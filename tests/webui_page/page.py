@@ -20,7 +20,7 @@ import gradio.routes
 
 from loratorio.errors import LoratorioError
 from loratorio.infotext import params
-from loratorio.webui import api, gradio_compat, infotext, panel
+from loratorio.webui import api, found, gradio_compat, infotext, panel
 
 from .host_infotext import read, written
 
@@ -126,17 +126,35 @@ def add_javascript() -> None:
     gradio.routes.templates.TemplateResponse = with_scripts
 
 
+class Files(dict[str, Any]):
+    """There is every LoRA but one."""
+
+    def __contains__(self, name: object) -> bool:
+        return name != "gone"
+
+
 def add_networks() -> None:
     """The module where the WebUIs keep the LoRAs they know, with one that is recognised as a speed LoRA."""
     networks = ModuleType("networks")
     files = {"fox": {}, "fast": {"modelspec.title": "SDXL Lightning 4 steps"}}
-    networks.__dict__["available_network_aliases"] = {
-        name: SimpleNamespace(metadata=metadata) for name, metadata in files.items()
-    }
+    networks.__dict__["available_network_aliases"] = Files(
+        {name: SimpleNamespace(metadata=metadata) for name, metadata in files.items()}
+    )
     sys.modules["networks"] = networks
+
+
+def count(pattern: str) -> int:
+    """Stands in for the LoRAs of a pool."""
+    if pattern == "none":
+        raise LoratorioError("No LoRA fits 'none'.")
+    return 12 if pattern == "*" else 1
 
 
 if __name__ == "__main__":
     add_javascript()
     add_networks()
-    build().queue().launch(server_name="127.0.0.1", server_port=int(sys.argv[1]))
+    demo = build().queue()
+    app, _, _ = demo.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]), prevent_thread_lock=True)
+    found.pools.count = count
+    found.add_route(demo, app)
+    demo.block_thread()

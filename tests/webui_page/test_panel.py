@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from loratorio.compose.methods import METHODS
 from loratorio.infotext import params
-from loratorio.settings import KNOBS, PRESETS, Settings
+from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Settings
 
 from .host_infotext import written
 
@@ -52,6 +53,14 @@ class Tab:
         }"""
         return " ".join(self.find("_loras").evaluate(script).split())
 
+    def wait_for_line(self, text: str) -> None:
+        """Until it is this: what the WebUI says of names and pools comes a moment later."""
+        for _ in range(100):
+            if self.line() == text:
+                return
+            self.page.wait_for_timeout(100)
+        assert self.line() == text
+
     def role(self, lora: str) -> Any:
         return self.page.locator(f"#loratorio_{self.name}_loras select[aria-label='Role of {lora}']")
 
@@ -88,12 +97,12 @@ def test_tick_move_generate(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     assert tab.generate()[0] == as_dict(Settings())
     tab.tick()
-    tab.choose("method", "Composite")
     tab.find("_patch_size input[type=range]").focus()
     page.keyboard.press("ArrowRight")
     tab.number("temperature", 0.0123)
     tab.number("recentre", 0.35)
     tab.find("_weight_maps input").check()
+    tab.choose("method", "Composite")
     chosen = Settings(
         enabled=True,
         method="composite",
@@ -117,11 +126,81 @@ def test_presets_set_their_knobs_in_this_tab_alone(page: Any) -> None:
         expected = Settings(enabled=True, temperature=0.5).with_values(preset.values)
         arrived, infotext = tab.generate()
         assert arrived == as_dict(expected)
-        assert f"LoRAtorio reuse: {expected.reuse}" in infotext
+        assert (f"LoRAtorio reuse: {expected.reuse}" in infotext) is (expected.reuse != Settings().reuse)
     # What is moved afterwards counts.
     tab.number("reuse", 7)
     assert tab.generate()[0]["reuse"] == 7
     assert Tab(page, "img2img").open().generate()[0] == as_dict(Settings())
+
+
+def test_reset_brings_back_what_the_page_began_with(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.number("temperature", 0.5)
+    tab.number("rescale", 0.3)
+    tab.find("_weight_maps input").check()
+    tab.choose("method", "Switch")
+    tab.find("_preset_reset").click()
+    page.wait_for_function("!document.querySelector('#loratorio_txt2img_temperature input').disabled")
+    assert tab.generate()[0] == as_dict(Settings(enabled=True))
+    assert tab.find("_preset_reset").get_attribute("title")
+
+
+def test_the_method_says_what_it_does_and_greys_what_it_ignores(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+
+    def disabled(knob: str) -> bool:
+        return bool(tab.find(f"_{knob} input").first.is_disabled())
+
+    for method in METHODS.values():
+        tab.choose("method", method.entry.label)
+        page.wait_for_function(
+            "text => document.querySelector('#loratorio_txt2img_about').textContent.includes(text)",
+            arg=method.entry.summary,
+        )
+        for knob in KNOBS[1:]:
+            ignored = knob.ignored_by(method.entry.name)
+            page.wait_for_function(
+                "([id, off]) => document.querySelector(id).disabled === off",
+                arg=[f"#loratorio_txt2img_{knob.name} input", ignored],
+            )
+            assert disabled(knob.name) is ignored, knob.name
+    tab.choose("method", "LoRAtorio")
+
+
+def test_unticked_the_line_promises_nothing(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.prompt("a <lora:fox:0.8> <lora:gone:0.5>")
+    tab.wait_for_line("Off. Ticked, it would compose fox 0.8 gone 0.5 not found")
+    tab.tick()
+    tab.wait_for_line("Will compose fox 0.8 gone 0.5 not found")
+    tab.paste(written("a <lora:fox:0.8>", {}))
+    page.wait_for_function(
+        "document.querySelector('#loratorio_txt2img_loras').textContent.startsWith('Off. Ticked')"
+    )
+
+
+def test_a_pool_says_how_many_it_finds(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    for prompt, said in (
+        ("a <pool:*:0.5>", "Will compose pool * 0.5 12 LoRAs"),
+        ("a <Pool:one>", "Will compose pool one 1 1 LoRA"),
+        ("a <pool:none>", "Will compose pool none 1 No LoRA fits 'none'."),
+    ):
+        tab.prompt(prompt)
+        tab.wait_for_line(said)
+
+
+def test_a_role_chosen_by_keyboard_keeps_the_focus(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.prompt("a <lora:fox:0.8> <lora:fast:0.5>")
+    tab.role("fox").focus()
+    page.keyboard.press("ArrowDown")
+    assert page.input_value("#txt2img_prompt textarea") == "a <lora:fox:role=style:0.8> <lora:fast:0.5>"
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Role of fox"
+    page.keyboard.press("ArrowDown")
+    assert "role=always" in page.input_value("#txt2img_prompt textarea")
 
 
 def test_line_follows_the_prompt(page: Any) -> None:
@@ -131,13 +210,14 @@ def test_line_follows_the_prompt(page: Any) -> None:
     tab.prompt("<lora:fox:0.8> <lora:ink:1>")
     assert title.inner_text() == "fox 0.8 · ink 1"
     tab.open()
+    tab.tick()
     assert not title.is_visible()
     tab.prompt("a fox")
     assert NONE_YET in tab.line()
     tab.prompt("a fox <lora:fox:0.80>")
     assert tab.line() == "One LoRA fox 0.8 With a single LoRA, only re-centring changes the picture."
     tab.prompt("a fox <lora:fox:0.8> in <lora:ink:1:0.6> <lora:dog> <pool:animals/*:0.7>")
-    assert tab.line() == "Will compose fox 0.8 ink 0.6 text 1 dog 1 pool animals/* 0.7"
+    tab.wait_for_line("Will compose fox 0.8 ink 0.6 text 1 dog 1 pool animals/* 0.7 1 LoRA")
     tab.prompt("a fox <lora:fox:te=0.5:unet=0.7>\n# <lora:ink:1>")
     assert tab.line().startswith("One LoRA fox 0.7 text 0.5")
     # Names are text, whatever they contain.
@@ -159,6 +239,7 @@ def test_line_follows_the_prompt(page: Any) -> None:
 
 def test_roles_are_written_into_the_prompt(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
+    tab.tick()
     prompt = page.locator("#txt2img_prompt textarea")
     tab.prompt("# <lora:ink:1>\n<lora:fox:0.8>, <lora:ink:1:role=style:te=0.5>, <lora:fast:1>")
     assert [tab.role(name).input_value() for name in ("fox", "ink", "fast")] == ["content", "style", "always"]
@@ -182,7 +263,11 @@ def test_roles_are_written_into_the_prompt(page: Any) -> None:
 
 def test_paste_brings_everything_back(page: Any) -> None:
     """Every knob away from its default, through the infotext, into the other tab's panel, and out again."""
-    settings = Settings.from_mapping({knob.name: elsewhere(knob) for knob in KNOBS})
+    away = {knob.name: elsewhere(knob) for knob in KNOBS}
+    # What the method does not look at is not written.
+    settings = Settings.from_mapping(
+        {name: value for name, value in away.items() if not KNOB_BY_NAME[name].ignored_by(away["method"])}
+    )
     prompt = "a fox <lora:fox:0.8> <lora:ink:0.65>"
     picture = written(prompt, params(settings, [("fox", 0.8, ""), ("ink", 0.65, "")]))
     tab = Tab(page, "img2img").open()

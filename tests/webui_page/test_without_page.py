@@ -21,7 +21,7 @@ from loratorio.errors import LoratorioError
 from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, VERSION_KEY, LoraUse, number, params
 from loratorio.job import Job, PassRecord
 from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings
-from loratorio.webui import api, infotext, options, xyz
+from loratorio.webui import api, found, infotext, options, xyz
 from loratorio.webui.components import component
 
 from .host_infotext import read, written
@@ -428,19 +428,62 @@ def test_settings_page_gives_the_defaults(webui: SimpleNamespace, capsys: pytest
     assert options.defaults() == Settings()
 
 
+def test_what_the_line_asks_of_the_webui(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = ModuleType("networks")
+    networks.__dict__.update(available_network_aliases={"fox": 1, "alias": 1}, available_networks={"emu": 1})
+    monkeypatch.setitem(sys.modules, "networks", networks)
+
+    def count(pattern: str) -> int:
+        if pattern == "gone":
+            raise LoratorioError("No LoRA fits 'gone'.")
+        return 7
+
+    answer = found.found(["fox", "dog", "emu", "alias", "<b>"], ["*", "gone"], count)
+    assert answer == {"missing": ["dog", "<b>"], "pools": {"*": 7, "gone": "No LoRA fits 'gone'."}}
+    # Without the WebUI's extension nothing is known to be missing.
+    monkeypatch.delitem(sys.modules, "networks")
+    assert found.found(["dog"], [], count) == {"missing": [], "pools": {}}
+
+
+def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes: dict[str, Any] = {}
+    app = SimpleNamespace(add_api_route=lambda path, call, methods: routes.update({path: call}))
+    found.add_route(None, app)
+    (call,) = routes.values()
+    monkeypatch.delitem(sys.modules, "networks", raising=False)
+    for asked in ({}, {"loras": 3, "pools": None}, {"loras": [1, {}, "x" * 9], "pools": []}):
+        assert call(asked) == {"missing": [], "pools": {}}
+
+
+def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamespace) -> None:
+    """The WebUI stores all options when any is changed."""
+    for name in ("reuse", "share", "blend"):
+        webui.stored[options.option_name(KNOB_BY_NAME[name])] = {"reuse": 1, "share": 0.0, "blend": "Hard"}[
+            name
+        ]
+    webui.stored["loratorio_recentre"] = 0.25
+    options._follow_new_defaults(webui.stored)
+    assert options.defaults() == Settings(recentre=0.25)
+    assert webui.stored["loratorio_reuse"] == KNOB_BY_NAME["reuse"].default
+    # What is chosen under this version stays, also where it was an older one's default.
+    webui.stored["loratorio_reuse"] = 1
+    options._follow_new_defaults(webui.stored)
+    assert options.defaults() == Settings(recentre=0.25, reuse=1)
+
+
 AT_START = (
-    "compose errors hosts infotext job lora_folder places pool roles settings webui "
+    "compose errors hosts infotext job lora_folder places pool refusal roles settings webui "
     "compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.regions compose.weights "
     "hosts.shared hosts.shared.host "
-    "webui.api webui.components webui.infotext webui.options webui.pools webui.xyz"
+    "webui.api webui.components webui.found webui.infotext webui.options webui.pools webui.xyz"
 )
 """What `scripts/loratorio_script.py` imports but for the page's part (`webui.panel`), and below `compose.methods` every method."""
 
 
 def test_start_imports_a_short_list_and_nothing_heavy() -> None:
     code = (
-        "import sys; import loratorio.hosts, loratorio.hosts.shared.host, loratorio.job, loratorio.webui.api, loratorio.webui.infotext, "
-        "loratorio.webui.options, loratorio.webui.pools, loratorio.webui.xyz; "
+        "import sys; import loratorio.hosts, loratorio.hosts.shared.host, loratorio.job, loratorio.webui.api, loratorio.webui.found, "
+        "loratorio.webui.infotext, loratorio.webui.options, loratorio.webui.pools, loratorio.webui.xyz; "
         "print([name for name in ('torch', 'numpy', 'gradio', 'PIL') if name in sys.modules]); "
         "print(*sorted(name for name in sys.modules if name.startswith('loratorio.') and '.methods.' not in name))"
     )

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A method as a user sees it. `source`: the paper it comes from."""
+    """A method as a user sees it. `source`: the paper it comes from. `summary`: what it does, in one sentence."""
 
     name: str
     label: str
     source: str
+    summary: str
 
 
 @dataclass(frozen=True)

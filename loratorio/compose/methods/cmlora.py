@@ -24,7 +24,12 @@ class CMLoRA(Method):
     frequency in their first predictions), and a weight below the others' where the code's schedule ends (here it stops at theirs).
     """
 
-    entry = Entry("cmlora", "CMLoRA", "arXiv 2502.04923")
+    entry = Entry(
+        "cmlora",
+        "CMLoRA",
+        "arXiv 2502.04923",
+        "One LoRA after the other, those that change high frequencies first; the others' last predictions are added.",
+    )
 
     def begin(self, participants: Participants, changes: Changes) -> Method:
         return _Cached()

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Composite(Method):
     """LoRA-Composite: the mean of every LoRA's guided prediction."""
 
-    entry = Entry("composite", "Composite", "arXiv 2402.16843")
+    entry = Entry(
+        "composite", "Composite", "arXiv 2402.16843", "The plain mean of what the LoRAs predict one by one."
+    )
 
     takes_places = True
     knobs = ("yielding",)

@@ -10,7 +10,12 @@ from .recentred import Recentred
 class RecentredComposite(Recentred):
     """Composite, guided away from the base's unconditional score."""
 
-    entry = Entry("composite_anchored", "Composite, re-centred", "re-centring after arXiv 2508.11624")
+    entry = Entry(
+        "composite_anchored",
+        "Composite, re-centred",
+        "re-centring after arXiv 2508.11624",
+        "The plain mean of what the LoRAs predict, guided away from the base model's picture.",
+    )
     inner = Composite()
     knobs = ("recentre", "yielding")
 

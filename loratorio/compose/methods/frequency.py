@@ -22,7 +22,12 @@ class Frequency(Weighted):
     depth (here Haar, two levels), and the unconditional score (here the same weights, re-centred as in LoRAtorio).
     """
 
-    entry = Entry("frequency", "Frequency bands", "after MultLFG, arXiv 2505.20525")
+    entry = Entry(
+        "frequency",
+        "Frequency bands",
+        "after MultLFG, arXiv 2505.20525",
+        "Each LoRA in the frequency bands in which it differs most.",
+    )
     knobs = ("recentre", "top_k")
     levels = 2
 

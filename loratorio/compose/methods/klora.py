@@ -30,7 +30,9 @@ class KLoRA(OneMix):
     The text encoder's part of the LoRAs is merged.
     """
 
-    entry = Entry("klora", "K-LoRA", "arXiv 2502.18461")
+    entry = Entry(
+        "klora", "K-LoRA", "arXiv 2502.18461", "Layer by layer, the LoRA whose largest weights are larger."
+    )
 
     def begin(self, participants: Participants, changes: Changes) -> Method:
         return _Chosen(changes)

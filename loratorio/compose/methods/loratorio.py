@@ -25,7 +25,12 @@ class Loratorio(Weighted):
     A style is not weighed: the rows of all the others have it too, and are compared with those of the base under the style.
     """
 
-    entry = Entry("loratorio", "LoRAtorio", "arXiv 2508.11624")
+    entry = Entry(
+        "loratorio",
+        "LoRAtorio",
+        "arXiv 2508.11624",
+        "Patch by patch, the LoRA that knows what is there has the say.",
+    )
     takes_places = True
     knobs = (
         "patch_size",

@@ -10,7 +10,12 @@ from .one_mix import OneMix
 class Merge(OneMix):
     """W + Σᵢ sᵢ·ΔWᵢ: what the WebUIs do without this extension."""
 
-    entry = Entry("merge", "Merge", "the hosts' own way")
+    entry = Entry(
+        "merge",
+        "Merge",
+        "the hosts' own way",
+        "All LoRAs in the model at once, as the WebUI does without this extension.",
+    )
 
     def mix(self, now: StepContext) -> Mix:
         return now.participants.merged
@@ -19,7 +24,9 @@ class Merge(OneMix):
 class MergeNamed(OneMix):
     """Merge for the steps that are not composed: the LoRAs that the prompt names, without a pool's candidates."""
 
-    entry = Entry("merge_named", "Merge of the named", "the hosts' own way")
+    entry = Entry(
+        "merge_named", "Merge of the named", "the hosts' own way", "All LoRAs that the prompt names at once."
+    )
 
     def mix(self, now: StepContext) -> Mix:
         return now.participants.named

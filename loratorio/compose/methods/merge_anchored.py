@@ -10,7 +10,12 @@ from .recentred import Recentred
 class RecentredMerge(Recentred):
     """Merge, guided away from the base's unconditional score: one row a picture more than Merge."""
 
-    entry = Entry("merge_anchored", "Merge, re-centred", "re-centring after arXiv 2508.11624")
+    entry = Entry(
+        "merge_anchored",
+        "Merge, re-centred",
+        "re-centring after arXiv 2508.11624",
+        "All LoRAs at once, guided away from the base model's picture.",
+    )
     inner = Merge()
 
 

@@ -14,7 +14,7 @@ class Switch(OneMix):
     score goes with it; here the same LoRA's.
     """
 
-    entry = Entry("switch", "Switch", "arXiv 2402.16843")
+    entry = Entry("switch", "Switch", "arXiv 2402.16843", "One LoRA after the other, five steps each.")
     steps_per_lora = 5
 
     def mix(self, now: StepContext) -> Mix:

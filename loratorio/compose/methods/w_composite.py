@@ -15,7 +15,12 @@ class WComposite(Composite):
     A LoRA whose trigger words nobody knows counts as an average one, so that without any this is Composite.
     """
 
-    entry = Entry("w_composite", "W-Composite", "arXiv 2606.03792")
+    entry = Entry(
+        "w_composite",
+        "W-Composite",
+        "arXiv 2606.03792",
+        "The mean of what the LoRAs predict, by how much their trigger words matter in the prompt.",
+    )
     uses_importance = True
 
     def shares(self, now: StepContext) -> list[float]:

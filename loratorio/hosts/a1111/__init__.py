@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...job import Job
+from ...refusal import refusals
 from .sampling import A1111Pass
 
 
@@ -24,7 +25,8 @@ class A1111:
         launch = sampler.launch_sampling
 
         def launch_composed(steps: int, func: Callable[[], Any]) -> Any:
-            return launch(steps, lambda: A1111Pass(job).sample(func))
+            with refusals():
+                return launch(steps, lambda: A1111Pass(job).sample(func))
 
         sampler.launch_sampling = launch_composed
 

@@ -18,6 +18,7 @@ from ...compose.methods import Composition
 from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
 from ...job import Job
+from ...refusal import refusals
 from ...roles import TaggedLora
 from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
 from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, Result, SamplingPass
@@ -200,8 +201,9 @@ class ForgePass(SamplingPass):
         launch = getattr(sampler.launch_sampling, "enclosed", sampler.launch_sampling)
 
         def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
-            result: Result = launch(steps, lambda: self.run(func))
-            return result
+            with refusals():
+                result: Result = launch(steps, lambda: self.run(func))
+                return result
 
         launch_composed.enclosed = launch  # type: ignore[attr-defined]
         sampler.launch_sampling = launch_composed

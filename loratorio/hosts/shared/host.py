@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ...job import Job
+from ...refusal import refusals
 
 
 class WebUIHost(Protocol):
@@ -29,7 +30,8 @@ def refuse(p: Any, problem: Exception) -> None:
     """
 
     def stop(*args: Any, **kwargs: Any) -> None:
-        raise problem
+        with refusals():
+            raise problem
 
     p.sample = stop
     # Within `p.sample` it is too late for that; the pass itself is yet to come.

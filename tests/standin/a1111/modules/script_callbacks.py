@@ -27,3 +27,7 @@ def cfg_denoiser_callback(params):
             callback(params)
         except Exception:
             traceback.print_exc()
+
+
+def on_app_started(callback):
+    pass

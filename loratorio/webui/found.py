@@ -1,0 +1,49 @@
+"""What the panel's line asks of the WebUI: which LoRAs of a prompt there are, and how many candidates a pool has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import LoratorioError
+from . import pools
+
+PATH = "/loratorio/found"
+MOST = 100
+"""So many names and pools are looked up at most."""
+
+
+def add_route(_: Any, app: Any) -> None:
+    """For the WebUI's callback when its server has started: answer the page's questions.
+
+    The answer has no names but those that were asked for.
+    """
+
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        return found(_texts(asked.get("loras")), _texts(asked.get("pools")), pools.count)
+
+    app.add_api_route(PATH, answer, methods=["POST"])
+
+
+def found(loras: Sequence[str], patterns: Sequence[str], count: Callable[[str], int]) -> dict[str, Any]:
+    """`missing`: those of the LoRAs that the WebUI does not have; `pools`: by pattern, how many LoRAs it finds, or why none."""
+    known = getattr(sys.modules.get("networks"), "available_network_aliases", None)
+    missing = [] if known is None else [name for name in loras if not _has(name, known)]
+    return {"missing": missing, "pools": {pattern: _count(pattern, count) for pattern in patterns}}
+
+
+def _has(name: str, known: Mapping[str, Any]) -> bool:
+    return name in known or name in getattr(sys.modules["networks"], "available_networks", {})
+
+
+def _count(pattern: str, count: Callable[[str], int]) -> int | str:
+    try:
+        return count(pattern)
+    except LoratorioError as problem:
+        return str(problem)
+
+
+def _texts(value: Any) -> list[str]:
+    texts = value if isinstance(value, list) else []
+    return [text for text in texts if isinstance(text, str)][:MOST]
