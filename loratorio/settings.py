@@ -211,7 +211,7 @@ class Settings:
     )  # fmt: skip
     weight_maps: bool = knob(
         "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used. An X/Y/Z plot has no room for them.",
-        "shown", 3,
+        "shown", 9,
     )  # fmt: skip
     yielding: float = knob(
         "float", YIELDING, "Yielding", "How much of its weight a LoRA without a place gives up inside the places of others.",
@@ -223,7 +223,7 @@ class Settings:
     )  # fmt: skip
     single_maps: bool = knob(
         "bool", False, "A map for each", "With weight maps: after the one of all LoRAs, one for each of them.",
-        "shown", 8, folded=True,
+        "shown", 9,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -229,7 +229,7 @@ def test_line_follows_the_prompt(page: Any) -> None:
     other = Tab(page, "img2img").open()
     assert NONE_YET in other.line()
     other.prompt("<lora:dog:0.3>")
-    assert other.line().startswith("One LoRA dog 0.3")
+    assert other.line().startswith("Off. Ticked, it would compose dog 0.3")
     # An update of the page that changes nothing for us does not touch the page, or it would call itself for ever.
     page.wait_for_timeout(600)
     before = page.evaluate("window.updates")
@@ -315,8 +315,8 @@ def test_a_number_out_of_range_is_our_own_sentence(page: Any) -> None:
 def test_send_to_img2img(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.tick()
-    tab.choose("method", "Switch")
     tab.number("top_k", 2)
+    tab.choose("method", "Switch")
     tab.prompt("<lora:fox:1> <lora:ink:1>")
     page.click("#send")
     page.wait_for_function("document.querySelector('#img2img_prompt textarea').value.includes('ink')")

@@ -5,6 +5,7 @@ A host derives from `SamplingPass` and says where LoRAs come from, how text is m
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -206,6 +207,10 @@ class SamplingPass(ABC):
         without_effect: list[str] = []
         found = 0
         for lora in active:
+            if not math.isfinite(lora.strength):
+                raise LoratorioError(
+                    f"The strength of LoRA {lora.tagged.name} must be a number, not {lora.strength}."
+                )
             try:
                 read = self.read_once(lora)
             except LoratorioError as problem:
