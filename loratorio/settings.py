@@ -158,7 +158,7 @@ class Settings:
         "method", 0,
     )  # fmt: skip
     method: str = knob(
-        "choice", "loratorio", "Method", "How the LoRAs are brought together. LoRAtorio: patch by patch, the LoRA that knows it.",
+        "choice", "loratorio", "Method", "How the LoRAs' predictions are combined.",
         "method", 1, choices=tuple((each.entry.name, each.entry.label) for each in METHODS.values()),
     )  # fmt: skip
     patch_size: int = knob(
@@ -166,11 +166,11 @@ class Settings:
         "weights", 2, minimum=1, maximum=64,
     )  # fmt: skip
     temperature: float = knob(
-        "float", 0.1, "Temperature", "How decided the choice is. Low: one LoRA a patch. High: all LoRAs equally everywhere.",
+        "float", 0.1, "Temperature", "Of the softmax over the LoRAs in each patch. Low: one LoRA a patch. High: all of them equally.",
         "weights", 1, minimum=0.0001, maximum=10, step=0.0001,
     )  # fmt: skip
     adaptive: bool = knob(
-        "bool", False, "Adaptive temperature", "The temperature follows how far the LoRAs lie apart, which is little in the first steps.",
+        "bool", False, "Adaptive temperature", "Scale the temperature by how much the LoRAs' similarities differ: little in the first steps.",
         "weights", 5, folded=True,
     )  # fmt: skip
     top_k: int = knob(
@@ -182,31 +182,31 @@ class Settings:
         "weights", 5, folded=True, choices=tuple((each, each.capitalize()) for each in BLENDS),
     )  # fmt: skip
     recentre: float = knob(
-        "float", 0.5, "Re-centring", "How much the base model, instead of the LoRAs, says what the picture is guided away from.",
+        "float", 0.5, "Re-centring", "Weight of the base model in the unconditional prediction. 0: the LoRAs only. 1: the base model only.",
         "guidance", 3, step=0.05,
     )  # fmt: skip
     rescale: float = knob(
-        "float", 0.0, "Guidance rescale", "Against over-saturation: how far the guided contrast is brought back to the unguided.",
+        "float", 0.0, "Guidance rescale", "Against over-saturation: scale the guided prediction towards the conditional one's contrast.",
         "guidance", 6, folded=True, step=0.05,
     )  # fmt: skip
     share: float = knob(
-        "float", 0.15, "Shared part", "How much of every LoRA the others' passes have too. 0: nothing, as in the paper. 1: as merging.",
+        "float", 0.15, "Shared part", "Part of every LoRA that is active in the other LoRAs' passes too. 0: none (paper). 1: as merging.",
         "weights", 6, folded=True, step=0.05, former=(("0.1.0", 0.0),),
     )  # fmt: skip
     pool_size: int = knob(
-        "int", 5, "Pool size", "How many of a pool's LoRAs are run at a step; of the others the last predictions are carried on.",
+        "int", 5, "Pool size", "How many of a pool's LoRAs are run at a step; the rest reuse their most recent prediction.",
         "pool", 7, folded=True, minimum=1, maximum=100,
     )  # fmt: skip
     pool_interval: int = knob(
-        "int", 20, "Pool interval", "A pool's LoRAs are all run on the first step and then every so many.",
+        "int", 20, "Pool interval", "All of a pool's LoRAs are run at the first step, and then at every step of this number.",
         "pool", 7, folded=True, minimum=1, maximum=1000,
     )  # fmt: skip
     start: float = knob(
-        "float", 0.0, "Active from", "Part of the steps after which composing begins; before it the LoRAs are merged.",
+        "float", 0.0, "Active from", "Fraction of the steps at which composing begins; before it the LoRAs are merged.",
         "steps", 4, step=0.05,
     )  # fmt: skip
     end: float = knob(
-        "float", 1.0, "Active to", "Part of the steps after which composing ends; after it the LoRAs are merged.",
+        "float", 1.0, "Active to", "Fraction of the steps at which composing ends; after it the LoRAs are merged.",
         "steps", 4, step=0.05,
     )  # fmt: skip
     weight_maps: bool = knob(
@@ -214,11 +214,11 @@ class Settings:
         "shown", 9,
     )  # fmt: skip
     yielding: float = knob(
-        "float", YIELDING, "Yielding", "How much of its weight a LoRA without a place gives up inside the places of others.",
+        "float", YIELDING, "Yielding", "Part of its weight that a LoRA without a place gives up inside the places of others.",
         "weights", 8, folded=True, step=0.05,
     )  # fmt: skip
     reuse: int = knob(
-        "int", 3, "Reuse", "Each LoRA is run at every so many steps; between them its last predictions are carried on. 1: always run.",
+        "int", 3, "Reuse", "Run each LoRA at every n-th step; in between its most recent predictions are reused. 1: run at every step.",
         "steps", 3, minimum=1, maximum=10, former=(("0.1.0", 1),),
     )  # fmt: skip
     single_maps: bool = knob(
@@ -273,19 +273,19 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "paper",
             "Paper",
-            "As published: every LoRA at every step, half of the unconditional prediction the LoRAs'. Slowest.",
+            "As published: every LoRA at every step, re-centring 0.5, no shared part. Slowest.",
             {"recentre": 0.5, "share": 0.0, "reuse": 1},
         ),
         Preset(
             "balanced",
             "Balanced",
-            "Each LoRA at every third step, and a small part of every LoRA in all the others' passes. The default.",
+            "Each LoRA at every third step, re-centring 0.5, and a small shared part. The default.",
             {"recentre": 0.5, "share": 0.15, "reuse": 3},
         ),
         Preset(
             "fast",
             "Fast",
-            "Each LoRA at every third step, and the base model alone for the unconditional prediction.",
+            "Each LoRA at every third step, and the base model only in the unconditional prediction.",
             {"recentre": 1.0, "share": 0.15, "reuse": 3},
         ),
     )

@@ -14,7 +14,7 @@ class RecentredComposite(Recentred):
         "composite_anchored",
         "Composite, re-centred",
         "re-centring after arXiv 2508.11624",
-        "The plain mean of what the LoRAs predict, guided away from the base model's picture.",
+        "The plain mean of what the LoRAs predict, with the base model's unconditional prediction.",
     )
     inner = Composite()
     knobs = ("recentre", "yielding")

@@ -29,7 +29,7 @@ class Loratorio(Weighted):
         "loratorio",
         "LoRAtorio",
         "arXiv 2508.11624",
-        "Patch by patch, the LoRA that knows what is there has the say.",
+        "Patch by patch, LoRAs count by how far their prediction diverges from the base model's.",
     )
     takes_places = True
     knobs = (

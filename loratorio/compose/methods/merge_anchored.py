@@ -14,7 +14,7 @@ class RecentredMerge(Recentred):
         "merge_anchored",
         "Merge, re-centred",
         "re-centring after arXiv 2508.11624",
-        "All LoRAs at once, guided away from the base model's picture.",
+        "All LoRAs at once, with the base model's unconditional prediction.",
     )
     inner = Merge()
 
