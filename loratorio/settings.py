@@ -170,7 +170,7 @@ class Settings:
         "weights", 1, minimum=0.0001, maximum=10, step=0.0001,
     )  # fmt: skip
     adaptive: bool = knob(
-        "bool", False, "Adaptive temperature", "Scale the temperature by how much the LoRAs' similarities differ: little in the first steps.",
+        "bool", False, "Adaptive temperature", "Scale the temperature by how much the similarities differ: little in the first steps.",
         "weights", 5, folded=True,
     )  # fmt: skip
     top_k: int = knob(

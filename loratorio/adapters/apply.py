@@ -37,6 +37,27 @@ def add_low_rank(
         _add_to_pictures(output[part], layer._conv_forward(rows[part], own_down, None), own_up, own)
 
 
+def add_low_rank_by_row(
+    layer: nn.Module, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, factors: Tensor
+) -> None:
+    """output += up · (factors ∘ (down · rows)): one product for rows that have several LoRAs, each in its own measure.
+
+    Args:
+        layer, rows, output: as in `add_low_rank`.
+        down: (r, in) or (r, in, kh, kw). up: (r, out).
+        factors: by row and rank, (R, r); where a model folds frames into its batch, R of them for R·frames entries.
+    """
+    if len(factors) < len(rows):
+        factors = factors.repeat_interleave(len(rows) // len(factors), dim=0)
+    if isinstance(layer, nn.Conv2d):
+        lowered = layer._conv_forward(rows, down, None) * factors[:, :, None, None]
+        _add_to_pictures(output, lowered, up, 1.0)
+        return
+    tokens = rows.reshape(len(rows), -1, rows.shape[-1])
+    values = (tokens @ down.T) * factors.unsqueeze(1)
+    _add_product(output, values, up.unsqueeze(0), 1.0)
+
+
 def _add_to_pictures(output: Tensor, lowered: Tensor, up: Tensor, factor: float | Tensor) -> None:
     """output (n, out, H′, W′) += factor · up (r, out) · lowered (n, r, H′, W′), without a copy of the output where its layout allows."""
     if output.is_contiguous():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from .apply import add_dense, add_low_rank
+from .apply import add_dense, add_low_rank, add_low_rank_by_row
 from .stacks import Stack, Stacks, Where
 
 Coefficients = tuple[float, ...]
@@ -59,9 +59,43 @@ def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Where) -> I
     parts = [_Part(each.start, each.stop, stacks.factors(name, each.mix)) for each in of]
     for block in _adjacent([part for part in parts if part.factors]):
         common = _common(block)
+        stack = _stack_of_all(name, block, common, stacks, where)
+        if stack is not None:
+            yield _by_row(block, stack)
+            continue
         if common:
             yield from _jobs(name, [_Part(block[0].start, block[-1].stop, common)], stacks, where)
         yield from _jobs(name, [_without(part, common) for part in block], stacks, where)
+
+
+def _stack_of_all(
+    name: str, block: Sequence[_Part], common: Mapping[int, float], stacks: Stacks, where: Where
+) -> Stack | None:
+    """The stack that one product for all of these rows needs; None where several products are fewer sums.
+
+    That is so where the rows have all of a stack's LoRAs in common, in whatever measure: what single rows have beside the common part
+    then costs nothing.
+    """
+    if len(block) < 2 or any(part.factors.keys() != common.keys() for part in block):
+        return None
+    found = [stacks.low_rank(name, number, where) for number in common]
+    first = found[0]
+    if first is None or any(each is not first for each in found) or len(first.ranks) != len(common):
+        return None
+    return None if stacks.has_dense(name, common) else first
+
+
+def _by_row(block: Sequence[_Part], stack: Stack) -> Job:
+    ordered = sorted(stack.ranks, key=lambda number: stack.ranks[number])
+    ranks = [stack.ranks[number][1] - stack.ranks[number][0] for number in ordered]
+    factors = []
+    for part in block:
+        own = _factor([part.factors[number] for number in ordered], ranks, stack.down, False)
+        if not isinstance(own, torch.Tensor):
+            own = torch.full((1, sum(ranks)), own, device=stack.down.device, dtype=stack.down.dtype)
+        factors.append(own.expand(part.stop - part.start, -1))
+    add = partial(add_low_rank_by_row, down=stack.down, up=stack.up, factors=torch.cat(factors))
+    return Job(block[0].start, block[-1].stop, add)
 
 
 def _adjacent(parts: Sequence[_Part]) -> Iterator[list[_Part]]:

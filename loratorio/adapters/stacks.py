@@ -105,6 +105,10 @@ class Stacks:
             known = self._low_rank[name, together] = (where, self._stack(name, together, where))
         return known[1]
 
+    def has_dense(self, name: str, numbers: Iterable[int]) -> bool:
+        """Whether any of these LoRAs changes this layer densely."""
+        return any(self._fitted[name][number].dense is not None for number in numbers)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def dense(self, name: str, factors: Mapping[int, float], where: Where) -> tuple[Dense, float] | None:

@@ -520,15 +520,21 @@ def test_no_loras_tensors_are_copied_into_mixes(share: float) -> None:
 
 
 def test_what_rows_share_is_added_once() -> None:
-    """A common part is one product for all rows, and each LoRA's rest one more for all of them."""
+    """What rows have in common is one product for all of them: with each LoRA's rest in it where all rows have all LoRAs, else with one
+    more product for the rests."""
     layer = nn.Linear(6, 6)
     random = torch.Generator().manual_seed(0)
     bank = Bank([Adapter(name, {"layer": [low_rank(layer, 2, random)]}) for name in "abc"])
     mixes = [(0.25,) * 3, *(tuple(1.0 if i == j else 0.25 for j in range(3)) for i in range(3))]
     with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
         layer(torch.randn(4, 6))
+        (everything,) = bank._jobs("layer", layer.weight)
+        assert (everything.start, everything.stop) == (0, 4)
+    mixes = [tuple(1.0 if j in (0, i) else 0.0 for j in range(3)) for i in range(3)]
+    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
+        layer(torch.randn(3, 6))
         common, rest = bank._jobs("layer", layer.weight)
-        assert (common.start, common.stop, rest.start, rest.stop) == (0, 4, 1, 4)
+        assert (common.start, common.stop, rest.start, rest.stop) == (0, 3, 1, 3)
 
 
 def test_a_prepared_bank_makes_nothing_at_the_first_call() -> None:

@@ -34,6 +34,8 @@ def refuse(p: Any, problem: Exception) -> None:
             raise problem
 
     p.sample = stop
+    # Before the LoRAs are activated, too: what other extensions make of them then would wait for a sampling that never comes.
+    p.parse_extra_network_prompts = stop
     # Within `p.sample` it is too late for that; the pass itself is yet to come.
     if getattr(p, "sampler", None) is not None:
         p.sampler.launch_sampling = p.sampler.sample = p.sampler.sample_img2img = stop
