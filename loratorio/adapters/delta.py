@@ -6,7 +6,7 @@ Every kind of LoRA file comes down to one of two forms: a low-rank product, or a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
@@ -118,30 +118,39 @@ class Adapter:
         """Raise LoratorioError naming the layer if any tensor holds NaN or infinity, or numbers that no model could take."""
         for layer, deltas in self.deltas.items():
             for delta in deltas:
-                if not all(bool(torch.isfinite(reckonable(tensor)).all()) for tensor in _tensors(delta)):
-                    raise LoratorioError(
-                        f"LoRA {self.name} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
-                    )
-                largest = _largest(delta)
-                if largest > LARGEST:
-                    raise LoratorioError(
-                        f"LoRA {self.name} changes layer {layer} by numbers as large as {largest:.1e}, of which no picture can be "
-                        "made. The file is damaged: get it again."
-                    )
+                check_tensors(self.name, layer, _tensors(delta))
+                if isinstance(delta, LowRank):
+                    _check_size(self.name, layer, _bound(delta) / 1000)
+
+
+def check_tensors(lora: str, layer: str, tensors: Iterable[Tensor]) -> None:
+    """Raise LoratorioError naming LoRA and layer if a tensor holds NaN or infinity, or numbers that no model could take."""
+    for tensor in tensors:
+        numbers = reckonable(tensor)
+        if not bool(torch.isfinite(numbers).all()):
+            raise LoratorioError(
+                f"LoRA {lora} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
+            )
+        if numbers.numel():
+            _check_size(lora, layer, float(numbers.abs().max()))
+
+
+def _check_size(lora: str, layer: str, largest: float) -> None:
+    if largest > LARGEST:
+        raise LoratorioError(
+            f"LoRA {lora} changes layer {layer} by numbers as large as {largest:.1e}, of which no picture can be made. "
+            "The file is damaged: get it again."
+        )
 
 
 LARGEST = 65504.0
 """The largest number of half precision. Weights of models, and what LoRAs change in them, are a thousand times smaller and more."""
 
 
-def _largest(delta: Delta) -> float:
-    """The largest number of those that a change is made of, and of the change itself, at most."""
+def _bound(delta: LowRank) -> float:
+    """No number of ΔW is larger than this; those of real LoRAs are far smaller, by more than a thousand times."""
     parts = [float(reckonable(tensor).abs().max()) if tensor.numel() else 0.0 for tensor in _tensors(delta)]
-    if isinstance(delta, LowRank):
-        # No entry of a product is larger than this; those of real LoRAs are far smaller.
-        bound = math.prod(parts) * abs(delta.scale) * delta.rank ** (len(parts) - 1)
-        parts.append(bound / 1000)
-    return max(parts, default=0.0)
+    return math.prod(parts) * abs(delta.scale) * delta.rank ** (len(parts) - 1)
 
 
 def _is_zero(delta: Delta) -> bool:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...adapters.delta import Adapter, Delta, Dense, LowRank, fit
+from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors, fit
 from ...errors import LoratorioError
 from ...roles import TaggedLora, partly_used_note
 from ..shared.lora_layers import layers
@@ -169,6 +169,19 @@ def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: boo
             raise _not_for_this_model(lora, name, str(problem)) from problem
         deltas[name] = [delta]
     return Adapter(name_of(lora), deltas)
+
+
+def check_text_numbers(lora: Network) -> None:
+    """Raise LoratorioError if the text encoder's part holds numbers that no model could take."""
+    for name, module in lora.modules.items():
+        if not name.startswith(UNET):
+            own = vars(module).values()
+            tensors = [value for value in own if isinstance(value, Tensor) and value.is_floating_point()]
+            layers = [value for key, value in vars(module).items() if key.endswith("_model")]
+            tensors += [
+                each for layer in layers if isinstance(layer, nn.Module) for each in layer.parameters()
+            ]
+            check_tensors(name_of(lora), name, tensors)
 
 
 def partly_used(lora: Network) -> str:

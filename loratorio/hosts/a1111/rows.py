@@ -174,7 +174,10 @@ def _skips_uncond(denoiser: Any, sigma: Tensor, s_min_uncond: float) -> bool:
 def _equal(one: Text, other: Text) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape):
+        return False
+    # A LoRA that was left out may have made NaN of the WebUI's own text.
+    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _shallow(text: Text) -> Text:

@@ -31,6 +31,7 @@ from .loras import (
     active_loras,
     adapter_of,
     changes_text,
+    check_text_numbers,
     identity,
     partly_used,
     restore_base,
@@ -99,6 +100,7 @@ class A1111Pass(SamplingPass):
         restore_base(layers)  # some kinds depend on the weight that they change
         adapter = adapter_of(lora.source, layers, skip_misfits=is_refiner)
         adapter.check_numbers()
+        check_text_numbers(lora.source)
         return ReadLora(lora, adapter, remark="" if is_refiner else partly_used(lora.source))
 
     def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:

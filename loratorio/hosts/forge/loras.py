@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.delta import Adapter, Delta, Dense, LowRank, fit_all
+from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors, fit_all
 from ...errors import LoratorioError
 from ...roles import partly_used_note
 from ..shared.lora_layers import layers
@@ -38,6 +38,9 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
     adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
     adapter.check_numbers()
     _check_fit(adapter, unet)
+    if clip is not original.clip:
+        for key, patches in flavour.patches(clip.patcher):
+            check_tensors(file.name, key, _tensors_in([patch[1] for patch in patches]))
     if not adapter.deltas and file.unet and any(map(_is_of_unet, names)):
         remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."
     else:
@@ -50,6 +53,18 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
 def _is_of_unet(name: str) -> bool:
     """Whether a tensor of a LoRA file with this name is for the UNet, and not for a text encoder."""
     return not name.startswith(("lora_te", "lora_prior_te", "text", "clip_", "t5", "bundle_emb"))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of floating numbers in a patch's value, whatever the host's way to nest them."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors_in(each)
+    elif hasattr(value, "weights"):
+        yield from _tensors_in(value.weights)
 
 
 def _added(flavour: Flavour, patcher: Patcher, original: Patcher) -> int:
