@@ -150,7 +150,7 @@ LARGEST = 65504.0
 def _bound(delta: LowRank) -> float:
     """No number of ΔW is larger than this; those of real LoRAs are far smaller, by more than a thousand times."""
     parts = [float(reckonable(tensor).abs().max()) if tensor.numel() else 0.0 for tensor in _tensors(delta)]
-    return math.prod(parts) * abs(delta.scale) * delta.rank ** (len(parts) - 1)
+    return float(math.prod(parts) * abs(delta.scale) * delta.rank ** (len(parts) - 1))
 
 
 def _is_zero(delta: Delta) -> bool:
