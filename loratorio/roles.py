@@ -8,11 +8,11 @@ the sampler's steps and not what is in the picture.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from .compose.importance import importance, without_words
@@ -21,6 +21,7 @@ from .compose.regions import Place
 from .errors import LoratorioError
 from .places import OPTION as PLACE_OPTION
 from .places import WORDS_OPTION, read_place
+from .trigger_words import called, callers, words_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,17 +60,24 @@ class TaggedLora:
         options: the named arguments of its tag.
         metadata: of its file, as safetensors stores it.
         pooled: it came out of a pool and is only a candidate.
+        file: where it was read from, where that is known.
     """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     pooled: bool = False
+    file: Path | None = None
 
     @property
     def is_candidate(self) -> bool:
         """Whether it is only a candidate: said by the host, or by its tag."""
         return self.pooled or self.options.get(POOL_OPTION, "0") not in ("", "0")
+
+    def as_named(self) -> TaggedLora:
+        """The same as if the prompt named it."""
+        options = {name: value for name, value in self.options.items() if name != POOL_OPTION}
+        return replace(self, options=options, pooled=False)
 
     @property
     def place(self) -> Place | None:
@@ -136,31 +144,35 @@ def assigned_roles(loras: Sequence[TaggedLora]) -> list[AssignedRole]:
     return roles
 
 
-def trigger_words(metadata: Mapping[str, str], prompt: str) -> list[str]:
-    """The words of `prompt` that call a LoRA, as its file's metadata tells: the trigger phrase, else the tags it was trained on.
+def chosen_from_pool(loras: Sequence[TaggedLora], prompt: str) -> tuple[dict[int, TaggedLora], str]:
+    """What is taken of a prompt's LoRAs, by number, and a sentence on the pool among them, or nothing.
 
-    Of the training tags only those count that were on at least half of its pictures.
+    Candidates whose trigger words stand in the prompt count as named. Of the others only those are left whose words nobody knows:
+    divergence decides on them. Where the prompt calls no candidate, divergence decides on all.
     """
-    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
-    words = [each.strip() for each in phrase.split(",")] if phrase else _common_tags(metadata)
-    return [word for word in words if word and word.lower() in prompt.lower()]
-
-
-def _common_tags(metadata: Mapping[str, str]) -> list[str]:
-    try:
-        by_folder = json.loads(metadata.get("ss_tag_frequency", "{}"))
-        counts: dict[str, int] = {}
-        for tags in by_folder.values():
-            for tag, count in tags.items():
-                counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
-    except (ValueError, AttributeError, TypeError):
-        return []
-    most = max(counts.values(), default=0)
-    return [tag for tag, count in counts.items() if 2 * count >= most]
+    pool = [number for number, lora in enumerate(loras) if lora.is_candidate]
+    words = [words_of(loras[number].metadata, loras[number].file) for number in pool]
+    by_prompt = {number: own for number, own in zip(pool, callers(words, prompt), strict=True) if own}
+    if not by_prompt:
+        return dict(enumerate(loras)), ""
+    silent = {number for number, own in zip(pool, words, strict=True) if own and number not in by_prompt}
+    taken = {
+        number: lora.as_named() if number in by_prompt else lora
+        for number, lora in enumerate(loras)
+        if number not in silent
+    }
+    names = ", ".join(f"{loras[number].name} ({', '.join(own)})" for number, own in by_prompt.items())
+    others = (
+        f"; {len(silent)} with other trigger words {'were' if len(silent) > 1 else 'was'} left out"
+        if silent
+        else ""
+    )
+    return taken, f"From the pool by their trigger words: {names}{others}."
 
 
 def participants_of(
-    loras: Sequence[TaggedLora], importance: Mapping[int, float] | None = None
+    loras: Sequence[TaggedLora],
+    importance: Mapping[int, float] | None = None,
 ) -> Participants:
     """The generation's participants: which LoRAs are composed, and how.
 
@@ -190,7 +202,7 @@ def prompt_importance(
 
     encode: the base model's conditioning of each text, (tokens, width).
     """
-    words = {i: trigger_words(lora.metadata, prompt) for i, lora in enumerate(loras)}
+    words = {i: called(words_of(lora.metadata, lora.file), prompt) for i, lora in enumerate(loras)}
     known = [i for i, own in words.items() if own]
     if not known:
         return None

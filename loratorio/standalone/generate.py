@@ -105,7 +105,7 @@ def _generate(
 ) -> Outcome:
     text, tags = split_loras(request.prompt)
     check(request, tags, checkpoint.latent_scale)
-    loras = load_lora_set(tags, lora_dir, checkpoint, load)
+    loras = load_lora_set(tags, lora_dir, checkpoint, load, text)
     settings = (
         request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
     )

@@ -19,6 +19,7 @@ from ..pool import load_candidates, pool_files
 from ..roles import (
     TaggedLora,
     assigned_roles,
+    chosen_from_pool,
     looks_like_speed_lora,
     participants_of,
     prompt_importance,
@@ -76,9 +77,13 @@ class LoraSet:
 
 
 def load_lora_set(
-    tags: Sequence[PromptLora], folder: Path | None, checkpoint: Checkpoint, load: Load = load_lora
+    tags: Sequence[PromptLora],
+    folder: Path | None,
+    checkpoint: Checkpoint,
+    load: Load = load_lora,
+    prompt: str = "",
 ) -> LoraSet:
-    """Load what the tags ask for, each file by `load`.
+    """Load what the tags ask for, each file by `load`; of pools what `prompt`, without tags, calls.
 
     Raises:
         LoratorioError: a LoRA that is named cannot be used (one out of a pool is skipped instead), or a pool is empty.
@@ -99,12 +104,18 @@ def load_lora_set(
             parts.append(_load(tag, file, checkpoint, load))
             continue
         taken = [*names, *(own.name for own, _, _ in parts)]
-        candidates = load_candidates(
-            pool_files(tag.name, found, taken),
-            partial(_candidate, tag, checkpoint, load, found),
+        files = pool_files(tag.name, found, taken)
+        candidates = [
+            TaggedLora(found.name_of(file), tag.options, read_metadata(file), True, file) for file in files
+        ]
+        chosen, note = chosen_from_pool(candidates, prompt)
+        notes += [note] if note else []
+        loaded = load_candidates(
+            [files[number] for number in chosen],
+            partial(_candidate, tag, checkpoint, load, {files[n]: lora for n, lora in chosen.items()}),
         )
-        parts += candidates.loaded
-        notes += [candidates.note] if candidates.note else []
+        parts += loaded.loaded
+        notes += [loaded.note] if loaded.note else []
     idle = [tag.name for tag, lora, _ in parts if lora.changes_nothing]
     parts = [part for part in parts if not part[1].changes_nothing]
     notes += [without_effect_note(idle)] if idle else []
@@ -125,17 +136,18 @@ def _load(
     tag: PromptLora, file: Path, checkpoint: Checkpoint, load: Load
 ) -> tuple[PromptLora, LoadedLora, TaggedLora]:
     lora = load(file, tag.name, checkpoint, tag.te, tag.unet)
-    return tag, lora, TaggedLora(tag.name, tag.options, read_metadata(file), tag.pool)
+    return tag, lora, TaggedLora(tag.name, tag.options, read_metadata(file), tag.pool, file)
 
 
 def _candidate(
-    tag: PromptLora, checkpoint: Checkpoint, load: Load, folder: LoraFolder, file: Path
+    tag: PromptLora, checkpoint: Checkpoint, load: Load, chosen: Mapping[Path, TaggedLora], file: Path
 ) -> tuple[PromptLora, LoadedLora, TaggedLora]:
-    if "role" not in tag.options and looks_like_speed_lora(file.stem, read_metadata(file)):
+    tagged = chosen[file]
+    if "role" not in tag.options and looks_like_speed_lora(file.stem, tagged.metadata):
         raise LoratorioError(
             f"{file.stem} is a speed LoRA, which is no matter of choice: name it in the prompt."
         )
-    return _load(replace(tag, name=folder.name_of(file)), file, checkpoint, load)
+    return _load(replace(tag, name=tagged.name, pool=tagged.is_candidate), file, checkpoint, load)
 
 
 def read_metadata(file: Path) -> Mapping[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +95,10 @@ def active_loras(p: Any) -> list[ActiveLora]:
     return [
         ActiveLora(
             TaggedLora(
-                name_of(network), options.take(network.mentioned_name), network.network_on_disk.metadata or {}
+                name_of(network),
+                options.take(network.mentioned_name),
+                network.network_on_disk.metadata or {},
+                file=_path_of(network),
             ),
             float(network.unet_multiplier),
             network,
@@ -102,6 +106,11 @@ def active_loras(p: Any) -> list[ActiveLora]:
         )
         for network in lora_extension().loaded_networks
     ]
+
+
+def _path_of(lora: Network) -> Path | None:
+    name = getattr(lora.network_on_disk, "filename", None)
+    return Path(name) if name else None
 
 
 def name_of(lora: Network) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +85,9 @@ class ForgePass(SamplingPass):
 
     def active_loras(self) -> list[ActiveLora]:
         return [
-            ActiveLora(TaggedLora(file.name, file.options, file.metadata), file.unet, file)
+            ActiveLora(
+                TaggedLora(file.name, file.options, file.metadata, file=Path(file.path)), file.unet, file
+            )
             for file in self._flavour.applied(self.p)
         ]
 

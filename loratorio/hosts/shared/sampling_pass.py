@@ -28,6 +28,7 @@ from ...pool import Candidates
 from ...roles import (
     TaggedLora,
     assigned_roles,
+    chosen_from_pool,
     participants_of,
     prompt_importance,
     recognised_note,
@@ -174,7 +175,11 @@ class SamplingPass(ABC):
         if why_not:
             self.job.note(why_not)
             return None
-        self.loras = tuple(self._usable(active, missing))
+        chosen, note = chosen_from_pool([lora.tagged for lora in active], self.prompt)
+        if note:
+            self.job.note(note)
+        taken = [replace(active[number], tagged=tagged) for number, tagged in chosen.items()]
+        self.loras = tuple(self._usable(taken, missing))
         self.all_take_part = len(self.loras) == len(active)
         tagged = [lora.active.tagged for lora in self.loras]
         participants = participants_of(tagged, self._importance(tagged))
