@@ -74,15 +74,16 @@ def expanded(
     prompt: str,
     folder: Path | Sequence[Path],
     name_of: Callable[[Path], str] = lambda file: file.stem,
-    is_speed_lora: Callable[[Path], bool] = lambda file: looks_like_speed_lora(file.stem),
+    is_candidate: Callable[[Path], bool] = lambda file: not looks_like_speed_lora(file.stem),
 ) -> str:
     """`prompt` with every ``<pool:…:0.8>`` replaced by a ``<lora:name:0.8:pool=1>`` for each candidate.
 
     For hosts that read LoRA tags themselves and pass over arguments that they do not know: `roles` takes a LoRA with
-    ``pool=1`` for a candidate. Speed LoRAs are left out.
+    ``pool=1`` for a candidate.
 
     Args:
         name_of: the name that the host has for a file.
+        is_candidate: whether a file may be one; speed LoRAs may not.
 
     Raises:
         LoratorioError: as `pool_files`.
@@ -91,9 +92,7 @@ def expanded(
 
     def tags(match: re.Match[str]) -> str:
         pattern, _, rest = match.group(1).partition(":")
-        names = [
-            name_of(file) for file in pool_files(pattern.strip(), folder, known) if not is_speed_lora(file)
-        ]
+        names = [name_of(file) for file in pool_files(pattern.strip(), folder, known) if is_candidate(file)]
         known.extend(names)
         return "".join(f"<lora:{name}:{rest or '1'}:{POOL_OPTION}=1>" for name in names)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pool import expanded, has_pool, pool_files
+from safetensors import SafetensorError, safe_open
+
+from ..pool import Candidates, expanded, has_pool, pool_files
 from ..roles import looks_like_speed_lora
 
 if TYPE_CHECKING:
@@ -23,14 +26,21 @@ def expand(job: Job, prompts: list[str]) -> None:
     hires = getattr(p, "all_hr_prompts", None) or []
     if not any(has_pool(prompt) for prompt in (*prompts, *hires)):
         return
+    damaged: dict[str, None] = {}
+
+    def expanded_of(prompt: str) -> str:
+        return expanded(prompt, folders(), _name_of, partial(_is_candidate, damaged=damaged))
+
     # The infotext keeps the tag: it is made of the job's prompts, of which these are copies.
-    prompts[:] = map(_expanded, prompts)
+    prompts[:] = map(expanded_of, prompts)
     if hires:
         own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size)
         # These are no copies, and so have to be put back.
         job.hires_prompts = hires
         p.all_hr_prompts = list(hires)
-        p.all_hr_prompts[own] = map(_expanded, hires[own])
+        p.all_hr_prompts[own] = map(expanded_of, hires[own])
+    if damaged:
+        job.note(Candidates((), tuple((name, "") for name in damaged)).note)
 
 
 def restore(job: Job) -> None:
@@ -41,7 +51,7 @@ def restore(job: Job) -> None:
 
 def count(pattern: str) -> int:
     """How many candidates a pool has. Raises LoratorioError as `expand`."""
-    return sum(not _is_speed_lora(file) for file in pool_files(pattern, folders()))
+    return sum(_is_candidate(file, {}) for file in pool_files(pattern, folders()))
 
 
 def folders() -> list[Path]:
@@ -54,8 +64,19 @@ def folders() -> list[Path]:
     return [Path(folder) for folder in dict.fromkeys(map(str, found))]
 
 
-def _expanded(prompt: str) -> str:
-    return expanded(prompt, folders(), _name_of, _is_speed_lora)
+def _is_candidate(file: Path, damaged: dict[str, None]) -> bool:
+    """Whether a file can be one of a pool's: it is no speed LoRA, and can be opened. `damaged` gets the names of those that cannot.
+
+    A Forge that meets a single damaged file takes none of the prompt's LoRAs.
+    """
+    if _is_speed_lora(file):
+        return False
+    try:
+        with safe_open(str(file), framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        damaged[file.stem] = None
+        return False
 
 
 def _name_of(file: Path) -> str:

@@ -21,6 +21,10 @@ pytest.importorskip(
 )
 
 
+EMPTY = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file without tensors."""
+
+
 @pytest.fixture
 def script(standin: Any) -> Any:
     """The script as the WebUI loads it."""
@@ -117,7 +121,7 @@ def test_pools_become_loras_and_stay_pools_in_the_infotext(
     from loratorio.webui import pools
 
     for name in ("one", "two"):
-        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+        (tmp_path / f"{name}.safetensors").write_bytes(EMPTY)
     monkeypatch.setattr(a1111.shared.cmd_opts, "lora_dir", str(tmp_path))
     p = standin.job(prompts=("a <pool:*:0.5>",), all_hr_prompts=["b <pool:one>"])
     job, written = Job(p, paper(enabled=True)), p.all_hr_prompts
@@ -142,9 +146,9 @@ def test_of_files_with_one_name_a_pool_finds_the_one_that_it_means(
     for path in ("sub/same", "sub2/same", "new", "a,b", "a:b"):
         files[path] = folder / f"{path}.safetensors"
         files[path].parent.mkdir(parents=True, exist_ok=True)
-        files[path].write_bytes(b"")
+        files[path].write_bytes(EMPTY)
     other.mkdir()
-    (other / "fish.safetensors").write_bytes(b"")
+    (other / "fish.safetensors").write_bytes(EMPTY)
     monkeypatch.setattr(a1111.shared.cmd_opts, "lora_dir", str(folder))
     monkeypatch.setattr(a1111.shared.cmd_opts, "lyco_dir_backcompat", str(other), raising=False)
     # The WebUI knows the last of them by their name, and nothing of a file that is new.
@@ -169,6 +173,11 @@ def test_of_files_with_one_name_a_pool_finds_the_one_that_it_means(
     assert sorted(tags("<pool:a?b>")) == ["./a_b", "./a_b_"]
     found = {networks.available_network_aliases[name].filename for name in ("./a_b", "./a_b_")}
     assert found == {str(files["a,b"]), str(files["a:b"])}
+    # A file that cannot be opened is no candidate, and said.
+    (folder / "damaged.safetensors").write_bytes(b"x")
+    job = Job(standin.job(), paper(enabled=True))
+    pools.expand(job, ["<pool:damaged,new>"])
+    assert job.notes == ["Left out of the pool because they cannot be used: damaged."]
     assert pools.count("*") == 5  # fish says of itself that it is a speed LoRA
     assert sorted(tags("<pool:*>")) == ["./a_b", "./a_b_", "./sub/same", "new", "same"]
 

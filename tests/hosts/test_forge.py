@@ -784,3 +784,12 @@ def test_replaced_attention_is_left_to_the_host(webui: Any, standin: Any) -> Non
     composed, done = compose(standin, standin.job("a"), recentre=0, **KNOBS)
     assert torch.equal(composed, standin.run(standin.job("a")))
     assert "the extension negpip replaces the model's attention" in done.notes[0]
+
+
+def test_a_strength_that_is_no_number_is_a_sentence(webui: Any, standin: Any) -> None:
+    def spoil(p: Any) -> None:
+        p.sd_model.current_lora_hash = "[['/loras/a', nan, nan, False]]"
+
+    with pytest.raises(LoratorioError, match="is not a number"):
+        compose(standin, standin.job("a"), before=spoil, **KNOBS)
+    standin.model.current_lora_hash = ""

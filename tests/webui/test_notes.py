@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from loratorio.webui.xyz import PREFIX
 
 from .client import Refused, WebUI, psnr
+from .scenarios import HIRES
+from .test_scenarios import upscaled
 
 KNOBS = {"reuse": 1}
 NO_LORA = "names no LoRA"
@@ -64,10 +66,7 @@ def test_each_picture_of_a_prompt_matrix_has_its_own_notes(webui: WebUI, loras: 
 
 
 def test_a_pass_that_was_not_composed_says_which(webui: WebUI, loras: list[str]) -> None:
-    hires = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.6, "hr_upscaler": "None"}
-    known = {each["name"] for each in webui.call("upscalers")}
-    if "None" not in known:
-        hires["hr_upscaler"] = "Latent"
+    hires = upscaled(webui, HIRES)
     tag = f"<lora:{loras[0]}:1>"
     both = webui.txt2img(KNOBS, prompt=f"a {tag}", **hires)
     assert note(both.infotext) == ""
@@ -101,7 +100,7 @@ def test_missing_loras_and_unknown_words_are_said(webui: WebUI, loras: list[str]
 
 
 def test_strengths_that_are_no_numbers_are_refused(webui: WebUI, loras: list[str]) -> None:
-    with pytest.raises(Refused, match=f"strength of LoRA {loras[0]} must be a number") as refused:
+    with pytest.raises(Refused, match=r"(must be|is not) a number") as refused:
         webui.txt2img(KNOBS, prompt=f"a <lora:{loras[0]}:nan> <lora:{loras[1]}:1>")
     assert refused.value.status == 422
 
@@ -185,13 +184,15 @@ def test_damaged_files_and_files_of_another_shape(webui: WebUI, loras: list[str]
     shutil.copy(path_of(webui, loras[1]), folder / "good.safetensors")
     webui.call("refresh-loras", {})
     made = webui.txt2img(KNOBS, prompt=f"a red circle <pool:{folder.name}/*>")
-    for name in ("wide", "huge"):
+    for name in ("wide", "huge", "damaged", "empty"):
         assert name in note(made.infotext)
     assert "good" in composed(made.infotext)
     for name in ("damaged", "empty"):
         made = webui.txt2img(KNOBS, prompt=f"a red circle <lora:{name}:1> <lora:{loras[1]}:1>")
-        assert f"{name} is not in the picture" in note(made.infotext)
-        assert composed(made.infotext) == f"{loras[1]}:1"
+        assert name in note(made.infotext).split("not in the picture")[0]
+        # A Forge that meets a damaged file takes none of the prompt's LoRAs.
+        assert composed(made.infotext) in (f"{loras[1]}:1", "")
+        assert bool(composed(made.infotext)) is (loras[1] not in note(made.infotext))
     made = webui.txt2img(KNOBS, prompt=f"a red circle <lora:partly:1> <lora:{loras[1]}:1>")
     assert re.search(r"Of LoRA partly \d+ of \d+ layers were used", note(made.infotext))
     with pytest.raises(Refused, match=r"LoRA huge changes layer .* by numbers as large as") as refused:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.delta import LowRank
+from ...errors import LoratorioError
 from ..shared.tags import TagOptions
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
@@ -66,7 +67,7 @@ class Flavour:
         known = {each.network_on_disk.filename: each for each in networks.loaded_networks}
         options = TagOptions(p)
         files = []
-        for path, unet, text, *_ in ast.literal_eval(p.sd_model.current_lora_hash):
+        for path, unet, text, *_ in _targets(p.sd_model.current_lora_hash):
             network = known.get(path)
             name = network.mentioned_name if network else Path(path).stem
             metadata = network.network_on_disk.metadata if network else {}
@@ -334,6 +335,17 @@ def add_control(control: Any, c: dict[str, Any], x: Tensor, sigma: Tensor, block
         net = net.previous_controlnet
     c["control"] = control.get_control(x, sigma, c.copy(), blocks)
     c["control_model"] = control
+
+
+def _targets(text: str) -> list[Any]:
+    """What the host has written of the LoRAs on its model: a list of paths and strengths."""
+    try:
+        targets: list[Any] = ast.literal_eval(text or "[]")
+    except ValueError:
+        raise LoratorioError(
+            "A strength in a LoRA tag of the prompt is not a number: write it as in <lora:name:0.8>."
+        ) from None
+    return targets
 
 
 def _patch_count(patcher: Patcher) -> int:
