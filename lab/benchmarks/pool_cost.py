@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -88,19 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fill(folder: Path, source: Path, count: int) -> None:
-    """`count` LoRA files out of those in `source`, over again under other names and weaker, each time by another factor."""
+    """`count` LoRA files out of those in `source`, over again under other names and weaker, each time by another factor.
+
+    Without metadata: a prompt that called them by their trigger words would choose before the first step.
+    """
     files = sorted(source.rglob("*.safetensors"))
     for i in range(count):
         again, file = i // len(files), files[i % len(files)]
-        if not again:
-            shutil.copy(file, folder / file.name)
-            continue
-        factor = (0.6, 0.8, 0.7, 0.9)[(again - 1) % 4]
+        factor = (0.6, 0.8, 0.7, 0.9)[(again - 1) % 4] if again else 1.0
         weights = {
             name: value * factor if name.endswith(("lora_up.weight", "lora_B.weight")) else value
             for name, value in load_file(file).items()
         }
-        save_file(weights, folder / f"{file.stem}{again}.safetensors")
+        save_file(weights, folder / f"{file.stem}{again or ''}.safetensors")
 
 
 def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:

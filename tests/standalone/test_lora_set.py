@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Outcome, Request, generate
@@ -131,3 +133,19 @@ def test_a_lora_without_effect_takes_no_weight(model: Checkpoint, loras: Path) -
     assert any("LoRA red changes nothing here" in note for note in idle.notes)
     none = make(model, loras, "a <lora:cat:0>")
     assert not differ(none.images[0], make(model, loras, "a").images[0])
+
+
+def test_the_prompt_chooses_from_the_toyboxs_pool() -> None:
+    """Two of twelve, by their trigger words: the picture of naming them, pixel for pixel."""
+    checkpoint = load_checkpoint(toybox.CHECKPOINT)
+
+    def made(tags: str) -> Outcome:
+        request = Request(f"mimsy, lunara background {tags}", settings=paper(enabled=True), steps=3, cfg=3.0)
+        return generate(checkpoint, toybox.LORA_DIR, replace(request, width=64, height=64, seed=2))
+
+    pooled, named = made("<pool:*>"), made("<lora:cat> <lora:night>")
+    assert (np.asarray(pooled.images[0]) == np.asarray(named.images[0])).all()
+    assert pooled.composed == ["cat", "night"]
+    assert pooled.notes == (
+        "From the pool by their trigger words: cat (mimsy), night (lunara); 10 with other trigger words were left out.",
+    )
