@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,3 +270,22 @@ def test_8_bit_files_in_every_method_and_a_pool(
         )
     for first, second in zip(*pictures, strict=True):
         assert psnr(first, second) > 60
+
+
+def test_two_threads_on_one_checkpoint_take_turns(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    """LoRAs are attached to the model itself: at the same time both pictures would have all of them."""
+    model, folder = load("eps")
+    requests = [request("a <lora:one:0.8>"), request("a <lora:two:1>")]
+    wanted = [generate(model, folder, each).images[0] for each in requests]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda each: generate(model, folder, each).images[0], requests * 3))
+    for image, expected in zip(found, wanted * 3, strict=True):
+        assert (pixels(image) == pixels(expected)).all()
+
+
+def test_what_is_plain_text_here_is_said(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    model, folder = load("eps")
+    made = request("a AND b <lora:one:0.8>", steps=1)
+    outcome = generate(model, folder, replace(made, negative="<lora:two:1>"))
+    assert [note.split()[0] for note in outcome.notes] == ["AND", "The"]
+    assert not generate(model, folder, request("sandy BAND <lora:one:0.8>", steps=1)).notes

@@ -38,6 +38,9 @@ def test_tags(tag: str, expected: PromptLora) -> None:
     ("prompt", "says"),
     [
         ("<lora:rose:much>", "strength of LoRA rose must be a number, not 'much'"),
+        ("<lora:rose:1_0>", "strength of LoRA rose must be a number, not '1_0'"),
+        ("<lora:rose:1:1:1>", "has more than two numbers"),
+        ("<lora:Rose> <lora:rose>", "LoRA rose is in the prompt twice"),
         ("<lora:rose:nan>", "must be a number"),
         ("<lora:rose:1:inf>", "must be a number"),
         ("<lora:>", "names no LoRA"),
