@@ -21,15 +21,20 @@ def add_route(_: Any, app: Any) -> None:
     """
 
     def answer(asked: dict[str, Any]) -> dict[str, Any]:
-        return found(_texts(asked.get("loras")), _texts(asked.get("pools")), pools.count)
+        return found(_texts(asked.get("loras")), _texts(asked.get("pools")), pools.count, pools.is_new)
 
     app.add_api_route(PATH, answer, methods=["POST"])
 
 
-def found(loras: Sequence[str], patterns: Sequence[str], count: Callable[[str], int]) -> dict[str, Any]:
-    """`missing`: those of the LoRAs that the WebUI does not have; `pools`: by pattern, how many LoRAs it finds, or why none."""
+def found(
+    loras: Sequence[str],
+    patterns: Sequence[str],
+    count: Callable[[str], int],
+    is_new: Callable[[str], bool],
+) -> dict[str, Any]:
+    """`missing`: those of the LoRAs that the WebUI does not find; `pools`: by pattern, how many LoRAs it finds, or why none."""
     known = getattr(sys.modules.get("networks"), "available_network_aliases", None)
-    missing = [] if known is None else [name for name in loras if not _has(name, known)]
+    missing = [] if known is None else [name for name in loras if not _has(name, known) and not is_new(name)]
     return {"missing": missing, "pools": {pattern: _count(pattern, count) for pattern in patterns}}
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..errors import LoratorioError
+from ..lora_folder import LoraFolder
 from ..pool import Candidates, expanded, has_pool, pool_files
 from ..roles import looks_like_speed_lora
 
@@ -52,6 +54,17 @@ def restore(job: Job) -> None:
 def count(pattern: str) -> int:
     """How many candidates a pool has. Raises LoratorioError as `expand`."""
     return sum(_is_candidate(file, {}) for file in pool_files(pattern, folders()))
+
+
+def is_new(name: str) -> bool:
+    """Whether a LoRA lies in the WebUI's folders that it has not listed yet: it looks for such a one itself."""
+    for folder in folders():
+        try:
+            if LoraFolder(folder).find(name):
+                return True
+        except LoratorioError:
+            continue
+    return False
 
 
 def folders() -> list[Path]:

@@ -169,6 +169,8 @@ def test_of_files_with_one_name_a_pool_finds_the_one_that_it_means(
     assert tags("<pool:sub/sam*:0.5>") == ["./sub/same"]
     assert networks.available_network_aliases["./sub/same"].filename == str(files["sub/same"])
     assert tags("<pool:new>") == ["new"]
+    assert pools.is_new("new")
+    assert not pools.is_new("nowhere")
     assert "new" not in networks.available_network_aliases
     assert sorted(tags("<pool:a?b>")) == ["./a_b", "./a_b_"]
     found = {networks.available_network_aliases[name].filename for name in ("./a_b", "./a_b_")}

@@ -155,6 +155,6 @@ if __name__ == "__main__":
     add_networks()
     demo = build().queue()
     app, _, _ = demo.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]), prevent_thread_lock=True)
-    found.pools.count = count
+    found.pools.count, found.pools.is_new = count, lambda name: False
     found.add_route(demo, app)
     demo.block_thread()

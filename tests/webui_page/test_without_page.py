@@ -438,11 +438,11 @@ def test_what_the_line_asks_of_the_webui(monkeypatch: pytest.MonkeyPatch) -> Non
             raise LoratorioError("No LoRA fits 'gone'.")
         return 7
 
-    answer = found.found(["fox", "dog", "emu", "alias", "<b>"], ["*", "gone"], count)
+    answer = found.found(["fox", "dog", "emu", "alias", "<b>", "fresh"], ["*", "gone"], count, "fresh".__eq__)
     assert answer == {"missing": ["dog", "<b>"], "pools": {"*": 7, "gone": "No LoRA fits 'gone'."}}
     # Without the WebUI's extension nothing is known to be missing.
     monkeypatch.delitem(sys.modules, "networks")
-    assert found.found(["dog"], [], count) == {"missing": [], "pools": {}}
+    assert found.found(["dog"], [], count, "fresh".__eq__) == {"missing": [], "pools": {}}
 
 
 def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
