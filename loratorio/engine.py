@@ -208,7 +208,8 @@ class Engine:
         by_layer = session.layer_mixes(now)
         predictions = self._predictions(step, branches, by_layer, predict)
         composition = self._rescaled(session.compose(now, predictions), predictions, step)
-        if composition.weights is not None:
+        # Where LoRAs are only added in their places, the weights are those of the reference, which is no LoRA's.
+        if composition.weights is not None and self._acting.numbers:
             self.history.count(self._acting.numbers, composition.weights)
             if self.settings.weight_maps:
                 self.history.record(step.index, self._of_all(composition.weights))

@@ -442,6 +442,20 @@ def test_only_masked_places_are_cut_with_the_picture(a1111: Any, standin: Any) -
     assert not close(right, compose(standin.job(a))[0])
 
 
+@pytest.mark.parametrize("loras", [1, 2])
+def test_loras_that_always_act_in_a_place_are_weighed_against_none(a1111: Any, standin: Any, loras: int) -> None:
+    """There is a reference then, and no LoRA that any weights are of."""
+    Tag = a1111.run.Tag
+    tags = [
+        Tag(standin.lora(name, seed), named={"role": "always", "at": "left"})
+        for seed, name in enumerate("ab"[:loras], 1)
+    ]
+    found, job = compose(standin.job(*tags), weight_maps=True)
+    assert not close(found, standin.run(standin.job()))
+    assert job.passes[0].uses == ()
+    assert job.passes[0].history.weights == []
+
+
 # -- LoRAs without effect ---------------------------------------------------------------------------------------------
 
 
