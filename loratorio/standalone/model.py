@@ -51,6 +51,7 @@ class LoadedModel:
         if checkpoint is None:
             checkpoint, toybox_loras = _toybox()
             lora_dir, cfg = lora_dir or toybox_loras, TOYBOX_CFG
+            _use_one_thread()
         loaded = load_checkpoint(checkpoint, config, device, _dtype(dtype, device))
         return cls(loaded, lora_dir, cfg, loaded.native_size)
 
@@ -109,6 +110,14 @@ def _toybox() -> tuple[Path, Path]:
             "The toybox is missing from this installation: give --checkpoint and --lora-dir."
         )
     return toybox.CHECKPOINT, toybox.LORA_DIR
+
+
+def _use_one_thread() -> None:
+    """For a model as small as the toybox more threads gain nothing, and where other programs want the processors they cost four times as
+    long: the threads of each small product wait for one another."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _device(name: str) -> str:
