@@ -443,7 +443,9 @@ def test_only_masked_places_are_cut_with_the_picture(a1111: Any, standin: Any) -
 
 
 @pytest.mark.parametrize("loras", [1, 2])
-def test_loras_that_always_act_in_a_place_are_weighed_against_none(a1111: Any, standin: Any, loras: int) -> None:
+def test_loras_that_always_act_in_a_place_are_weighed_against_none(
+    a1111: Any, standin: Any, loras: int
+) -> None:
     """There is a reference then, and no LoRA that any weights are of."""
     Tag = a1111.run.Tag
     tags = [
