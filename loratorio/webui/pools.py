@@ -7,8 +7,6 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..errors import LoratorioError
 from ..lora_folder import LoraFolder
 from ..pool import Candidates, expanded, has_pool, pool_files
@@ -82,6 +80,8 @@ def _is_candidate(file: Path, damaged: dict[str, None]) -> bool:
 
     A Forge that meets a single damaged file takes none of the prompt's LoRAs.
     """
+    from safetensors import SafetensorError, safe_open
+
     if _is_speed_lora(file):
         return False
     try:
