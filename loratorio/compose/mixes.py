@@ -130,6 +130,11 @@ class Participants:
         if len(left) == len(self.numbers) and len(additions) == len(self.additions):
             return self
 
+        return replace(self._only(left), additions=additions)
+
+    def _only(self, left: Sequence[int]) -> Participants:
+        """The same with only the singles at these positions, and what is said of them."""
+
         def kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(values[i] for i in left) if values else ()
 
@@ -142,7 +147,6 @@ class Participants:
             pooled=kept(self.pooled),
             places=kept(self.places),
             words=kept(self.words),
-            additions=additions,
         )
 
     @property
@@ -178,26 +182,16 @@ class Participants:
         def added(number: int, coefficient: float) -> Mix:
             return tuple(coefficient if i == number else own for i, own in enumerate(reference))
 
-        def kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(values[i] for i in left) if values else ()
-
         additions = [each._replace(mix=added(each.number, 1.0)) for each in self.additions]
         for i in placed:
             place = self.places[i]
             assert place is not None
             additions.append(Addition(self.numbers[i], added(self.numbers[i], strength), place, False))
-        return Participants(
-            self.base,
-            tuple(with_others(self.singles[i]) for i in left) or (reference,),
-            self.merged,
-            kept(self.numbers),
-            kept(self.styles),
-            kept(self.importance),
-            kept(self.pooled),
-            kept(self.places),
-            kept(self.words),
-            tuple(additions),
-            reference,
+        return replace(
+            self._only(left),
+            singles=tuple(with_others(self.singles[i]) for i in left) or (reference,),
+            additions=tuple(additions),
+            reference=reference,
         )
 
     @property

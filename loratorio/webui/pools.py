@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ def expand(job: Job, prompts: list[str]) -> None:
         return
     damaged: dict[str, None] = {}
 
+    @cache  # the pictures of a batch mostly have one prompt, and each time the folders are read and the files opened
     def expanded_of(prompt: str) -> str:
         return expanded(prompt, folders(), _name_of, partial(_is_candidate, damaged=damaged))
 

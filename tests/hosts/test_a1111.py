@@ -126,8 +126,13 @@ def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:
 # -- equal to passes made one by one ---------------------------------------------------------------------------------
 
 
-def slowly(a1111: Any, standin: Any, loras: list[Any], settings: Settings, steps: int = 4) -> torch.Tensor:
-    """One picture by METHOD.md's formulas, float64, switching the WebUI's LoRAs for every pass."""
+def slowly(
+    a1111: Any, standin: Any, loras: list[Any], settings: Settings, steps: int = 4, until: int | None = None
+) -> torch.Tensor:
+    """One picture by METHOD.md's formulas, float64, switching the WebUI's LoRAs for every pass.
+
+    until: from this step on the last LoRA is off.
+    """
     model = standin.model
     torch.manual_seed(0)
     states = []
@@ -136,14 +141,15 @@ def slowly(a1111: Any, standin: Any, loras: list[Any], settings: Settings, steps
         states.append((active, model.encode("a red circle"), model.encode("blurry")))
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double() * 10
     sigmas = torch.linspace(10, 0, steps + 1).double()
-    for sigma, then in pairwise(sigmas):
+    for step, (sigma, then) in enumerate(pairwise(sigmas)):
+        acting = len(loras) - (until is not None and step >= until)
         noise: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-        for active, cond, uncond in states:
+        for active, cond, uncond in states[: acting + 1]:
             a1111.networks.loaded_networks[:] = active
             for kind, text in ((True, cond), (False, uncond)):
                 crossattn = {"c_crossattn": [text[None]], "c_concat": [torch.zeros(1, 1, 1, 1)]}
                 noise[kind].append(model.apply_model(x.float(), sigma.float().view(1), crossattn).double())
-        weights = torch.zeros(len(loras), 8, 8).double()
+        weights = torch.zeros(acting, 8, 8).double()
         size = settings.patch_size
         for top in range(0, 8, size):
             for left in range(0, 8, size):

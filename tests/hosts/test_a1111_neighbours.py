@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.hosts.test_a1111 import close, compose, trace
+from tests.hosts.test_a1111 import close, compose, slowly, trace
+from tests.published import paper
 
 
 @contextmanager
@@ -65,45 +65,13 @@ def test_two_are_the_slow_reference(a1111: Any, standin: Any) -> None:
     with by_step(a1111, [b], SCHEDULES["stops"], seen):
         found, job = compose(standin.job(a, b), recentre=0.5, reuse=3)
     b.te_multiplier = b.unet_multiplier = 1.0
-    assert close(found, slowly(a1111, standin, [a, b], until=2).to(found.dtype), 1e-3)
+    with torch.no_grad():
+        assert close(found, slowly(a1111, standin, [a, b], paper(recentre=0.5), until=2), 1e-3)
     # What another extension finds activated is what the WebUI has activated.
     assert seen == [["a", "b"]] * 4
     assert [(use.strength, use.most) for use in job.passes[0].uses] == [(1.0, 1.0), (0.0, 1.0)]
     a1111.networks.loaded_networks.clear()
     assert trace(a1111, standin)[:-1] == before
-
-
-@torch.no_grad()
-def slowly(a1111: Any, standin: Any, loras: list[Any], until: int, steps: int = 4) -> torch.Tensor:
-    """By METHOD.md's formulas in float64, each LoRA merged by the WebUI itself; the last LoRA is off from step `until` on."""
-    model = standin.model
-    states = []
-    for active in ([], [loras[0]], [loras[1]]):
-        a1111.networks.loaded_networks[:] = active
-        states.append((active, model.encode("a red circle"), model.encode("blurry")))
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double() * 10
-    for step, (sigma, then) in enumerate(pairwise(torch.linspace(10, 0, steps + 1).double())):
-        noise: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-        for active, cond, uncond in states:
-            a1111.networks.loaded_networks[:] = active
-            for kind, text in ((True, cond), (False, uncond)):
-                crossattn = {"c_crossattn": [text[None]], "c_concat": [torch.zeros(1, 1, 1, 1)]}
-                noise[kind].append(model.apply_model(x.float(), sigma.float().view(1), crossattn).double())
-        acting = [1, 2] if step < until else [1]
-        sums = {kind: torch.zeros_like(x) for kind in noise}
-        for top in range(0, 8, 2):
-            for left in range(0, 8, 2):
-                patch = (0, slice(None), slice(top, top + 2), slice(left, left + 2))
-                base = noise[True][0][patch].flatten()
-                near = [torch.cosine_similarity(noise[True][i][patch].flatten(), base, dim=0) for i in acting]
-                shares = torch.softmax(-torch.stack(near) / 0.1, dim=0)
-                for kind in noise:
-                    sums[kind][patch] = sum(
-                        w * noise[kind][i][patch] for w, i in zip(shares, acting, strict=True)
-                    )
-        anchor = 0.5 * noise[False][0] + 0.5 * sums[False]
-        x = x + (anchor + 5.0 * (sums[True] - anchor)) * (then - sigma)
-    return x
 
 
 def test_a_strength_that_is_worked_out_anew_is_followed(a1111: Any, standin: Any, monkeypatch: Any) -> None:
