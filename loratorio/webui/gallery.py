@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from ..job import Job, PassRecord
 
+MARK = ", LoRAtorio map: True"
+"""What the infotext of a map has after that of its picture. The page knows by it which maps are whose (javascript/loratorio_maps.js)."""
+
 
 def add_maps(job: Job, processed: Any) -> None:
     """Append every picture's maps to what the WebUI shows (and its API sends); save them where grids are saved.
@@ -23,7 +26,7 @@ def add_maps(job: Job, processed: Any) -> None:
     from modules.shared import opts
 
     drawn = [
-        (each, infotext) for picture, infotext, done, row in _pictures(job, processed)
+        (each, infotext + MARK) for picture, infotext, done, row in _pictures(job, processed)
         for each in _draw(job.p, picture, done, row, job.settings.single_maps)
     ]  # fmt: skip
     for each, infotext in drawn:

@@ -106,6 +106,8 @@ def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
     assert len(p.processed.images) == len(p.processed.infotexts) == 2 + 2 * 3
     _, p = run(standin, script, [{"enabled": True, "weight_maps": True}], a, b, prompts=prompts)
     assert len(p.processed.images) == 2 + 2
+    pictures, maps = p.processed.infotexts[:2], p.processed.infotexts[2:]
+    assert maps == [text + ", LoRAtorio map: True" for text in pictures]
     plain, p = run(standin, script, [{"enabled": True}], a, b, prompts=prompts)
     assert len(p.processed.images) == 2
     assert torch.equal(plain, samples)

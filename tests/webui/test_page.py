@@ -5,6 +5,7 @@ Beside LORATORIO_WEBUI_URL these need playwright and Chromium (LORATORIO_CHROMIU
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from loratorio.infotext import LORAS_KEY, params, text
 from loratorio.settings import KNOBS, Settings
 from loratorio.webui import xyz
+from loratorio.webui.gallery import MARK
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -24,7 +26,7 @@ NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pi
 PROMPT = "a red circle <lora:{0}:0.8> <lora:{1}:0.65>"
 CHOSEN = Settings(
     enabled=True,
-    method="composite",
+    blend="interpolated",
     patch_size=5,
     temperature=0.0371,
     top_k=2,
@@ -151,7 +153,7 @@ def test_png_info_sends_everything(page: Any, loras: list[str], tmp_path: Path) 
     Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png", pnginfo=info)
     go_to(page, "PNG Info")
     page.locator("#pnginfo_image input[type=file]").set_input_files(str(tmp_path / "picture.png"))
-    page.locator("#tab_pnginfo").get_by_text("LoRAtorio method").first.wait_for()
+    page.locator("#tab_pnginfo").get_by_text("LoRAtorio temperature").first.wait_for()
     page.locator("#tab_pnginfo #img2img_tab").click()
     page.locator("#img2img_prompt textarea").wait_for()
     wait_until(page, "img2img", CHOSEN)
@@ -189,6 +191,57 @@ def test_a_picture_from_the_page_comes_back(page: Any, loras: list[str]) -> None
     page.locator("#txt2img_send_to_img2img").click()
     page.locator("#img2img_prompt textarea").wait_for()
     wait_until(page, "img2img", Settings(enabled=True, temperature=0.0371, recentre=0.35, top_k=3))
+
+
+def infotexts(page: Any) -> list[str]:
+    """Of the gallery's pictures."""
+    info = page.locator("#generation_info_txt2img textarea").input_value()
+    texts: list[str] = json.loads(info)["infotexts"] if info else []
+    return texts
+
+
+def test_hires_button_puts_the_new_map_in_the_old_one_s_place(page: Any, loras: list[str]) -> None:
+    """Two pictures and their maps; the second picture through the gallery's button for hires fix, then the first from its map."""
+    go_to(page, "txt2img")
+    settings = Settings(enabled=True, weight_maps=True)
+    page.fill("#txt2img_prompt textarea", written(PROMPT.format(*loras), settings, loras))
+    page.locator("#paste:visible").click()
+    wait_until(page, "txt2img", settings)
+    for field, value in {"steps": 2, "width": 64, "height": 64, "batch_size": 2}.items():
+        page.fill(f"#txt2img_{field} input[type=number]", str(value))
+        page.locator(f"#txt2img_{field} input[type=number]").blur()
+    page.click("#txt2img_generate")
+    page.wait_for_function(
+        "document.querySelector('#generation_info_txt2img textarea').value.includes('LoRAtorio map')",
+        timeout=600_000,
+    )
+    before = infotexts(page)
+    # The second picture, then the first one's map (where there is a grid, it is before them).
+    for chosen in (-3, -1):
+        pictures = page.locator("#txt2img_gallery .preview .thumbnail-item")
+        if not pictures.count():
+            pictures = page.locator("#txt2img_gallery .thumbnail-item")
+        pictures.nth(len(before) + chosen).click()
+        page.wait_for_function(f"selected_gallery_index() === {len(before) + chosen}")
+        text = before[chosen].removesuffix(MARK)
+        page.locator("#txt2img_upscale").click()
+        page.wait_for_function(
+            """text => {
+                const info = document.querySelector("#generation_info_txt2img textarea").value;
+                return info && !JSON.parse(info).infotexts.slice(1).includes(text);
+            }""",
+            arg=text,
+            timeout=600_000,
+        )
+        after = infotexts(page)
+        assert len(after) == len(before)
+        assert text + MARK not in after
+        maps = [each.removesuffix(MARK) for each in after if each.endswith(MARK)]
+        assert len(maps) == 2
+        assert set(maps) <= set(after)
+        shown = page.locator("#txt2img_gallery .preview .thumbnail-item")
+        assert shown.count() == len(after)
+        before = after
 
 
 def test_xyz_has_an_axis_for_every_knob(page: Any) -> None:

@@ -39,6 +39,8 @@ function tryToRemoveExtraNetworkFromPrompt(textarea, text, isNeg) {
     textarea.value = left;
     return removed;
 }
+// The WebUI's, for the gallery's button that puts a picture through hires fix: what it sends.
+function submit_txt2img_upscale(...given) { return given; }
 function onUiLoaded(callback) { loaded.push(callback); }
 function onAfterUiUpdate(callback) { updated.push(callback); }
 document.addEventListener("DOMContentLoaded", () => new MutationObserver(() => {

@@ -358,3 +358,53 @@ def elsewhere(knob: Any) -> Any:
         return special[knob.name]
     up = knob.default + 3 * knob.step
     return knob.check(up if up <= knob.maximum else knob.default - 3 * knob.step)
+
+
+MAP = ", LoRAtorio map: True"
+# Infotexts, index of the first picture, the chosen index, whether it stays; what is left of the gallery, and the chosen index in it.
+HIRES_BUTTON: list[tuple[list[Any], int, int, bool, list[int], int]] = [
+    (["a", "b", "a" + MAP, "b" + MAP, "a" + MAP], 0, 0, False, [0, 1, 3], 0),
+    (["a", "b", "a" + MAP, "b" + MAP], 0, 1, False, [0, 1, 2], 1),
+    # A grid has the first picture's infotext.
+    (["a", "a", "b", "a" + MAP, "b" + MAP], 1, 1, False, [0, 1, 2, 4], 1),
+    (["a", "a", "b", "a" + MAP, "b" + MAP], 1, 0, False, [0, 1, 2, 3, 4], 0),
+    # A map means its picture.
+    (["a", "a", "b", "a" + MAP, "b" + MAP], 1, 4, False, [0, 1, 2, 3], 2),
+    # After an earlier hires fix its maps stand beside the new picture, before the next.
+    (["A", "A" + MAP, "b", "b" + MAP], 0, 2, False, [0, 1, 2], 2),
+    (["A", "A" + MAP, "b", "A" + MAP, "b" + MAP], 0, 2, False, [0, 1, 2, 3], 2),
+    (["b" + MAP, "a", "b", "b" + MAP], 0, 2, False, [1, 2], 1),
+    (["a", "b", "a" + MAP, "b" + MAP], 0, 0, True, [0, 1, 2, 3], 0),
+    # A ControlNet's picture has no infotext; nothing is known of an index beyond.
+    (["a", "a" + MAP, None], 0, 0, False, [0, 2], 0),
+    (["a", "a" + MAP], 0, 2, False, [0, 1, 2], 2),
+    (["a", "b"], 0, 1, False, [0, 1], 1),
+    (["a", "a" + MAP], 0, -1, False, [0, 1], -1),
+]
+
+
+def test_the_hires_button_takes_the_small_picture_s_maps_away(page: Any) -> None:
+    for texts, first, chosen, stays, left, index in HIRES_BUTTON:
+        gallery = list(range(max(len(texts), chosen + 1)))
+        info = json.dumps({"infotexts": texts, "index_of_first_image": first, "seed": 7})
+        sent = page.evaluate(
+            """([stays, ...given]) => {
+                opts.hires_button_gallery_insert = stays;
+                return window.submit_txt2img_upscale(...given);
+            }""",
+            [stays, "id", gallery, chosen, info, "prompt"],
+        )
+        case = (texts, first, chosen, stays)
+        assert (sent[0], sent[4]) == ("id", "prompt"), case
+        assert (sent[1], sent[2]) == (left, index), case
+        assert json.loads(sent[3]) == {
+            "infotexts": [texts[place] for place in left if place < len(texts)],
+            "index_of_first_image": first,
+            "seed": 7,
+        }, case
+
+
+def test_the_hires_button_sends_what_it_would_where_nothing_is_known(page: Any) -> None:
+    for info in ("", "null", "[]", "{", "3", '{"infotexts": 4}'):
+        sent = page.evaluate("given => window.submit_txt2img_upscale(...given)", ["id", [0, 1], 1, info])
+        assert sent == ["id", [0, 1], 1, info]
