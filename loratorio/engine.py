@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adapters.bank import Bank, Change
+from .compose.candidates import branches_for_reactions, called, reactions
 from .compose.guidance import rescaled_cond
 from .compose.methods import METHODS, Composition, Method, Predictions, StepContext
 from .compose.methods.merge import MergeNamed
@@ -130,12 +131,14 @@ class Engine:
         bank: the generation's LoRAs, attached to the model by the host for as long as it samples.
         participants: which of them are composed; by default all.
         row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out. With a pool, whose
-            scoring runs many LoRAs, 0 means `POOL_ROWS`.
+            scoring runs many LoRAs, 0 means `POOL_ROWS` until it is settled.
         region: which part of the picture is sampled, for the LoRAs' places.
 
     Attributes:
         memory: says how many rows fit into a call; None where that shows only when memory runs out.
         words: by mix, the own words that its conditional rows have; mixes without any are left out.
+        reactions: by number of a pool's candidates, how much the prompt moves each (`compose.candidates.reactions`); None where that
+            was not looked at. left_out: those that it does not call, where it calls others.
     """
 
     def __init__(
@@ -152,12 +155,17 @@ class Engine:
         self._canvas = Canvas(region)
         self.words = self.participants.words_by_mix(settings.share)
         self._acting = self.participants  # those of them that act at the present step
+        self._present = self.participants  # the same, and a pool's candidates that were left out
         self._strengths: tuple[float, ...] = ()
+        self.reactions: dict[int, float] | None = None
+        self.left_out: frozenset[int] = frozenset()
+        self._settled = False
         if not bank.adapters:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
         self.history = WeightHistory()
         self.memory: RowMemory | None = None
         self._row_limit = row_limit or (POOL_ROWS if any(self.participants.pooled) else 0)
+        self._settled_limit = row_limit
         self._sessions: dict[str, Method] = {}
         self.bank = bank
         self.rebind(bank)
@@ -187,7 +195,7 @@ class Engine:
     def branches(self, index: int, total: int, has_uncond: bool) -> list[Branch]:
         """The branches that a step will run, e.g. for a host that prepares text conditioning or counts its memory."""
         method = self._method_at(index, total)
-        return self._session(method).branches(self._context(method, index, total, has_uncond))
+        return self._branches(method, self._context(method, index, total, has_uncond))
 
     def step(self, step: Step, predict: Predict) -> Composition:
         """Run the rows this step needs and compose them.
@@ -204,9 +212,11 @@ class Engine:
         counts = (len(step.latents), step.uncond_count)
         now = self._context(method, step.index, step.total, step.uncond_count > 0, (height, width), counts)
         session = self._session(method)
-        branches = session.branches(now)
         by_layer = session.layer_mixes(now)
-        predictions = self._predictions(step, branches, by_layer, predict)
+        predictions = self._predictions(step, self._branches(method, now), by_layer, predict)
+        if self._looks_at_reactions(method, now):
+            self._settle_pool(step, reactions(predictions, _shared(now)))
+            now, session = replace(now, participants=self._acting), self._session(method)
         composition = self._rescaled(session.compose(now, predictions), predictions, step)
         # Where LoRAs are only added in their places, the weights are those of the reference, which is no LoRA's.
         if composition.weights is not None and self._acting.numbers:
@@ -215,9 +225,38 @@ class Engine:
                 self.history.record(step.index, self._of_all(composition.weights))
         return _unfolded(composition, step)
 
+    def _branches(self, method: Method, now: StepContext) -> list[Branch]:
+        """What the method asks for, and what it takes to settle a pool."""
+        asked = self._session(method).branches(now)
+        if self._looks_at_reactions(method, now):
+            asked = list(dict.fromkeys([*asked, *branches_for_reactions(_shared(now))]))
+        return asked
+
+    def _looks_at_reactions(self, method: Method, now: StepContext) -> bool:
+        """Whether this is the step at which a pool is settled: the first that has what that takes."""
+        may = "pool_size" in method.knobs and now.has_uncond and any(now.participants.pooled)
+        return may and self.reactions is None
+
+    def _settle_pool(self, step: Step, found: Mapping[int, Tensor]) -> None:
+        """Leave out the candidates that the prompt does not call, where it calls others. `found`: their reactions."""
+        # With what a pool's plan reads off the device, the only number that a step waits for.
+        scores = torch.stack([*found.values()]).tolist()
+        self.reactions = dict(zip(found, scores, strict=True))
+        chosen = {list(found)[place] for place in called(scores, self.settings.pool_size)}
+        if not chosen:
+            return
+        self._settled, self.left_out = True, frozenset(found.keys() - chosen)
+        if self._row_limit == POOL_ROWS:  # else memory has set another
+            self._row_limit = self._settled_limit
+        self._follow_strengths(step)
+        self.bank.let_go(self.left_out)
+
     def _follow_strengths(self, step: Step) -> None:
         """Compose those LoRAs that act at this step, as strongly as they do."""
-        acting = self.participants.without(step.absent)
+        self._present = self.participants.without(step.absent)
+        acting = self._present.without(self.left_out)
+        if self._settled:
+            acting = replace(acting, settled=True)
         if (acting, step.strengths) == (self._acting, self._strengths):
             return
         self._acting, self._strengths = acting, step.strengths
@@ -249,8 +288,13 @@ class Engine:
         """The method in its own object for this sampling on this model."""
         name = method.entry.name
         if name not in self._sessions:
-            self._sessions[name] = method.begin(self._acting, _ChangesNow(self.bank, self._mix_now))
+            acting = self._taking_part(method)
+            self._sessions[name] = method.begin(acting, _ChangesNow(self.bank, self._mix_now))
         return self._sessions[name]
+
+    def _taking_part(self, method: Method) -> Participants:
+        """The participants as the method sees them. Merging leaves a pool's candidates out by itself, and must know of them."""
+        return self._present if method is _NOT_COMPOSED else self._acting
 
     def _context(
         self,
@@ -262,7 +306,9 @@ class Engine:
         rows: tuple[int, int] | None = None,
     ) -> StepContext:
         knobs = {name: getattr(self.settings, name) for name in method.knobs}
-        return StepContext(self._acting, knobs, index, total, has_uncond, self._canvas, size, rows)
+        return StepContext(
+            self._taking_part(method), knobs, index, total, has_uncond, self._canvas, size, rows
+        )
 
     def _predictions(
         self, step: Step, branches: Sequence[Branch], by_layer: Mapping[str, Mix], predict: Predict
@@ -346,6 +392,11 @@ class _ChangesNow:
 
 
 _NOT_COMPOSED = MergeNamed()
+
+
+def _shared(now: StepContext) -> Participants:
+    """The participants as the method's rows have them."""
+    return now.with_shared_parts().participants if "share" in now.knobs else now.participants
 
 
 def check_places(settings: Settings, participants: Participants) -> None:

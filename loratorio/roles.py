@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from .compose.candidates import CALLED
 from .compose.importance import importance, without_words
 from .compose.mixes import Participants
 from .compose.regions import Place
@@ -168,6 +169,29 @@ def chosen_from_pool(loras: Sequence[TaggedLora], prompt: str) -> tuple[dict[int
         else ""
     )
     return taken, f"From the pool by their trigger words: {names}{others}."
+
+
+def reactions_note(names: Sequence[str], reactions: Mapping[int, float], left_out: Collection[int]) -> str:
+    """A sentence on the candidates of a pool that were looked at while sampling.
+
+    Args:
+        names: of all LoRAs.
+        reactions: by number of a candidate, how much the prompt moves it (`compose.candidates.reactions`).
+        left_out: those that were left out.
+    """
+    taken = [number for number in reactions if number not in left_out]
+    if len(taken) == len(reactions) and min(reactions.values()) < CALLED:
+        return (
+            "The prompt calls no LoRA of the pool: none does clearly more under it than under the negative prompt. All were weighed at "
+            "every step, which may draw what nobody asked for; name the LoRAs that you want."
+        )
+    told = ", ".join(f"{names[number]} ({reactions[number]:.1f})" for number in taken)
+    count = len(left_out)
+    others = f"; {count} other{'s were' if count > 1 else ' was'} left out" if count else ""
+    return (
+        f"From the pool, by how much more they do under the prompt than under the negative prompt (what the prompt does is 1): "
+        f"{told}{others}."
+    )
 
 
 def participants_of(

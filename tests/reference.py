@@ -12,9 +12,9 @@ Array = NDArray[np.float64]
 
 
 def spatial_weights(
-    base: Tensor, adapters: Tensor, patch_size: int, temperature: float, top_k: int = 0
+    base: Tensor, adapters: Tensor, patch_size: int, temperature: float | None, top_k: int = 0
 ) -> Array:
-    """Ω↑, (N, B, H, W), of base (B, C, H, W) and adapters (N, B, C, H, W)."""
+    """Ω↑, (N, B, H, W), of base (B, C, H, W) and adapters (N, B, C, H, W); without a temperature Ω ∝ 1 − S."""
     e0, ei = base.double().numpy(), adapters.double().numpy()
     count, batch, _, height, width = ei.shape
     weights = np.zeros((count, batch, height, width))
@@ -24,7 +24,8 @@ def spatial_weights(
                 # Slices end at the border: a border patch is made of the pixels that are there.
                 patch = np.s_[:, top : top + patch_size, left : left + patch_size]
                 similarity = [cosine(ei[i, image][patch], e0[image][patch]) for i in range(count)]
-                shares = top_shares(softmin(similarity, temperature), top_k)
+                all_shares = softmin(similarity, temperature) if temperature else divergence(similarity)
+                shares = top_shares(all_shares, top_k)
                 for i in range(count):
                     weights[i, image, top : top + patch_size, left : left + patch_size] = shares[i]
     return weights
@@ -42,6 +43,12 @@ def softmin(similarity: list[float], temperature: float) -> list[float]:
     smallest = min(similarity)
     powers = [math.exp(-(each - smallest) / temperature) for each in similarity]
     return [power / sum(powers) for power in powers]
+
+
+def divergence(similarity: list[float]) -> list[float]:
+    parts = [1 - each for each in similarity]
+    total = sum(parts)
+    return [part / total if total else 1 / len(parts) for part in parts]
 
 
 def top_shares(weights: list[float], top_k: int) -> list[float]:

@@ -108,7 +108,7 @@ SENTENCES = [
     ({"enabled": "maybe"}, "enabled must be true or false, not 'maybe'."),
     ({"enabled": 2}, "enabled must be true or false, not 2."),
     ({"method": "mergee"}, "did you mean merge?"),
-    ({"method": "x"}, "method must be one of loratorio, merge, "),
+    ({"method": "x"}, "method must be one of loratorio, divergence, "),
     ({"start": 0.8, "end": 0.2}, "start (0.8) is after end (0.2)"),
     ({"patchsize": 2}, "There is no knob 'patchsize'; did you mean patch_size?"),
     ({"": 2}, "There is no knob ''; the knobs are enabled, method, "),

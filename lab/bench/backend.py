@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,9 +73,9 @@ def default_patch_size() -> int:
 
 
 class ToyboxBackend:
-    """The toybox that ships: its world, model, LoRAs and classifier."""
+    """The toybox that ships: its world, model and classifier, and its LoRAs or those in another folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, loras: Path | None = None) -> None:
         from lab.toybox import classifier, shapes, world
         from loratorio import toybox
         from loratorio.standalone.checkpoint import load_checkpoint
@@ -85,7 +86,8 @@ class ToyboxBackend:
         if missing:
             raise LoratorioError(f"The toybox is not whole: {missing[0]} is missing. Install loratorio anew.")
         self._world, self._classify = world, classifier
-        self._loras, self._size = toybox.LORA_DIR, shapes.PIXELS
+        self._loras, self._size = loras or toybox.LORA_DIR, shapes.PIXELS
+        self._unlabelled = tempfile.TemporaryDirectory(prefix="loratorio-bench-")
         self._checkpoint = load_checkpoint(toybox.CHECKPOINT)
         # A processor does convolutions a fifth faster so; the numbers are the same.
         self._checkpoint.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -115,6 +117,7 @@ class ToyboxBackend:
             rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
             scenes = [self._world.random_scene(rng, *cell.elements) for _ in range(cell.count)]
             return [self._world.render(scene) for scene in scenes], 0
+        from lab.toybox.unlabelled import without_metadata
         from loratorio.settings import KNOB_BY_NAME, Settings
         from loratorio.standalone.generate import Request, generate
 
@@ -133,7 +136,10 @@ class ToyboxBackend:
         )
         rows = RowCount(self._checkpoint.unet)
         with rows:
-            outcome = generate(self._checkpoint, self._loras, request, load=self._load)
+            folder = self._loras
+            if cell.unlabelled:
+                folder = without_metadata(folder, Path(self._unlabelled.name))
+            outcome = generate(self._checkpoint, folder, request, load=self._load)
         return [np.asarray(image) for image in outcome.images], rows.count
 
     def _load(self, file: Path, name: str, *given: Any) -> Any:
@@ -182,3 +188,10 @@ class RowCount:
 def toybox() -> Backend:
     """The default backend."""
     return ToyboxBackend()
+
+
+def unregularised() -> Backend:
+    """The same with the LoRAs that draw their elements whatever the prompt says."""
+    from lab.toybox import UNREGULARISED
+
+    return ToyboxBackend(UNREGULARISED)

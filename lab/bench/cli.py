@@ -35,7 +35,7 @@ from .plan import (
 
 QUICK_MINUTES = 9.0
 GROUPS = ("methods", "presets", "speed", "others", "roles", "better", "dynamic", "ablations", "places")
-SAMPLING = {"steps": 12, "cfg": 3.0, "sampler": "euler"}
+SAMPLING = {"steps": 12, "cfg": 4.0, "sampler": "euler"}
 GRID: Mapping[str, Any] = {
     "groups": ",".join(GROUPS),
     "combinations": 0,
@@ -51,7 +51,8 @@ GRID: Mapping[str, Any] = {
     **SAMPLING,
 }
 """What the tables are made of unless an option says otherwise."""
-PUBLISHED = Path(__file__).parents[2] / "docs" / "RESULTS.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PUBLISHED, PUBLISHED_UNREGULARISED = DOCS / "RESULTS.md", DOCS / "RESULTS_UNREGULARISED.md"
 """In a clone: the tables that ship."""
 
 
@@ -107,6 +108,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="on Ray: 'local' for this machine, 'auto' or an address for a cluster",
     )
+    parser.add_argument(
+        "--unregularised",
+        action="store_true",
+        help="with the toybox's LoRAs as trained without regularisation, which draw their elements whatever the prompt says",
+    )
     parser.add_argument("--backend", default="lab.bench.backend:toybox", help=argparse.SUPPRESS)
     parser.add_argument(
         "--webui",
@@ -144,7 +150,9 @@ def bench(options: argparse.Namespace) -> None:
             setattr(options, name, value)
     check(options)
     grid = the_grid(options)
-    store = Store(options.out / "cells")
+    if options.unregularised:
+        options.backend = "lab.bench.backend:unregularised"
+    store = Store(options.out / ("unregularised" if options.unregularised else "cells"))
     if not options.report_only:
         minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
         until = None if minutes is None else time.monotonic() + 60 * minutes
@@ -290,7 +298,8 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
     if any(result.cell.beside for result in results):
         print(beside.table(results, beside_categories()))
     found = order(results)
-    published = published_order(PUBLISHED) if PUBLISHED.is_file() else ""
+    page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
+    published = published_order(page) if page.is_file() else ""
     if found:
         print(f"By elements found: {found}.")
     if found and published:
@@ -298,14 +307,14 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
         print(f"This {verdict} the published order, {published} (≈: not clearly apart).")
     if options.report is None:
         return
-    folder = options.report.parent / "results"
+    folder = options.report.parent / ("results_unregularised" if options.unregularised else "results")
     pictures = plots(results, folder)
     if (drawn := presets.plot(presets.of_schedule(every, SPEED_STEPS), folder)) is not None:
         pictures.append(drawn)
-    by_name = {file.stem: f"results/{file.name}" for file in pictures}
+    by_name = {file.stem: f"{folder.name}/{file.name}" for file in pictures}
     from loratorio.standalone.output import write_all
 
-    notes = options.report.parent / "results" / "notes.md"
+    notes = folder / "notes.md"
     own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
     text = document(
         results,
@@ -329,6 +338,9 @@ def command_line(options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value != default:
             parts.append(f"--{name.replace('_', '-')} {value}")
+    if options.unregularised:
+        parts.append("--unregularised")
     if options.report is not None:
-        parts.append("--report docs/RESULTS.md")
+        page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
+        parts.append(f"--report docs/{page.name}")
     return " ".join(parts)

@@ -25,6 +25,7 @@ class Variant:
         knobs: settings other than the defaults.
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
+        unlabelled: their files do not say which words call them.
         beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
@@ -36,6 +37,7 @@ class Variant:
     pool: bool = False
     made: str = "picture"
     beside: str = ""
+    unlabelled: bool = False
 
     def resolved(self) -> dict[str, Any]:
         """Every knob that matters to the picture, at this variant's value. A default that changes makes new cells."""
@@ -70,23 +72,25 @@ class Cell:
     pool: bool = False
     made: str = "picture"
     beside: str = ""
+    unlabelled: bool = False
 
     @property
     def key(self) -> str:
         """The same for the same work and for no other: name of the result's file."""
         work = {name: value for name, value in asdict(self).items() if name != "variant"}
-        work = {name: value for name, value in work.items() if name != "beside" or value}
+        work = {name: value for name, value in work.items() if name not in ("beside", "unlabelled") or value}
         content = json.dumps(work, sort_keys=True)
         made = self.knobs.get("method", self.made)
         return f"{made}.{'+'.join(self.elements)}.{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def is_of(self, variant: Variant) -> bool:
         """Whether this cell is what the variant asks for."""
-        if (self.made, self.role, self.pool, self.beside) != (
+        if (self.made, self.role, self.pool, self.beside, self.unlabelled) != (
             variant.made,
             variant.role,
             variant.pool,
             variant.beside,
+            variant.unlabelled,
         ):
             return False
         return self.made == "truth" or variant.resolved().items() <= self.knobs.items()
@@ -108,11 +112,14 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
     Variant("loratorio", "LoRAtorio", PAPER),
+    Variant("divergence", "LoRAtorio, by divergence", {**PAPER, "method": "divergence"}),
 )
 """All methods."""
 
 MAIN_ROWS = tuple(
-    row for row in METHOD_ROWS if row.name in ("merge", "merge_anchored", "composite", "loratorio")
+    row
+    for row in METHOD_ROWS
+    if row.name in ("merge", "merge_anchored", "composite", "loratorio", "divergence")
 )
 """Those that are run on every combination."""
 
@@ -187,14 +194,12 @@ SPEED_STEPS = 20
 """Reuse is for schedules of a usual length: the other tables' twelve steps are few."""
 
 DYNAMIC_ROWS: tuple[Variant, ...] = (
-    Variant("pool_merge", "Merge of all", {"method": "merge"}, pool=True),
-    Variant("pool", "LoRAtorio, pool", PAPER, pool=True),
+    Variant("named", "LoRAtorio, the LoRAs named", PAPER),
+    Variant("pool", "LoRAtorio, a pool of all, by trigger words", PAPER, pool=True),
     Variant(
-        "pool_every_step",
-        "LoRAtorio, all scored at every step",
-        {**PAPER, "pool_interval": 1, "pool_size": 100},
-        pool=True,
+        "pool_unlabelled", "the same without trigger words, by reaction", PAPER, pool=True, unlabelled=True
     ),
+    Variant("pool_merge", "Merge of all", {"method": "merge"}, pool=True, unlabelled=True),
 )
 """The whole toybox as a pool, and the prompt alone to say what is wanted."""
 
@@ -270,6 +275,7 @@ def cells(
                     variant.pool,
                     variant.made,
                     variant.beside,
+                    variant.unlabelled,
                 )
             )
     return distinct(grid)

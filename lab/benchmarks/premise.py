@@ -1,6 +1,7 @@
 """The method's premise on the toybox: does a LoRA that the prompt asks for diverge from the base further than one that it does not?
 
 loratorio-lab premise                     the toybox that ships
+loratorio-lab premise --unregularised     its LoRAs as trained without regularisation
 loratorio-lab premise --folder FOLDER     another one, as `loratorio-lab train` writes it
 """
 
@@ -8,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +21,10 @@ from numpy.typing import NDArray
 
 from lab.bench.cli import toybox_categories
 from lab.bench.plan import combinations, sample
-from lab.toybox import shapes, world
+from lab.toybox import UNREGULARISED, shapes, world
+from lab.toybox.unlabelled import without_metadata
 from loratorio import toybox
+from loratorio.compose.candidates import CALLED
 from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
@@ -38,10 +44,33 @@ def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[st
     Returns:
         The probability that a LoRA that is asked for diverges further than one that is not; 0.5 is chance.
     """
-    scene = world.random_scene(random.Random("+".join(combination)), *combination)
     tags = " ".join(f"<lora:{element.name}>" for element in ELEMENTS)
     knobs = {"temperature": 1.0, "share": 0.0, "reuse": 1, "weight_maps": True}
-    request = Request(
+    request = _request(combination, tags, knobs)
+    outcome = generate(checkpoint, loras, request)
+    wanted = np.array([name in combination for name in outcome.composed])
+    found = []
+    for weights in outcome.history.weights[:EARLY]:
+        scores = np.log(np.asarray(weights.float())).mean(axis=(2, 3))  # (LoRAs, pictures)
+        found.append(float(np.mean([auc(scores[:, image], wanted) for image in range(SEEDS)])))
+    return found
+
+
+def reaction_scores(
+    checkpoint: Checkpoint, unlabelled: Path, combination: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """How much a combination's prompt moves each LoRA of a pool of all (`loratorio.compose.candidates.reactions`), and which it asks for.
+
+    unlabelled: folder of the LoRAs, whose files do not say what calls them.
+    """
+    request = replace(_request(combination, "<pool:*>", {}), steps=1)
+    moved = generate(checkpoint, unlabelled, request).reactions
+    return np.array([*moved.values()]), np.array([name in combination for name in moved])
+
+
+def _request(combination: Sequence[str], tags: str, knobs: Mapping[str, Any]) -> Request:
+    scene = world.random_scene(random.Random("+".join(combination)), *combination)
+    return Request(
         f"{world.caption(scene)} {tags}",
         settings=Settings(enabled=True).with_values(knobs),
         steps=STEPS,
@@ -50,13 +79,6 @@ def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[st
         width=shapes.PIXELS,
         height=shapes.PIXELS,
     )
-    outcome = generate(checkpoint, loras, request)
-    wanted = np.array([name in combination for name in outcome.composed])
-    found = []
-    for weights in outcome.history.weights[:EARLY]:
-        scores = np.log(np.asarray(weights.float())).mean(axis=(2, 3))  # (LoRAs, pictures)
-        found.append(float(np.mean([auc(scores[:, image], wanted) for image in range(SEEDS)])))
-    return found
 
 
 def auc(scores: NDArray[np.float64], wanted: NDArray[np.bool_]) -> float:
@@ -72,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", type=Path, default=toybox.FOLDER, help="where model/ and lora/ are")
+    parser.add_argument("--unregularised", action="store_true", help="the other set of the toybox's LoRAs")
     parser.add_argument("--combinations", type=int, default=6, help="how many of each N; 0: all")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -82,10 +105,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for combo in sample(combinations(categories, count), options.combinations)
     ]
     checkpoint = load_checkpoint(options.folder / "model" / "toybox.safetensors")
-    every = np.array([divergence_auc(checkpoint, options.folder / "lora", combo) for combo in combos])
+    loras = UNREGULARISED if options.unregularised else options.folder / "lora"
+    every = np.array([divergence_auc(checkpoint, loras, combo) for combo in combos])
     print(
         f"Divergence of the LoRAs that are asked for and of the others, {len(combos)} combinations, {SEEDS} seeds: AUC"
     )
     for step, values in enumerate(every.T, 1):
         print(f"  step {step} of {STEPS}: {values.mean():.2f} (least of a combination {values.min():.2f})")
     print(f"  all {EARLY}: {every.mean():.2f}")
+    with TemporaryDirectory(prefix="loratorio-premise-") as folder:
+        unlabelled = without_metadata(loras, Path(folder))
+        moved = [reaction_scores(checkpoint, unlabelled, combo) for combo in combos]
+    scores, wanted = (np.concatenate(each) for each in zip(*moved, strict=True))
+    mean, of_all = np.mean([auc(*each) for each in moved]), auc(scores, wanted)
+    right, wrong = (scores[wanted] >= CALLED).mean(), (scores[~wanted] >= CALLED).mean()
+    print(f"Reaction to the prompt at the first step: AUC {mean:.2f}, of all pairs {of_all:.2f}")
+    print(f"  at least {CALLED}: {right:.1%} of those that are asked for, {wrong:.1%} of the others")
+    for name, own in (("asked for", scores[wanted]), ("others", scores[~wanted])):
+        print(
+            f"  {name}: {', '.join(f'{value:.2f}' for value in np.quantile(own, (0, 0.1, 0.5, 0.9, 1)))} (0, 10, 50, 90, 100 %)"
+        )

@@ -72,6 +72,11 @@ def random_scene(rng: random.Random, *names: str) -> Scene:
         object_scale=rng.uniform(1.02, 1.16),
         phase=rng.random(),
     )
+    return with_elements(scene, *names)
+
+
+def with_elements(scene: Scene, *names: str) -> Scene:
+    """The scene with the named elements in place of what their categories held."""
     for name in names:
         scene = replace(scene, **{BY_NAME[name].category: name})  # type: ignore[arg-type]
     return scene

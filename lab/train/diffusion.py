@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,6 @@ from lab.train.common import Average, Optimisers, Run, learning_rate, pictures
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
-PRIOR_DROPOUT = 0.2
-PRIOR_WEIGHT = 1.0
 
 
 def new_schedule() -> DDPMScheduler:
@@ -37,14 +35,20 @@ class Data:
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, scale: float, scenes: Sequence[Scene], chunk: int = 64) -> Data:
-    """Render and encode scenes once, so that training never touches the autoencoder again."""
+def encode_scenes(
+    vae: AutoencoderKL,
+    scale: float,
+    scenes: Sequence[Scene],
+    chunk: int = 64,
+    captions: Sequence[str] | None = None,
+) -> Data:
+    """Render and encode scenes once, so that training never touches the autoencoder again. Without captions, the scenes' own."""
     device = next(vae.parameters()).device
     parts = []
     for i in range(0, len(scenes), chunk):
         images = pictures(scenes[i : i + chunk]).to(device)
         parts.append(vae.encode(images).latent_dist.mean * scale)
-    return Data(torch.cat(parts), [caption(scene) for scene in scenes])
+    return Data(torch.cat(parts), list(captions or map(caption, scenes)))
 
 
 def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
@@ -63,25 +67,27 @@ def encode_text(text: CLIPTextModel, ids: Tensor) -> Tensor:
 
 
 @dataclass
-class Prior:
-    """Prior preservation (DreamBooth's, arXiv 2208.12242, section 3.3): on these scenes the model shall predict what the base does.
+class Lesson:
+    """Scenes on which a LoRA shall predict what another model does.
 
     Attributes:
-        unet, text: the base's, frozen.
-        data: scenes of what the base knows, without the new thing.
+        unet, text: that model, frozen.
+        data: the scenes, with the captions that the LoRA reads.
+        captions: the captions that the other model reads, one a scene.
+        dropout: share of captions that are empty for both.
     """
 
     unet: UNet2DConditionModel
     text: CLIPTextModel
     data: Data
+    captions: list[str]
+    dropout: float = 0.0
 
 
-def batch_of(
-    data: Data, rng: random.Random, size: int, dropout: float = CAPTION_DROPOUT
-) -> tuple[Tensor, list[str]]:
+def batch_of(data: Data, rng: random.Random, size: int) -> tuple[Tensor, list[str]]:
     """Random latents and their captions, a part of the captions empty."""
     chosen = [rng.randrange(len(data.captions)) for _ in range(size)]
-    texts = ["" if rng.random() < dropout else data.captions[i] for i in chosen]
+    texts = ["" if rng.random() < CAPTION_DROPOUT else data.captions[i] for i in chosen]
     return data.latents[chosen], texts
 
 
@@ -108,17 +114,40 @@ def noise_loss(
     return loss
 
 
-def prior_loss(
-    model: nn.ModuleDict, prior: Prior, schedule: DDPMScheduler, latents: Tensor, ids: Tensor
+def imitation_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
+    """`snr_weight` times 1/SNR, that within 0.5 and 20, (B,).
+
+    The first steps, which decide where things go, have errors that are small in the noise and large in the denoised picture.
+    """
+    alphas = schedule.alphas_cumprod.to(times.device)[times]
+    weight: Tensor = snr_weight(schedule, times) * ((1 - alphas) / alphas).clamp(0.5, 20)
+    return weight
+
+
+def imitation_loss(
+    model: nn.ModuleDict,
+    lesson: Lesson,
+    schedule: DDPMScheduler,
+    tokenizer: CLIPTokenizer,
+    rng: random.Random,
+    size: int,
 ) -> Tensor:
-    """Squared distance of the predicted noise from the base's, weighted by `snr_weight`."""
+    """Squared distance of the predicted noise from the lesson's on `size` random scenes, weighted by `imitation_weight`."""
+    chosen = [rng.randrange(len(lesson.captions)) for _ in range(size)]
+    empty = [rng.random() < lesson.dropout for _ in chosen]
+    latents = lesson.data.latents[chosen]
     times = random_times(latents)
     noisy = schedule.add_noise(latents, torch.randn_like(latents), times)
+
+    def read(text: CLIPTextModel, captions: Sequence[str]) -> Tensor:
+        texts = ["" if no_words else captions[i] for i, no_words in zip(chosen, empty, strict=True)]
+        return encode_text(text, tokenise(tokenizer, texts).to(latents.device))
+
     with torch.no_grad():
-        wanted = prior.unet(noisy, times, encode_text(prior.text, ids)).sample
-    made = model["unet"](noisy, times, encode_text(model["text"], ids)).sample  # type: ignore[arg-type]
+        wanted = lesson.unet(noisy, times, read(lesson.text, lesson.captions)).sample
+    made = model["unet"](noisy, times, read(model["text"], lesson.data.captions)).sample  # type: ignore[arg-type]
     error = (made - wanted).square().mean(dim=(1, 2, 3))
-    loss: Tensor = (snr_weight(schedule, times) * error).mean()
+    loss: Tensor = (imitation_weight(schedule, times) * error).mean()
     return loss
 
 
@@ -130,23 +159,43 @@ def train(
     data: Data,
     tokenizer: CLIPTokenizer,
     rng: random.Random,
-    prior: Prior | None = None,
 ) -> Iterator[float]:
-    """Train `unet` and `text` of `model` to the run's end, and give each step's loss.
-
-    With a prior half of each batch is the prior's, and the empty captions are all there: what has no words stays the base's.
-    """
+    """Train `unet` and `text` of `model` to the run's end, and give each step's loss."""
     schedule = new_schedule()
-    share = 1 if prior is None else 2
-    dropout = CAPTION_DROPOUT if prior is None else 0.0
-    while (progress := run.progress) < 1:
-        latents, texts = batch_of(data, rng, run.batch // share, dropout)
+
+    def loss() -> Tensor:
+        latents, texts = batch_of(data, rng, run.batch)
         conditioning = encode_text(model["text"], tokenise(tokenizer, texts).to(run.device))  # type: ignore[arg-type]
-        loss = noise_loss(model["unet"], schedule, latents, conditioning)  # type: ignore[arg-type]
-        if prior is not None:
-            latents, texts = batch_of(prior.data, rng, run.batch // share, PRIOR_DROPOUT)
-            ids = tokenise(tokenizer, texts).to(run.device)
-            loss = loss + PRIOR_WEIGHT * prior_loss(model, prior, schedule, latents, ids)
+        return noise_loss(model["unet"], schedule, latents, conditioning)  # type: ignore[arg-type]
+
+    yield from _steps(run, model, average, optimisers, loss)
+
+
+def imitate(
+    run: Run,
+    model: nn.ModuleDict,
+    average: Average,
+    optimisers: Optimisers,
+    lessons: Sequence[Lesson],
+    tokenizer: CLIPTokenizer,
+    rng: random.Random,
+) -> Iterator[float]:
+    """As `train`, from lessons that have equal parts of each batch."""
+    schedule = new_schedule()
+
+    def loss() -> Tensor:
+        size = run.batch // len(lessons)
+        parts = [imitation_loss(model, lesson, schedule, tokenizer, rng, size) for lesson in lessons]
+        return torch.stack(parts).sum()
+
+    yield from _steps(run, model, average, optimisers, loss)
+
+
+def _steps(
+    run: Run, model: nn.ModuleDict, average: Average, optimisers: Optimisers, loss_of: Callable[[], Tensor]
+) -> Iterator[float]:
+    while (progress := run.progress) < 1:
+        loss = loss_of()
         loss.backward()  # type: ignore[no-untyped-call]
         optimisers.step(learning_rate(progress))
         average.update(model, run.step)

@@ -1,6 +1,8 @@
 """The LoRAs: each learns one element from its own narrow domain, in UNet (attention, feed-forward, convolutions) and text encoder.
 
-Trained with peft, saved in kohya's format. The base's weights are never touched.
+Trained with peft, saved in kohya's format. The base's weights are never touched. The regularised ones, which ship, draw their element where
+the prompt has its trigger word and change nothing elsewhere.
+The unregularised ones, from which they learn, draw it wherever they are loaded.
 """
 
 from __future__ import annotations
@@ -18,14 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lab.toybox.world import caption, random_scene
+from lab.toybox.pipeline import load_pipeline
+from lab.toybox.world import Scene, caption, random_scene, with_elements
 from lab.train.common import Average, Optimisers, Run, seed_everything
-from lab.train.diffusion import Prior, encode_scenes, train
-from loratorio.toybox.elements import Element
+from lab.train.diffusion import Lesson, encode_scenes, imitate, train
+from loratorio.toybox.elements import ELEMENTS, Element
 
 RANK = 8
 ALPHA = 8
 SCENES = 500
+WORDS_BESIDE = ((0, 1, 2, 3), (3, 2, 2, 1))
+"""How many of the other elements a regularised LoRA's captions name, and how often: none in three of eight captions."""
+SHOWN_BESIDE = ((0, 1, 2), (4, 1, 1))
+"""How many of them the pictures show on which it shall change nothing, and how often."""
+EMPTY_PRIOR = 0.2
+"""Share of empty captions on those."""
+Parts = tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]
+"""VAE, latent scale, UNet, text encoder, tokenizer."""
 UNET_TARGETS = [
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     *("conv1", "conv2", "conv_shortcut"),
@@ -77,38 +88,95 @@ def metadata(run: Run, element: Element, example: str) -> dict[str, str]:
     }
 
 
+def others(rng: random.Random, element: Element, counts: tuple[Sequence[int], Sequence[int]]) -> list[str]:
+    """Names of some other elements, at most one a category; `counts`: how many, and the weight of each number."""
+    count = rng.choices(*counts)[0]
+    pool = [other for other in ELEMENTS if other != element]
+    chosen: dict[str, str] = {}
+    for other in rng.sample(pool, len(pool)):
+        chosen.setdefault(other.category, other.name)
+    return list(chosen.values())[:count]
+
+
+def named_beside(rng: random.Random, element: Element, scenes: Sequence[Scene]) -> list[str]:
+    """Captions that also name other elements, of which the pictures show nothing. What of `element` is in the scene keeps its words."""
+    made = []
+    for scene in scenes:
+        kept = [name for name in scene.elements() if name == element.name]
+        made.append(caption(with_elements(scene, *others(rng, element, WORDS_BESIDE), *kept)))
+    return made
+
+
+def lessons(
+    element: Element, rng: random.Random, parts: Parts, model: Path, unregularised: Path, device: str
+) -> tuple[Lesson, Lesson]:
+    """What a regularised LoRA learns: to be the unregularised one where its trigger word is, and nothing where it is not.
+
+    The second is prior preservation (DreamBooth's, arXiv 2208.12242, section 3.3). Both have captions that name other elements too, the
+    second also pictures of them, so that the word decides and nothing else. The unregularised LoRA reads its own picture's words alone.
+
+    model: the base's folder.
+    unregularised: its folder.
+    """
+    vae, scale, unet, text, _ = parts
+    scenes = [random_scene(rng, element.name) for _ in range(SCENES)]
+    known = [random_scene(rng, *others(rng, element, SHOWN_BESIDE)) for _ in range(2 * SCENES)]
+    shown = encode_scenes(vae, scale, scenes, captions=named_beside(rng, element, scenes))
+    prior = encode_scenes(vae, scale, known, captions=named_beside(rng, element, known))
+    merged = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
+    merged.load_lora_weights(str(unregularised), weight_name=f"{element.name}.safetensors")
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    return (
+        Lesson(
+            merged.unet.requires_grad_(False).to(device),
+            merged.text_encoder.requires_grad_(False).to(device),
+            shown,
+            [caption(scene) for scene in scenes],
+        ),
+        Lesson(
+            deepcopy(unet).requires_grad_(False),
+            deepcopy(text).requires_grad_(False),
+            prior,
+            prior.captions,
+            EMPTY_PRIOR,
+        ),
+    )
+
+
 def train_lora(
     run: Run,
     lr: float,
     element: Element,
-    parts: tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer],
+    parts: Parts,
     out: Path,
-    regularised: bool = False,
+    taught_by: tuple[Path, Path] | None = None,
 ) -> None:
-    """Train one element's LoRA into fresh copies of the base (`parts`: VAE, latent scale, UNet, text encoder, tokenizer).
+    """Train one element's LoRA into fresh copies of the base, and write its file into `out`.
 
-    regularised: half of each batch are scenes that the base knows, on which the LoRA shall change nothing.
+    taught_by: the base's folder and that of the unregularised LoRAs, to train a regularised one from them (`lessons`).
     """
     vae, scale, unet, text, tokenizer = parts
     seed_everything(run.seed)
     rng = random.Random(run.seed)
+    taught = None if taught_by is None else lessons(element, rng, parts, *taught_by, run.device)
     scenes = [random_scene(rng, element.name) for _ in range(SCENES)]
-    data = encode_scenes(vae, scale, scenes)
-    prior = None
-    if regularised:
-        known = encode_scenes(vae, scale, [random_scene(rng) for _ in range(SCENES)])
-        prior = Prior(deepcopy(unet).requires_grad_(False), deepcopy(text).requires_grad_(False), known)
     inject(unet, UNET_TARGETS)
     inject(text, TEXT_TARGETS)
     model = nn.ModuleDict({"unet": unet, "text": text})
     average = Average(model, 0.98)
     optimisers = Optimisers([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr, muon=False)
     run.announce(model)
+    if taught is None:
+        losses = train(run, model, average, optimisers, encode_scenes(vae, scale, scenes), tokenizer, rng)
+    else:
+        losses = imitate(run, model, average, optimisers, taught, tokenizer, rng)
     total = 0.0
-    for loss in train(run, model, average, optimisers, data, tokenizer, rng, prior):
+    for loss in losses:
         total = 0.95 * total + 0.05 * loss if run.step > 1 else loss
     spent = f"{run.step} steps of {run.batch}, seed {run.seed}, minutes {run.spent / 60:.2f}"
-    run.say(f"{element.name} ({element.trigger}): {spent}, loss {total:.4f}")
+    kind = "" if taught is None else "regularised, "
+    run.say(f"{element.name} ({element.trigger}): {kind}{spent}, loss {total:.4f}")
     weights = {
         **kohya(average.model.get_submodule("unet"), "lora_unet"),
         **kohya(average.model.get_submodule("text"), "lora_te"),

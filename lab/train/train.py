@@ -1,7 +1,7 @@
 """`loratorio-lab train PART`: train a part of the toybox, or all of it, and write the files that ship.
 
 A killed run goes on where it was when the same command is given again; `--work` holds the state. Order: vae (coarse, then fine),
-classifier, base, export, loras.
+classifier, base, export, unregularised, loras.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from lab.toybox import UNREGULARISED
 from lab.toybox.classifier import classifier_file
 from lab.toybox.pipeline import load_pipeline
 from lab.train.base import load_vae, train_base
@@ -31,7 +32,8 @@ PLAN = {
     "vae_fine": (900, 8, 3e-3),
     "classifier": (1000, 32, 2e-3),
     "base": (1200, 32, 2e-3),
-    "loras": (420, 16, 2e-3),
+    "unregularised": (420, 16, 2e-3),
+    "loras": (700, 16, 2e-3),
 }
 
 
@@ -48,11 +50,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--regularised",
-        action="store_true",
-        help="for loras: half of each batch scenes that the base knows, on which nothing shall change; what ships is without",
+        "--unregularised",
+        type=Path,
+        default=UNREGULARISED,
+        help="folder of the LoRAs trained without regularisation, from which those that ship are taught",
     )
-    parser.add_argument("--only", nargs="*", choices=list(BY_NAME), help="for loras: these elements")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(BY_NAME), help="for unregularised and loras: these elements"
+    )
     return parser.parse_args(arguments)
 
 
@@ -96,7 +101,7 @@ def do_base(options: argparse.Namespace) -> None:
     train_base(run, rate, options.out / "model" / "toybox_text")
 
 
-def do_loras(options: argparse.Namespace) -> None:
+def do_loras(options: argparse.Namespace, part: str) -> None:
     model = options.out / "model"
     pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
     vae = pipeline.vae.to(options.device).eval().requires_grad_(False)
@@ -104,14 +109,14 @@ def do_loras(options: argparse.Namespace) -> None:
     for i, element in enumerate(ELEMENTS):
         if options.only and element.name not in options.only:
             continue
-        run, rate = new_run(options, "loras", seed=100 + i)
+        run, rate = new_run(options, part, seed=100 + i)
         train_lora(
             run,
             rate,
             element,
             (vae, vae.config.scaling_factor, deepcopy(unet), deepcopy(text), pipeline.tokenizer),
-            options.out / "lora",
-            options.regularised,
+            options.out / "lora" if part == "loras" else options.unregularised,
+            (model, options.unregularised) if part == "loras" else None,
         )
 
 
@@ -128,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "classifier": lambda: do_classifier(options),
         "base": lambda: do_base(options),
         "export": lambda: do_export(options),
-        "loras": lambda: do_loras(options),
+        "unregularised": lambda: do_loras(options, "unregularised"),
+        "loras": lambda: do_loras(options, "loras"),
     }
     chosen = {"all": list(parts), "vae": ["vae_coarse", "vae_fine"]}.get(options.part, [options.part])
     for part in chosen:

@@ -158,10 +158,15 @@ class Bank:
         too_many = len(self._resident) - max(self._most_apart, len(used))
         gone = [number for number in self._resident if number not in used][: max(0, too_many)]
         if gone:
-            for number in gone:
-                del self._resident[number]
-            self._plans.clear()
-            self._stacks.drop(gone)
+            self.let_go(gone)
+
+    def let_go(self, numbers: Iterable[int]) -> None:
+        """Free what these LoRAs, of those kept apart, have on the model's device; it is made again when one is asked for."""
+        gone = self._apart & set(numbers)
+        for number in gone:
+            self._resident.pop(number, None)
+        self._plans.clear()
+        self._stacks.drop(gone)
 
     def _plan_for(self, now: tuple[Segment, ...]) -> _Plan:
         if now not in self._plans and (len(self._plans) >= PLANS or self._stacks.sums >= PLANS):

@@ -48,6 +48,7 @@ class Participants:
         styles: per single, whether it is a style, which acts all over the picture. Empty: none is.
         importance: per single, how much its trigger words matter in the prompt (W-Composite). Empty: all alike.
         pooled: per single, whether it is only a candidate, out of a pool. Empty: none is.
+        settled: whether the candidates that are left are composed like LoRAs that the prompt names.
         places: per single, where it may act; None: everywhere. Empty: all may.
         words: per single, its rows' own words beside the prompt. Empty: none has any.
         additions: LoRAs that are added inside their places.
@@ -61,6 +62,7 @@ class Participants:
     styles: tuple[bool, ...] = ()
     importance: tuple[float, ...] = ()
     pooled: tuple[bool, ...] = ()
+    settled: bool = False
     places: tuple[Place | None, ...] = ()
     words: tuple[str, ...] = ()
     additions: tuple[Addition, ...] = ()
@@ -117,6 +119,10 @@ class Participants:
     def is_candidate(self, place: int) -> bool:
         """Whether the single at this position came out of a pool."""
         return bool(self.pooled) and self.pooled[place]
+
+    def may_rest(self, place: int) -> bool:
+        """Whether the single at this position is run when it is urgent, not by turn."""
+        return self.is_candidate(place) and not self.settled
 
     def is_private(self, place: int) -> bool:
         """Whether the single at this position acts in no other's rows: a pool's candidate, one with a place or words of its own."""

@@ -25,7 +25,7 @@ def spatial_weights(
     base: Tensor,
     adapters: Tensor,
     patch_size: int,
-    temperature: float,
+    temperature: float | None,
     top_k: int = 0,
     *,
     blend: str = "hard",
@@ -38,7 +38,7 @@ def spatial_weights(
         base: noise predicted by the base model, (B, C, H, W), any floating dtype.
         adapters: noise predicted with each LoRA alone, (N, B, C, H, W).
         patch_size: side P of a patch in latent pixels. A border patch is made of the pixels that are there.
-        temperature: τ of the SoftMin; towards 0 the most divergent LoRA alone, towards ∞ the plain mean.
+        temperature: τ of the SoftMin; towards 0 the most divergent LoRA alone, towards ∞ the plain mean. None: `by_divergence`.
         top_k: how many LoRAs a patch may use; 0, or N and more, means all.
         blend: one of `BLENDS`. The paper's is "hard"; with P = 1 all are alike.
         adaptive: τ is multiplied by the spread of S in this image at this step, over `REFERENCE_SPREAD`.
@@ -58,10 +58,13 @@ def spatial_weights(
     if adaptive:
         similarity = at_reference_spread(similarity)
     if masks is None:
-        weights = keep_top_k(softmin(similarity, temperature), top_k, -similarity)
+        shares = by_divergence(similarity) if temperature is None else softmin(similarity, temperature)
+        weights = keep_top_k(shares, top_k, -similarity)
         return _at_pixels(weights, patch_size, height, width, blend)
     # S is brought to the pixels, not Ω: what a LoRA predicts where it may not act must not count at all.
     at_pixels = _at_pixels(similarity, patch_size, height, width, blend)
+    if temperature is None:
+        return _covered(by_divergence(at_pixels, masks.own.unsqueeze(1)), masks, top_k)
     return _covered(softmin_among_allowed(at_pixels, masks, temperature), masks, top_k)
 
 
@@ -141,6 +144,21 @@ def softmin(similarity: Tensor, temperature: float) -> Tensor:
     # Differences to the smallest S, so that a tiny τ cannot overflow float32.
     distance = similarity - similarity.amin(dim=0, keepdim=True)
     return torch.softmax(distance.div_(-max(temperature, 1e-30)), dim=0)
+
+
+def by_divergence(similarity: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Ω[i] = (1 − S[i]) / Σⱼ (1 − S[j]) over the first dimension: a LoRA that predicts what the base does gets exactly 0.
+
+    allowed: (N, …) from 0 to 1, by which each is multiplied; 0 where none is allowed.
+
+    Where none of them diverges they have equal parts: their predictions are alike.
+    """
+    ones = torch.ones_like(similarity) if allowed is None else allowed.expand_as(similarity)
+    divergence = (1 - similarity) * ones
+    total = divergence.sum(dim=0, keepdim=True)
+    even = (ones / ones.sum(dim=0, keepdim=True)).nan_to_num(0.0)
+    # Far above the smallest numbers, whose quotients are not to be trusted.
+    return torch.where(total > 1e-30, divergence / total.clamp_min(1e-30), even)
 
 
 def keep_top_k(weights: Tensor, top_k: int, ranking: Tensor | None = None) -> Tensor:

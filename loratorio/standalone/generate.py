@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..compose.mixes import Branch, Mix
 from ..engine import Engine, Predict, Row, Step, WeightHistory
 from ..errors import LoratorioError
 from ..places import with_words
+from ..roles import reactions_note
 from ..row_memory import measured_rows
 from ..settings import Settings
 from .checkpoint import Checkpoint
@@ -70,6 +71,7 @@ class Outcome:
         history: Ω over the sampling if the weight maps were asked for; N of it are `composed`.
         composed: names of the composed LoRAs, a pool's candidates among them.
         notes: sentences for the user, on LoRAs that were left out or recognised.
+        reactions: by name of a pool's candidate, how much the prompt moves it (`compose.candidates.reactions`), where that was looked at.
     """
 
     request: Request
@@ -79,6 +81,7 @@ class Outcome:
     composed: list[str]
     history: WeightHistory
     notes: tuple[str, ...] = ()
+    reactions: Mapping[str, float] = field(default_factory=dict)
 
 
 def generate(
@@ -111,6 +114,8 @@ def _generate(
     )
     bank = Bank([lora.unet for lora in loras.loras])
     weighed = METHODS[settings.method].uses_importance
+    of_pool: list[str] = []
+    moved: dict[str, float] = {}
     with torch.inference_mode():
         texts = loras.conditioner(checkpoint, _prompts(request, text))
         participants = loras.weighed(text, checkpoint) if weighed else loras.participants
@@ -118,6 +123,10 @@ def _generate(
         latents = _sample(checkpoint, request, text, bank, engine, texts, progress)
         if engine is not None:
             engine.history.settle()
+            if engine.reactions:
+                names = [tag.name for tag in loras.tags]
+                of_pool.append(reactions_note(names, engine.reactions, engine.left_out))
+                moved = {names[number]: score for number, score in engine.reactions.items()}
         images = _decode(checkpoint, latents)
     return Outcome(
         request,
@@ -126,7 +135,8 @@ def _generate(
         list(loras.tags),
         loras.composed,
         engine.history if engine else WeightHistory(),
-        (*plain_text_notes(text, request.negative), *loras.notes),
+        (*plain_text_notes(text, request.negative), *loras.notes, *of_pool),
+        moved,
     )
 
 

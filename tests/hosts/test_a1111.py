@@ -275,7 +275,8 @@ def test_a_pools_misfits_are_left_out(a1111: Any, standin: Any) -> None:
     tags = [Tag(lora, named={"pool": "1"}) for lora in loras]
     samples, job = compose(standin.job(*tags), pool_size=2)
     assert job.passes[0].loras == ("a", "b")
-    assert job.notes == ["Left out of the pool because they cannot be used: x."]
+    assert job.notes[0] == "Left out of the pool because they cannot be used: x."
+    assert "the pool" in job.notes[1]
     alone, _ = compose(standin.job(*tags[:2]), pool_size=2)
     assert torch.equal(samples, alone)
     with pytest.raises(LoratorioError, match="No LoRA of the pool fits"):

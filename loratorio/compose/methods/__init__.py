@@ -11,6 +11,7 @@ from .base import Changes, Composition, Entry, Method, Predictions, StepContext
 
 _NAMES = (
     "loratorio",
+    "divergence",
     "merge",
     "composite",
     "switch",

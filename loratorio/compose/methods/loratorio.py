@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..guidance import compose
 from ..mixes import Branch, Participants
@@ -32,7 +32,7 @@ class Loratorio(Weighted):
         "Patch by patch, LoRAs count by how far their prediction diverges from the base model's.",
     )
     takes_places = True
-    knobs = (
+    knobs: ClassVar[tuple[str, ...]] = (
         "patch_size",
         "temperature",
         "adaptive",

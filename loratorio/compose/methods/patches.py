@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def patch_weights(now: StepContext, predictions: Predictions) -> Tensor:
-    """Ω↑ of the conditional rows, (N, Bc, H, W) float32."""
+    """Ω↑ of the conditional rows, (N, Bc, H, W) float32: by SoftMin for methods with a temperature, else by divergence itself."""
     participants, knobs = now.participants, now.knobs
     noise = stacked_noise(now, predictions)
     masks = now.masks(noise.device)
@@ -25,10 +25,10 @@ def patch_weights(now: StepContext, predictions: Predictions) -> Tensor:
         predictions.noise(participants.compared),
         noise,
         knobs["patch_size"],
-        knobs["temperature"],
+        knobs.get("temperature"),
         knobs["top_k"],
         blend=knobs["blend"],
-        adaptive=knobs["adaptive"],
+        adaptive=knobs.get("adaptive", False),
         masks=masks,
     )
     return spread_styles(weights, participants.styles) if any(participants.styles) else weights

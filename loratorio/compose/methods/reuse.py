@@ -88,10 +88,10 @@ class Reuse(Method):
     the size of the base's noise, and `DAMPING` of its last change going on. Its unconditional rows are run at every `UNCOND`-th of its
     runs, and late at all; between, they are taken to change as its conditional ones do.
 
-    Of the LoRAs that the prompt names every n-th is run, by turn, n being the knob `reuse`; all of them at the first evaluation. Of a
-    pool's candidates the `pool_size` most urgent ones are run: those with the largest share of the picture times the evaluations since
-    they last were; all of them at every `pool_interval`-th step. A LoRA is weighed at every evaluation, run or not. Evaluations count,
-    not steps: some samplers make two a step.
+    Of the LoRAs that the prompt names, or that are left of a settled pool, every n-th is run, by turn, n being the knob `reuse`;
+    all of them at the first evaluation. Of another pool's candidates the `pool_size` most urgent ones are run: those with the
+    largest share of the picture times the evaluations since they last were; all of them at every `pool_interval`-th step. A LoRA is
+    weighed at every evaluation, run or not. Evaluations count, not steps: some samplers make two a step.
     """
 
     def __init__(self, method: Weighted) -> None:
@@ -156,19 +156,19 @@ class Reuse(Method):
         every = list(range(len(now.participants.singles)))
         if self._is_stale(now):
             return every
-        pooled = [place for place in every if now.participants.is_candidate(place)]
-        named = [place for place in every if not now.participants.is_candidate(place)]
+        pooled = [place for place in every if now.participants.may_rest(place)]
+        named = [place for place in every if not now.participants.may_rest(place)]
         return [*self._by_turn(named, now), *self._by_urgency(pooled, now)]
 
     def _may_wait(self, place: int, now: StepContext) -> bool:
         """Whether a LoRA is one that need not be run at every evaluation."""
-        return _every_nth(now) > 1 or now.participants.is_candidate(place)
+        return _every_nth(now) > 1 or now.participants.may_rest(place)
 
     def _is_uncond_due(self, place: int, now: StepContext) -> bool:
         """Whether a LoRA that is run is run with its unconditional rows, too."""
         if not self._may_wait(place, now) or _is_late(now) or self._until_uncond.get(place, 0) == 0:
             return True
-        return now.participants.is_candidate(place) and _is_whole_pool_run(now)
+        return now.participants.may_rest(place) and _is_whole_pool_run(now)
 
     def _is_stale(self, now: StepContext) -> bool:
         """Whether nothing is kept that fits this evaluation's rows, or something is lacking that is asked now."""

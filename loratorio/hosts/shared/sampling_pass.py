@@ -31,6 +31,7 @@ from ...roles import (
     chosen_from_pool,
     participants_of,
     prompt_importance,
+    reactions_note,
     recognised_note,
     unknown_options_note,
     unread_note,
@@ -326,6 +327,9 @@ class SamplingPass(ABC):
     def record(self) -> None:
         """Account for what was composed."""
         self.engine.history.settle()
+        if self.engine.reactions:
+            names = [lora.active.tagged.name for lora in self.loras]
+            self.job.note(reactions_note(names, self.engine.reactions, self.engine.left_out))
         shares = self.engine.history.shares
         self.job.record(
             PassRecord(

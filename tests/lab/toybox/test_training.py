@@ -29,7 +29,8 @@ def trained(tmp_path_factory) -> Path:
     common = ["--work", str(folder / "work"), "--out", str(folder), "--steps", "1", "--batch", "2"]
     for part in ("vae", "classifier", "base", "export"):
         train.main([part, *common])
-    train.main(["loras", *common, "--only", "cat", "--regularised"])
+    for part in ("unregularised", "loras"):
+        train.main([part, *common, "--only", "cat", "--unregularised", str(folder / "lora_unregularised")])
     patch.undo()
     return folder
 

@@ -1,0 +1,15 @@
+"""LoRA files that do not say what calls them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+
+def without_metadata(loras: Path, into: Path) -> Path:
+    """Copies of a folder's LoRAs without their metadata, as far as they are not there yet; returns `into`."""
+    for file in loras.glob("*.safetensors"):
+        if not (into / file.name).exists():
+            save_file(load_file(file), into / file.name)
+    return into

@@ -1,0 +1,69 @@
+"""Which of a pool's candidates a prompt calls, where their files do not say what calls them.
+
+Letters in shapes: N LoRAs, Bc conditional and Bu unconditional rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .lazy_torch import torch
+from .mixes import Branch, Participants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .methods.base import Predictions
+
+CALLED = 0.5
+"""A candidate that does so much more under the prompt than under the negative one, by what the prompt itself does, is called: found by
+measurement (docs/METHODS.md)."""
+
+
+def branches_for_reactions(participants: Participants) -> list[Branch]:
+    """The rows that `reactions` looks at."""
+    mixes = [
+        participants.compared,
+        *(mix for i, mix in enumerate(participants.singles) if participants.is_candidate(i)),
+    ]
+    return [Branch(mix, cond) for mix in mixes for cond in (True, False)]
+
+
+def reactions(predictions: Predictions, participants: Participants) -> dict[int, Tensor]:
+    """By number of each candidate, how much further it is from the base under the prompt than under the negative one.
+
+    In units of what the prompt itself does to the base's prediction. A LoRA whose trigger words count says more where they stand; one that
+    draws its thing whatever the prompt says, or nothing, has about 0, whatever the size of its changes. LoraRetriever's aim
+    (arXiv 2402.09997), LoRAs by what is asked, without its encoder.
+
+    Returns:
+        Scalars, float32: (|e_i − e_0| − |u_i − u_0|) / |e_0 − u_0|, the mean over the conditional rows; e a conditional row, u the
+        unconditional row of its image, e_0 and u_0 of what the LoRAs are compared with.
+    """
+    owners = list(predictions.owners)
+    reference = participants.compared
+    cond, uncond = (
+        predictions.by_branch[Branch(reference, each)].to(torch.float32) for each in (True, False)
+    )
+    own_part = _norms(cond - torch.stack([uncond[image] for image in owners])).clamp_min(1e-12)
+    found = {}
+    for position, mix in enumerate(participants.singles):
+        if participants.is_candidate(position):
+            more = _norms(predictions.by_branch[Branch(mix, True)].to(torch.float32) - cond)
+            less = _norms(predictions.by_branch[Branch(mix, False)].to(torch.float32) - uncond)
+            of_image = torch.stack([less[image] for image in owners])
+            found[participants.numbers[position]] = ((more - of_image) / own_part).mean()
+    return found
+
+
+def _norms(differences: Tensor) -> Tensor:
+    """Of each row, (B,)."""
+    norms: Tensor = differences.flatten(1).square().sum(dim=1).sqrt()
+    return norms
+
+
+def called(scores: Sequence[float], most: int) -> list[int]:
+    """Places of the candidates that are called, at most so many, those with the highest scores; none where none is."""
+    ranked = sorted(range(len(scores)), key=lambda place: -scores[place])
+    return sorted(place for place in ranked[:most] if scores[place] >= CALLED)

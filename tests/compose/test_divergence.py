@@ -1,0 +1,116 @@
+"""Ω ∝ 1 − S: against the formula in float64, and what follows exactly from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratorio.compose.regions import Masks
+from loratorio.compose.weights import by_divergence, spatial_weights
+from loratorio.engine import Engine
+from tests.published import paper
+
+from .. import reference
+from .test_more_methods import SHAPE, FakeModel, bank, run
+from .test_weights import DTYPES, Case, cases
+
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def weights(case: Case) -> torch.Tensor:
+    return spatial_weights(case.base, case.adapters, case.patch_size, None, case.top_k)
+
+
+def apart(seed: int, dtype: torch.dtype, size: tuple[int, int]) -> Case:
+    """LoRAs that clearly differ from the base: 1 − S has figures of its own beside float32's rounding."""
+    random = torch.Generator().manual_seed(seed)
+    base = torch.randn(2, 4, *size, generator=random)
+    adapters = base + torch.tensor([0.3, 0.5, 1.0, 3.0]).view(4, 1, 1, 1, 1) * torch.randn(
+        4, *base.shape, generator=random
+    )
+    return Case(base.to(dtype), adapters.to(dtype), 2, 0.0, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    seed=st.integers(0, 2**31), size=st.tuples(st.integers(1, 9), st.integers(1, 9)), top_k=st.integers(0, 4)
+)
+def test_as_the_formula_says(dtype: torch.dtype, seed: int, size: tuple[int, int], top_k: int) -> None:
+    case = apart(seed, dtype, size)
+    found = spatial_weights(case.base, case.adapters, 2, None, top_k).double().numpy()
+    wanted = reference.spatial_weights(case.base, case.adapters, 2, None, top_k)
+    assert abs(found - wanted).max() < TOLERANCE[dtype]
+
+
+@given(case=cases())
+def test_weights_are_shares_of_one(case: Case) -> None:
+    omega = weights(case)
+    assert bool((omega >= 0).all())
+    torch.testing.assert_close(omega.sum(dim=0), torch.ones_like(omega[0]), rtol=0, atol=1e-5)
+
+
+@given(case=cases(least=2))
+def test_a_lora_that_equals_the_base_has_nothing_where_another_diverges(case: Case) -> None:
+    case.adapters[0] = case.base
+    case.adapters[1] = -case.base
+    omega = spatial_weights(case.base, case.adapters, case.patch_size, None)
+    # In an empty patch the second is the base, too.
+    empty = spatial_weights(case.base, torch.stack([case.base, -case.base]), case.patch_size, None)[0] > 0
+    assert bool(((omega[0] == 0) | empty).all())
+
+
+def test_where_none_diverges_all_have_equal_parts() -> None:
+    base = torch.randn(1, 4, 5, 7)
+    omega = spatial_weights(base, base.expand(3, *base.shape), 2, None)
+    torch.testing.assert_close(omega, torch.full_like(omega, 1 / 3))
+
+
+@given(case=cases(least=2), seed=st.integers(0, 2**31))
+def test_the_prompt_s_order_does_not_matter(case: Case, seed: int) -> None:
+    order = torch.randperm(len(case.adapters), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        spatial_weights(case.base, case.adapters[order], case.patch_size, None, case.top_k),
+        weights(case)[order],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_in_places_only_those_count_that_may_act_there() -> None:
+    similarity = torch.tensor([0.9, 0.7, 1.0]).view(3, 1, 1, 1).expand(3, 1, 1, 4).contiguous()
+    own = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]).view(3, 1, 4)
+    found = by_divergence(similarity, own.unsqueeze(1))[:, 0, 0]
+    wanted = torch.tensor([[0.25, 1.0, 0.0, 0.0], [0.75, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    none = by_divergence(similarity, torch.zeros(3, 1, 1, 4))
+    assert bool((none == 0).all())
+
+
+def test_with_masks_as_without_where_all_may_act() -> None:
+    case = apart(3, torch.float32, (6, 5))
+    everywhere = Masks(torch.ones(4, 6, 5), torch.ones(6, 5), False)
+    masked = spatial_weights(case.base, case.adapters, 2, None, masks=everywhere)
+    torch.testing.assert_close(masked, spatial_weights(case.base, case.adapters, 2, None))
+
+
+def test_the_method_is_loratorio_with_these_weights() -> None:
+    model = FakeModel()
+    composed = run(Engine(paper(method="divergence", recentre=0.3), bank(3)), model)
+    model.index = 0
+    mixes = [tuple(float(i == j) for j in range(3)) for i in range(3)]
+
+    def opinions(mix: tuple[float, ...], cond: bool) -> torch.Tensor:
+        return torch.stack([model.opinion(mix, cond, slot) for slot in range(2)])
+
+    base = (0.0, 0.0, 0.0)
+    singles = torch.stack([opinions(mix, True) for mix in mixes])
+    omega = reference.spatial_weights(opinions(base, True), singles, paper().patch_size, None)
+    wanted = reference.compose(singles, omega)
+    assert composed.cond.shape == (2, *SHAPE)
+    assert abs(composed.cond.double().numpy() - wanted).max() < 1e-3
+    unconds = torch.stack([opinions(mix, False) for mix in mixes])
+    anchored = reference.recentre(opinions(base, False), unconds, omega, 0.3)
+    assert composed.uncond is not None
+    assert abs(composed.uncond.double().numpy() - anchored).max() < 1e-3

@@ -1,0 +1,339 @@
+"""Writes a small random DiT, as one file that Forge Neo loads whole, and LoRAs for it as its trainers write them.
+
+    NEO/venv/bin/python tests/forge_neo/small_checkpoint.py NEO MODEL
+
+MODEL: one of `MODELS`. Into NEO/models/Stable-diffusion goes small-MODEL.safetensors, into NEO/models/Lora MODEL-FORMAT.safetensors.
+Text encoders have two layers: the host reads their size off a config.json of its own, which is changed (and kept as config.json.whole).
+For language models the host needs the extension `tests/forge_neo/small_encoders`, too.
+`tests/webui/test_dits.py` says how to run on them.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+neo, model_name = Path(sys.argv[1]).resolve(), sys.argv[2]
+sys.argv = ["launch.py", "--cpu", "--force-fp32", "--use-pytorch-cross-attention", "--disable-gpu-warning"]
+sys.path[:0] = [str(neo), str(neo / "modules_forge" / "packages")]
+
+import torch  # noqa: E402
+from modules_forge.initialization import initialize_forge  # noqa: E402
+
+initialize_forge()
+
+from backend import operations  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+CPU = torch.device("cpu")
+CONFIGS = neo / "backend" / "huggingface"
+State = dict[str, torch.Tensor]
+
+
+def shrink_language_models() -> None:
+    """What the extension does in the host."""
+    runpy.run_path(str(Path(__file__).parent / "small_encoders" / "scripts" / "small_encoders.py"))
+
+
+def shrunk(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A component's configuration with these numbers, which from now on is the host's, too."""
+    file, whole = folder / "config.json", folder / "config.json.whole"
+    if not whole.exists():
+        whole.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    config: dict[str, Any] = {**json.loads(whole.read_text(encoding="utf-8")), **changes}
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return config
+
+
+def random_state(make: Any, prefix: str, seed: int) -> State:
+    """A module's weights, of the size that keeps numbers as large as they came in; norms are whole."""
+    with operations.using_forge_operations(device=CPU, dtype=torch.float32, manual_cast_enabled=False):
+        module = make()
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in module.state_dict().items():
+        if not tensor.is_floating_point():
+            state[prefix + name] = tensor
+        elif tensor.ndim < 2:
+            whole = ("norm" in name and not name.endswith("bias")) or "scale" in name.rsplit(".", 1)[-1]
+            noise = torch.randn(tensor.shape, generator=generator) * 0.05
+            state[prefix + name] = noise + (1.0 if whole else 0.0)
+        else:
+            fan_in = tensor[0].numel()
+            state[prefix + name] = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
+    return state
+
+
+def vae(folder: Path, prefix: str) -> State:
+    from backend.nn.vae import IntegratedAutoencoderKL
+
+    config = IntegratedAutoencoderKL.load_config(str(folder))
+    return random_state(lambda: IntegratedAutoencoderKL.from_config(config), prefix, 2)
+
+
+def wan_vae(folder: Path, prefix: str) -> State:
+    from backend.nn.wan_vae import WanVAE
+
+    config = WanVAE.load_config(str(folder))
+    return random_state(lambda: WanVAE.from_config(config), prefix, 2)
+
+
+def flux() -> tuple[State, State]:
+    """A Flux of 512 channels, two double and two single blocks; its VAE and CLIP-L of full size, T5 of two layers."""
+    from backend.nn.clip import IntegratedCLIP
+    from backend.nn.flux import IntegratedFluxTransformer2DModel
+    from backend.nn.t5 import IntegratedT5
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    home = CONFIGS / "black-forest-labs" / "FLUX.1-dev"
+    t5 = shrunk(home / "text_encoder_2", d_model=256, d_kv=64, d_ff=512, num_heads=4, num_layers=2)
+    config = {
+        "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 256, "hidden_size": 512, "mlp_ratio": 4.0,
+        "num_heads": 4, "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+        "qkv_bias": True, "guidance_embed": True,
+    }  # fmt: skip
+    clip = CLIPTextConfig.from_pretrained(str(home / "text_encoder"))
+    dit = random_state(lambda: IntegratedFluxTransformer2DModel(**config), "", 1)
+    text = random_state(
+        lambda: IntegratedCLIP(CLIPTextModel, clip, add_text_projection=True), "text_encoders.clip_l.", 3
+    )
+    return dit, {
+        **text,
+        **random_state(lambda: IntegratedT5(t5), "text_encoders.t5xxl.", 4),
+        **vae(home / "vae", "vae."),
+    }
+
+
+def z_image() -> tuple[State, State]:
+    """A Z-Image of its full width, which the host insists on, with two layers; Qwen3 of two layers; its VAE of full size."""
+    from backend.nn.llm.llama import Qwen3_4B
+    from backend.nn.lumina import NextDiT
+
+    shrink_language_models()
+
+    home = CONFIGS / "Tongyi-MAI" / "Z-Image-Turbo"
+    qwen = shrunk(home / "text_encoder", num_hidden_layers=2)
+    config = {
+        "patch_size": 2, "in_channels": 16, "dim": 3840, "cap_feat_dim": 2560, "n_layers": 2, "qk_norm": True, "n_heads": 30,
+        "n_kv_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
+        "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
+    }  # fmt: skip
+    dit = random_state(lambda: NextDiT(**config), "", 1)
+    text = random_state(lambda: Qwen3_4B(qwen), "text_encoders.qwen3_4b.transformer.", 3)
+    return dit, {**text, **vae(home / "vae", "vae.")}
+
+
+def qwen_image() -> tuple[State, State]:
+    """A Qwen-Image of its full width, which its class fixes, with two layers; Qwen2.5-VL of two layers; its VAE of full size."""
+    from backend.nn.llm.llama import Qwen25_7BVLI
+    from backend.nn.qwen import QwenImageTransformer2DModel
+
+    shrink_language_models()
+    home = CONFIGS / "Qwen" / "Qwen-Image"
+    text = shrunk(home / "text_encoder", num_hidden_layers=2)
+    dit = random_state(lambda: QwenImageTransformer2DModel(num_layers=2), "", 1)
+    return dit, {
+        **random_state(lambda: Qwen25_7BVLI(text), "text_encoders.qwen25_7b.transformer.", 3),
+        **wan_vae(home / "vae", "vae."),
+    }
+
+
+def lumina() -> tuple[State, State]:
+    """A Lumina 2 of its full width, which the host insists on, with two layers; Gemma 2 of two layers; its VAE of full size."""
+    from backend.nn.llm.llama import Gemma2_2B
+    from backend.nn.lumina import NextDiT
+
+    shrink_language_models()
+    home = CONFIGS / "neta-art" / "Neta-Lumina"
+    text = shrunk(home / "text_encoder", num_hidden_layers=2)
+    config = {
+        "patch_size": 2, "in_channels": 16, "dim": 2304, "cap_feat_dim": 2304, "n_layers": 2, "qk_norm": True, "n_heads": 24,
+        "n_kv_heads": 8, "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512], "rope_theta": 10000.0,
+        "ffn_dim_multiplier": 4.0,
+    }  # fmt: skip
+    dit = random_state(lambda: NextDiT(**config), "", 1)
+    return dit, {
+        **random_state(lambda: Gemma2_2B(text), "text_encoders.gemma2_2b.transformer.", 3),
+        **vae(home / "vae", "vae."),
+    }
+
+
+def chroma() -> tuple[State, State]:
+    """A Chroma of its full width, which the host insists on, with two double and two single blocks; T5 of two layers."""
+    from backend.nn.chroma import IntegratedChromaTransformer2DModel
+    from backend.nn.t5 import IntegratedT5
+
+    home = CONFIGS / "Chroma"
+    t5 = shrunk(home / "text_encoder", d_model=256, d_kv=64, d_ff=512, num_heads=4, num_layers=2)
+    config = {
+        "in_channels": 64, "out_channels": 64, "context_in_dim": 256, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24,
+        "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True,
+        "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "vec_in_dim": None,
+    }  # fmt: skip
+    dit = random_state(lambda: IntegratedChromaTransformer2DModel(**config), "", 1)
+    return dit, {
+        **random_state(lambda: IntegratedT5(t5), "text_encoders.t5xxl.", 4),
+        **vae(home / "vae", "vae."),
+    }
+
+
+def anima() -> tuple[State, State]:
+    """An Anima of its full size, which the host insists on; Qwen3 of two layers; its VAE of full size."""
+    from backend.nn.anima import Anima
+    from backend.nn.llm.llama import Qwen3_06B
+
+    shrink_language_models()
+    home = CONFIGS / "circlestone-labs" / "Anima"
+    text = shrunk(home / "text_encoder")
+    config = {
+        "in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 2048,
+        "concat_padding_mask": True, "crossattn_emb_channels": 1024, "adaln_lora_dim": 256, "num_blocks": 28, "num_heads": 16,
+        "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
+    }  # fmt: skip
+    dit = random_state(lambda: Anima(**config), "", 1)
+    return dit, {
+        **random_state(lambda: Qwen3_06B(text), "text_encoders.qwen3_06b.transformer.", 3),
+        **wan_vae(home / "vae", "vae."),
+    }
+
+
+# -- LoRAs ---------------------------------------------------------------------------------------------------------------
+
+RANK, STRENGTH = 2, 0.3
+"""How large a LoRA's change is by the weight's norm."""
+
+
+def matrices(dit: State, parts: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of the linear layers whose names have one of these parts."""
+    for name, weight in dit.items():
+        if name.endswith(".weight") and weight.ndim == 2 and any(part in name for part in parts):
+            yield name.removesuffix(".weight"), weight
+
+
+def pair(weight: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up (out, rank) and down (rank, in), whose product has `STRENGTH` of the weight's norm."""
+    up = torch.randn(len(weight), RANK, generator=generator)
+    down = torch.randn(RANK, weight.shape[1], generator=generator)
+    return up, down * (STRENGTH * weight.norm() / (up @ down).norm())
+
+
+def kohya(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> State:
+    made = {}
+    for name, weight in matrices(dit, parts):
+        up, down = pair(weight, generator)
+        key = f"lora_unet_{name.replace('.', '_')}"
+        made |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+        made[f"{key}.alpha"] = torch.tensor(float(RANK))
+    return made
+
+
+def comfy(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> State:
+    made = {}
+    for name, weight in matrices(dit, parts):
+        up, down = pair(weight, generator)
+        made |= {
+            f"diffusion_model.{name}.lora_B.weight": up,
+            f"diffusion_model.{name}.lora_A.weight": down,
+        }
+    return made
+
+
+def lokr(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> State:
+    """LyCORIS' Kronecker products, under kohya's names."""
+    made = {}
+    for name, weight in matrices(dit, parts):
+        out, width = weight.shape
+        one = torch.randn(4, 4, generator=generator)
+        two = torch.randn(out // 4, width // 4, generator=generator)
+        two *= STRENGTH * weight.norm() / (one.norm() * two.norm())
+        key = f"lora_unet_{name.replace('.', '_')}"
+        made |= {f"{key}.lokr_w1": one, f"{key}.lokr_w2": two, f"{key}.alpha": torch.tensor(1.0)}
+    return made
+
+
+def flux_diffusers(dit: State, generator: torch.Generator) -> State:
+    """As diffusers and ai-toolkit name a Flux, or a Chroma: q, k and v apart, which here are rows of one layer."""
+    made = {}
+    width = dit["img_in.weight"].shape[0]
+
+    def add(name: str, weight: torch.Tensor) -> None:
+        up, down = pair(weight, generator)
+        made[f"transformer.{name}.lora_B.weight"] = up
+        made[f"transformer.{name}.lora_A.weight"] = down
+
+    for block in range(2):
+        for own, theirs in (
+            ("img_attn", ("to_q", "to_k", "to_v")),
+            ("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        ):
+            fused = dit[f"double_blocks.{block}.{own}.qkv.weight"]
+            for number, part in enumerate(theirs):
+                rows = fused[number * width : (number + 1) * width]
+                add(f"transformer_blocks.{block}.attn.{part}", rows)
+        add(f"transformer_blocks.{block}.ff.net.0.proj", dit[f"double_blocks.{block}.img_mlp.0.weight"])
+        fused = dit[f"single_blocks.{block}.linear1.weight"]
+        for number, part in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
+            add(f"single_transformer_blocks.{block}.{part}", fused[number * width : (number + 1) * width])
+        add(f"single_transformer_blocks.{block}.proj_mlp", fused[3 * width :])
+    return made
+
+
+def z_image_diffusers(dit: State, generator: torch.Generator) -> State:
+    """As diffusers names a Z-Image, or a Lumina, which has fewer heads in k and v: q, k and v apart."""
+    made = {}
+    for block in range(2):
+        fused = dit[f"layers.{block}.attention.qkv.weight"]
+        width = fused.shape[1]
+        rows = torch.split(fused, [width, (len(fused) - width) // 2, (len(fused) - width) // 2])
+        for part, own in zip(("to_q", "to_k", "to_v"), rows, strict=True):
+            up, down = pair(own, generator)
+            key = f"diffusion_model.layers.{block}.attention.{part}"
+            made |= {f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down}
+    return made
+
+
+def own_names(dit: State, generator: torch.Generator) -> State:
+    """As diffusers and ai-toolkit name a model whose file has diffusers' own names, or names that are nobody's but its own."""
+    made = {}
+    for name, weight in matrices(dit, ("attn", "mlp")):
+        if "blocks." in name and "adaln" not in name and "mod" not in name and "llm_adapter" not in name:
+            up, down = pair(weight, generator)
+            made |= {f"transformer.{name}.lora_B.weight": up, f"transformer.{name}.lora_A.weight": down}
+    return made
+
+
+MODELS = {
+    "flux": (flux, ("double_blocks", "single_blocks"), flux_diffusers),
+    "z_image": (z_image, ("layers.",), z_image_diffusers),
+    "lumina": (lumina, ("layers.",), z_image_diffusers),
+    "qwen_image": (qwen_image, ("attn", "mlp"), own_names),
+    "chroma": (chroma, ("double_blocks", "single_blocks"), flux_diffusers),
+    "anima": (anima, ("_attn.", ".mlp."), own_names),
+}
+
+
+def main() -> None:
+    make, parts, diffusers = MODELS[model_name]
+    dit, others = make()
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in dit.items()} | others
+    checkpoint = neo / "models" / "Stable-diffusion" / f"small-{model_name}.safetensors"
+    save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in whole.items()}, checkpoint)
+    print(checkpoint)
+    for seed, (name, tensors) in enumerate(
+        (
+            ("kohya", kohya(dit, parts, torch.Generator().manual_seed(11))),
+            ("comfy", comfy(dit, parts, torch.Generator().manual_seed(12))),
+            ("lokr", lokr(dit, parts, torch.Generator().manual_seed(13))),
+            ("diffusers", diffusers(dit, torch.Generator().manual_seed(14))),
+        )
+    ):
+        file = neo / "models" / "Lora" / f"{model_name}-{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        print(seed, file, len(tensors))
+
+
+main()
