@@ -61,15 +61,17 @@ def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) 
     left, right, *more = cell.elements
     background = next((trigger[name] for name in more if category[name] == BACKGROUND), "sky")
     styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
-    places = (":at=left", ":at=right") if cell.beside == "placed" else ("", "")
-    tags = [
-        f"<lora:{left}{places[0]}:1>",
-        f"<lora:{right}{places[1]}:1>",
-        *(f"<lora:{name}:1>" for name in more),
-    ]
-    return (
-        ", ".join([trigger[left], trigger[right], f"{background} background", *styles]) + " " + " ".join(tags)
-    )
+    rest = [f"{background} background", *styles]
+    everywhere = [f"<lora:{name}:1>" for name in more]
+    if cell.beside == "placed":
+        # Each character's word belongs to its own place.
+        pair = [
+            f"<lora:{name}:at={side}:words={trigger[name]}:1>"
+            for name, side in ((left, "left"), (right, "right"))
+        ]
+        return f"{', '.join(rest)} {' '.join([*pair, *everywhere])}"
+    words = ", ".join([trigger[left], trigger[right], *rest])
+    return " ".join([words, f"<lora:{left}:1>", f"<lora:{right}:1>", *everywhere])
 
 
 def found_in(halves: Sequence[Mapping[str, bool]]) -> tuple[str, ...]:

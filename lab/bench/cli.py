@@ -35,7 +35,7 @@ from .plan import (
 
 QUICK_MINUTES = 9.0
 GROUPS = ("methods", "presets", "speed", "others", "roles", "better", "dynamic", "ablations", "places")
-SAMPLING = {"steps": 12, "cfg": 4.0, "sampler": "euler"}
+SAMPLING = {"steps": 12, "cfg": 2.0, "sampler": "euler"}
 GRID: Mapping[str, Any] = {
     "groups": ",".join(GROUPS),
     "combinations": 0,

@@ -30,7 +30,7 @@ from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
 from loratorio.toybox.elements import ELEMENTS
 
-STEPS, CFG, SEEDS = 12, 3.0, 2
+STEPS, CFG, SEEDS = 12, 2.0, 2
 EARLY = 3
 """Of the steps, the first that are looked at: later ones show what was composed already."""
 

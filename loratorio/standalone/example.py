@@ -9,16 +9,19 @@ TEXT = "mimsy, kakto on the right, lunara background"
 """A caption as the toybox was trained on, with the words that call these LoRAs."""
 
 
-PAIR = ("cat", "alien")
-"""Two characters, for a place each."""
+PAIR = {"cat": "mimsy", "alien": "glorp"}
+"""Two characters, for a place each, and the words that call them."""
 
-PAIR_TEXT = "mimsy, glorp, sky background"
+PAIR_TEXT = "sky background"
 
 
 def pair_prompt(*places: str) -> str:
-    """The text and tags of two characters, each with its place, or everywhere."""
-    options = [f":at={place}" for place in places] or [""] * len(PAIR)
-    tags = (f"<lora:{name}{option}:1>" for name, option in zip(PAIR, options, strict=True))
+    """The text and tags of two characters: each with a place and its words there, or both everywhere."""
+    if not places:
+        tags = (f"<lora:{name}:1>" for name in PAIR)
+        return f"{', '.join(PAIR.values())}, {PAIR_TEXT} {' '.join(tags)}"
+    placed = zip(PAIR.items(), places, strict=True)
+    tags = (f"<lora:{name}:at={place}:words={words}:1>" for (name, words), place in placed)
     return f"{PAIR_TEXT} {' '.join(tags)}"
 
 
