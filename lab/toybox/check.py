@@ -22,7 +22,7 @@ from loratorio import toybox
 from loratorio.toybox.elements import ELEMENTS, Element
 
 FOUND, ABSENT = 0.90, 0.15
-STEPS, GUIDANCE = 20, 2.0
+STEPS, GUIDANCE = 20, 3.0
 SHOWN = 8
 """Seeds on the contact sheet."""
 
