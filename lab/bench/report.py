@@ -278,12 +278,13 @@ def published_order(file: Path) -> str:
 
 
 def agrees(own: str, published: str) -> bool:
-    """Whether an order puts no two methods the other way round that are clearly apart in the published one."""
+    """Whether an order puts no two methods the other way round that are clearly apart in the published one, and has all of those."""
     place = {
         label: number for number, tier in enumerate(published.split(" > ")) for label in tier.split(" ≈ ")
     }
-    ranked = [place.get(label, -1) for label in own.replace(" ≈ ", " > ").split(" > ")]
-    return -1 not in ranked and ranked == sorted(ranked)
+    labels = own.replace(" ≈ ", " > ").split(" > ")
+    ranked = [place[label] for label in labels if label in place]
+    return place.keys() <= set(labels) and ranked == sorted(ranked)
 
 
 def plots(results: Sequence[Result], folder: Path) -> list[Path]:

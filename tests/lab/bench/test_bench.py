@@ -256,6 +256,7 @@ def test_orders_agree_unless_what_is_clearly_apart_is_turned_round() -> None:
     assert report.agrees("a ≈ c > b", "a > b ≈ c")
     assert not report.agrees("b ≈ a > c", "a > b ≈ c")
     assert not report.agrees("a > b", "a > c")
+    assert report.agrees("a > new > b", "a > b")
 
 
 @pytest.mark.parametrize(
