@@ -125,7 +125,9 @@ def test_places_need_a_method_with_rows_for_each_lora(method: str, option: str) 
     if METHODS[method].takes_places or option == "at=0,0,1,1":
         check_places(settings, participants)
     else:
-        with pytest.raises(LoratorioError, match=r"LoRAtorio, Composite or W-Composite, not"):
+        with pytest.raises(
+            LoratorioError, match=r"LoRAtorio, LoRAtorio by divergence, Composite or W-Composite, not"
+        ):
             check_places(settings, participants)
 
 

@@ -112,7 +112,7 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
     Variant("loratorio", "LoRAtorio", PAPER),
-    Variant("divergence", "LoRAtorio, by divergence", {**PAPER, "method": "divergence"}),
+    Variant("divergence", "LoRAtorio by divergence", {**PAPER, "method": "divergence"}),
 )
 """All methods."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,13 +94,15 @@ def plot(results: Sequence[Result], folder: Path) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     figure = pyplot.figure(figsize=(7, 4.6))
     count = 0
+    shown: list[dict[str, Any]] = []
     for variants, marker in ((PRESET_ROWS, "o"), (SPEED_ROWS, "s")):
         own = comparable(variants, results)
         truth = [each for each in own if each.cell.made == "truth"]
         for variant in variants:
             each = row(variant, own, truth)
-            if each is None or (marker == "s" and variant.name == "merge"):
+            if each is None or (marker == "s" and variant.resolved() in shown):
                 continue
+            shown.append(variant.resolved())
             low, high = (abs(100 * (end - each.found)) for end in each.interval)
             pyplot.errorbar(
                 plain_steps(each.rows), 100 * each.found, yerr=[[low], [high]], marker=marker, capsize=3, linestyle="",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-LORAS = ("cat", "cactus", "night")
+LORAS = ("cat", "cactus", "rays")
 """A character, an object and a background."""
 
-TEXT = "mimsy, kakto on the right, lunara background"
+TEXT = "mimsy, kakto on the right, rayza background"
 """A caption as the toybox was trained on, with the words that call these LoRAs."""
 
 

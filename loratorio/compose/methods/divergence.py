@@ -15,7 +15,7 @@ class Divergence(Loratorio):
 
     entry = Entry(
         "divergence",
-        "LoRAtorio, by divergence",
+        "LoRAtorio by divergence",
         "after arXiv 2508.11624",
         "As LoRAtorio, without a temperature: a LoRA that changes nothing in a patch has no part in it.",
     )

@@ -243,8 +243,8 @@ def test_the_quick_grid_says_whether_the_published_order_holds(
     monkeypatch.setattr(cli, "PUBLISHED", published)
     chosen = options(out=tmp_path / "out", quick=True, seeds=1)
     for order, verdict in (
-        ("LoRAtorio > LoRAtorio, by divergence ≈ Merge ≈ Composite ≈ Merge, re-centred", "agrees with"),
-        ("Merge > LoRAtorio ≈ LoRAtorio, by divergence ≈ Composite ≈ Merge, re-centred", "DIFFERS from"),
+        ("LoRAtorio > LoRAtorio by divergence ≈ Merge ≈ Composite ≈ Merge, re-centred", "agrees with"),
+        ("Merge > LoRAtorio ≈ LoRAtorio by divergence ≈ Composite ≈ Merge, re-centred", "DIFFERS from"),
     ):
         published.write_text(f"# Results\n\nBy elements found: {order}.\n")
         cli.bench(chosen)
