@@ -194,7 +194,7 @@ class Settings:
         "weights", 6, folded=True, step=0.05, former=(("0.1.0", 0.0),),
     )  # fmt: skip
     pool_size: int = knob(
-        "int", 5, "Pool size", "How many of a pool's LoRAs are run at a step; the rest reuse their most recent prediction.",
+        "int", 5, "Pool size", "How many of a pool's LoRAs are taken at most; where the prompt calls none, how many are run at a step.",
         "pool", 7, folded=True, minimum=1, maximum=100,
     )  # fmt: skip
     pool_interval: int = knob(
