@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ class FakeBackend:
         time.sleep(float(os.environ.get("FAKE_BACKEND_SECONDS", "0")))
         die = os.environ.get("FAKE_BACKEND_DIE")
         if die and not Path(die).exists():
-            Path(die).write_text(str(os.getpid()))
-            os._exit(1)  # like a worker that is killed in the middle of a cell
+            with suppress(FileExistsError):  # two workers may come here at once: one dies
+                with Path(die).open("x") as file:
+                    file.write(str(os.getpid()))
+                os._exit(1)  # like a worker that is killed in the middle of a cell
         rng = np.random.default_rng(len(cell.elements))
         return [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(cell.count)], 40 * cell.count
 
