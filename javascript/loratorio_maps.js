@@ -17,7 +17,7 @@
      * A map that is chosen means its picture. Where the chosen picture stays in the gallery, its maps do.
      */
     function withoutItsMaps(gallery, chosen, info, stays) {
-        const texts = info.infotexts ?? [];
+        const texts = info.infotexts;
         const own = pictureOf(texts[chosen]);
         const index = own === undefined ? chosen : texts.indexOf(own, info.index_of_first_image ?? 0);
         if (!(index >= (info.index_of_first_image ?? 0)) || !texts[index]) {

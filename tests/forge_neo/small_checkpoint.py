@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,15 +231,18 @@ def kohya(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> Sta
     return made
 
 
-def comfy(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> State:
+def named_as_peft(weights: Iterable[tuple[str, torch.Tensor]], generator: torch.Generator) -> State:
+    """A pair for each of these layers, under the names that peft gives to the two."""
     made = {}
-    for name, weight in matrices(dit, parts):
+    for key, weight in weights:
         up, down = pair(weight, generator)
-        made |= {
-            f"diffusion_model.{name}.lora_B.weight": up,
-            f"diffusion_model.{name}.lora_A.weight": down,
-        }
+        made |= {f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down}
     return made
+
+
+def comfy(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> State:
+    own = ((f"diffusion_model.{name}", weight) for name, weight in matrices(dit, parts))
+    return named_as_peft(own, generator)
 
 
 def lokr(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> State:
@@ -257,53 +260,56 @@ def lokr(dit: State, parts: tuple[str, ...], generator: torch.Generator) -> Stat
 
 def flux_diffusers(dit: State, generator: torch.Generator) -> State:
     """As diffusers and ai-toolkit name a Flux, or a Chroma: q, k and v apart, which here are rows of one layer."""
-    made = {}
     width = dit["img_in.weight"].shape[0]
 
-    def add(name: str, weight: torch.Tensor) -> None:
-        up, down = pair(weight, generator)
-        made[f"transformer.{name}.lora_B.weight"] = up
-        made[f"transformer.{name}.lora_A.weight"] = down
+    def layers() -> Iterator[tuple[str, torch.Tensor]]:
+        for block in range(2):
+            for own, theirs in (
+                ("img_attn", ("to_q", "to_k", "to_v")),
+                ("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+            ):
+                for part, rows in zip(
+                    theirs, dit[f"double_blocks.{block}.{own}.qkv.weight"].split(width), strict=True
+                ):
+                    yield f"transformer.transformer_blocks.{block}.attn.{part}", rows
+            yield (
+                f"transformer.transformer_blocks.{block}.ff.net.0.proj",
+                dit[f"double_blocks.{block}.img_mlp.0.weight"],
+            )
+            fused = dit[f"single_blocks.{block}.linear1.weight"]
+            single = f"transformer.single_transformer_blocks.{block}"
+            for number, part in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
+                yield f"{single}.{part}", fused[number * width : (number + 1) * width]
+            yield f"{single}.proj_mlp", fused[3 * width :]
 
-    for block in range(2):
-        for own, theirs in (
-            ("img_attn", ("to_q", "to_k", "to_v")),
-            ("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
-        ):
-            fused = dit[f"double_blocks.{block}.{own}.qkv.weight"]
-            for number, part in enumerate(theirs):
-                rows = fused[number * width : (number + 1) * width]
-                add(f"transformer_blocks.{block}.attn.{part}", rows)
-        add(f"transformer_blocks.{block}.ff.net.0.proj", dit[f"double_blocks.{block}.img_mlp.0.weight"])
-        fused = dit[f"single_blocks.{block}.linear1.weight"]
-        for number, part in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
-            add(f"single_transformer_blocks.{block}.{part}", fused[number * width : (number + 1) * width])
-        add(f"single_transformer_blocks.{block}.proj_mlp", fused[3 * width :])
-    return made
+    return named_as_peft(layers(), generator)
 
 
 def z_image_diffusers(dit: State, generator: torch.Generator) -> State:
     """As diffusers names a Z-Image, or a Lumina, which has fewer heads in k and v: q, k and v apart."""
-    made = {}
-    for block in range(2):
-        fused = dit[f"layers.{block}.attention.qkv.weight"]
-        width = fused.shape[1]
-        rows = torch.split(fused, [width, (len(fused) - width) // 2, (len(fused) - width) // 2])
-        for part, own in zip(("to_q", "to_k", "to_v"), rows, strict=True):
-            up, down = pair(own, generator)
-            key = f"diffusion_model.layers.{block}.attention.{part}"
-            made |= {f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down}
-    return made
+
+    def layers() -> Iterator[tuple[str, torch.Tensor]]:
+        for block in range(2):
+            fused = dit[f"layers.{block}.attention.qkv.weight"]
+            width = fused.shape[1]
+            others = (len(fused) - width) // 2
+            for part, rows in zip(
+                ("to_q", "to_k", "to_v"), fused.split([width, others, others]), strict=True
+            ):
+                yield f"diffusion_model.layers.{block}.attention.{part}", rows
+
+    return named_as_peft(layers(), generator)
 
 
 def own_names(dit: State, generator: torch.Generator) -> State:
     """As diffusers and ai-toolkit name a model whose file has diffusers' own names, or names that are nobody's but its own."""
-    made = {}
-    for name, weight in matrices(dit, ("attn", "mlp")):
-        if "blocks." in name and "adaln" not in name and "mod" not in name and "llm_adapter" not in name:
-            up, down = pair(weight, generator)
-            made |= {f"transformer.{name}.lora_B.weight": up, f"transformer.{name}.lora_A.weight": down}
-    return made
+    strange = ("adaln", "mod", "llm_adapter")
+    layers = (
+        (f"transformer.{name}", weight)
+        for name, weight in matrices(dit, ("attn", "mlp"))
+        if "blocks." in name and not any(part in name for part in strange)
+    )
+    return named_as_peft(layers, generator)
 
 
 MODELS = {
