@@ -115,6 +115,9 @@ class ToyboxBackend:
     def generate(self, cell: Cell) -> tuple[list[Pixels], int]:
         if cell.made == "truth":
             rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
+            if cell.beside:
+                pairs = [self._world.random_beside(rng, *cell.elements) for _ in range(cell.count)]
+                return [self._world.render_beside(*pair) for pair in pairs], 0
             scenes = [self._world.random_scene(rng, *cell.elements) for _ in range(cell.count)]
             return [self._world.render(scene) for scene in scenes], 0
         from lab.toybox.unlabelled import without_metadata

@@ -13,6 +13,7 @@ from .plan import CHARACTER, PAPER, STYLE, Cell, Variant
 from .store import ImageResult, Result
 
 ROWS: tuple[Variant, ...] = (
+    Variant("beside_truth", "Rendered truth", made="truth", beside="rendered"),
     Variant("beside_merge", "Merge", {"method": "merge"}, beside="free"),
     Variant("beside_free", "LoRAtorio", PAPER, beside="free"),
     Variant("beside_placed", "**LoRAtorio, a place for each**", PAPER, beside="placed"),
@@ -48,7 +49,13 @@ def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
     ]
     return [
         Cell(
-            variant.name, (*pair, *more), 0, seeds, {**SAMPLING, **variant.resolved()}, beside=variant.beside
+            variant.name,
+            (*pair, *more),
+            0,
+            seeds,
+            {} if variant.made == "truth" else {**SAMPLING, **variant.resolved()},
+            made=variant.made,
+            beside=variant.beside,
         )
         for more in further
         for pair in pairs

@@ -120,3 +120,14 @@ def render(scene: Scene) -> np.ndarray:
     )
     picture = paint(shapes, ink=scene.style == "ink")
     return duotone(picture) if scene.style == "ember" else picture
+
+
+def random_beside(rng: random.Random, left: str, right: str, *names: str) -> tuple[Scene, Scene]:
+    """Two scenes beside each other, a character in each. What lies behind and over them, the named elements too, is the same."""
+    first, second = random_scene(rng, left, *names), random_scene(rng, right, *names)
+    return first, replace(second, plain_colour=first.plain_colour, phase=first.phase)
+
+
+def render_beside(left: Scene, right: Scene) -> np.ndarray:
+    """The picture of two scenes beside each other, (64, 128, 3) uint8."""
+    return np.concatenate([render(left), render(right)], axis=1)

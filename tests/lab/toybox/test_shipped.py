@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lab.toybox.classifier import classify, features, probabilities
-from lab.toybox.world import random_elements, random_scene, render
+from lab.toybox.world import random_beside, random_elements, random_scene, render, render_beside
 from loratorio import toybox
 
 MEGABYTE = 1_000_000
@@ -48,6 +49,19 @@ def test_classifier_knows_rendered_scenes() -> None:
         for row, s in zip(found, scenes, strict=True)
     ]
     assert np.mean(right) >= 0.95
+
+
+def test_classifier_knows_each_half_of_two_figures_beside_each_other() -> None:
+    rng = random.Random(7)
+    for left, right in permutations(["robot", "cat", "alien"], 2):
+        for more in ([], ["night"], ["checks"], ["rays"], ["ink"], ["ember"]):
+            scenes = random_beside(rng, left, right, *more)
+            assert scenes[0].plain_colour == scenes[1].plain_colour
+            picture = render_beside(*scenes)
+            assert picture.shape == (64, 128, 3)
+            halves = classify(np.split(picture, 2, axis=1))
+            for found, scene in zip(halves, scenes, strict=True):
+                assert {name for name, there in found.items() if there} == set(scene.elements())
 
 
 def test_classifier_takes_pil_arrays_and_other_sizes() -> None:
