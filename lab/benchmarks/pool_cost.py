@@ -1,6 +1,9 @@
-"""What a pool costs and what it changes: rows and seconds against plain steps, and PSNR against scoring all candidates always.
+"""What a pool costs and what it changes: rows and seconds against plain steps, and PSNR against the same with nothing reused.
 
-loratorio-lab pool-cost --recentre 1    the toybox; its LoRAs over again at other strengths, up to a pool of 20
+Where the prompt calls candidates, that is naming those; where it calls none, scoring all candidates at every step.
+
+loratorio-lab pool-cost                 the toybox; its LoRAs over again at other strengths, up to a pool of 20
+loratorio-lab pool-cost --lora-dir lab/toybox/lora_unregularised       LoRAs that no prompt calls
 loratorio-lab pool-cost --pool 100 --seeds 1 --no-reference        does a pool of 100 run to the end, and at what cost?
 loratorio-lab pool-cost --checkpoint model --lora-dir folder --prompt "a cat" --size 512
 """
@@ -14,12 +17,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 
 from lab.bench.backend import RowCount
+from loratorio.compose.candidates import called
 from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
@@ -48,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=20,
         help="candidates; LoRA files are copied under new names, with their weights times 0.6 to 0.9, up to it",
     )
-    parser.add_argument("--no-reference", action="store_true", help="do not score all at every step: no PSNR")
+    parser.add_argument(
+        "--no-reference", action="store_true", help="make no pictures with nothing reused: no PSNR"
+    )
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=3.0)
@@ -66,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.checkpoint is None:
         from loratorio import toybox
 
-        options.checkpoint, options.lora_dir = toybox.CHECKPOINT, toybox.LORA_DIR
+        options.checkpoint = toybox.CHECKPOINT
+        options.lora_dir = options.lora_dir or toybox.LORA_DIR
     options.prompt = options.prompt or list(PROMPTS)
     checkpoint = load_checkpoint(options.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         psnr = (
             "" if math.isnan(row["psnr"]) else f", PSNR {row['psnr']:.1f} dB (least {row['least_psnr']:.1f})"
         )
+        for prompt, names in zip(options.prompt, row["called"], strict=False):
+            if names:
+                print(f"  {prompt} calls {', '.join(names)}")
         print(
             f"{row['name']:34s} {row['rows'] / 2:6.2f} plain steps a step by rows, {row['plain_steps']:6.2f} by time{psnr}"
         )
@@ -102,12 +112,22 @@ def fill(folder: Path, source: Path, count: int) -> None:
         save_file(weights, folder / f"{file.stem}{again or ''}.safetensors")
 
 
+class Made(NamedTuple):
+    """Pictures of a prompt, the model rows a step and picture that they took, the seconds of processor time, and which candidates the
+    prompt called."""
+
+    pictures: list[Any]
+    rows: float
+    seconds: float
+    called: list[str]
+
+
 def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    def make(prompt: str, **knobs: Any) -> tuple[list[Any], float, float]:
-        """Pictures, rows a step and image, and seconds of processor time."""
+    def make(prompt: str, **knobs: Any) -> Made:
+        settings = Settings(enabled=True, recentre=options.recentre).with_values(knobs)
         request = Request(
             prompt,
-            settings=Settings(enabled=True, recentre=options.recentre).with_values(knobs),
+            settings=settings,
             steps=options.steps,
             cfg=options.cfg,
             batch=options.seeds,
@@ -120,35 +140,50 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
             outcome = generate(checkpoint, folder, request)
         seconds = time.process_time() - since
         pictures = [np.asarray(image).astype(np.float64) for image in outcome.images]
-        return pictures, counter.count / options.steps / options.seeds, seconds
+        names = list(outcome.reactions)
+        chosen = called(list(outcome.reactions.values()), settings.pool_size)
+        return Made(
+            pictures, counter.count / options.steps / options.seeds, seconds, [names[i] for i in chosen]
+        )
 
-    def all_prompts(pool: str, **knobs: Any) -> tuple[list[Any], float, float]:
-        made = [make(f"{prompt}{pool}", **knobs) for prompt in options.prompt]
-        pictures = [picture for own, _, _ in made for picture in own]
-        return pictures, float(np.mean([rows for _, rows, _ in made])), sum(seconds for _, _, seconds in made)
-
-    def found(name: str, made: tuple[list[Any], float, float], values: list[float]) -> dict[str, Any]:
-        return {
-            "name": name,
-            "rows": made[1],
-            "plain_steps": made[2] / plain_seconds,
-            "psnr": float(np.mean(values)) if values else math.nan,
-            "least_psnr": min(values, default=math.nan),
-        }
+    def reference(prompt: str, names: Sequence[str]) -> Made:
+        if names:
+            return make(f"{prompt} {' '.join(f'<lora:{name}:1>' for name in names)}", reuse=1)
+        return make(f"{prompt} <pool:*>", pool_size=min(100, options.pool), pool_interval=1)
 
     make(options.prompt[0])
-    _, _, plain_seconds = all_prompts("")
-    rows = []
-    reference: list[Any] = []
-    if not options.no_reference:
-        everything = all_prompts(" <pool:*>", pool_size=min(100, options.pool), pool_interval=1)
-        reference = everything[0]
-        rows.append(found("all scored at every step", everything, []))
+    plain_seconds = sum(make(prompt).seconds for prompt in options.prompt)
+
+    def found(name: str, made: Sequence[Made], values: Sequence[float] = ()) -> dict[str, Any]:
+        return {
+            "name": name,
+            "rows": float(np.mean([each.rows for each in made])),
+            "plain_steps": sum(each.seconds for each in made) / plain_seconds,
+            "psnr": float(np.mean(values)) if values else math.nan,
+            "least_psnr": min(values, default=math.nan),
+            "called": [each.called for each in made],
+        }
+
+    rows: list[dict[str, Any]] = []
+    references: dict[tuple[str, ...], Made] = {}
     for size in (int(each) for each in options.sizes.split(",")):
         for interval in (int(each) for each in options.intervals.split(",")):
-            made = all_prompts(" <pool:*>", pool_size=size, pool_interval=interval)
-            values = [psnr(a, b) for a, b in zip(made[0], reference, strict=False)]
+            made = [
+                make(f"{prompt} <pool:*>", pool_size=size, pool_interval=interval)
+                for prompt in options.prompt
+            ]
+            values: list[float] = []
+            if not options.no_reference:
+                for prompt, own in zip(options.prompt, made, strict=True):
+                    key = (prompt, *own.called)
+                    if key not in references:
+                        references[key] = reference(prompt, own.called)
+                    values += [
+                        psnr(a, b) for a, b in zip(own.pictures, references[key].pictures, strict=True)
+                    ]
             rows.append(found(f"pool_size {size}, pool_interval {interval}", made, values))
+    if references:
+        rows.append(found("with nothing reused", list(references.values())))
     return rows
 
 
