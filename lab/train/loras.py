@@ -35,6 +35,10 @@ SHOWN_BESIDE = ((0, 1, 2), (4, 1, 1))
 """How many of them the pictures show on which it shall change nothing, and how often."""
 EMPTY_PRIOR = 0.2
 """Share of empty captions on those."""
+SHUFFLED = 0.5
+"""Share of captions whose phrases come in any order, so that a word is known behind others', too: kohya's `shuffle_caption`."""
+SECOND_CHARACTER = 0.25
+"""Share of captions that name a further character, of which the picture shows nothing."""
 Parts = tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]
 """VAE, latent scale, UNet, text encoder, tokenizer."""
 UNET_TARGETS = [
@@ -103,7 +107,16 @@ def named_beside(rng: random.Random, element: Element, scenes: Sequence[Scene]) 
     made = []
     for scene in scenes:
         kept = [name for name in scene.elements() if name == element.name]
-        made.append(caption(with_elements(scene, *others(rng, element, WORDS_BESIDE), *kept)))
+        named = with_elements(scene, *others(rng, element, WORDS_BESIDE), *kept)
+        phrases = caption(named).split(", ")
+        if rng.random() < SECOND_CHARACTER:
+            further = [other for other in ELEMENTS if other.category == "character" and other != element]
+            phrases.insert(
+                rng.randrange(2), rng.choice([o.trigger for o in further if o.name != named.character])
+            )
+        if rng.random() < SHUFFLED:
+            rng.shuffle(phrases)
+        made.append(", ".join(phrases))
     return made
 
 
