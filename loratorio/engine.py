@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters.bank import Bank, Change
+from .adapters.bank import Bank, Change, Merged
 from .compose.candidates import branches_for_reactions, called, reactions
 from .compose.guidance import rescaled_cond
-from .compose.methods import METHODS, Composition, Method, Predictions, StepContext
+from .compose.methods import METHODS, Composition, Method, Predictions, Product, StepContext
 from .compose.methods.merge import MergeNamed
 from .compose.mixes import Branch, Mix, Participants
 from .compose.regions import WHOLE, Box, Canvas
@@ -167,6 +167,7 @@ class Engine:
         self._row_limit = row_limit or (POOL_ROWS if any(self.participants.pooled) else 0)
         self._settled_limit = row_limit
         self._sessions: dict[str, Method] = {}
+        self._merged: Merged | None = None  # what the method made of the LoRAs that act
         self.bank = bank
         self.rebind(bank)
 
@@ -212,7 +213,7 @@ class Engine:
         counts = (len(step.latents), step.uncond_count)
         now = self._context(method, step.index, step.total, step.uncond_count > 0, (height, width), counts)
         session = self._session(method)
-        by_layer = session.layer_mixes(now)
+        by_layer = self._by_layer(session, now)
         predictions = self._predictions(step, self._branches(method, now), by_layer, predict)
         if self._looks_at_reactions(method, now):
             self._settle_pool(step, reactions(predictions, _shared(now)))
@@ -224,6 +225,15 @@ class Engine:
             if self.settings.weight_maps:
                 self.history.record(step.index, self._of_all(composition.weights))
         return _unfolded(composition, step)
+
+    def _by_layer(self, session: Method, now: StepContext) -> _ByLayer:
+        """What acts in single layers in the place of the rows' mixes."""
+        products = session.layer_products(now)
+        if not products:
+            return _ByLayer(session.layer_mixes(now))
+        if self._merged is None or self._merged.products is not products:
+            self._merged = Merged(frozenset(now.participants.numbers), products)
+        return _ByLayer({}, self._merged)
 
     def _branches(self, method: Method, now: StepContext) -> list[Branch]:
         """What the method asks for, and what it takes to settle a pool."""
@@ -311,7 +321,7 @@ class Engine:
         )
 
     def _predictions(
-        self, step: Step, branches: Sequence[Branch], by_layer: Mapping[str, Mix], predict: Predict
+        self, step: Step, branches: Sequence[Branch], by_layer: _ByLayer, predict: Predict
     ) -> Predictions:
         rows = [
             row._replace(words=self.words.get(row.mix, "")) if row.cond else row
@@ -332,7 +342,7 @@ class Engine:
         cond = rescaled_cond(composition.cond.reshape(clips), own_uncond.reshape(clips), scale, strength)
         return Composition(cond.reshape(shape), uncond, composition.weights)
 
-    def _predict(self, rows: Sequence[Row], by_layer: Mapping[str, Mix], predict: Predict) -> Tensor:
+    def _predict(self, rows: Sequence[Row], by_layer: _ByLayer, predict: Predict) -> Tensor:
         """All rows in as few calls as the limit and the memory allow, in order."""
         done: list[Tensor] = []
         start = 0
@@ -355,13 +365,13 @@ class Engine:
         most = min(wanted, self._row_limit or wanted)
         return most if self.memory is None else max(1, min(most, self.memory.fitting(most)))
 
-    def _predicted(self, rows: Sequence[Row], by_layer: Mapping[str, Mix], predict: Predict) -> Tensor | None:
+    def _predicted(self, rows: Sequence[Row], by_layer: _ByLayer, predict: Predict) -> Tensor | None:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
         try:
             observed = nullcontext() if self.memory is None else self.memory.observed(len(rows))
             mixes = [self._mix_now(row.mix) for row in rows]
-            layers = {name: self._mix_now(mix) for name, mix in by_layer.items()}
-            with self.bank.routed(mixes, layers), observed:
+            layers = {name: self._mix_now(mix) for name, mix in by_layer.mixes.items()}
+            with self.bank.routed(mixes, layers, by_layer.merged), observed:
                 return predict(rows)
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
@@ -371,6 +381,13 @@ class Engine:
                     "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
                 ) from problem
             return None
+
+
+class _ByLayer(NamedTuple):
+    """What acts in single layers: a mix in the place of every row's, or a LoRA that was made of the others."""
+
+    mixes: Mapping[str, Mix]
+    merged: Merged | None = None
 
 
 class _ChangesNow:
@@ -388,6 +405,14 @@ class _ChangesNow:
                     number: Change(weight * factors[number], rank)
                     for number, (weight, rank) in by_number.items()
                 },
+            )
+
+    def products(self) -> Iterator[tuple[str, dict[int, Product]]]:
+        factors = self._mix_now((1.0,) * len(self._bank.adapters))
+        for name, by_number in self._bank.products():
+            yield (
+                name,
+                {number: Product(down, up * factors[number]) for number, (down, up) in by_number.items()},
             )
 
 

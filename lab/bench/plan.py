@@ -26,7 +26,8 @@ class Variant:
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
         unlabelled: their files do not say which words call them.
-        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags.
+        beside: two characters beside each other in a picture of double width: ``free``, ``placed`` by `at=` in their tags, or
+            ``rendered``.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
 
@@ -109,6 +110,7 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("switch", "Switch", {"method": "switch"}),
     Variant("cmlora", "CMLoRA", {"method": "cmlora"}),
     Variant("klora", "K-LoRA", {"method": "klora"}),
+    Variant("lego", "LoRA-LEGO", {"method": "lego"}),
     Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
     Variant("loratorio", "LoRAtorio", PAPER),
@@ -119,7 +121,7 @@ METHOD_ROWS: tuple[Variant, ...] = (
 MAIN_ROWS = tuple(
     row
     for row in METHOD_ROWS
-    if row.name in ("merge", "merge_anchored", "composite", "loratorio", "divergence")
+    if row.name in ("merge", "merge_anchored", "lego", "composite", "loratorio", "divergence")
 )
 """Those that are run on every combination."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoratorioError
-from .delta import Adapter, Fitted, fit_all
+from .delta import Adapter, Fitted, LowRank, fit_all
 from .plan import Coefficients, Job, Segment, planned, segments
 from .stacks import Stacks, Where
 
@@ -28,6 +28,18 @@ class Change(NamedTuple):
 
     weight: Tensor
     rank: int
+
+
+class Merged(NamedTuple):
+    """A LoRA that was made out of others.
+
+    Attributes:
+        numbers: those; their low-rank changes act in none of its layers, their dense ones in all.
+        products: by layer its down (r, in, …) and up (r, out), at its strength.
+    """
+
+    numbers: frozenset[int]
+    products: Mapping[str, tuple[Tensor, Tensor]]
 
 
 PLANS = 64
@@ -44,12 +56,16 @@ class _Routing:
     Attributes:
         mixes: one for each row. segments: of the rows that any LoRA acts on.
         by_layer: the mix that takes the place of every segment's in a layer.
+        merged: the LoRA that acts where any of those acts that it was made of; the segments' mixes have one coefficient more for it.
+        stacks: where they are not the bank's own, but a merged LoRA's.
         plan: the jobs that were worked out for this routing.
     """
 
     mixes: tuple[Coefficients, ...] = ()
     segments: tuple[Segment, ...] = ()
     by_layer: Mapping[str, Coefficients] = field(default_factory=dict)
+    merged: Merged | None = None
+    stacks: Stacks | None = None
     plan: _Plan = field(default_factory=dict)
 
 
@@ -66,6 +82,7 @@ class Bank:
         self._apart: frozenset[int] = frozenset()
         self._most_apart = 0
         self._resident: dict[int, None] = {}  # of those kept apart, the last used at the end
+        self._merged: tuple[Merged, Stacks] | None = None
         self._use({})
 
     def keep_apart(self, numbers: Iterable[int], most: int) -> None:
@@ -108,7 +125,10 @@ class Bank:
 
     @contextmanager
     def routed(
-        self, mixes: Sequence[Coefficients], by_layer: Mapping[str, Coefficients] | None = None
+        self,
+        mixes: Sequence[Coefficients],
+        by_layer: Mapping[str, Coefficients] | None = None,
+        merged: Merged | None = None,
     ) -> Iterator[None]:
         """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
@@ -116,6 +136,7 @@ class Bank:
 
         Args:
             by_layer: by a layer's name, the mix that every row with any LoRA gets there instead.
+            merged: a LoRA that acts, whole, on every row with any of those that it was made of, in their place. Not with `by_layer`.
 
         Raises:
             ValueError: a mix has not one coefficient per adapter.
@@ -124,9 +145,12 @@ class Bank:
             raise ValueError(f"every mix must have {len(self.adapters)} coefficients, one per LoRA")
         before, now = self._routing, tuple(segments(mixes))
         self._make_room(now)
+        stacks = None if merged is None else self._stacks_with(merged)
+        if merged is not None:
+            now = tuple(replace(each, mix=_with_merged(each.mix, merged)) for each in now)
         # What differs between layers is another at each step: not worth keeping.
         plan: _Plan = {} if by_layer else self._plan_for(now)
-        self._routing = _Routing(tuple(mixes), now, by_layer or {}, plan)
+        self._routing = _Routing(tuple(mixes), now, by_layer or {}, merged, stacks, plan)
         try:
             yield
         finally:
@@ -136,7 +160,8 @@ class Bank:
     def routed_part(self, numbers: Sequence[int]) -> Iterator[None]:
         """While this lasts, model calls have only those of the routed rows that have these numbers, in this order."""
         routing = self._routing
-        with self.routed([routing.mixes[number] for number in numbers], routing.by_layer):
+        part = [routing.mixes[number] for number in numbers]
+        with self.routed(part, routing.by_layer, routing.merged):
             yield
 
     def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
@@ -147,6 +172,33 @@ class Bank:
                 for number, fitted in by_number.items()
             }
             yield name, {number: change for number, change in made.items() if change is not None}
+
+    def products(self) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
+        """Layer by layer, of each LoRA (by number) the low-rank part of what it adds to the layer's weight, at its strength, float32:
+        down (r, in, …) and up (r, out). Nothing while the bank is not attached."""
+        for name, by_number in self._fitted.items():
+            low_rank = {number: fitted.low_rank for number, fitted in by_number.items()}
+            yield (
+                name,
+                {
+                    number: _product(own, self.adapters[number].strength)
+                    for number, own in low_rank.items()
+                    if own is not None
+                },
+            )
+
+    def _stacks_with(self, merged: Merged) -> Stacks:
+        """The stacks with this merged LoRA, which is the same at every step."""
+        if self._merged is None or self._merged[0] is not merged:
+            fitted = {name: dict(by_number) for name, by_number in self._fitted.items()}
+            for name, (down, up) in merged.products.items():
+                for number in merged.numbers & fitted[name].keys():
+                    fitted[name][number] = Fitted(None, fitted[name][number].dense)
+                fitted[name][len(self.adapters)] = Fitted(LowRank(down, up.T), None)
+            every = (*self.adapters, Adapter("merged", {}))
+            self._merged = (merged, Stacks(every, fitted, self._apart))
+            self._plans.clear()
+        return self._merged[1]
 
     def _make_room(self, now: Sequence[Segment]) -> None:
         """Let go of the LoRAs kept apart that were not used for longest, where these segments need the room."""
@@ -166,13 +218,21 @@ class Bank:
         for number in gone:
             self._resident.pop(number, None)
         self._plans.clear()
-        self._stacks.drop(gone)
+        for stacks in self._all_stacks():
+            stacks.drop(gone)
+
+    def _all_stacks(self) -> list[Stacks]:
+        return [self._stacks] if self._merged is None else [self._stacks, self._merged[1]]
 
     def _plan_for(self, now: tuple[Segment, ...]) -> _Plan:
-        if now not in self._plans and (len(self._plans) >= PLANS or self._stacks.sums >= PLANS):
+        every = self._all_stacks()
+        if now not in self._plans and (
+            len(self._plans) >= PLANS or max(each.sums for each in every) >= PLANS
+        ):
             # Start afresh before what may never be used again fills the memory.
             self._plans.clear()
-            self._stacks.drop_sums()
+            for stacks in every:
+                stacks.drop_sums()
         return self._plans.setdefault(now, {})
 
     def _fit(self, layers: Mapping[str, nn.Module]) -> dict[str, dict[int, Fitted]]:
@@ -195,6 +255,7 @@ class Bank:
 
     def _use(self, fitted: dict[str, dict[int, Fitted]]) -> None:
         self._fitted, self._stacks = fitted, Stacks(self.adapters, fitted, self._apart)
+        self._merged = None
         self._plans.clear()
         self._resident.clear()
 
@@ -225,7 +286,7 @@ class Bank:
             here = self._routing.segments
             if name in self._routing.by_layer:
                 here = tuple(replace(segment, mix=self._routing.by_layer[name]) for segment in here)
-            plan[name, where] = list(planned(name, here, self._stacks, where))
+            plan[name, where] = list(planned(name, here, self._routing.stacks or self._stacks, where))
         return plan[name, where]
 
 
@@ -243,6 +304,15 @@ def _change(fitted: Fitted, strength: float) -> Change | None:
         if parts
         else None
     )
+
+
+def _product(low_rank: LowRank, strength: float) -> tuple[Tensor, Tensor]:
+    factor = low_rank.scale * strength
+    return low_rank.down.to(torch.float32), low_rank.up.T.to(torch.float32) * factor
+
+
+def _with_merged(mix: Coefficients, merged: Merged) -> Coefficients:
+    return (*mix, float(any(mix[number] for number in merged.numbers)))
 
 
 def _uncompiled() -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .base import Changes, Composition, Entry, Method, Predictions, StepContext
+from .base import Changes, Composition, Entry, Method, Predictions, Product, StepContext
 
 _NAMES = (
     "loratorio",
@@ -17,6 +17,7 @@ _NAMES = (
     "switch",
     "cmlora",
     "klora",
+    "lego",
     "frequency",
     "w_composite",
     "merge_anchored",
@@ -26,4 +27,4 @@ _NAMES = (
 METHODS: dict[str, Method] = {name: import_module(f".{name}", __name__).METHOD for name in _NAMES}
 """Every way to compose, by its file's name, in the order in which a user sees them."""
 
-__all__ = ["METHODS", "Changes", "Composition", "Entry", "Method", "Predictions", "StepContext"]
+__all__ = ["METHODS", "Changes", "Composition", "Entry", "Method", "Predictions", "Product", "StepContext"]

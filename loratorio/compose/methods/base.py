@@ -128,12 +128,23 @@ class Composition:
     weights: Tensor | None = None
 
 
+class Product(NamedTuple):
+    """ΔW = upᵀ · down: down (r, in) or (r, in, kh, kw), up (r, out)."""
+
+    down: Tensor
+    up: Tensor
+
+
 class Changes(Protocol):
     """Where a method finds what the LoRAs do to the weights (the engine's bank has it)."""
 
     def changes(self) -> Iterator[tuple[str, Mapping[int, tuple[Tensor, int]]]]:
         """Layer by layer, by each LoRA (by number) that touches its weight: ΔW at its strength, float32, and the rank that it is stored
         with. Nothing before the bank is attached."""
+        ...
+
+    def products(self) -> Iterator[tuple[str, Mapping[int, Product]]]:
+        """Layer by layer, of each LoRA (by number) the part of ΔW that is a low-rank product, at its strength, float32."""
         ...
 
 
@@ -165,6 +176,12 @@ class Method(ABC):
 
     def layer_mixes(self, now: StepContext) -> Mapping[str, Mix]:
         """By layer, the mix that takes the place of every row's there; most methods treat all layers alike."""
+        return {}
+
+    def layer_products(self, now: StepContext) -> Mapping[str, Product]:
+        """By layer, what takes the place of all composed LoRAs' low-rank products there, in every row that has any of them.
+
+        The same object for as long as it holds."""
         return {}
 
     @abstractmethod
