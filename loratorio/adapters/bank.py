@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoratorioError
-from .delta import Adapter, Fitted, LowRank, fit_all
+from .delta import Adapter, Fitted, LowRank
 from .plan import Coefficients, Job, Segment, planned, segments
 from .stacks import Stacks, Where
 
@@ -238,19 +238,8 @@ class Bank:
     def _fit(self, layers: Mapping[str, nn.Module]) -> dict[str, dict[int, Fitted]]:
         fitted: dict[str, dict[int, Fitted]] = {}
         for number, adapter in enumerate(self.adapters):
-            for name, deltas in adapter.deltas.items():
-                if name not in layers:
-                    raise LoratorioError(
-                        f"LoRA {adapter.name} changes the layer {name}, which this model does not have. "
-                        "It was made for another kind of model: remove it from the prompt."
-                    )
-                try:
-                    fitted.setdefault(name, {})[number] = fit_all(deltas, layers[name])
-                except ValueError as problem:
-                    raise LoratorioError(
-                        f"LoRA {adapter.name} does not fit the layer {name}: {problem}. "
-                        "It was made for another kind of model: remove it from the prompt."
-                    ) from None
+            for name, own in adapter.fitted(layers).items():
+                fitted.setdefault(name, {})[number] = own
         return fitted
 
     def _use(self, fitted: dict[str, dict[int, Fitted]]) -> None:

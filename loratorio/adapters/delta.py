@@ -122,6 +122,28 @@ class Adapter:
                 if isinstance(delta, LowRank):
                     _check_size(self.name, layer, _bound(delta) / 1000)
 
+    def fitted(self, layers: Mapping[str, nn.Module]) -> dict[str, Fitted]:
+        """By layer, what it adds there, fitted to the layer.
+
+        Raises:
+            LoratorioError: it changes a layer that `layers` lacks, or one of another shape.
+        """
+        made = {}
+        for name, deltas in self.deltas.items():
+            if name not in layers:
+                raise LoratorioError(
+                    f"LoRA {self.name} changes the layer {name}, which this model does not have. "
+                    "It was made for another kind of model: remove it from the prompt."
+                )
+            try:
+                made[name] = fit_all(deltas, layers[name])
+            except ValueError as problem:
+                raise LoratorioError(
+                    f"LoRA {self.name} does not fit the layer {name}: {problem}. "
+                    "It was made for another kind of model: remove it from the prompt."
+                ) from None
+        return made
+
 
 def check_tensors(lora: str, layer: str, tensors: Iterable[Tensor]) -> None:
     """Raise LoratorioError naming LoRA and layer if a tensor holds NaN or infinity, or numbers that no model could take."""

@@ -11,6 +11,7 @@ For language models the host needs the extension `tests/forge_neo/small_encoders
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Iterable, Iterator
@@ -172,9 +173,13 @@ def chroma() -> tuple[State, State]:
     config = {
         "in_channels": 64, "out_channels": 64, "context_in_dim": 256, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24,
         "depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-        "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "vec_in_dim": None,
+        "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "txt_ids_dims": [], "vec_in_dim": None,
     }  # fmt: skip
     dit = random_state(lambda: IntegratedChromaTransformer2DModel(**config), "", 1)
+    # By this name the host tells a Chroma from a Flux.
+    dit = {
+        re.sub(r"(distilled_guidance_layer\.norms\.\d)\.weight", r"\1.scale", name): dit[name] for name in dit
+    }
     return dit, {
         **random_state(lambda: IntegratedT5(t5), "text_encoders.t5xxl.", 4),
         **vae(home / "vae", "vae."),

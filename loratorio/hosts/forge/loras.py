@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors, fit_all
+from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors
 from ...errors import LoratorioError
 from ...roles import partly_used_note
 from ..shared.lora_layers import layers
@@ -37,7 +37,8 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
         )
     adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
     adapter.check_numbers()
-    _check_fit(adapter, unet)
+    # The host would leave out what does not fit, and say so in its log only.
+    adapter.fitted(layers_of([adapter], unet))
     if clip is not original.clip:
         for key, patches in flavour.patches(clip.patcher):
             check_tensors(file.name, key, _tensors_in([patch[1] for patch in patches]))
@@ -71,18 +72,6 @@ def _added(flavour: Flavour, patcher: Patcher, original: Patcher) -> int:
     """How many patches the host made of a LoRA for a model: at least one for each of the file's layers that it knows."""
     counts = [sum(len(patches) for _, patches in flavour.patches(each)) for each in (patcher, original)]
     return counts[0] - counts[1]
-
-
-def _check_fit(adapter: Adapter, unet: Patcher) -> None:
-    """Raise LoratorioError where the LoRA is for a layer of another shape: the host would leave it out, and say so in its log only."""
-    for name, deltas in adapter.deltas.items():
-        try:
-            fit_all(deltas, unet.model.get_submodule(name))
-        except ValueError as problem:
-            raise LoratorioError(
-                f"LoRA {adapter.name} does not fit the layer {name}: {problem}. It was made for another kind of model: "
-                "remove it from the prompt, or untick LoRAtorio."
-            ) from problem
 
 
 def layers_of(adapters: Sequence[Adapter], unet: Patcher) -> dict[str, nn.Module]:
