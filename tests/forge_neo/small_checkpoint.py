@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -169,6 +170,8 @@ def chroma() -> tuple[State, State]:
     from backend.nn.t5 import IntegratedT5
 
     home = CONFIGS / "Chroma"
+    tokenizer = "tokenizer.json"  # T5's, which the host's folder for Chroma is without
+    shutil.copy(CONFIGS / "black-forest-labs" / "FLUX.1-dev" / "tokenizer_2" / tokenizer, home / "tokenizer")
     t5 = shrunk(home / "text_encoder", d_model=256, d_kv=64, d_ff=512, num_heads=4, num_layers=2)
     config = {
         "in_channels": 64, "out_channels": 64, "context_in_dim": 256, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24,
@@ -291,16 +294,12 @@ def flux_diffusers(dit: State, generator: torch.Generator) -> State:
 
 
 def z_image_diffusers(dit: State, generator: torch.Generator) -> State:
-    """As diffusers names a Z-Image, or a Lumina, which has fewer heads in k and v: q, k and v apart."""
+    """As diffusers names a Z-Image: q, k and v apart."""
 
     def layers() -> Iterator[tuple[str, torch.Tensor]]:
         for block in range(2):
             fused = dit[f"layers.{block}.attention.qkv.weight"]
-            width = fused.shape[1]
-            others = (len(fused) - width) // 2
-            for part, rows in zip(
-                ("to_q", "to_k", "to_v"), fused.split([width, others, others]), strict=True
-            ):
+            for part, rows in zip(("to_q", "to_k", "to_v"), fused.chunk(3), strict=True):
                 yield f"diffusion_model.layers.{block}.attention.{part}", rows
 
     return named_as_peft(layers(), generator)
@@ -320,7 +319,7 @@ def own_names(dit: State, generator: torch.Generator) -> State:
 MODELS = {
     "flux": (flux, ("double_blocks", "single_blocks"), flux_diffusers),
     "z_image": (z_image, ("layers.",), z_image_diffusers),
-    "lumina": (lumina, ("layers.",), z_image_diffusers),
+    "lumina": (lumina, ("layers.",), None),
     "qwen_image": (qwen_image, ("attn", "mlp"), own_names),
     "chroma": (chroma, ("double_blocks", "single_blocks"), flux_diffusers),
     "anima": (anima, ("_attn.", ".mlp."), own_names),
@@ -339,9 +338,11 @@ def main() -> None:
             ("kohya", kohya(dit, parts, torch.Generator().manual_seed(11))),
             ("comfy", comfy(dit, parts, torch.Generator().manual_seed(12))),
             ("lokr", lokr(dit, parts, torch.Generator().manual_seed(13))),
-            ("diffusers", diffusers(dit, torch.Generator().manual_seed(14))),
+            ("diffusers", diffusers and diffusers(dit, torch.Generator().manual_seed(14))),
         )
     ):
+        if not tensors:  # the host cannot read this model's LoRAs in that form
+            continue
         file = neo / "models" / "Lora" / f"{model_name}-{name}.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
         print(seed, file, len(tensors))
