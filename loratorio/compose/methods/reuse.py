@@ -30,7 +30,7 @@ FEW = 17
 LATE = 0.9
 """From this part of the steps on, a LoRA is run at every other evaluation at least: predictions change fastest at the end."""
 
-DAMPING = 0.5
+DAMPING = 0.75
 """How much of a change is taken to go on, or to be followed: found by measurement (docs/METHODS.md)."""
 
 UNCOND = 2
