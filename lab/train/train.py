@@ -33,7 +33,7 @@ PLAN = {
     "classifier": (1000, 32, 2e-3),
     "base": (1200, 32, 2e-3),
     "unregularised": (420, 16, 2e-3),
-    "loras": (700, 16, 2e-3),
+    "loras": (1200, 16, 2e-3),
 }
 
 
