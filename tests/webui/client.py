@@ -93,7 +93,7 @@ PLAIN = {
     "negative_prompt": "blurry",
     "seed": 7,
     "steps": 4,
-    "cfg_scale": 5.0,
+    "cfg_scale": float(os.environ.get("LORATORIO_WEBUI_CFG", "5")),
     "width": SIZE,
     "height": SIZE,
     "sampler_name": "Euler",

@@ -3,6 +3,7 @@ where it says so, and without a trace afterwards."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,9 +21,10 @@ TOGETHER = {"preset": "paper", "patch_size": 2, "temperature": 0.01, "top_k": 0}
 
 
 def tagged(text: str, loras: list[str], strengths: tuple[float, ...] = (1.0, 0.8, 0.9)) -> str:
-    return text + "".join(
-        f" <lora:{name}:{strength}>" for name, strength in zip(loras, strengths, strict=False)
-    )
+    """The text, the LoRAs' words before it where they are known, and their tags behind it."""
+    called = [word.strip() for word in os.environ.get("LORATORIO_WEBUI_WORDS", "").split(",") if word]
+    tags = [f"<lora:{name}:{strength}>" for name, strength in zip(loras, strengths, strict=False)]
+    return " ".join([", ".join([*called[: len(loras)], text]), *tags])
 
 
 def upscaled(webui: WebUI, fields: dict[str, Any]) -> dict[str, Any]:
