@@ -57,6 +57,7 @@ class Step:
         uncond_count: number of unconditional rows Bu; 0 where the step has none.
         owners: image of every conditional row; a prompt with AND has several for an image. Empty: row i is image i.
         denoised: predictions are denoised latents D, and e = (z − D)/σ; else they are the noise e itself.
+        sigma: where predictions are noise, the σ of z ∝ x₀ + σ·e, a number or a tensor of one; None where the host cannot tell.
         guidance: the CFG scale s that the sampler guides with, for guidance rescale; None where the host cannot tell.
         strengths: what multiplies each of the bank's LoRAs at this step, where that changes while sampling. Empty: 1 for all.
         absent: numbers of the LoRAs that change nothing at this step, not even text.
@@ -68,6 +69,7 @@ class Step:
     uncond_count: int
     owners: tuple[int, ...] = ()
     denoised: bool = True
+    sigma: float | Tensor | None = None
     guidance: float | None = None
     strengths: tuple[float, ...] = ()
     absent: frozenset[int] = frozenset()
@@ -486,6 +488,7 @@ def _predictions(step: Step, branches: Sequence[Branch], predicted: Tensor) -> P
         tuple(owner * frames + frame for owner in owners for frame in range(frames)),
         # Only direction matters for the similarity: z − D stands for (z − D)/σ.
         _folded(step.latents) if step.denoised else None,
+        None if step.denoised else step.sigma,
     )
 
 

@@ -161,6 +161,7 @@ def denoise(
             latents=scaled / alpha if v_model else latents,
             uncond_count=0 if cfg == 1 else len(latents),
             denoised=v_model,
+            sigma=sigma / alpha,
             guidance=cfg,
         )
         predict = partial(run, scaled, time)

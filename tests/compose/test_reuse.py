@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
-from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT, UNCOND, UncondResidual
+from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT, TURN, UNCOND, UncondResidual
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.compose.regions import Box, Place
 from loratorio.engine import Engine, Row, Step
@@ -89,6 +90,7 @@ def along(uncond: Tensor, cond: Tensor) -> Tensor:
     size=st.tuples(st.integers(2, 7), st.integers(2, 7)),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     share=st.sampled_from([0.0, 0.3]),
+    sigmas=st.sampled_from([None, (14.6, 0.9), (2.0, 0.03)]),
 )
 def test_what_is_composed_is_the_formula(
     count: int,
@@ -99,6 +101,7 @@ def test_what_is_composed_is_the_formula(
     size: tuple[int, int],
     dtype: torch.dtype,
     share: float,
+    sigmas: tuple[float, float] | None,
 ) -> None:
     """Every evaluation equals one in which all LoRAs are run and those out of turn predict what the formula says."""
     shape, total = (4, *size), 16
@@ -111,12 +114,17 @@ def test_what_is_composed_is_the_formula(
     for index in range(total):
         model.begin(index)
         z = latents(batch, shape, index)
-        found = engine.step(Step(index, total, z, batch, denoised=denoised), model)
+        # Falling by equal factors from the first to the second.
+        sigma = None if sigmas is None else sigmas[0] * (sigmas[1] / sigmas[0]) ** (index / (total - 1))
+        found = engine.step(Step(index, total, z, batch, denoised=denoised, sigma=sigma), model)
 
         def now(mix: Mix, cond: bool) -> Tensor:
             return torch.stack([model.predicts(mix, cond, slot) for slot in range(batch)]).double()
 
         noise = z.double() - now(reference, True) if denoised else now(reference, True)
+        unit = rms(noise)
+        if denoised or sigma is not None:
+            unit = unit / math.sqrt(1 + (float(rms(noise)) if denoised else float(sigma or 0)) ** 2 / TURN**2)
         answers: dict[tuple[Mix, bool], Tensor] = {
             (base, False): now(base, False),
             (reference, True): now(reference, True),
@@ -125,17 +133,15 @@ def test_what_is_composed_is_the_formula(
         run_uncond = model.run_at(index, participants, cond=False)
         for place, mix in enumerate(participants.singles):
             if place in run:
-                conds.setdefault(place, []).append(
-                    (index, (now(mix, True) - now(reference, True)) / rms(noise))
-                )
+                conds.setdefault(place, []).append((index, (now(mix, True) - now(reference, True)) / unit))
             residual = slowly(conds[place], index) if place not in run else conds[place][-1][1]
             if place in run_uncond:
-                unconds[place] = (now(mix, False) - now(base, False)) / rms(noise), residual
-            answers[mix, True] = now(reference, True) + rms(noise) * residual
+                unconds[place] = (now(mix, False) - now(base, False)) / unit, residual
+            answers[mix, True] = now(reference, True) + unit * residual
             if place in unconds:  # with λ = 1 none of them is run
                 uncond, beside = unconds[place]
                 uncond = uncond + DAMPING * along(uncond, beside) * (residual - beside)
-                answers[mix, False] = now(base, False) + rms(noise) * uncond
+                answers[mix, False] = now(base, False) + unit * uncond
 
         def full(rows: Sequence[Row], answers: dict[tuple[Mix, bool], Tensor] = answers) -> Tensor:
             return torch.stack([answers[row.mix, row.cond][row.slot] for row in rows]).float()

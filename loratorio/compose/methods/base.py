@@ -71,11 +71,13 @@ class Predictions:
             unconditional ones; noise e or denoised latents D, as the host's model gives them.
         owners: image of each conditional row: with prompt AND an image has several.
         latents: the noisy latents z of the conditional rows, (Bc, C, H, W), where predictions are denoised; None where they are noise.
+        sigma: where they are noise, the σ of z ∝ x₀ + σ·e, a number or a tensor that broadcasts; None where nobody knows it.
     """
 
     by_branch: Mapping[Branch, Tensor]
     owners: tuple[int, ...]
     latents: Tensor | None = None
+    sigma: float | Tensor | None = None
     _noise: dict[Mix, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def cond(self, mix: Mix) -> Tensor:

@@ -33,6 +33,10 @@ LATE = 0.9
 DAMPING = 0.75
 """How much of a change is taken to go on, or to be followed: found by measurement (docs/METHODS.md)."""
 
+TURN = 2.0
+"""The σ above which a LoRA's difference from the base lasts in the denoised picture, and below which it lasts in the noise: found by
+measurement (docs/METHODS.md)."""
+
 UNCOND = 2
 """A LoRA's unconditional rows are run at every second of its runs: they count for less, and follow the conditional ones."""
 
@@ -42,7 +46,7 @@ LEAST_SHARE = 0.02
 
 @dataclass(frozen=True)
 class Residual:
-    """How far a LoRA's predictions were from the base's at an evaluation, by the size of the base's noise there.
+    """How far a LoRA's predictions were from the base's at an evaluation, by the unit of differences there (`_unit`).
 
     Attributes:
         time: number of the evaluation.
@@ -84,8 +88,8 @@ class UncondResidual:
 class Reuse(Method):
     """A weighted method of which an evaluation of the model runs only some of the LoRAs.
 
-    The base is run at every evaluation. A LoRA that is not is taken to differ from it as it did when it last was, in proportion to
-    the size of the base's noise, and `DAMPING` of its last change going on. Its unconditional rows are run at every `UNCOND`-th of its
+    The base is run at every evaluation. A LoRA that is not is taken to differ from it as it did when it last was, in a unit that makes
+    differences last (`_unit`), and `DAMPING` of its last change going on. Its unconditional rows are run at every `UNCOND`-th of its
     runs, and late at all; between, they are taken to change as its conditional ones do.
 
     Of the LoRAs that the prompt names, or that are left of a settled pool, every n-th is run, by turn, n being the knob `reuse`;
@@ -120,9 +124,9 @@ class Reuse(Method):
         shared = now.with_shared_parts()
         if not self._reuses(shared):
             return self._method.compose(now, predictions)
-        size = _size(shared, predictions)
-        self._remember(shared, predictions, size)
-        carried_on = self._carried_on(shared, predictions, size)
+        unit = _unit(shared, predictions)
+        self._remember(shared, predictions, unit)
+        carried_on = self._carried_on(shared, predictions, unit)
         composed = self._method.compose(now, predictions.with_branches(carried_on))
         if any(now.participants.pooled):
             assert composed.weights is not None
@@ -194,7 +198,7 @@ class Reuse(Method):
 
     # -- what the others would predict ------------------------------------------------------------------------------------
 
-    def _remember(self, now: StepContext, predictions: Predictions, size: Tensor) -> None:
+    def _remember(self, now: StepContext, predictions: Predictions, unit: Tensor) -> None:
         """Keep how far those that were run are from the base."""
         if self._shape != _shape(now):
             self._kept.clear()
@@ -206,18 +210,18 @@ class Reuse(Method):
             if Branch(mix, True) in predictions.by_branch:
                 cond = _difference(predictions, mix, participants.compared, True)
                 assert cond is not None
-                residual = Residual(self._time, cond / size)
+                residual = Residual(self._time, cond / unit)
                 self._kept[place] = [*self._kept.get(place, [])[-1:], residual]
                 uncond = _difference(predictions, mix, participants.base, False)
                 if uncond is not None:
                     # Of several LoRAs' first unconditional rows some come again sooner, so that each step has about as many.
                     first = place not in self._unconds
-                    self._unconds[place] = UncondResidual.of(uncond / size, residual.cond)
+                    self._unconds[place] = UncondResidual.of(uncond / unit, residual.cond)
                     self._until_uncond[place] = place % UNCOND if first else UNCOND - 1
                 else:
                     self._until_uncond[place] = max(0, self._until_uncond.get(place, 0) - 1)
 
-    def _carried_on(self, now: StepContext, predictions: Predictions, size: Tensor) -> dict[Branch, Tensor]:
+    def _carried_on(self, now: StepContext, predictions: Predictions, unit: Tensor) -> dict[Branch, Tensor]:
         """The predictions, float32, of the LoRAs that were not run."""
         participants = now.participants
         made: dict[Branch, Tensor] = {}
@@ -230,10 +234,10 @@ class Reuse(Method):
                 onward = DAMPING * min(1.0, since / before) if before else 0.0
                 residual = _onward([each.cond for each in kept], onward)
                 reference = predictions.cond(participants.compared).to(torch.float32)
-                made[Branch(mix, True)] = reference + size * residual
+                made[Branch(mix, True)] = reference + unit * residual
             if now.has_uncond and place in self._unconds and Branch(mix, False) not in predictions.by_branch:
                 reference = predictions.uncond(participants.base).to(torch.float32)
-                made[Branch(mix, False)] = reference + size * self._unconds[place].now(residual)
+                made[Branch(mix, False)] = reference + unit * self._unconds[place].now(residual)
         return made
 
 
@@ -269,7 +273,12 @@ def _shape(now: StepContext) -> Hashable:
     return (now.rows, now.size)
 
 
-def _size(now: StepContext, predictions: Predictions) -> Tensor:
-    """Root mean square of the base's noise: σ where predictions are denoised latents, hardly changing where they are e."""
+def _unit(now: StepContext, predictions: Predictions) -> Tensor:
+    """In what differences from the base are measured, so that they last: the root mean square of the base's noise, by √(1 + σ²/TURN²).
+
+    Of denoised latents D that mean square is σ itself, so that while σ is large it is differences of D that last.
+    """
     noise = predictions.noise(now.participants.compared).to(torch.float32)
-    return noise.square().mean().sqrt().clamp_min(1e-20)
+    size = noise.square().mean().sqrt().clamp_min(1e-20)
+    sigma = predictions.sigma if predictions.latents is None else size
+    return size if sigma is None else size / (1 + (sigma / TURN) ** 2) ** 0.5

@@ -86,13 +86,15 @@ class A1111Rows:
         from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
 
         index, total = self.place
+        of_noise = isinstance(self.denoiser, CFGDenoiserTimesteps)
         return Step(
             index=index,
             total=total,
             latents=self.params.x[: len(self.owners)],
             uncond_count=0 if self.skips_uncond else self.images,
             owners=self.owners,
-            denoised=not isinstance(self.denoiser, CFGDenoiserTimesteps),
+            denoised=not of_noise,
+            sigma=_sigma_at(self.denoiser, self.params.sigma[:1]) if of_noise else None,
             guidance=self.guidance,
         )
 
@@ -184,3 +186,9 @@ def _shallow(text: Text) -> Text:
     from modules.prompt_parser import DictWithShape
 
     return DictWithShape(text) if isinstance(text, dict) else text
+
+
+def _sigma_at(denoiser: Any, timestep: Tensor) -> Tensor:
+    """The σ of z ∝ x₀ + σ·e at a timestep of those samplers that count in timesteps, (1,)."""
+    kept: Tensor = denoiser.alphas[timestep.to(torch.long)]
+    return ((1 - kept) / kept).sqrt()

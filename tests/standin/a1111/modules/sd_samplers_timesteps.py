@@ -1,5 +1,6 @@
 """The denoiser of DDIM and its like, whose model wrapper gives noise."""
 
+import torch
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser, ModelWrapper
 
 
@@ -10,3 +11,4 @@ class NoiseWrapper(ModelWrapper):
 
 class CFGDenoiserTimesteps(CFGDenoiser):
     wrapper = NoiseWrapper
+    alphas = torch.linspace(0.9991, 0.0047, 1000)
