@@ -1,6 +1,6 @@
 """What a pool costs and what it changes: rows and seconds against plain steps, and PSNR against the same with nothing reused.
 
-Where the prompt calls candidates, that is naming those; where it calls none, scoring all candidates at every step.
+Where the prompt calls none of the candidates, that is scoring all of them at every step.
 
 loratorio-lab pool-cost                 the toybox; its LoRAs over again at other strengths, up to a pool of 20
 loratorio-lab pool-cost --lora-dir lab/toybox/lora_unregularised       LoRAs that no prompt calls
@@ -146,9 +146,9 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
             pictures, counter.count / options.steps / options.seeds, seconds, [names[i] for i in chosen]
         )
 
-    def reference(prompt: str, names: Sequence[str]) -> Made:
+    def reference(prompt: str, size: int, names: Sequence[str]) -> Made:
         if names:
-            return make(f"{prompt} {' '.join(f'<lora:{name}:1>' for name in names)}", reuse=1)
+            return make(f"{prompt} <pool:*>", pool_size=size, reuse=1)
         return make(f"{prompt} <pool:*>", pool_size=min(100, options.pool), pool_interval=1)
 
     make(options.prompt[0])
@@ -177,7 +177,7 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
                 for prompt, own in zip(options.prompt, made, strict=True):
                     key = (prompt, *own.called)
                     if key not in references:
-                        references[key] = reference(prompt, own.called)
+                        references[key] = reference(prompt, size, own.called)
                     values += [
                         psnr(a, b) for a, b in zip(own.pictures, references[key].pictures, strict=True)
                     ]
