@@ -319,7 +319,10 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
                 found = np.array([each.found for _, each in points])
                 low, high = np.array([each.interval for _, each in points]).T
                 error = 100 * np.array([found - low, high - found])
-                pyplot.errorbar(at, 100 * found, yerr=error, marker="o", capsize=2, label=variant.label)
+                # There are ten colours.
+                again = place >= 10
+                style = {"marker": "s" if again else "o", "linestyle": "--" if again else "-"}
+                pyplot.errorbar(at, 100 * found, yerr=error, capsize=2, label=variant.label, **style)
         pyplot.xticks(counts)
         pyplot.xlabel("LoRAs in the picture")
         pyplot.ylabel("elements found, % (95 %)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from loratorio.compose.methods import METHODS, Composition, StepContext
 from loratorio.compose.methods.cmlora import dominance, refresh_steps
 from loratorio.compose.methods.frequency import join_bands, split_bands
 from loratorio.compose.methods.klora import scores
+from loratorio.compose.methods.reuse import TURN
 from loratorio.compose.mixes import STYLE_SHARE as STYLE
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.engine import Engine, Row, Step
@@ -405,23 +407,26 @@ def test_a_pool_runs_only_those_whose_word_matters() -> None:
 
 @pytest.mark.parametrize("denoised", [True, False])
 def test_a_pool_loses_nothing_where_the_loras_keep_their_distance(denoised: bool) -> None:
-    """Each LoRA's noise is the base's plus a constant of its own: then what it said once holds for ever, at any σ."""
+    """Each LoRA differs from the base by a constant in the unit of `reuse`: then what it said once holds for ever, at any σ."""
 
     class Constant(FakeModel):
-        sigma = 1.0
+        sigma = 8.0
 
         def opinion(self, mix: Mix, cond: bool, slot: int) -> Tensor:
             random = torch.Generator().manual_seed(5)
             own = torch.randn(3, *SHAPE, generator=random)
-            noise = own[0] + 0.2 * sum((i - 1.5) * part * own[1 + cond] for i, part in enumerate(mix))
+            # The engine reads σ off z − D, whose root mean square it is where the noise's is 1.
+            seen = self.sigma * float(own[0].square().mean().sqrt()) if denoised else self.sigma
+            distance = 0.2 / math.sqrt(1 + seen**2 / TURN**2)
+            noise = own[0] + distance * sum((i - 1.5) * part * own[1 + cond] for i, part in enumerate(mix))
             return -self.sigma * noise if denoised else noise
 
     knobs = paper(pool_size=1, pool_interval=100, temperature=0.1, recentre=0.25)
     model = Constant()
     pooled, plain = Engine(knobs, bank(4), Participants.of(4, pooled=range(1, 4))), Engine(knobs, bank(4))
     for index in range(12):
-        model.sigma = 0.8**index
-        step = Step(index, 20, torch.zeros(2, *SHAPE), 2, denoised=denoised)
+        model.sigma = 8 * 0.7**index
+        step = Step(index, 20, torch.zeros(2, *SHAPE), 2, denoised=denoised, sigma=model.sigma)
         own, wanted = pooled.step(step, model.predict), plain.step(step, model.predict)
         torch.testing.assert_close(own.cond, wanted.cond, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own.weights, wanted.weights, rtol=1e-3, atol=1e-4)
