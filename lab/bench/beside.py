@@ -9,11 +9,11 @@ import numpy as np
 
 from loratorio.settings import PRESETS
 
-from .plan import CHARACTER, PAPER, STYLE, Cell, Variant
+from .plan import CHARACTER, PAPER, STYLE, Cell, Variant, cell
 from .store import ImageResult, Result
 
 ROWS: tuple[Variant, ...] = (
-    Variant("beside_truth", "Rendered truth", made="truth", beside="rendered"),
+    Variant("beside_truth", "Rendered truth", made="truth", beside="free"),
     Variant("beside_merge", "Merge", {"method": "merge"}, beside="free"),
     Variant("beside_free", "LoRAtorio", PAPER, beside="free"),
     Variant("beside_placed", "**LoRAtorio, a place for each**", PAPER, beside="placed"),
@@ -48,15 +48,7 @@ def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
         *((name,) for kind in (BACKGROUND, STYLE) for name in categories.get(kind, ())),
     ]
     return [
-        Cell(
-            variant.name,
-            (*pair, *more),
-            0,
-            seeds,
-            {} if variant.made == "truth" else {**SAMPLING, **variant.resolved()},
-            made=variant.made,
-            beside=variant.beside,
-        )
+        cell(variant, (*pair, *more), seeds, SAMPLING)
         for more in further
         for pair in pairs
         for variant in ROWS

@@ -26,8 +26,7 @@ class Variant:
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
         unlabelled: their files do not say which words call them.
-        beside: two characters beside each other in a picture of double width: ``free``, ``placed`` by `at=` in their tags, or
-            ``rendered``.
+        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
 
@@ -254,6 +253,22 @@ def sample(items: Sequence[tuple[str, ...]], limit: int) -> list[tuple[str, ...]
     return chosen
 
 
+def cell(variant: Variant, elements: tuple[str, ...], count: int, sampling: Mapping[str, Any]) -> Cell:
+    """A combination under a variant, for so many seeds from 0 on. What is rendered has no knobs."""
+    return Cell(
+        variant.name,
+        elements,
+        0,
+        count,
+        {} if variant.made == "truth" else {**sampling, **variant.resolved()},
+        variant.role,
+        variant.pool,
+        variant.made,
+        variant.beside,
+        variant.unlabelled,
+    )
+
+
 def cells(
     variants: Sequence[Variant],
     combos: Sequence[tuple[str, ...]],
@@ -264,22 +279,8 @@ def cells(
     """The grid, combination by combination, so that a grid that was stopped has whole rows of the table."""
     grid = []
     for combo in combos:
-        for variant in (TRUTH, *variants):
-            truth = variant.made == "truth"
-            grid.append(
-                Cell(
-                    variant.name,
-                    combo,
-                    0,
-                    truth_per_combination if truth else seeds,
-                    {} if truth else {**sampling, **variant.resolved()},
-                    variant.role,
-                    variant.pool,
-                    variant.made,
-                    variant.beside,
-                    variant.unlabelled,
-                )
-            )
+        grid.append(cell(TRUTH, combo, truth_per_combination, sampling))
+        grid += [cell(variant, combo, seeds, sampling) for variant in variants]
     return distinct(grid)
 
 

@@ -86,9 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         psnr = (
             "" if math.isnan(row["psnr"]) else f", PSNR {row['psnr']:.1f} dB (least {row['least_psnr']:.1f})"
         )
-        for prompt, names in zip(options.prompt, row["called"], strict=False):
-            if names:
-                print(f"  {prompt} calls {', '.join(names)}")
+        for prompt, names in row.get("called", {}).items():
+            print(f"  {prompt} calls {', '.join(names)}")
         print(
             f"{row['name']:34s} {row['rows'] / 2:6.2f} plain steps a step by rows, {row['plain_steps']:6.2f} by time{psnr}"
         )
@@ -154,14 +153,13 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
     make(options.prompt[0])
     plain_seconds = sum(make(prompt).seconds for prompt in options.prompt)
 
-    def found(name: str, made: Sequence[Made], values: Sequence[float] = ()) -> dict[str, Any]:
+    def found(name: str, made: Sequence[Made], values: Sequence[float]) -> dict[str, Any]:
         return {
             "name": name,
             "rows": float(np.mean([each.rows for each in made])),
             "plain_steps": sum(each.seconds for each in made) / plain_seconds,
             "psnr": float(np.mean(values)) if values else math.nan,
             "least_psnr": min(values, default=math.nan),
-            "called": [each.called for each in made],
         }
 
     rows: list[dict[str, Any]] = []
@@ -181,9 +179,13 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
                     values += [
                         psnr(a, b) for a, b in zip(own.pictures, references[key].pictures, strict=True)
                     ]
-            rows.append(found(f"pool_size {size}, pool_interval {interval}", made, values))
+            calls = {
+                prompt: each.called for prompt, each in zip(options.prompt, made, strict=True) if each.called
+            }
+            name = f"pool_size {size}, pool_interval {interval}"
+            rows.append({**found(name, made, values), "called": calls})
     if references:
-        rows.append(found("with nothing reused", list(references.values())))
+        rows.append(found("with nothing reused", list(references.values()), []))
     return rows
 
 

@@ -208,6 +208,10 @@ def test_presets_stay_near_themselves_without_reuse(
         own = webui.txt2img({"preset": preset}, **fields, **more)
         whole = webui.txt2img({"preset": preset, "reuse": 1}, **fields, **more)
         assert is_composed(own)
-        each = [psnr(one, other) for one, other in zip(own.images, whole.images, strict=True)]
+        # Equal pictures, which are infinitely near, must not make up for others.
+        each = [min(99.0, psnr(one, other)) for one, other in zip(own.images, whole.images, strict=True)]
         record_property(f"{name}dB, mean and least", f"{np.mean(each):.1f} {min(each):.1f}")
-        assert np.mean(each) >= (90 if preset == "paper" else 25)
+        if preset == "paper":
+            assert min(each) >= 90
+        else:
+            assert np.mean(each) >= 25

@@ -37,9 +37,6 @@ class KLoRA(OneMix):
     def begin(self, participants: Participants, changes: Changes) -> Method:
         return _Chosen(changes)
 
-    def mix(self, now: StepContext) -> Mix:
-        return now.participants.merged
-
 
 class _Chosen(KLoRA):
     """One generation's scores: they depend on the weights alone, and are made once."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
-from ..mixes import Mix, Participants
+from ..mixes import Participants
 from .base import Changes, Entry, Method, Product, StepContext
 from .one_mix import OneMix
 
@@ -22,12 +22,13 @@ ROUNDS = 100
 class Lego(OneMix):
     """LoRA-LEGO, for two LoRAs or more.
 
-    Taken from the paper: rank by rank, a LoRA's row of `down` and column of `up` are one unit, a minimal semantic unit; all LoRAs' units
-    of a layer are clustered by k-means, and the centroids are the merged LoRA's units. Both reweightings: each centroid is brought
-    to the mean norm of its cluster's units (an average is shorter), and the product is scaled by √(r/k).
-    Left open there, or seen otherwise here: k (the mean rank r; the paper's is free), how a unit's scale is split between its halves (here
-    evenly: both have one norm, so that α and the file's own split do not matter), where k-means starts (here at the
-    units farthest apart, so that a seed is one picture), and what is no product of matrices, as LoHa, norms and biases (merged).
+    Taken from the paper, as its abstract and summaries tell: rank by rank, a LoRA's row of `down` and column of `up` are one unit, a
+    minimal semantic unit; all LoRAs' units of a layer are clustered by k-means, and the centroids are the merged LoRA's units. Both
+    reweightings: each centroid is brought to the mean norm of its cluster's units (an average is shorter), and the product is scaled
+    by √(r/k).
+    Left open there: k (here the mean rank r), how a unit's scale is split between its halves (here evenly: both have one norm, so that
+    α and the file's own split do not matter), where k-means starts (here at the units farthest apart, so that a seed is one picture),
+    and what is no product of matrices, as LoHa, norms and biases (here merged).
     The text encoder's part of the LoRAs is merged.
     """
 
@@ -40,9 +41,6 @@ class Lego(OneMix):
 
     def begin(self, participants: Participants, changes: Changes) -> Method:
         return _Assembled(changes)
-
-    def mix(self, now: StepContext) -> Mix:
-        return now.participants.merged
 
 
 class _Assembled(Lego):
@@ -74,11 +72,10 @@ def assembled(products: Sequence[Product], units: float = UNITS) -> Product:
     mean_rank = sum(len(product.down) for product in products) / len(products)
     count = min(len(downs), max(1, round(units * mean_rank)))
     points = torch.cat([downs.flatten(1), ups], dim=1)
-    member = _members(clusters(points, count), count, points)
-    mean = member / member.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = _means(clusters(points, count), count, points)
     length = (mean @ points).norm(dim=1)
     longer = torch.where(length > 0, (mean @ points.norm(dim=1)) / length, torch.zeros_like(length))
-    filled = member.any(dim=1).to(points.dtype).sum()
+    filled = mean.any(dim=1).to(points.dtype).sum()
     # Both halves have the centroid's new norm, and the product's scale is shared out between them.
     factor = (longer * (mean_rank / filled) ** 0.25).unsqueeze(1)
     down = (factor * (mean @ downs.flatten(1))).reshape(-1, *downs.shape[1:])
@@ -96,10 +93,11 @@ def _balanced(product: Product) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def _members(cluster: Tensor, count: int, like: Tensor) -> Tensor:
-    """Which points each cluster has, (k, n), ones and zeros."""
+def _means(cluster: Tensor, count: int, like: Tensor) -> Tensor:
+    """Each cluster's mean as weights of the points, (k, n); zeros where it has none."""
     numbers = torch.arange(count, device=like.device).unsqueeze(1)
-    return (numbers == cluster).to(like.dtype)
+    member = (numbers == cluster).to(like.dtype)
+    return member / member.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def clusters(points: Tensor, count: int) -> Tensor:
@@ -128,10 +126,9 @@ def clusters(points: Tensor, count: int) -> Tensor:
         if bool((now == before).all()):
             break
         before = now
-        member = _members(now, count, points)
-        filled = member.any(dim=1, keepdim=True)
+        means = _means(now, count, points)
         # A cluster that lost all its points stays where it was.
-        weights = torch.where(filled, member / member.sum(dim=1, keepdim=True).clamp(min=1), weights)
+        weights = torch.where(means.any(dim=1, keepdim=True), means, weights)
     return before
 
 

@@ -17,9 +17,6 @@ class Merge(OneMix):
         "All LoRAs in the model at once, as the WebUI does without this extension.",
     )
 
-    def mix(self, now: StepContext) -> Mix:
-        return now.participants.merged
-
 
 class MergeNamed(OneMix):
     """Merge for the steps that are not composed: the LoRAs that the prompt names, without a pool's candidates."""

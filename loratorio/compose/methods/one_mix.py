@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 from ..lazy_torch import torch
 from ..mixes import Branch, Mix
 from .base import Composition, Method, Predictions, StepContext, both
@@ -12,9 +10,9 @@ from .base import Composition, Method, Predictions, StepContext, both
 class OneMix(Method):
     """A method that asks the model under a single mix and takes its prediction."""
 
-    @abstractmethod
     def mix(self, now: StepContext) -> Mix:
-        """The mix of this step."""
+        """The mix of this step: all LoRAs at once, unless a method says otherwise."""
+        return now.participants.merged
 
     def branches(self, now: StepContext) -> list[Branch]:
         return both([self.mix(now)], now)
