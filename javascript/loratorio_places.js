@@ -109,14 +109,20 @@ const loratorioPlaces = (function() {
             if (placed.length && !this.opened) {
                 this.opened = this.fold.open = true; // once: who folds it away wants it so
             }
+            this.aspect();
             if (!this.dragging) {
                 this.render();
             }
         }
 
+        /** Draw the LoRAs anew, where they are others than those drawn: a box between two clicks, or under a finger, stays the same one. */
         render() {
+            const state = JSON.stringify(this.loras);
+            if (this.drawn === state) {
+                return;
+            }
+            this.drawn = state;
             const focused = this.canvas.querySelector(":focus")?.dataset.key;
-            this.aspect();
             this.names.replaceChildren(...this.loras.map((lora, i) => this.name(lora, i)));
             this.canvas.replaceChildren(...this.loras.flatMap((lora, i) => (lora.place?.boxes ?? []).map(
                 (box, number) => this.box(lora, i, box, number),
@@ -230,11 +236,13 @@ const loratorioPlaces = (function() {
                 window.removeEventListener("pointercancel", end);
                 this.dragging = false;
                 // A mere click leaves the boxes as they are: the next one may make it a double click.
+                if (far) {
+                    this.drawn = null;
+                }
                 if (far && each.type === "pointerup") {
                     done();
-                } else if (far) {
-                    this.render();
                 }
+                this.render();
             };
             window.addEventListener("pointermove", move);
             window.addEventListener("pointerup", end);
@@ -275,8 +283,6 @@ const loratorioPlaces = (function() {
                 if (box && box[2] - box[0] >= LEAST && box[3] - box[1] >= LEAST) {
                     const place = lora.place ?? {boxes: [], edge: ""};
                     this.write(lora, {...place, boxes: [...place.boxes, box]});
-                } else {
-                    this.render();
                 }
             });
         }

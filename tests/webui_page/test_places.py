@@ -105,6 +105,26 @@ def test_what_is_typed_is_shown(places: Places) -> None:
     assert "<lora:fox:at=0.25,0.45,0.75,0.95~0.05:0.8>" in places.written()
 
 
+def test_an_answer_about_the_names_leaves_the_boxes(places: Places) -> None:
+    """What the WebUI says of names comes a moment later: a box that is being clicked or dragged stays the same element."""
+    held = []
+    places.page.route("**/loratorio/found", lambda route: held.append(route))
+    places.prompt("<lora:fox:at=left:1> <pool:late/*:at=right>")
+    places.boxes().first.evaluate("box => { box.sameElement = true; }")
+    places.page.wait_for_timeout(100)
+    assert len(held) == 1
+    held[0].fulfill(json={"missing": ["fox"], "pools": {"late/*": 3}})
+    places.wait_for_line("Off. Ticked, it would compose fox 1 not found pool late/* 1 3 LoRAs")
+    assert places.boxes().first.evaluate("box => box.sameElement") is True
+    # A prompt that changes while a box is held is shown when it is let go.
+    area = places.canvas().bounding_box()
+    places.page.mouse.move(area["x"] + area["width"] / 4, area["y"] + area["height"] / 2)
+    places.page.mouse.down()
+    places.prompt("<lora:fox:at=left:1> <lora:ink:at=top-right:1>")
+    places.page.mouse.up()
+    assert places.boxes().nth(1).get_attribute("aria-label").startswith("Place of ink: from 50 to 100 % across, 0 to 50 %")
+
+
 def test_names_are_text_and_colours_those_of_the_maps(places: Places) -> None:
     places.prompt("<lora:<img src=x onerror=window.hit=1:at=left:1> <lora:fast:1> <lora:ink:at=right:1>")
     assert places.page.evaluate("window.hit") is None
