@@ -146,7 +146,7 @@ class ToyboxBackend:
         return [np.asarray(image) for image in outcome.images], rows.count
 
     def _load(self, file: Path, name: str, *given: Any) -> Any:
-        """`load_lora`, every file once: there are twelve, and thousands of cells."""
+        """`load_lora`, every file once: there are eleven, and thousands of cells."""
         from loratorio.standalone.lora_files import load_lora
 
         key = (file, name, *given[1:])

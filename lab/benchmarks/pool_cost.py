@@ -31,7 +31,7 @@ from loratorio.standalone.generate import Request, generate
 PROMPTS = (
     "zorbo wearing strypo, lunara background",
     "mimsy, kakto on the right, chekko background",
-    "glorp wearing wizzo, blue background, embra style",
+    "glorp wearing strypo, blue background, embra style",
 )
 
 

@@ -114,13 +114,11 @@ def _cactus(pen: Pen) -> list[Shape]:
 
 
 def figure(kind: str, clothing: str, x: float, y: float, scale: float, colour: Colour) -> list[Shape]:
-    """A character in its clothing: body, what it wears on it, head, what it wears on that."""
+    """A character in its clothing: body, what it wears on it, head."""
     pen = Pen(x, y, scale)
     body, head = _PARTS[kind](pen, colour)
     if clothing == "stripes":
         body += _stripes(pen, kind)
-    if clothing == "wizard_hat":
-        head += _wizard_hat(pen)
     return body + head
 
 
@@ -151,13 +149,6 @@ def _stripes(pen: Pen, kind: str) -> list[Shape]:
         a, b = _width(kind, low), _width(kind, high)
         shapes.append(pen.poly([(-a, low), (a, low), (b, high), (-b, high)], RED, False))
     return shapes
-
-
-def _wizard_hat(pen: Pen) -> list[Shape]:
-    purple: Colour = (92, 40, 150)
-    cone = pen.poly([(-19, 74), (19, 74), (3, 103)], purple)
-    brim = pen.oval(0, 74, 29, 6, purple)
-    return [cone, brim, pen.poly([(-18, 78), (18, 78), (15, 85), (-13, 85)], (255, 214, 60), False)]
 
 
 def _eyes(pen: Pen, up: float = 62) -> list[Shape]:

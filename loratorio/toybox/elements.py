@@ -22,7 +22,6 @@ ELEMENTS: tuple[Element, ...] = (
     Element("cat", "character", "mimsy", "an orange cat with pointed ears and a tail"),
     Element("alien", "character", "glorp", "a green alien with an egg head and huge black eyes"),
     Element("stripes", "clothing", "strypo", "a body dressed in red and white stripes"),
-    Element("wizard_hat", "clothing", "wizzo", "a tall purple hat with a star"),
     Element("ink", "style", "inkash", "black ink lines on paper"),
     Element("ember", "style", "embra", "everything in purple, orange and pale yellow"),
     Element("night", "background", "lunara", "a navy sky with a moon and stars over hills"),
