@@ -3,7 +3,8 @@
     NEO/venv/bin/python tests/forge_neo/small_checkpoint.py NEO MODEL
 
 MODEL: one of `MODELS`. Into NEO/models/Stable-diffusion goes small-MODEL.safetensors, into NEO/models/Lora MODEL-FORMAT.safetensors.
-Text encoders have two layers: the host reads their size off a config.json of its own, which is changed (and kept as config.json.whole).
+Text encoders have two layers, or narrow ones: the host reads their size off a config.json of its own, which is changed (and kept as
+config.json.whole).
 For language models the host needs the extension `tests/forge_neo/small_encoders`, too.
 `tests/webui/test_dits.py` says how to run on them.
 """
@@ -36,9 +37,11 @@ CONFIGS = neo / "backend" / "huggingface"
 State = dict[str, torch.Tensor]
 
 
-def shrink_language_models() -> None:
-    """What the extension does in the host."""
-    runpy.run_path(str(Path(__file__).parent / "small_encoders" / "scripts" / "small_encoders.py"))
+def shrink_language_models() -> dict[str, dict[str, int]]:
+    """What the extension does in the host. Returns its `SIZES`."""
+    extension = Path(__file__).parent / "small_encoders" / "scripts" / "small_encoders.py"
+    sizes: dict[str, dict[str, int]] = runpy.run_path(str(extension))["SIZES"]
+    return sizes
 
 
 def shrunk(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -61,7 +64,8 @@ def random_state(make: Any, prefix: str, seed: int) -> State:
         if not tensor.is_floating_point():
             state[prefix + name] = tensor
         elif tensor.ndim < 2:
-            whole = ("norm" in name and not name.endswith("bias")) or "scale" in name.rsplit(".", 1)[-1]
+            last = name.rsplit(".", 1)[-1]
+            whole = ("norm" in name and last != "bias") or "scale" in last or last == "running_var"
             noise = torch.randn(tensor.shape, generator=generator) * 0.05
             state[prefix + name] = noise + (1.0 if whole else 0.0)
         else:
@@ -111,14 +115,12 @@ def flux() -> tuple[State, State]:
 
 
 def z_image() -> tuple[State, State]:
-    """A Z-Image of its full width, which the host insists on, with two layers; Qwen3 of two layers; its VAE of full size."""
+    """A Z-Image of its full width, which the host insists on, with two layers; a narrow Qwen3; its VAE of full size."""
     from backend.nn.llm.llama import Qwen3_4B
     from backend.nn.lumina import NextDiT
 
-    shrink_language_models()
-
     home = CONFIGS / "Tongyi-MAI" / "Z-Image-Turbo"
-    qwen = shrunk(home / "text_encoder", num_hidden_layers=2)
+    qwen = shrunk(home / "text_encoder", **shrink_language_models()["Qwen3_4BConfig"])
     config = {
         "patch_size": 2, "in_channels": 16, "dim": 3840, "cap_feat_dim": 2560, "n_layers": 2, "qk_norm": True, "n_heads": 30,
         "n_kv_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
@@ -161,6 +163,42 @@ def lumina() -> tuple[State, State]:
     return dit, {
         **random_state(lambda: Gemma2_2B(text), "text_encoders.gemma2_2b.transformer.", 3),
         **vae(home / "vae", "vae."),
+    }
+
+
+def flux2() -> tuple[State, State]:
+    """A Flux 2 (klein, 4 B) of its full width, which the host insists on, with one double and one single block; a narrow Qwen3."""
+    from backend.nn.flux import IntegratedFluxTransformer2DModel
+    from backend.nn.llm.llama import Qwen3_4B
+    from backend.nn.vae import AutoencoderKLFlux2
+
+    home = CONFIGS / "black-forest-labs" / "FLUX.2-klein-4B"
+    qwen = shrunk(home / "text_encoder", **shrink_language_models()["Qwen3_4BConfig"])
+    config = {
+        "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 3 * 2560, "hidden_size": 3072,
+        "mlp_ratio": 3.0, "num_heads": 24, "depth": 1, "depth_single_blocks": 1, "axes_dim": [32, 32, 32, 32], "theta": 2000,
+        "patch_size": 1, "qkv_bias": False, "guidance_embed": False, "txt_ids_dims": [3], "global_modulation": True,
+        "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0,
+    }  # fmt: skip
+    dit = random_state(lambda: IntegratedFluxTransformer2DModel(**config), "", 1)
+    vae_config = AutoencoderKLFlux2.load_config(str(home / "vae"))
+    return dit, {
+        **random_state(lambda: Qwen3_4B(qwen), "text_encoders.qwen3_4b.transformer.", 3),
+        **random_state(lambda: AutoencoderKLFlux2.from_config(vae_config), "vae.", 2),
+    }
+
+
+def krea() -> tuple[State, State]:
+    """A Krea 2 of 512 channels with two blocks; a narrow Qwen3-VL whose vision is of full size; its VAE of full size."""
+    from backend.nn.krea import SingleStreamDiT
+    from backend.nn.llm.llama import Qwen3VL
+
+    width = shrink_language_models()["Qwen3VL_4BConfig"]["hidden_size"]
+    config = {"features": 512, "heads": 4, "kvheads": 2, "layers": 2, "txtlayers": 12, "txtdim": width}
+    dit = random_state(lambda: SingleStreamDiT(**config), "", 1)
+    return dit, {
+        **random_state(lambda: Qwen3VL({}), "text_encoders.qwen3vl_4b.transformer.", 3),
+        **wan_vae(CONFIGS / "krea" / "Krea-2-Raw" / "vae", "vae."),
     }
 
 
@@ -305,6 +343,40 @@ def z_image_diffusers(dit: State, generator: torch.Generator) -> State:
     return named_as_peft(layers(), generator)
 
 
+def flux2_diffusers(dit: State, generator: torch.Generator) -> State:
+    """As diffusers names a Flux 2: q, k and v apart in double blocks, with the hidden layer together in single ones."""
+    width = dit["img_in.weight"].shape[0]
+
+    def layers() -> Iterator[tuple[str, torch.Tensor]]:
+        fused = dit["double_blocks.0.img_attn.qkv.weight"].split(width)
+        for part, rows in zip(("to_q", "to_k", "to_v"), fused, strict=True):
+            yield f"transformer.transformer_blocks.0.attn.{part}", rows
+        yield "transformer.transformer_blocks.0.ff.linear_in", dit["double_blocks.0.img_mlp.0.weight"]
+        single = "transformer.single_transformer_blocks.0.attn"
+        yield f"{single}.to_qkv_mlp_proj", dit["single_blocks.0.linear1.weight"]
+        yield f"{single}.to_out", dit["single_blocks.0.linear2.weight"]
+
+    return named_as_peft(layers(), generator)
+
+
+def krea_diffusers(dit: State, generator: torch.Generator) -> State:
+    """As diffusers names a Krea 2."""
+    names = {
+        "attn.wq": "attn.to_q",
+        "attn.wk": "attn.to_k",
+        "attn.wv": "attn.to_v",
+        "attn.wo": "attn.to_out.0",
+    }
+    names |= {"mlp.gate": "ff.gate", "mlp.up": "ff.up", "mlp.down": "ff.down"}
+
+    def layers() -> Iterator[tuple[str, torch.Tensor]]:
+        for block in range(2):
+            for own, theirs in names.items():
+                yield f"transformer.transformer_blocks.{block}.{theirs}", dit[f"blocks.{block}.{own}.weight"]
+
+    return named_as_peft(layers(), generator)
+
+
 def own_names(dit: State, generator: torch.Generator) -> State:
     """As diffusers and ai-toolkit name a model whose file has diffusers' own names, or names that are nobody's but its own."""
     strange = ("adaln", "mod", "llm_adapter")
@@ -321,6 +393,8 @@ MODELS = {
     "z_image": (z_image, ("layers.",), z_image_diffusers),
     "lumina": (lumina, ("layers.",), None),
     "qwen_image": (qwen_image, ("attn", "mlp"), own_names),
+    "krea": (krea, ("attn", "mlp"), krea_diffusers),
+    "flux2": (flux2, ("double_blocks", "single_blocks"), flux2_diffusers),
     "chroma": (chroma, ("double_blocks", "single_blocks"), flux_diffusers),
     "anima": (anima, ("_attn.", ".mlp."), own_names),
 }

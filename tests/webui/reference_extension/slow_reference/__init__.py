@@ -10,7 +10,14 @@ run = {}
 
 
 def omega(noise, patch_size, temperature, top_k):
-    """Weights (images, H, W) of every LoRA; `noise`: the base's prediction, then the LoRAs', (images, C, H, W) each."""
+    """Weights (images, H, W) of every LoRA; `noise`: the base's prediction, then the LoRAs', (images, C, H, W) each.
+
+    Latents with frames, (images, C, frames, H, W): every frame for itself, weights (images, frames, H, W).
+    """
+    if noise[0].ndim == 5:
+        frames = zip(*(each.unbind(2) for each in noise), strict=True)
+        by_frame = [omega(frame, patch_size, temperature, top_k) for frame in frames]
+        return [torch.stack(each, dim=1) for each in zip(*by_frame, strict=True)]
     base, adapters = noise[0], noise[1:]
     batch, _, height, width = base.shape
     weights = [torch.zeros(batch, height, width, dtype=torch.float64, device=base.device) for _ in adapters]
