@@ -122,7 +122,8 @@ def test_an_answer_about_the_names_leaves_the_boxes(places: Places) -> None:
     places.page.mouse.down()
     places.prompt("<lora:fox:at=left:1> <lora:ink:at=top-right:1>")
     places.page.mouse.up()
-    assert places.boxes().nth(1).get_attribute("aria-label").startswith("Place of ink: from 50 to 100 % across, 0 to 50 %")
+    label = places.boxes().nth(1).get_attribute("aria-label")
+    assert label.startswith("Place of ink: from 50 to 100 % across, 0 to 50 %")
 
 
 def test_names_are_text_and_colours_those_of_the_maps(places: Places) -> None:
