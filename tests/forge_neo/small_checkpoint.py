@@ -55,7 +55,7 @@ def shrunk(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def random_state(make: Any, prefix: str, seed: int) -> State:
-    """A module's weights, of the size that keeps numbers as large as they came in; norms are whole."""
+    """A module's weights in bfloat16, of the size that keeps numbers as large as they came in; norms are whole."""
     with operations.using_forge_operations(device=CPU, dtype=torch.float32, manual_cast_enabled=False):
         module = make()
     generator = torch.Generator().manual_seed(seed)
@@ -66,11 +66,11 @@ def random_state(make: Any, prefix: str, seed: int) -> State:
         elif tensor.ndim < 2:
             last = name.rsplit(".", 1)[-1]
             whole = ("norm" in name and last != "bias") or "scale" in last or last == "running_var"
-            noise = torch.randn(tensor.shape, generator=generator) * 0.05
-            state[prefix + name] = noise + (1.0 if whole else 0.0)
+            made = torch.randn(tensor.shape, generator=generator) * 0.05 + (1.0 if whole else 0.0)
+            state[prefix + name] = made.to(torch.bfloat16)
         else:
-            fan_in = tensor[0].numel()
-            state[prefix + name] = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
+            made = torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5
+            state[prefix + name] = made.to(torch.bfloat16)
     return state
 
 
@@ -132,13 +132,12 @@ def z_image() -> tuple[State, State]:
 
 
 def qwen_image() -> tuple[State, State]:
-    """A Qwen-Image of its full width, which its class fixes, with two layers; Qwen2.5-VL of two layers; its VAE of full size."""
+    """A Qwen-Image of its full width, which its class fixes, with two layers; a narrow Qwen2.5-VL of two layers; its VAE of full size."""
     from backend.nn.llm.llama import Qwen25_7BVLI
     from backend.nn.qwen import QwenImageTransformer2DModel
 
-    shrink_language_models()
     home = CONFIGS / "Qwen" / "Qwen-Image"
-    text = shrunk(home / "text_encoder", num_hidden_layers=2)
+    text = shrunk(home / "text_encoder", **shrink_language_models()["Qwen25_7BVLI_Config"])
     dit = random_state(lambda: QwenImageTransformer2DModel(num_layers=2), "", 1)
     return dit, {
         **random_state(lambda: Qwen25_7BVLI(text), "text_encoders.qwen25_7b.transformer.", 3),
@@ -405,7 +404,7 @@ def main() -> None:
     dit, others = make()
     whole = {f"model.diffusion_model.{name}": tensor for name, tensor in dit.items()} | others
     checkpoint = neo / "models" / "Stable-diffusion" / f"small-{model_name}.safetensors"
-    save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in whole.items()}, checkpoint)
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, checkpoint)
     print(checkpoint)
     for seed, (name, tensors) in enumerate(
         (

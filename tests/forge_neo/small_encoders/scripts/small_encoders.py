@@ -13,6 +13,7 @@ SIZES = {
     # Flux 2 takes text from layers 9, 18 and 27, Krea from twelve layers up to the last: they keep their layers.
     "Qwen3_4BConfig": NARROW,
     "Qwen3VL_4BConfig": {**NARROW, "hidden_size": 640},
+    "Qwen25_7BVLI_Config": {**NARROW, **FEW_LAYERS},
 }
 """What is smaller than the host's own; of language models that are not named, the number of layers."""
 
