@@ -174,8 +174,8 @@ class Settings:
         "weights", 5, folded=True,
     )  # fmt: skip
     top_k: int = knob(
-        "int", 0, "Top-k", "How many LoRAs may share a patch. 0: all of them.",
-        "weights", 2, minimum=0, maximum=100,
+        "int", 2, "Top-k", "How many LoRAs may share a patch. 0: all of them.",
+        "weights", 2, minimum=0, maximum=100, former=(("0.2.0", 0),),
     )  # fmt: skip
     blend: str = knob(
         "choice", "hard", "Patch borders", "How weights change between patches: at once, interpolated, or from overlapping patches.",
@@ -273,20 +273,20 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "paper",
             "Paper",
-            "As published: every LoRA at every step, re-centring 0.5, no shared part. Slowest.",
-            {"recentre": 0.5, "share": 0.0, "reuse": 1},
+            "As published: every LoRA at every step and in every patch, re-centring 0.5, no shared part. Slowest.",
+            {"top_k": 0, "recentre": 0.5, "share": 0.0, "reuse": 1},
         ),
         Preset(
             "balanced",
             "Balanced",
-            "Each LoRA at every third step, re-centring 0.5, and a small shared part. The default.",
-            {"recentre": 0.5, "share": 0.15, "reuse": 3},
+            "Each LoRA at every third step, two of them a patch, re-centring 0.5, and a small shared part. The default.",
+            {"top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3},
         ),
         Preset(
             "fast",
             "Fast",
-            "Each LoRA at every third step, and the base model only in the unconditional prediction.",
-            {"recentre": 1.0, "share": 0.15, "reuse": 3},
+            "As Balanced, and the base model only in the unconditional prediction.",
+            {"top_k": 2, "recentre": 1.0, "share": 0.15, "reuse": 3},
         ),
     )
 }

@@ -152,7 +152,7 @@ def test_the_defaults_are_the_balanced_preset() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_set_the_same_knobs_and_nothing_else(name: str) -> None:
-    assert set(PRESETS[name].values) == {"recentre", "share", "reuse"}
+    assert set(PRESETS[name].values) == {"top_k", "recentre", "share", "reuse"}
     changed = Settings(temperature=0.5, method="merge").with_values({"preset": name})
     assert (changed.temperature, changed.method) == (0.5, "merge")
     assert {knob: getattr(changed, knob) for knob in PRESETS[name].values} == PRESETS[name].values

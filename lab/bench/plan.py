@@ -110,7 +110,7 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("cmlora", "CMLoRA", {"method": "cmlora"}),
     Variant("klora", "K-LoRA", {"method": "klora"}),
     Variant("lego", "LoRA-LEGO", {"method": "lego"}),
-    Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency"}),
+    Variant("frequency", "Frequency bands (MultLFG)", {"method": "frequency", "top_k": 0}),
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
     Variant("loratorio", "LoRAtorio", PAPER),
     Variant("divergence", "LoRAtorio by divergence", {**PAPER, "method": "divergence"}),
@@ -174,8 +174,9 @@ BETTER_ROWS: tuple[Variant, ...] = (
 PRESET_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
     *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
+    Variant("balanced_all", "Balanced, top-k 0", {**PRESETS["balanced"].values, "top_k": 0}),
 )
-"""What a user chooses between; run on every combination."""
+"""What a user chooses between, and what top-k does to the default; run on every combination."""
 
 
 def speed(recentre: float, share: float, reuse: int) -> Variant:

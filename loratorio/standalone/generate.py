@@ -107,7 +107,7 @@ def _generate(
     checkpoint: Checkpoint, lora_dir: Path | None, request: Request, progress: Progress | None, load: Load
 ) -> Outcome:
     text, tags = split_loras(request.prompt)
-    check(request, tags, checkpoint.latent_scale)
+    check(request, checkpoint.latent_scale)
     loras = load_lora_set(tags, lora_dir, checkpoint, load, text)
     settings = (
         request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
@@ -140,7 +140,7 @@ def _generate(
     )
 
 
-def check(request: Request, tags: Sequence[PromptLora], latent_scale: int = 8) -> None:
+def check(request: Request, latent_scale: int = 8) -> None:
     """Everything about a request that needs no model. Raises LoratorioError."""
     find_sampler(request.sampler)
     for what, pixels in (("width", request.width), ("height", request.height)):
@@ -154,12 +154,6 @@ def check(request: Request, tags: Sequence[PromptLora], latent_scale: int = 8) -
         raise LoratorioError(
             f"patch_size is {request.settings.patch_size}, but the latent of a {request.width}×{request.height} picture is only "
             f"{request.width // latent_scale}×{request.height // latent_scale}: choose {largest} or less."
-        )
-    pooled = any(tag.pool for tag in tags)
-    if tags and not pooled and request.settings.top_k > len(tags):
-        raise LoratorioError(
-            f"top_k is {request.settings.top_k}, but the prompt has {len(tags)} LoRA{'s' if len(tags) > 1 else ''}: "
-            "choose fewer, or 0 for all."
         )
     for what, number, lowest, highest in (
         ("steps", request.steps, 1, 1000),

@@ -240,8 +240,14 @@ def anima() -> tuple[State, State]:
         "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
     }  # fmt: skip
     dit = random_state(lambda: Anima(**config), "", 1)
+    prefix = "text_encoders.qwen3_06b.transformer."
+    encoder = random_state(lambda: Qwen3_06B(text), prefix, 3)
+    # By the adapter between both, which files have among the DiT's weights, the host knows an Anima.
+    dits = {
+        name.replace(f"{prefix}llm_adapter", "model.diffusion_model.llm_adapter"): name for name in encoder
+    }
     return dit, {
-        **random_state(lambda: Qwen3_06B(text), "text_encoders.qwen3_06b.transformer.", 3),
+        **{theirs: encoder[name] for theirs, name in dits.items()},
         **wan_vae(home / "vae", "vae."),
     }
 

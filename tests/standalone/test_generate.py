@@ -202,7 +202,6 @@ def test_a_picture_that_is_not_square_with_maps(load: Callable[[str], tuple[Chec
             {"settings": paper(patch_size=9)},
             "patch_size is 9, but the latent of a 64×64 picture is only 8×8",
         ),
-        ({"settings": paper(top_k=3)}, "top_k is 3, but the prompt has 2 LoRAs"),
         ({"sampler": "eular"}, "sampler must be one of .*; did you mean euler"),
         ({"steps": 0}, "steps must be from 1 to 1000, not 0"),
         ({"batch": 0}, "batch must be from 1"),

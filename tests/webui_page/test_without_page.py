@@ -119,7 +119,7 @@ def test_a_picture_is_exact_although_defaults_change(monkeypatch: pytest.MonkeyP
     assert infotext.value_from(later, {**made, VERSION_KEY: "0.1.0"}) == 1
 
 
-DEFAULTS = {
+OF_0_2 = {
     "recentre": 0.5,
     "share": 0.15,
     "reuse": 3,
@@ -128,11 +128,18 @@ DEFAULTS = {
     "top_k": 0,
     "method": "loratorio",
 }
-"""Of version 0.2.0. Where one changes, the version must, and the knob's `former` must say what it was."""
+DEFAULTS = {"0.2.0": OF_0_2, "0.3.0": {**OF_0_2, "top_k": 2}}
+"""By version. Where one changes, the version must, and the knob's `former` must say what it was."""
 
 
-def test_defaults_are_those_of_their_version() -> None:
-    assert {name: KNOB_BY_NAME[name].default_in("0.2.0") for name in DEFAULTS} == DEFAULTS
+@pytest.mark.parametrize("version", DEFAULTS)
+def test_defaults_are_those_of_their_version(version: str) -> None:
+    made_with = {name: KNOB_BY_NAME[name].default_in(version) for name in OF_0_2}
+    assert made_with == DEFAULTS[version]
+
+
+def test_the_newest_version_has_the_defaults_of_now() -> None:
+    assert DEFAULTS[__version__] == {name: KNOB_BY_NAME[name].default for name in OF_0_2}
 
 
 def test_keys_are_ones_that_the_hosts_can_read() -> None:

@@ -407,7 +407,7 @@ def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
     run([*grid, *other], store, BACKEND)
     results = list(store.read([*grid, *other]))
     of_presets = presets.of_schedule(results, SPEED_STEPS)
-    assert {each.cell.variant for each in of_presets} == {"truth", "merge", "paper", "balanced", "fast"}
+    assert {each.cell.variant for each in of_presets} == {"truth", *(row.name for row in PRESET_ROWS)}
     text = "\n".join(presets.section(results, {"presets": "results/presets.png"}))
     assert "## Presets" in text
     assert "(results/presets.png)" in text
@@ -415,7 +415,7 @@ def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
     by_label = {
         line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")
     }
-    assert list(by_label)[2:] == ["Rendered truth", "Merge", "Paper", "Balanced", "Fast"]
+    assert list(by_label)[2:] == ["Rendered truth", *(row.label for row in PRESET_ROWS)]
     own = [each for each in of_presets if each.cell.variant == "fast"]
     rows = np.mean([each.model_rows / len(each.images) for each in own])
     assert by_label["Fast"][5].strip() == f"{rows / 2 / SPEED_STEPS:.2f}"
