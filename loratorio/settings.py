@@ -174,7 +174,7 @@ class Settings:
         "weights", 5, folded=True,
     )  # fmt: skip
     top_k: int = knob(
-        "int", 2, "Top-k", "How many LoRAs may share a patch. 0: all of them.",
+        "int", 2, "Top-k", "How many LoRAs may share a patch. 0: all of them (paper).",
         "weights", 2, minimum=0, maximum=100, former=(("0.2.0", 0),),
     )  # fmt: skip
     blend: str = knob(
