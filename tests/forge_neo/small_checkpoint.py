@@ -401,7 +401,11 @@ MODELS = {
     "krea": (krea, ("attn", "mlp"), krea_diffusers),
     "flux2": (flux2, ("double_blocks", "single_blocks"), flux2_diffusers),
     "chroma": (chroma, ("double_blocks", "single_blocks"), flux_diffusers),
-    "anima": (anima, ("self_attn.",), own_names),  # the host and LoRAtorio hold a LoKr as whole matrices: of all layers 8 GB
+    "anima": (
+        anima,
+        ("self_attn.",),
+        own_names,
+    ),  # the host and LoRAtorio hold a LoKr as whole matrices: of all layers 8 GB
 }
 
 
