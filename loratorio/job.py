@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Job:
     Attributes:
         p: the WebUI's processing object.
         settings: the knobs.
+        standing: sentences that are true of every pass.
         tell: called with every new sentence.
         changed: called when a pass, or a note, has come.
         passes: what was composed so far.
@@ -64,6 +65,7 @@ class Job:
 
     p: Any
     settings: Settings
+    standing: Sequence[str] = ()
     tell: Callable[[str], None] = lambda sentence: None
     changed: Callable[[], None] = lambda: None
     passes: list[PassRecord] = field(default_factory=list)
@@ -90,6 +92,8 @@ class Job:
     def begin_pass(self) -> None:
         """A sampling begins."""
         self.begun.add((self.batch, self.is_hires))
+        for sentence in self.standing:
+            self.note(sentence)
 
     def note(self, sentence: str) -> None:
         """Tell the user `sentence`, of the pass that is being made."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
@@ -158,8 +158,9 @@ class Settings:
         "method", 0,
     )  # fmt: skip
     method: str = knob(
-        "choice", "loratorio", "Method", "How the LoRAs' predictions are combined.",
+        "choice", "relative", "Method", "How the LoRAs' predictions are combined.",
         "method", 1, choices=tuple((each.entry.name, each.entry.label) for each in METHODS.values()),
+        former=(("0.2.0", "loratorio"),),
     )  # fmt: skip
     patch_size: int = knob(
         "int", 2, "Patch size", "Side of a patch in latent pixels (one is 8 picture pixels). Smaller: finer borders between LoRAs.",
@@ -252,6 +253,19 @@ class Settings:
                 raise LoratorioError(f"There is no knob {str(name)!r}; {hint}")
         return replace(self, **values)
 
+    def without_effect(self, asked: Iterable[str]) -> list[str]:
+        """A sentence for each of these knobs that was set, but that the method does not look at."""
+        method = METHODS[self.method].entry.label
+        sentences = []
+        for name in asked:
+            knob = KNOB_BY_NAME.get(name)
+            if knob is not None and knob.ignored_by(self.method) and getattr(self, name) != knob.default:
+                used = [each.entry.label for each in METHODS.values() if name in each.knobs]
+                sentences.append(
+                    f"{name} = {getattr(self, name)} changes nothing with the method {method}. It is for {', '.join(used)}."
+                )
+        return sentences
+
     def active_at(self, index: int, total: int) -> bool:
         """Whether step `index` (from 0) of `total` lies in the part of the steps that is composed."""
         return self.start * total <= index < self.end * total
@@ -273,20 +287,20 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "paper",
             "Paper",
-            "As published: every LoRA at every step and in every patch, re-centring 0.5, no shared part. Slowest.",
-            {"top_k": 0, "recentre": 0.5, "share": 0.0, "reuse": 1},
+            "As published: weights by SoftMin, every LoRA at every step and in every patch, re-centring 0.5, no shared part. Slowest.",
+            {"method": "loratorio", "top_k": 0, "recentre": 0.5, "share": 0.0, "reuse": 1},
         ),
         Preset(
             "balanced",
             "Balanced",
-            "Each LoRA at every third step, two of them a patch, re-centring 0.5, and a small shared part. The default.",
-            {"top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3},
+            "Relative divergence, each LoRA at every third step, two of them a patch, re-centring 0.5, a small shared part. The default.",
+            {"method": "relative", "top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3},
         ),
         Preset(
             "fast",
             "Fast",
             "As Balanced, and the base model only in the unconditional prediction.",
-            {"top_k": 2, "recentre": 1.0, "share": 0.15, "reuse": 3},
+            {"method": "relative", "top_k": 2, "recentre": 1.0, "share": 0.15, "reuse": 3},
         ),
     )
 }

@@ -47,7 +47,8 @@ class LoratorioScript(scripts.Script):
             settings = api.settings_from_args(args, p)
             infotext.write(p.extra_generation_params, settings, None)
             if settings.enabled:
-                p.loratorio_job = Job(p, settings, tell=gr.Warning, changed=partial(write_infotext, p))
+                standing = api.without_effect(settings, args, p)
+                p.loratorio_job = Job(p, settings, standing, gr.Warning, partial(write_infotext, p))
                 p.loratorio_comments = infotext.Comments(p.comments)
 
     def before_process_batch(self, p, *args, prompts=(), **kwargs):

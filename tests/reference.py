@@ -12,22 +12,35 @@ Array = NDArray[np.float64]
 
 
 def spatial_weights(
-    base: Tensor, adapters: Tensor, patch_size: int, temperature: float | None, top_k: int = 0
+    base: Tensor,
+    adapters: Tensor,
+    patch_size: int,
+    temperature: float | None,
+    top_k: int = 0,
+    relative: bool = False,
 ) -> Array:
-    """Ω↑, (N, B, H, W), of base (B, C, H, W) and adapters (N, B, C, H, W); without a temperature Ω ∝ 1 − S."""
+    """Ω↑, (N, B, H, W), of base (B, C, H, W), adapters (N, B, C, H, W). Without a temperature Ω ∝ D = 1 − S; `relative`: √D·(D / D̄)^1.5."""
     e0, ei = base.double().numpy(), adapters.double().numpy()
     count, batch, _, height, width = ei.shape
     weights = np.zeros((count, batch, height, width))
     for image in range(batch):
+        similarities = {}
         for top in range(0, height, patch_size):
             for left in range(0, width, patch_size):
                 # Slices end at the border: a border patch is made of the pixels that are there.
                 patch = np.s_[:, top : top + patch_size, left : left + patch_size]
-                similarity = [cosine(ei[i, image][patch], e0[image][patch]) for i in range(count)]
+                similarities[top, left] = [
+                    cosine(ei[i, image][patch], e0[image][patch]) for i in range(count)
+                ]
+        means = [sum(1 - each[i] for each in similarities.values()) / len(similarities) for i in range(count)]
+        for (top, left), similarity in similarities.items():
+            if relative:
+                all_shares = relative_shares(similarity, means)
+            else:
                 all_shares = softmin(similarity, temperature) if temperature else divergence(similarity)
-                shares = top_shares(all_shares, top_k)
-                for i in range(count):
-                    weights[i, image, top : top + patch_size, left : left + patch_size] = shares[i]
+            shares = top_shares(all_shares, top_k)
+            for i in range(count):
+                weights[i, image, top : top + patch_size, left : left + patch_size] = shares[i]
     return weights
 
 
@@ -47,6 +60,15 @@ def softmin(similarity: list[float], temperature: float) -> list[float]:
 
 def divergence(similarity: list[float]) -> list[float]:
     parts = [1 - each for each in similarity]
+    total = sum(parts)
+    return [part / total if total else 1 / len(parts) for part in parts]
+
+
+def relative_shares(similarity: list[float], means: list[float]) -> list[float]:
+    parts = []
+    for each, mean in zip(similarity, means, strict=True):
+        own = 1 - each
+        parts.append(math.sqrt(own) * (own / mean) ** 1.5 if own > 0 else 0.0)
     total = sum(parts)
     return [part / total if total else 1 / len(parts) for part in parts]
 

@@ -108,7 +108,7 @@ SENTENCES = [
     ({"enabled": "maybe"}, "enabled must be true or false, not 'maybe'."),
     ({"enabled": 2}, "enabled must be true or false, not 2."),
     ({"method": "mergee"}, "did you mean merge?"),
-    ({"method": "x"}, "method must be one of loratorio, divergence, "),
+    ({"method": "x"}, "method must be one of relative, loratorio, divergence, "),
     ({"start": 0.8, "end": 0.2}, "start (0.8) is after end (0.2)"),
     ({"patchsize": 2}, "There is no knob 'patchsize'; did you mean patch_size?"),
     ({"": 2}, "There is no knob ''; the knobs are enabled, method, "),
@@ -152,12 +152,25 @@ def test_the_defaults_are_the_balanced_preset() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_set_the_same_knobs_and_nothing_else(name: str) -> None:
-    assert set(PRESETS[name].values) == {"top_k", "recentre", "share", "reuse"}
-    changed = Settings(temperature=0.5, method="merge").with_values({"preset": name})
-    assert (changed.temperature, changed.method) == (0.5, "merge")
+    assert set(PRESETS[name].values) == {"method", "top_k", "recentre", "share", "reuse"}
+    changed = Settings(temperature=0.5, patch_size=3).with_values({"preset": name})
+    assert (changed.temperature, changed.patch_size) == (0.5, 3)
     assert {knob: getattr(changed, knob) for knob in PRESETS[name].values} == PRESETS[name].values
     # What stands beside a preset counts, in whatever order.
     assert Settings.from_mapping({"reuse": 5, "preset": name}).reuse == 5
+
+
+def test_knobs_that_change_nothing_are_said() -> None:
+    settings = Settings(temperature=0.05, top_k=1)
+    (sentence,) = settings.without_effect(["temperature", "top_k", "enabled", "nothing"])
+    assert sentence.startswith(
+        "temperature = 0.05 changes nothing with the method LoRAtorio, relative. It is for LoRAtorio."
+    )
+    assert settings.without_effect(["top_k"]) == []
+    # At its default nobody meant anything by it.
+    assert Settings().without_effect(["temperature"]) == []
+    assert Settings(temperature=0.05, method="loratorio").without_effect(["temperature"]) == []
+    assert len(Settings(method="merge", recentre=1.0, share=0.5).without_effect(["recentre", "share"])) == 2
 
 
 def test_a_preset_by_name_or_label_and_none_is_none() -> None:

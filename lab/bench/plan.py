@@ -114,13 +114,14 @@ METHOD_ROWS: tuple[Variant, ...] = (
     Variant("w_composite", "W-Composite", {"method": "w_composite"}),
     Variant("loratorio", "LoRAtorio", PAPER),
     Variant("divergence", "LoRAtorio by divergence", {**PAPER, "method": "divergence"}),
+    Variant("relative", "LoRAtorio, relative", {**PAPER, "method": "relative"}),
 )
 """All methods."""
 
 MAIN_ROWS = tuple(
     row
     for row in METHOD_ROWS
-    if row.name in ("merge", "merge_anchored", "lego", "composite", "loratorio", "divergence")
+    if row.name in ("merge", "merge_anchored", "lego", "composite", "loratorio", "divergence", "relative")
 )
 """Those that are run on every combination."""
 
@@ -174,9 +175,18 @@ BETTER_ROWS: tuple[Variant, ...] = (
 PRESET_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
     *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
-    Variant("balanced_all", "Balanced, top-k 0", {**PRESETS["balanced"].values, "top_k": 0}),
+    Variant(
+        "balanced_softmin",
+        "Balanced with the paper's SoftMin",
+        {**PRESETS["balanced"].values, "method": "loratorio"},
+    ),
+    Variant(
+        "balanced_all",
+        "the same, top-k 0",
+        {**PRESETS["balanced"].values, "method": "loratorio", "top_k": 0},
+    ),
 )
-"""What a user chooses between, and what top-k does to the default; run on every combination."""
+"""What a user chooses between, and what the default's weights and top-k do; run on every combination."""
 
 
 def speed(recentre: float, share: float, reuse: int) -> Variant:
@@ -201,6 +211,14 @@ DYNAMIC_ROWS: tuple[Variant, ...] = (
     Variant(
         "pool_unlabelled", "the same without trigger words, by reaction", PAPER, pool=True, unlabelled=True
     ),
+    Variant(
+        "pool_balanced",
+        "Balanced, without trigger words",
+        PRESETS["balanced"].values,
+        pool=True,
+        unlabelled=True,
+    ),
+    Variant("balanced_named", "Balanced, the LoRAs named", PRESETS["balanced"].values),
     Variant("pool_merge", "Merge of all", {"method": "merge"}, pool=True, unlabelled=True),
 )
 """The whole toybox as a pool, and the prompt alone to say what is wanted."""

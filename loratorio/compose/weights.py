@@ -30,6 +30,7 @@ def spatial_weights(
     *,
     blend: str = "hard",
     adaptive: bool = False,
+    relative: bool = False,
     masks: Masks | None = None,
 ) -> Tensor:
     """Ω↑, the weight of every LoRA at every latent pixel.
@@ -38,10 +39,12 @@ def spatial_weights(
         base: noise predicted by the base model, (B, C, H, W), any floating dtype.
         adapters: noise predicted with each LoRA alone, (N, B, C, H, W).
         patch_size: side P of a patch in latent pixels. A border patch is made of the pixels that are there.
-        temperature: τ of the SoftMin; towards 0 the most divergent LoRA alone, towards ∞ the plain mean. None: `by_divergence`.
+        temperature: τ of the SoftMin; towards 0 the most divergent LoRA alone, towards ∞ the plain mean. None: in proportion to
+            `divergence`.
         top_k: how many LoRAs a patch may use; 0, or N and more, means all.
         blend: one of `BLENDS`. The paper's is "hard"; with P = 1 all are alike.
         adaptive: τ is multiplied by the spread of S in this image at this step, over `REFERENCE_SPREAD`.
+        relative: without τ, by `relative_divergence` instead.
         masks: where each LoRA may act. Top-k then counts, pixel by pixel, among those that may act there.
 
     Returns:
@@ -57,14 +60,19 @@ def spatial_weights(
     similarity = patch_similarity(base, adapters, patch_size, stride=1 if overlap else None)
     if adaptive:
         similarity = at_reference_spread(similarity)
+    parts = relative_divergence if relative else divergence
     if masks is None:
-        shares = by_divergence(similarity) if temperature is None else softmin(similarity, temperature)
-        weights = keep_top_k(shares, top_k, -similarity)
+        if temperature is None:
+            own = parts(similarity)
+            weights = keep_top_k(in_proportion(own), top_k, own)
+        else:
+            weights = keep_top_k(softmin(similarity, temperature), top_k, -similarity)
         return _at_pixels(weights, patch_size, height, width, blend)
     # S is brought to the pixels, not Ω: what a LoRA predicts where it may not act must not count at all.
     at_pixels = _at_pixels(similarity, patch_size, height, width, blend)
     if temperature is None:
-        return _covered(by_divergence(at_pixels, masks.own.unsqueeze(1)), masks, top_k)
+        allowed = masks.own.unsqueeze(1).expand_as(at_pixels)
+        return _covered(in_proportion(parts(at_pixels, allowed), allowed), masks, top_k)
     return _covered(softmin_among_allowed(at_pixels, masks, temperature), masks, top_k)
 
 
@@ -146,19 +154,43 @@ def softmin(similarity: Tensor, temperature: float) -> Tensor:
     return torch.softmax(distance.div_(-max(temperature, 1e-30)), dim=0)
 
 
-def by_divergence(similarity: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Ω[i] = (1 − S[i]) / Σⱼ (1 − S[j]) over the first dimension: a LoRA that predicts what the base does gets exactly 0.
+def divergence(similarity: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """D = 1 − S, from 0 to 2, of S and in its shape, times `allowed`, (N, …) from 0 to 1, where that is given."""
+    distance = 1 - similarity
+    return distance if allowed is None else distance * allowed
 
-    allowed: (N, …) from 0 to 1, by which each is multiplied; 0 where none is allowed.
 
-    Where none of them diverges they have equal parts: their predictions are alike.
+def relative_divergence(similarity: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """√D·(D / D̄)^1.5, D = 1 − S, D̄ its mean over the picture: a LoRA's divergence where it counts beside what it has everywhere.
+
+    A background diverges in all patches, a thing in its own alone: there it comes first, though the background diverges as far. How
+    the exponents were found: docs/METHODS.md. A LoRA that predicts what the base does has exactly 0.
+
+    Args:
+        similarity: S, (N, B, h, w).
+        allowed: where each LoRA may act, the same shape, from 0 to 1. The mean is weighted by it, and so is what is returned.
+
+    Returns:
+        (N, B, h, w) float32, from 0.
     """
-    ones = torch.ones_like(similarity) if allowed is None else allowed.expand_as(similarity)
-    divergence = (1 - similarity) * ones
-    total = divergence.sum(dim=0, keepdim=True)
+    distance = 1 - similarity
+    if allowed is None:
+        mean = distance.mean(dim=(-2, -1), keepdim=True)
+    else:
+        area = allowed.sum(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+        mean = (distance * allowed).sum(dim=(-2, -1), keepdim=True) / area
+    # D² / D̄^1.5: where the mean is 0, so is D.
+    parts = distance.square() / mean.clamp_min(1e-20) ** 1.5
+    return parts if allowed is None else parts * allowed
+
+
+def in_proportion(parts: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Parts (N, …) over their sum. Where all are 0, equal parts of what is `allowed`: there the predictions are alike."""
+    ones = torch.ones_like(parts) if allowed is None else allowed
+    total = parts.sum(dim=0, keepdim=True)
     even = (ones / ones.sum(dim=0, keepdim=True)).nan_to_num(0.0)
     # Far above the smallest numbers, whose quotients are not to be trusted.
-    return torch.where(total > 1e-30, divergence / total.clamp_min(1e-30), even)
+    return torch.where(total > 1e-30, parts / total.clamp_min(1e-30), even)
 
 
 def keep_top_k(weights: Tensor, top_k: int, ranking: Tensor | None = None) -> Tensor:

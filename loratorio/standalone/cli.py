@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..compose.methods import METHODS
 from ..errors import LoratorioError
 from ..settings import GROUPS, KNOB_BY_NAME, KNOBS, PRESET, PRESETS, Knob, Settings, find_preset
 
@@ -164,12 +165,13 @@ def _range(knob: Knob) -> str:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    given = {
-        knob.name: getattr(options, knob.name)
-        for knob in KNOBS
-        if getattr(options, knob.name, None) is not None
-    }
-    return Settings.from_mapping({"enabled": True, PRESET: options.preset, **given})
+    return Settings.from_mapping({"enabled": True, PRESET: options.preset, **_given(options)})
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The knobs that the command line names."""
+    named = {knob.name: getattr(options, knob.name, None) for knob in KNOBS}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
@@ -251,7 +253,7 @@ def _generate(options: argparse.Namespace) -> None:
     model = _load(options)
     request = _request(options, model, settings)
     outcome = model.run(request)
-    _say(outcome.notes)
+    _say([*settings.without_effect(_given(options)), *outcome.notes])
     if not outcome.loras:
         _say(["there is no <lora:name> in the prompt, so this is the model's plain picture."])
 
@@ -333,6 +335,11 @@ def _compared(by: str, values: str | None, settings: Settings) -> dict[str, Sett
     else:
         raise LoratorioError(
             f"Say which values of {knob.name} to compare, e.g. --values {knob.minimum:g},{knob.default}."
+        )
+    if knob.ignored_by(settings.method):
+        used = ", ".join(name for name, method in METHODS.items() if knob.name in method.knobs)
+        raise LoratorioError(
+            f"{knob.name} changes nothing with the method {settings.method}: name another by --method, one of {used}."
         )
     variants = [settings.with_values({knob.name: value}) for value in chosen]
     return {_value_label(knob, variant): variant for variant in variants}

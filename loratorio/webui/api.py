@@ -30,6 +30,12 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
         raise
 
 
+def without_effect(settings: Settings, args: Sequence[Any], p: Any = None) -> list[str]:
+    """A sentence for each knob that an API call names, or a plot sets, and that changes nothing; the panel greys those."""
+    named = _values(args) if args and isinstance(args[0], Mapping) else {}
+    return settings.without_effect({**named, **xyz.chosen(p)})
+
+
 def _values(args: Sequence[Any]) -> dict[str, Any]:
     if args and isinstance(args[0], Mapping):
         return {

@@ -124,7 +124,7 @@ def compose(
     bank = Bank([adapter(name) for name in "abc"])
     engine = Engine(settings, bank, participants)
     # Which of a pool's candidates are run is decided by numbers.
-    allowed = int(settings.method == "loratorio" and any(participants.pooled))
+    allowed = int(settings.method in ("loratorio", "relative") and any(participants.pooled))
     total = 14
     with bank.attached(model.layers()), torch.inference_mode():
         bank.prepare(torch.device(DEVICE), dtype)
@@ -184,8 +184,8 @@ def main() -> None:
         dtype = torch.float16
         model = Model(dtype)
         for method, knobs, participants in itertools.product(METHODS, KNOBS, PARTICIPANTS):
-            # What only LoRAtorio reads need not be tried with the others.
-            if method != "loratorio" and (
+            # What only LoRAtorio reads need not be tried with the others; `relative` is what users get by default.
+            if method not in ("loratorio", "relative") and (
                 knobs is not KNOBS[1] or participants not in ("contents", "importance")
             ):
                 continue

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio.compose.regions import Masks
-from loratorio.compose.weights import by_divergence, spatial_weights
+from loratorio.compose.weights import divergence, in_proportion, spatial_weights
 from loratorio.engine import Engine
 from tests.published import paper
 
@@ -81,10 +81,12 @@ def test_the_prompt_s_order_does_not_matter(case: Case, seed: int) -> None:
 def test_in_places_only_those_count_that_may_act_there() -> None:
     similarity = torch.tensor([0.9, 0.7, 1.0]).view(3, 1, 1, 1).expand(3, 1, 1, 4).contiguous()
     own = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]).view(3, 1, 4)
-    found = by_divergence(similarity, own.unsqueeze(1))[:, 0, 0]
+    allowed = own.unsqueeze(1)
+    found = in_proportion(divergence(similarity, allowed), allowed)[:, 0, 0]
     wanted = torch.tensor([[0.25, 1.0, 0.0, 0.0], [0.75, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    none = by_divergence(similarity, torch.zeros(3, 1, 1, 4))
+    nowhere = torch.zeros(3, 1, 1, 4)
+    none = in_proportion(divergence(similarity, nowhere), nowhere)
     assert bool((none == 0).all())
 
 

@@ -201,6 +201,10 @@ BAD = {
         ["generate", PROMPT, "--start", "0.8", "--end", "0.2"],
         r"start \(0\.8\) is after end",
     ),
+    "compare by what changes nothing": (
+        ["compare", PROMPT, "--by", "temperature", "--values", "0.1,0.2"],
+        r"temperature changes nothing with the method relative: name another by --method, one of loratorio",
+    ),
     "compare by nothing": (["compare", PROMPT, "--by", "colour"], r"--by must be one of preset, method"),
     "a preset there is not": (
         ["generate", PROMPT, "--preset", "quick"],

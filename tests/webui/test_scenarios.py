@@ -138,7 +138,7 @@ def test_samplers(webui: WebUI, loras: list[str], record_property: Record) -> No
     assert {name: value for name, value in found.items() if value < 50} == {}
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("count", "method"), [(2, "loratorio"), (3, "loratorio"), (3, "relative")])
 @pytest.mark.parametrize("fields", [
     {}, {"sampler_name": "DDIM"}, {"sampler_name": "Heun"}, {"batch_size": 2}, {"cfg_scale": 1.0},
     {"width": SIZE + 24, "height": SIZE + 8}, {"negative_prompt": "word " * 90},
@@ -150,13 +150,14 @@ def test_equals_the_slow_reference(
     has_reference: bool,
     fields: dict[str, Any],
     count: int,
+    method: str,
     record_property: Record,
 ) -> None:
     if not has_reference:
         pytest.skip("tests/webui/reference_extension is not installed in this WebUI")
     fields = dict(fields)
     prompt = tagged(fields.pop("text", "a red circle"), loras[:count])
-    knobs = {**TOGETHER, "patch_size": 3, "top_k": 2 if count == 3 else 0}
+    knobs = {**TOGETHER, "method": method, "patch_size": 3, "top_k": 2 if count == 3 else 0}
     slow = webui.txt2img(
         prompt=prompt, scripts={"LoRAtorio slow reference": [{**knobs, "recentre": 0.5}]}, **fields
     )

@@ -128,7 +128,7 @@ OF_0_2 = {
     "top_k": 0,
     "method": "loratorio",
 }
-DEFAULTS = {"0.2.0": OF_0_2, "0.3.0": {**OF_0_2, "top_k": 2}}
+DEFAULTS = {"0.2.0": OF_0_2, "0.3.0": {**OF_0_2, "top_k": 2, "method": "relative"}}
 """By version. Where one changes, the version must, and the knob's `former` must say what it was."""
 
 
@@ -259,7 +259,22 @@ def test_arguments_by_position_and_by_name() -> None:
     named = {"enabled": True, "method": "LoRAtorio", "temperature": 0.05}
     # The WebUI puts the panel's defaults behind the arguments that came.
     filled = [named, *(knob.default for knob in KNOBS[1:])]
-    assert api.settings_from_args(filled) == Settings(enabled=True, temperature=0.05)
+    assert api.settings_from_args(filled) == Settings(enabled=True, method="loratorio", temperature=0.05)
+
+
+def test_what_a_call_names_in_vain_is_said_of_every_pass() -> None:
+    named = [{"enabled": True, "temperature": 0.05}]
+    settings = api.settings_from_args(named)
+    (sentence,) = api.without_effect(settings, named)
+    assert sentence.startswith("temperature = 0.05 changes nothing")
+    # In the panel that knob is grey.
+    panel = [getattr(settings, knob.name) for knob in KNOBS]
+    assert api.without_effect(settings, panel) == []
+    p = SimpleNamespace(iteration=0, is_hr_pass=False)
+    job = Job(p, settings, standing=[sentence])
+    for p.iteration in (0, 1):
+        job.begin_pass()
+    assert job.notes_of(0) == job.notes_of(1) == [sentence]
 
 
 def test_what_is_typed_into_a_panel_that_is_off_is_nobodys_matter() -> None:

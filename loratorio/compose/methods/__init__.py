@@ -10,6 +10,7 @@ from importlib import import_module
 from .base import Changes, Composition, Entry, Method, Predictions, Product, StepContext
 
 _NAMES = (
+    "relative",
     "loratorio",
     "divergence",
     "merge",

@@ -32,6 +32,8 @@ class Loratorio(Weighted):
         "Patch by patch, LoRAs count by how far their prediction diverges from the base model's.",
     )
     takes_places = True
+    relative: ClassVar[bool] = False
+    """Whether a LoRA's divergence counts beside its mean over the picture; for methods without a temperature."""
     knobs: ClassVar[tuple[str, ...]] = (
         "patch_size",
         "temperature",
@@ -55,7 +57,7 @@ class Loratorio(Weighted):
         return Reuse(self)
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
-        return patch_weights(now, predictions)
+        return patch_weights(now, predictions, self.relative)
 
     def combine(self, predictions: Tensor, weights: Tensor) -> Tensor:
         return compose(predictions, weights)

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def patch_weights(now: StepContext, predictions: Predictions) -> Tensor:
-    """Ω↑ of the conditional rows, (N, Bc, H, W) float32: by SoftMin for methods with a temperature, else by divergence itself."""
+def patch_weights(now: StepContext, predictions: Predictions, relative: bool = False) -> Tensor:
+    """Ω↑ of the conditional rows, (N, Bc, H, W) float32: by SoftMin for methods with a temperature, else by divergence, or by relative
+    divergence."""
     participants, knobs = now.participants, now.knobs
     noise = stacked_noise(now, predictions)
     masks = now.masks(noise.device)
@@ -29,6 +30,7 @@ def patch_weights(now: StepContext, predictions: Predictions) -> Tensor:
         knobs["top_k"],
         blend=knobs["blend"],
         adaptive=knobs.get("adaptive", False),
+        relative=relative,
         masks=masks,
     )
     return spread_styles(weights, participants.styles) if any(participants.styles) else weights

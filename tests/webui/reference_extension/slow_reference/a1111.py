@@ -64,10 +64,7 @@ def after(params):
         unconds.append(both[1])
     networks.loaded_networks[:] = loras
     z = run["x"][: len(conds[0])].double()
-    weights = omega(
-        [e if is_noise else z - e for e in conds],
-        **{k: run["knobs"][k] for k in ("patch_size", "temperature", "top_k")},
-    )
+    weights = omega([e if is_noise else z - e for e in conds], run["knobs"])
     cond = sum(w[:, None] * e for w, e in zip(weights, conds[1:], strict=True))
     lam = run["knobs"]["recentre"]
     # A prompt with AND has several conditional rows for an image, whose one unconditional row gets their mean weights.

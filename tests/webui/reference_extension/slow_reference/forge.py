@@ -138,7 +138,7 @@ def compose(predict, strengths, x, cond_scale):
         conds, unconds = zip(*(predict(state, part) for state in states), strict=True)
         conds = [each.double() for each in conds]
         noise = [z - each for each in conds]
-        of_parts.append(omega(noise, knobs["patch_size"], knobs["temperature"], knobs["top_k"]))
+        of_parts.append(omega(noise, knobs))
         total = total + strength * sum(w[:, None] * e for w, e in zip(of_parts[-1], conds[1:], strict=True))
     cond = total / sum(strengths)
     if cond_scale is None:
