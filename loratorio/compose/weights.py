@@ -40,7 +40,7 @@ def spatial_weights(
         adapters: noise predicted with each LoRA alone, (N, B, C, H, W).
         patch_size: side P of a patch in latent pixels. A border patch is made of the pixels that are there.
         temperature: τ of the SoftMin; towards 0 the most divergent LoRA alone, towards ∞ the plain mean. None: in proportion to
-            `divergence`.
+            D = 1 − S.
         top_k: how many LoRAs a patch may use; 0, or N and more, means all.
         blend: one of `BLENDS`. The paper's is "hard"; with P = 1 all are alike.
         adaptive: τ is multiplied by the spread of S in this image at this step, over `REFERENCE_SPREAD`.
@@ -56,23 +56,26 @@ def spatial_weights(
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}, not {blend!r}")
     height, width = base.shape[-2:]
-    overlap = blend == "overlapping" and patch_size > 1
-    similarity = patch_similarity(base, adapters, patch_size, stride=1 if overlap else None)
-    if adaptive:
-        similarity = at_reference_spread(similarity)
-    parts = relative_divergence if relative else divergence
+    stride = 1 if blend == "overlapping" and patch_size > 1 else None
+    if temperature is None:
+        measured = patch_divergence(base, adapters, patch_size, stride)
+    else:
+        measured = patch_similarity(base, adapters, patch_size, stride)
+        if adaptive:
+            measured = at_reference_spread(measured)
     if masks is None:
         if temperature is None:
-            own = parts(similarity)
-            weights = keep_top_k(in_proportion(own), top_k, own)
+            parts = relative_divergence(measured) if relative else measured
+            weights = keep_top_k(in_proportion(parts), top_k, parts)
         else:
-            weights = keep_top_k(softmin(similarity, temperature), top_k, -similarity)
+            weights = keep_top_k(softmin(measured, temperature), top_k, -measured)
         return _at_pixels(weights, patch_size, height, width, blend)
-    # S is brought to the pixels, not Ω: what a LoRA predicts where it may not act must not count at all.
-    at_pixels = _at_pixels(similarity, patch_size, height, width, blend)
+    # S or D is brought to the pixels, not Ω: what a LoRA predicts where it may not act must not count at all.
+    at_pixels = _at_pixels(measured, patch_size, height, width, blend)
     if temperature is None:
         allowed = masks.own.unsqueeze(1).expand_as(at_pixels)
-        return _covered(in_proportion(parts(at_pixels, allowed), allowed), masks, top_k)
+        parts = relative_divergence(at_pixels, allowed) if relative else at_pixels * allowed
+        return _covered(in_proportion(parts, allowed), masks, top_k)
     return _covered(softmin_among_allowed(at_pixels, masks, temperature), masks, top_k)
 
 
@@ -125,13 +128,7 @@ def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: in
     A patch that equals the base's has exactly S = 1, two empty patches count as equal, and an empty patch
     against one that is not empty has S = 0. Raises ValueError when shapes do not fit or P < 1.
     """
-    if base.ndim != 4 or adapters.ndim != 5 or adapters.shape[1:] != base.shape or adapters.shape[0] < 1:
-        raise ValueError(
-            f"base must be (B, C, H, W) and adapters (N, B, C, H, W) with N of at least 1, "
-            f"not {tuple(base.shape)} and {tuple(adapters.shape)}"
-        )
-    if patch_size < 1:
-        raise ValueError(f"the patch size must be at least 1, not {patch_size}")
+    _check(base, adapters, patch_size)
     scale = _scale(base)
     reference, _ = _patch_products(base, base, scale, patch_size, stride)
     similarity = base.new_empty((adapters.shape[0], *reference.shape), dtype=torch.float32)
@@ -145,6 +142,46 @@ def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: in
     return similarity
 
 
+def patch_divergence(base: Tensor, adapters: Tensor, patch_size: int, stride: int | None = None) -> Tensor:
+    """D = 1 − S of each LoRA's patches, (N, B, h, w) float32 from 0 to 2, with all its figures where S is nearly 1, as in the first steps.
+
+    With d = a − b: 1 − a·b / |a||b| = (|d|² − (|a| − |b|)²) / 2|a||b|, and |a| − |b| = d·(a + b) / (|a| + |b|).
+
+    A patch that equals the base's has exactly 0. The rest as in `patch_similarity`.
+    """
+    _check(base, adapters, patch_size)
+    scale = _scale(base)
+    reference, _ = _patch_products(base, base, scale, patch_size, stride)
+    divergence = base.new_empty((adapters.shape[0], *reference.shape), dtype=torch.float32)
+    for own, adapter in zip(divergence, adapters, strict=True):
+        square, _ = _patch_products(adapter, base, scale, patch_size, stride)
+        moved = base.new_zeros((len(base), *base.shape[2:]), dtype=torch.float32)
+        longer = torch.zeros_like(moved)
+        for one, other in zip(adapter.unbind(1), base.unbind(1), strict=True):
+            here, there = one.to(torch.float32), other.to(torch.float32)
+            # Subtracted before anything is rounded: of numbers that are close, the difference is exact.
+            difference = (here - there) * scale
+            moved.addcmul_(difference, difference)
+            longer.addcmul_(difference, (here + there) * scale)
+        moved, longer = (_patch_sum(each, patch_size, stride) for each in (moved, longer))
+        both_empty = (square == 0) & (reference == 0)
+        norm = (square * reference).sqrt_()
+        longer = longer / square.sqrt_().add_(reference.sqrt())
+        torch.div(moved - longer.square_(), norm.mul_(2), out=own)
+        own.clamp_(0.0, 2.0).masked_fill_(norm == 0, 1.0).masked_fill_(both_empty, 0.0)
+    return divergence
+
+
+def _check(base: Tensor, adapters: Tensor, patch_size: int) -> None:
+    if base.ndim != 4 or adapters.ndim != 5 or adapters.shape[1:] != base.shape or adapters.shape[0] < 1:
+        raise ValueError(
+            f"base must be (B, C, H, W) and adapters (N, B, C, H, W) with N of at least 1, "
+            f"not {tuple(base.shape)} and {tuple(adapters.shape)}"
+        )
+    if patch_size < 1:
+        raise ValueError(f"the patch size must be at least 1, not {patch_size}")
+
+
 def softmin(similarity: Tensor, temperature: float) -> Tensor:
     """Ω[i] = exp(−S[i]/τ) / Σⱼ exp(−S[j]/τ) over the first dimension. Raises ValueError unless τ is finite and > 0."""
     if not 0 < temperature < float("inf"):
@@ -154,26 +191,19 @@ def softmin(similarity: Tensor, temperature: float) -> Tensor:
     return torch.softmax(distance.div_(-max(temperature, 1e-30)), dim=0)
 
 
-def divergence(similarity: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """D = 1 − S, from 0 to 2, of S and in its shape, times `allowed`, (N, …) from 0 to 1, where that is given."""
-    distance = 1 - similarity
-    return distance if allowed is None else distance * allowed
-
-
-def relative_divergence(similarity: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """√D·(D / D̄)^1.5, D = 1 − S, D̄ its mean over the picture: a LoRA's divergence where it counts beside what it has everywhere.
+def relative_divergence(distance: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """√D·(D / D̄)^1.5, D̄ the mean of D over the picture: a LoRA's divergence where it counts beside what it has everywhere.
 
     A background diverges in all patches, a thing in its own alone: there it comes first, though the background diverges as far. How
     the exponents were found: docs/METHODS.md. A LoRA that predicts what the base does has exactly 0.
 
     Args:
-        similarity: S, (N, B, h, w).
+        distance: D = 1 − S, (N, B, h, w), from 0 to 2.
         allowed: where each LoRA may act, the same shape, from 0 to 1. The mean is weighted by it, and so is what is returned.
 
     Returns:
         (N, B, h, w) float32, from 0.
     """
-    distance = 1 - similarity
     if allowed is None:
         mean = distance.mean(dim=(-2, -1), keepdim=True)
     else:

@@ -115,7 +115,9 @@ def test_several_equal_the_slow_reference(webui: WebUI, model: str, has_referenc
     fields = {**FIELDS, "cfg_scale": cfg}
     third = "comfy" if model in NOT_APART else "diffusers"
     for tags in (("kohya:0.9", "lokr:0.7"), ("kohya:0.9", "lokr:0.7", f"{third}:1.1")):
-        knobs = {**PAPER, "method": "relative" if len(tags) == 3 else "loratorio", "top_k": 0}
+        knobs = {**PAPER, "top_k": 0}
+        if len(tags) == 3:
+            knobs = {"preset": "paper", "method": "relative"}
         slow = webui.txt2img(
             prompt=prompt(model, *tags),
             scripts={"LoRAtorio slow reference": [{**knobs, "recentre": 0.5}]},
