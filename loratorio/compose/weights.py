@@ -20,6 +20,9 @@ BLENDS = ("hard", "interpolated", "overlapping")
 REFERENCE_SPREAD = 0.03
 """The spread of S at which an adaptive temperature equals the fixed one: what is typical of the middle of sampling."""
 
+NEAR = 0.01
+"""Below this part of the base's square a patch's divergence is worked out from its difference: cosines near 1 have lost its figures."""
+
 
 def spatial_weights(
     base: Tensor,
@@ -145,7 +148,8 @@ def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: in
 def patch_divergence(base: Tensor, adapters: Tensor, patch_size: int, stride: int | None = None) -> Tensor:
     """D = 1 − S of each LoRA's patches, (N, B, h, w) float32 from 0 to 2, with all its figures where S is nearly 1, as in the first steps.
 
-    With d = a − b: 1 − a·b / |a||b| = (|d|² − (|a| − |b|)²) / 2|a||b|, and |a| − |b| = d·(a + b) / (|a| + |b|).
+    With d = a − b: 1 − a·b / |a||b| = (|d|² − (|a| − |b|)²) / 2|a||b|, and |a| − |b| = d·(a + b) / (|a| + |b|); so where |d|² is below
+    `NEAR` of |b|².
 
     A patch that equals the base's has exactly 0. The rest as in `patch_similarity`.
     """
@@ -154,7 +158,7 @@ def patch_divergence(base: Tensor, adapters: Tensor, patch_size: int, stride: in
     reference, _ = _patch_products(base, base, scale, patch_size, stride)
     divergence = base.new_empty((adapters.shape[0], *reference.shape), dtype=torch.float32)
     for own, adapter in zip(divergence, adapters, strict=True):
-        square, _ = _patch_products(adapter, base, scale, patch_size, stride)
+        square, dot = _patch_products(adapter, base, scale, patch_size, stride)
         moved = base.new_zeros((len(base), *base.shape[2:]), dtype=torch.float32)
         longer = torch.zeros_like(moved)
         for one, other in zip(adapter.unbind(1), base.unbind(1), strict=True):
@@ -167,7 +171,9 @@ def patch_divergence(base: Tensor, adapters: Tensor, patch_size: int, stride: in
         both_empty = (square == 0) & (reference == 0)
         norm = (square * reference).sqrt_()
         longer = longer / square.sqrt_().add_(reference.sqrt())
-        torch.div(moved - longer.square_(), norm.mul_(2), out=own)
+        own[:] = torch.where(
+            moved < NEAR * reference, (moved - longer.square_()) / (2 * norm), 1 - dot / norm
+        )
         own.clamp_(0.0, 2.0).masked_fill_(norm == 0, 1.0).masked_fill_(both_empty, 0.0)
     return divergence
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio.compose.regions import Masks
-from loratorio.compose.weights import in_proportion, patch_divergence, patch_similarity, spatial_weights
+from loratorio.compose.weights import NEAR, in_proportion, patch_divergence, patch_similarity, spatial_weights
 from loratorio.engine import Engine
 from tests.published import paper
 
@@ -86,7 +86,7 @@ def test_in_places_only_those_count_that_may_act_there() -> None:
     assert bool((none == 0).all())
 
 
-@pytest.mark.parametrize("distance", [1e-5, 1e-3, 0.1, 3.0])
+@pytest.mark.parametrize("distance", [1e-5, 1e-3, 0.1])
 @given(seed=st.integers(0, 2**31), patch_size=st.integers(1, 4))
 def test_divergence_has_its_figures_near_the_base_too(distance: float, seed: int, patch_size: int) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -101,7 +101,9 @@ def test_divergence_has_its_figures_near_the_base_too(distance: float, seed: int
                 a, b = adapter[patch].double().flatten(), base[patch].double().flatten()
                 # In float64 the plain formula has five figures left where D is 1e-11.
                 wanted = 1 - float(a @ b / (a.norm() * b.norm()))
-                rounding = 1e-6 * float((a - b).square().sum() / (a.norm() * b.norm())) + 1e-15
+                moved = float((a - b).square().sum())
+                far = moved > 0.99 * NEAR * float(b.square().sum())
+                rounding = 3e-7 if far else 1e-6 * moved / float(a.norm() * b.norm()) + 1e-15
                 assert float(found[i, 0, row, column]) == pytest.approx(wanted, rel=1e-5, abs=rounding)
 
 
@@ -109,8 +111,8 @@ def test_divergence_has_its_figures_near_the_base_too(distance: float, seed: int
 def test_divergence_is_one_less_similarity(case: Case) -> None:
     distance = patch_divergence(case.base, case.adapters, case.patch_size)
     similarity = patch_similarity(case.base, case.adapters, case.patch_size)
-    torch.testing.assert_close(distance, 1 - similarity, rtol=0, atol=1e-5)
-    assert bool((distance[similarity == 1] < 1e-5).all())
+    torch.testing.assert_close(distance, 1 - similarity, rtol=0, atol=1e-6)
+    assert bool((distance[similarity == 1] < 1e-6).all())
     same = patch_divergence(case.base, case.base.unsqueeze(0), case.patch_size)
     assert bool((same == 0).all())
 
