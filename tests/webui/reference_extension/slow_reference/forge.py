@@ -124,7 +124,10 @@ def of_reforge(model, x, timestep, uncond, cond, cond_scale, model_options=None,
         conds = forge_sampler.cond_from_a1111_to_patched_ldm_weighted(text, weights)
         text = prompt_parser.reconstruct_cond_batch(state.texts[1], step)
         unconds = forge_sampler.cond_from_a1111_to_patched_ldm(text)
-        both = [{**conds[part], "strength": 1.0}], unconds if guided else None
+        # The host has hung its ControlNet on the conditions that it made.
+        control = {"control": cond[0]["control"]} if "control" in cond[0] else {}
+        unconds = [{**each, **control} for each in unconds]
+        both = [{**conds[part], **control, "strength": 1.0}], unconds if guided else None
         return calc_cond_batch(state.unet.model, list(both), x, timestep, state.unet.model_options)
 
     return compose(predict, [entry["strength"] for entry in cond], x, cond_scale if guided else None)
