@@ -117,7 +117,7 @@ def test_several_equal_the_slow_reference(webui: WebUI, model: str, has_referenc
     for tags in (("kohya:0.9", "lokr:0.7"), ("kohya:0.9", "lokr:0.7", f"{third}:1.1")):
         knobs = {**PAPER, "top_k": 0}
         if len(tags) == 3:
-            knobs = {"preset": "paper", "method": "relative"}
+            knobs = {"preset": "paper", "method": "relative", "patch_size": 2, "top_k": 0}
         slow = webui.txt2img(
             prompt=prompt(model, *tags),
             scripts={"LoRAtorio slow reference": [{**knobs, "recentre": 0.5}]},
