@@ -26,6 +26,7 @@ NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pi
 PROMPT = "a red circle <lora:{0}:0.8> <lora:{1}:0.65>"
 CHOSEN = Settings(
     enabled=True,
+    method="loratorio",  # which alone has a temperature
     blend="interpolated",
     patch_size=5,
     temperature=0.0371,
