@@ -68,6 +68,13 @@ class Tab:
         self.find(f"_{knob} input").first.click()
         self.find(f"_{knob} li[aria-label='{label}']").click()
 
+    def as_published(self) -> None:
+        """The method that has a temperature."""
+        self.choose("method", "LoRAtorio")
+        self.page.wait_for_function(
+            "id => !document.querySelector(id).disabled", arg=f"#loratorio_{self.name}_temperature input"
+        )
+
     def number(self, knob: str, value: float) -> None:
         box = self.find(f"_{knob} input[type=number]")
         box.fill(str(value))
@@ -99,6 +106,7 @@ def test_tick_move_generate(page: Any) -> None:
     tab.tick()
     tab.find("_patch_size input[type=range]").focus()
     page.keyboard.press("ArrowRight")
+    tab.as_published()
     tab.number("temperature", 0.0123)
     tab.number("recentre", 0.35)
     tab.find("_weight_maps input").check()
@@ -119,6 +127,7 @@ def test_tick_move_generate(page: Any) -> None:
 def test_presets_set_their_knobs_in_this_tab_alone(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.tick()
+    tab.as_published()
     tab.number("temperature", 0.5)
     for name, preset in PRESETS.items():
         assert tab.find(f"_preset_{name}").get_attribute("title") == preset.help
@@ -136,12 +145,13 @@ def test_presets_set_their_knobs_in_this_tab_alone(page: Any) -> None:
 def test_reset_brings_back_what_the_page_began_with(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.tick()
+    tab.as_published()
     tab.number("temperature", 0.5)
     tab.number("rescale", 0.3)
     tab.find("_weight_maps input").check()
     tab.choose("method", "Switch")
     tab.find("_preset_reset").click()
-    page.wait_for_function("!document.querySelector('#loratorio_txt2img_temperature input').disabled")
+    page.wait_for_function("!document.querySelector('#loratorio_txt2img_top_k input').disabled")
     assert tab.generate()[0] == as_dict(Settings(enabled=True))
     assert tab.find("_preset_reset").get_attribute("title")
 
@@ -165,7 +175,7 @@ def test_the_method_says_what_it_does_and_greys_what_it_ignores(page: Any) -> No
                 arg=[f"#loratorio_txt2img_{knob.name} input", ignored],
             )
             assert disabled(knob.name) is ignored, knob.name
-    tab.choose("method", "LoRAtorio")
+    tab.choose("method", "LoRAtorio, relative")
 
 
 def test_unticked_the_line_promises_nothing(page: Any) -> None:
@@ -301,6 +311,7 @@ def test_paste_of_a_plain_picture_unticks(page: Any) -> None:
 def test_a_number_out_of_range_is_our_own_sentence(page: Any) -> None:
     """Ticked; unticked it is no matter, and the page goes on in both."""
     tab = Tab(page, "txt2img").open()
+    tab.as_published()
     tab.number("temperature", 20)
     assert tab.generate()[0]["enabled"] is False
     tab.tick()
