@@ -46,7 +46,7 @@ def run(standin: Any, script: Any, args: Any, *loras: Any, **fields: Any) -> tup
 
 def test_by_name_and_by_position(standin: Any, script: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
-    knobs = {"enabled": True, "patch_size": 3, "temperature": 0.05}
+    knobs = {"enabled": True, "method": "loratorio", "patch_size": 3, "temperature": 0.05}
     by_name, p = run(standin, script, [knobs], a, b)
     settings = Settings.from_mapping(knobs)
     by_place, _ = run(standin, script, [getattr(settings, knob.name) for knob in KNOBS], a, b)
@@ -57,6 +57,18 @@ def test_by_name_and_by_position(standin: Any, script: Any) -> None:
     assert "LoRAtorio patch size: 3" in infotext
     assert "LoRAtorio LoRAs: a:1, b:1" in infotext
     assert "note" not in infotext
+
+
+def test_a_knob_that_changes_nothing_is_said_under_the_picture(standin: Any, script: Any) -> None:
+    loras = standin.lora("a", 1), standin.lora("b", 2)
+    knobs = {"enabled": True, "temperature": 0.05}
+    with_it, p = run(standin, script, [knobs], *loras)
+    without, _ = run(standin, script, [{"enabled": True}], *loras)
+    assert torch.equal(with_it, without)
+    assert (
+        "LoRAtorio note: temperature = 0.05 changes nothing with the method LoRAtorio, relative."
+        in p.processed.infotexts[0]
+    )
 
 
 def test_unticked_does_nothing(standin: Any, script: Any) -> None:
