@@ -278,8 +278,22 @@
         }
     }
 
+    /** The knobs' tooltips, which the WebUI sets once: one that was greyed, or is no longer, is another element. */
+    function explainKnobs(tab) {
+        for (const {props} of window.gradio_config?.components ?? []) {
+            const help = props?.webui_tooltip;
+            if (help && props.elem_id?.startsWith(`loratorio_${tab}_`)) {
+                const knob = gradioApp().querySelector(`#${props.elem_id}`);
+                if (knob && knob.title !== help) {
+                    knob.title = help;
+                }
+            }
+        }
+    }
+
     function update() {
         for (const tab of ["txt2img", "img2img"]) {
+            explainKnobs(tab);
             follow(textareaOf(`${tab}_prompt`), "value", () => refresh(tab));
             follow(tickBox(tab), "checked", () => refresh(tab));
             tickAtStart(tab);

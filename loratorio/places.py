@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 
-from .compose.regions import WHOLE, Box, Place
+from .compose.regions import Box, Place
 from .errors import LoratorioError
 
 OPTION = "at"
@@ -52,7 +54,18 @@ def read_place(value: str, lora: str) -> Place | None:
     edge = _number(width) if tilde else EDGE
     if not 0 <= edge <= MOST_EDGE:
         raise _wrong(value, lora, f"its edge, behind ~, must be a number from 0 to {MOST_EDGE:g}")
-    return None if WHOLE in boxes else Place(boxes, edge)
+    return None if _cover_all(boxes) else Place(boxes, edge)
+
+
+def _cover_all(boxes: Sequence[Box]) -> bool:
+    """Whether the boxes leave nothing of the picture: none of the fields between all their edges."""
+    across = sorted({0.0, 1.0, *(edge for box in boxes for edge in (box.x0, box.x1))})
+    down = sorted({0.0, 1.0, *(edge for box in boxes for edge in (box.y0, box.y1))})
+    return all(
+        any(box.x0 <= left and right <= box.x1 and box.y0 <= top and bottom <= box.y1 for box in boxes)
+        for left, right in pairwise(across)
+        for top, bottom in pairwise(down)
+    )
 
 
 def with_words(prompt: str, words: str) -> str:

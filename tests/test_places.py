@@ -26,10 +26,29 @@ from tests.published import paper
         ("0,.1, 0.3,1.0~0.05", Place((Box(0, 0.1, 0.3, 1),), 0.05)),
         ("0,0,1,1", None),
         ("left+0,0,1,1~0.2", None),
+        ("left+right", None),
+        ("bottom+top~0.3", None),
+        ("top-left+0,0.5,1,1+0.4,0,1,0.6", None),
     ],
 )
 def test_how_a_place_is_written(value: str, place: Place | None) -> None:
     assert read_place(value, "alice") == place
+
+
+@given(
+    st.lists(
+        st.tuples(*(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]) for _ in range(4))).filter(
+            lambda each: each[0] < each[2] and each[1] < each[3]
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_place_is_none_where_its_boxes_leave_nothing_of_the_picture(boxes: list[tuple[float, ...]]) -> None:
+    place = read_place("+".join(",".join(map(str, box)) for box in boxes) + "~0", "alice")
+    drawn = Place(tuple(Box(*box) for box in boxes), 0.0)
+    whole = bool((drawn.mask(4, 4) == 1).all())
+    assert place == (None if whole else drawn)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ CHOSEN = Settings(
     end=0.85,
     weight_maps=True,
 )
+
+AS_PUBLISHED = Settings(enabled=True, method="loratorio")
+"""The method that has a temperature."""
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +168,9 @@ def test_a_picture_from_the_page_comes_back(page: Any, loras: list[str]) -> None
     """Tick, move, generate with the page's own button; its infotext, pasted into the other tab, is the same panel."""
     go_to(page, "txt2img")
     # Whatever the tests before have left in the panel.
-    page.fill("#txt2img_prompt textarea", written(PROMPT.format(*loras), Settings(enabled=True), loras))
+    page.fill("#txt2img_prompt textarea", written(PROMPT.format(*loras), AS_PUBLISHED, loras))
     page.locator("#paste:visible").click()
-    wait_until(page, "txt2img", Settings(enabled=True))
+    wait_until(page, "txt2img", AS_PUBLISHED)
     page.fill("#txt2img_steps input[type=number]", "2")
     page.fill("#txt2img_width input[type=number]", "64")
     page.fill("#txt2img_height input[type=number]", "64")
@@ -184,14 +188,14 @@ def test_a_picture_from_the_page_comes_back(page: Any, loras: list[str]) -> None
     go_to(page, "img2img")
     page.locator("#img2img_prompt textarea").fill(made.strip())
     page.locator("#paste:visible").click()
-    wait_until(page, "img2img", Settings(enabled=True, temperature=0.0371, recentre=0.35))
+    wait_until(page, "img2img", replace(AS_PUBLISHED, temperature=0.0371, recentre=0.35))
     # "Send to img2img" takes the panel along.
     go_to(page, "txt2img")
     page.fill("#loratorio_txt2img_top_k input[type=number]", "3")
     page.locator("#loratorio_txt2img_top_k input[type=number]").blur()
     page.locator("#txt2img_send_to_img2img").click()
     page.locator("#img2img_prompt textarea").wait_for()
-    wait_until(page, "img2img", Settings(enabled=True, temperature=0.0371, recentre=0.35, top_k=3))
+    wait_until(page, "img2img", replace(AS_PUBLISHED, temperature=0.0371, recentre=0.35, top_k=3))
 
 
 def infotexts(page: Any) -> list[str]:
