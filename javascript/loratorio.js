@@ -267,33 +267,38 @@
         }
     }
 
+    function explain(id, help) {
+        const element = gradioApp().querySelector(`#${id}`);
+        if (element && element.title !== help) {
+            element.title = help;
+        }
+    }
+
     /** What each preset does, where one looks for it: Gradio's buttons know no tooltips. */
     function explainPresets(tab) {
         const line = gradioApp().querySelector(`#loratorio_${tab}_loras`);
         for (const [name, help] of Object.entries(JSON.parse(line?.dataset.presets ?? "{}"))) {
-            const button = gradioApp().querySelector(`#loratorio_${tab}_preset_${name}`);
-            if (button && button.title !== help) {
-                button.title = help;
-            }
+            explain(`loratorio_${tab}_preset_${name}`, help);
         }
     }
 
+    /** Our components with a tooltip, found once among the page's many. */
+    let explained = [];
+
     /** The knobs' tooltips, which the WebUI sets once: one that was greyed, or is no longer, is another element. */
-    function explainKnobs(tab) {
-        for (const {props} of window.gradio_config?.components ?? []) {
-            const help = props?.webui_tooltip;
-            if (help && props.elem_id?.startsWith(`loratorio_${tab}_`)) {
-                const knob = gradioApp().querySelector(`#${props.elem_id}`);
-                if (knob && knob.title !== help) {
-                    knob.title = help;
-                }
-            }
+    function explainKnobs() {
+        if (!explained.length) {
+            explained = (window.gradio_config?.components ?? []).map((each) => each.props).filter(
+                (props) => props?.webui_tooltip && props.elem_id?.startsWith("loratorio_"));
+        }
+        for (const {elem_id: id, webui_tooltip: help} of explained) {
+            explain(id, help);
         }
     }
 
     function update() {
+        explainKnobs();
         for (const tab of ["txt2img", "img2img"]) {
-            explainKnobs(tab);
             follow(textareaOf(`${tab}_prompt`), "value", () => refresh(tab));
             follow(tickBox(tab), "checked", () => refresh(tab));
             tickAtStart(tab);
