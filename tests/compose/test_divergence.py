@@ -1,4 +1,4 @@
-"""Ω ∝ 1 − S: against the formula in float64, and what follows exactly from it."""
+"""Ω ∝ D = 1 − S, and by relative divergence: against the formulas in float64, and what follows exactly from them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from .. import reference
 from .test_more_methods import SHAPE, FakeModel, bank, run
 from .test_weights import DTYPES, Case, cases
 
+both = pytest.mark.parametrize("relative", [False, True])
 
-def weights(case: Case) -> torch.Tensor:
-    return spatial_weights(case.base, case.adapters, case.patch_size, None, case.top_k)
+
+def weights(case: Case, relative: bool, masks: Masks | None = None) -> torch.Tensor:
+    return spatial_weights(
+        case.base, case.adapters, case.patch_size, None, case.top_k, relative=relative, masks=masks
+    )
 
 
 def apart(seed: int, dtype: torch.dtype, size: tuple[int, int]) -> Case:
@@ -31,49 +35,53 @@ def apart(seed: int, dtype: torch.dtype, size: tuple[int, int]) -> Case:
     return Case(base.to(dtype), adapters.to(dtype), 2, 0.0, 0)
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     seed=st.integers(0, 2**31), size=st.tuples(st.integers(1, 9), st.integers(1, 9)), top_k=st.integers(0, 4)
 )
-def test_as_the_formula_says(dtype: torch.dtype, seed: int, size: tuple[int, int], top_k: int) -> None:
+def test_as_the_formula_says(
+    relative: bool, dtype: torch.dtype, seed: int, size: tuple[int, int], top_k: int
+) -> None:
     case = apart(seed, dtype, size)
-    found = spatial_weights(case.base, case.adapters, 2, None, top_k).double().numpy()
-    wanted = reference.spatial_weights(case.base, case.adapters, 2, None, top_k)
+    case.top_k = top_k
+    found = weights(case, relative).double().numpy()
+    wanted = reference.spatial_weights(case.base, case.adapters, 2, None, top_k, relative)
     assert abs(found - wanted).max() < 1e-4
 
 
+@both
 @given(case=cases())
-def test_weights_are_shares_of_one(case: Case) -> None:
-    omega = weights(case)
+def test_weights_are_shares_of_one(relative: bool, case: Case) -> None:
+    omega = weights(case, relative)
     assert bool((omega >= 0).all())
     torch.testing.assert_close(omega.sum(dim=0), torch.ones_like(omega[0]), rtol=0, atol=1e-5)
 
 
+@both
 @given(case=cases(least=2))
-def test_a_lora_that_equals_the_base_has_nothing_where_another_diverges(case: Case) -> None:
+def test_a_lora_that_equals_the_base_has_nothing_where_another_diverges(relative: bool, case: Case) -> None:
     case.adapters[0] = case.base
     case.adapters[1] = -case.base
-    omega = spatial_weights(case.base, case.adapters, case.patch_size, None)
-    # In an empty patch the second is the base, too.
-    empty = spatial_weights(case.base, torch.stack([case.base, -case.base]), case.patch_size, None)[0] > 0
-    assert bool(((omega[0] == 0) | empty).all())
+    case.top_k = 0
+    pair = Case(case.base, torch.stack([case.base, -case.base]), case.patch_size, 0.0, 0)
+    empty = weights(pair, relative)[0] > 0  # there the second is the base, too
+    assert bool(((weights(case, relative)[0] == 0) | empty).all())
 
 
-def test_where_none_diverges_all_have_equal_parts() -> None:
+@both
+def test_where_none_diverges_all_have_equal_parts(relative: bool) -> None:
     base = torch.randn(1, 4, 5, 7)
-    omega = spatial_weights(base, base.expand(3, *base.shape), 2, None)
+    omega = weights(Case(base, base.expand(3, *base.shape), 2, 0.0, 0), relative)
     torch.testing.assert_close(omega, torch.full_like(omega, 1 / 3))
 
 
+@both
 @given(case=cases(least=2), seed=st.integers(0, 2**31))
-def test_the_prompt_s_order_does_not_matter(case: Case, seed: int) -> None:
+def test_the_prompt_s_order_does_not_matter(relative: bool, case: Case, seed: int) -> None:
     order = torch.randperm(len(case.adapters), generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(
-        spatial_weights(case.base, case.adapters[order], case.patch_size, None, case.top_k),
-        weights(case)[order],
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    mixed = Case(case.base, case.adapters[order], case.patch_size, 0.0, case.top_k)
+    torch.testing.assert_close(weights(mixed, relative), weights(case, relative)[order], rtol=1e-5, atol=1e-6)
 
 
 def test_in_places_only_those_count_that_may_act_there() -> None:
@@ -117,16 +125,19 @@ def test_divergence_is_one_less_similarity(case: Case) -> None:
     assert bool((same == 0).all())
 
 
-def test_with_masks_as_without_where_all_may_act() -> None:
-    case = apart(3, torch.float32, (6, 5))
-    everywhere = Masks(torch.ones(4, 6, 5), torch.ones(6, 5), False)
-    masked = spatial_weights(case.base, case.adapters, 2, None, masks=everywhere)
-    torch.testing.assert_close(masked, spatial_weights(case.base, case.adapters, 2, None))
+@pytest.mark.parametrize(("relative", "width"), [(False, 5), (False, 4), (True, 4)])
+def test_with_masks_as_without_where_all_may_act(relative: bool, width: int) -> None:
+    """By relative divergence where patches are whole: the mean is over pixels there, and over patches here."""
+    case = apart(3, torch.float32, (6, width))
+    everywhere = Masks(torch.ones(4, 6, width), torch.ones(6, width), False)
+    torch.testing.assert_close(weights(case, relative, everywhere), weights(case, relative))
 
 
-def test_the_method_is_loratorio_with_these_weights() -> None:
+@both
+def test_the_method_is_loratorio_with_these_weights(relative: bool) -> None:
     model = FakeModel()
-    composed = run(Engine(paper(method="divergence", recentre=0.3), bank(3)), model)
+    method = "relative" if relative else "divergence"
+    composed = run(Engine(paper(method=method, recentre=0.3), bank(3)), model)
     model.index = 0
     mixes = [tuple(float(i == j) for j in range(3)) for i in range(3)]
 
@@ -135,7 +146,8 @@ def test_the_method_is_loratorio_with_these_weights() -> None:
 
     base = (0.0, 0.0, 0.0)
     singles = torch.stack([opinions(mix, True) for mix in mixes])
-    omega = reference.spatial_weights(opinions(base, True), singles, paper().patch_size, None)
+    patch_size = paper().patch_size
+    omega = reference.spatial_weights(opinions(base, True), singles, patch_size, None, relative=relative)
     wanted = reference.compose(singles, omega)
     assert composed.cond.shape == (2, *SHAPE)
     assert abs(composed.cond.double().numpy() - wanted).max() < 1e-3

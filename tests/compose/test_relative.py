@@ -1,71 +1,22 @@
-"""Ω ∝ √D·(D / D̄)^1.5: against the formula in float64, and what follows exactly from it."""
+"""Ω ∝ √D·(D / D̄)^1.5: what it has beyond `test_divergence.py`, where both kinds of weights are held to their formulas."""
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from loratorio.compose.regions import Masks
-from loratorio.compose.weights import relative_divergence, spatial_weights
-from loratorio.engine import Engine
+from loratorio.compose.weights import relative_divergence
 from loratorio.settings import Settings
-from tests.published import paper
 
 from .. import reference
-from .test_divergence import apart
-from .test_more_methods import SHAPE, FakeModel, bank, run
-from .test_weights import DTYPES, Case, cases
+from .test_divergence import weights as either_weights
+from .test_weights import Case, cases
 
-
-def weights(case: Case, masks: Masks | None = None) -> Tensor:
-    return spatial_weights(
-        case.base, case.adapters, case.patch_size, None, case.top_k, relative=True, masks=masks
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(
-    seed=st.integers(0, 2**31), size=st.tuples(st.integers(1, 9), st.integers(1, 9)), top_k=st.integers(0, 4)
-)
-def test_as_the_formula_says(dtype: torch.dtype, seed: int, size: tuple[int, int], top_k: int) -> None:
-    case = apart(seed, dtype, size)
-    case.top_k = top_k
-    found = weights(case).double().numpy()
-    wanted = reference.spatial_weights(case.base, case.adapters, 2, None, top_k, relative=True)
-    assert abs(found - wanted).max() < 1e-4
-
-
-@given(case=cases())
-def test_weights_are_shares_of_one(case: Case) -> None:
-    omega = weights(case)
-    assert bool((omega >= 0).all())
-    torch.testing.assert_close(omega.sum(dim=0), torch.ones_like(omega[0]), rtol=0, atol=1e-5)
-
-
-@given(case=cases(least=2), seed=st.integers(0, 2**31))
-def test_the_prompt_s_order_does_not_matter(case: Case, seed: int) -> None:
-    order = torch.randperm(len(case.adapters), generator=torch.Generator().manual_seed(seed))
-    mixed = Case(case.base, case.adapters[order], case.patch_size, 0.0, case.top_k)
-    torch.testing.assert_close(weights(mixed), weights(case)[order], rtol=1e-5, atol=1e-6)
-
-
-@given(case=cases(least=2))
-def test_a_lora_that_is_the_base_has_nothing_where_another_diverges(case: Case) -> None:
-    case.adapters[0] = case.base
-    case.adapters[1] = -case.base
-    case.top_k = 0
-    pair = Case(case.base, torch.stack([case.base, -case.base]), case.patch_size, 0.0, 0)
-    empty = weights(pair)[0] > 0  # there the second is the base, too
-    assert bool(((weights(case)[0] == 0) | empty).all())
-
-
-def test_where_none_diverges_all_have_equal_parts() -> None:
-    base = torch.randn(1, 4, 5, 7)
-    omega = weights(Case(base, base.expand(3, *base.shape), 2, 0.0, 0))
-    torch.testing.assert_close(omega, torch.full_like(omega, 1 / 3))
+weights = partial(either_weights, relative=True)
 
 
 def test_of_two_that_diverge_as_far_the_one_comes_first_that_does_so_here_alone() -> None:
@@ -96,10 +47,10 @@ def test_the_mean_is_taken_where_a_lora_may_act(seed: int) -> None:
     own = torch.ones(2, 6, 8)
     own[0, :, 4:] = 0
     masks = Masks(own, torch.ones(6, 8), False)
-    found = weights(Case(base, adapters, 2, 0.0, 0), masks)
+    found = weights(Case(base, adapters, 2, 0.0, 0), masks=masks)
     elsewhere = adapters.clone()
     elsewhere[0, ..., 4:] = torch.randn(1, 4, 6, 4, generator=random)
-    torch.testing.assert_close(weights(Case(base, elsewhere, 2, 0.0, 0), masks), found)
+    torch.testing.assert_close(weights(Case(base, elsewhere, 2, 0.0, 0), masks=masks), found)
     assert bool((found[0, ..., 4:] == 0).all())
     # Slowly, pixel by pixel.
     similarity = torch.tensor(
@@ -122,37 +73,9 @@ def test_the_mean_is_taken_where_a_lora_may_act(seed: int) -> None:
     torch.testing.assert_close(found[:, 0].double(), parts / parts.sum(dim=0), atol=2e-3, rtol=0)
 
 
-def test_with_masks_as_without_where_all_may_act() -> None:
-    case = apart(3, torch.float32, (6, 4))
-    everywhere = Masks(torch.ones(4, 6, 4), torch.ones(6, 4), False)
-    torch.testing.assert_close(weights(case, everywhere), weights(case))
-
-
 def test_nothing_is_allowed_anywhere() -> None:
     parts = relative_divergence(torch.full((2, 1, 3, 3), 0.5), torch.zeros(2, 1, 3, 3))
     assert bool((parts == 0).all())
-
-
-def test_the_method_is_loratorio_with_these_weights() -> None:
-    model = FakeModel()
-    composed = run(Engine(paper(method="relative", recentre=0.3), bank(3)), model)
-    model.index = 0
-    mixes = [tuple(float(i == j) for j in range(3)) for i in range(3)]
-
-    def opinions(mix: tuple[float, ...], cond: bool) -> Tensor:
-        return torch.stack([model.opinion(mix, cond, slot) for slot in range(2)])
-
-    base = (0.0, 0.0, 0.0)
-    singles = torch.stack([opinions(mix, True) for mix in mixes])
-    patch_size = paper().patch_size
-    omega = reference.spatial_weights(opinions(base, True), singles, patch_size, None, relative=True)
-    wanted = reference.compose(singles, omega)
-    assert composed.cond.shape == (2, *SHAPE)
-    assert abs(composed.cond.double().numpy() - wanted).max() < 1e-3
-    unconds = torch.stack([opinions(mix, False) for mix in mixes])
-    anchored = reference.recentre(opinions(base, False), unconds, omega, 0.3)
-    assert composed.uncond is not None
-    assert abs(composed.uncond.double().numpy() - anchored).max() < 1e-3
 
 
 def test_it_is_what_users_get() -> None:
