@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,23 @@ class Job:
         """A sampling is over."""
         self.passes.append(done)
         self.changed()
+
+    def let_go(self) -> None:
+        """The job is over: free what was read for it.
+
+        The job hangs on the WebUI's object and that on the job, so both last until Python looks for such rings, which it does by their
+        number and not by the gigabytes that they hold.
+        """
+        self.adapters.clear()
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """While this lasts, an exception ends the job: the WebUI tells nobody that it is over."""
+        try:
+            yield
+        except BaseException:
+            self.let_go()
+            raise
 
     def notes_of(self, batch: int) -> list[str]:
         """The sentences about a batch's pictures; where it has two passes and one is true of one only, it says of which."""

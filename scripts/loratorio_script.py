@@ -73,10 +73,12 @@ class LoratorioScript(scripts.Script):
             p.loratorio_comments.update(job_of(p))
 
     def postprocess(self, p, processed, *args):
-        if job_of(p) and job_of(p).settings.weight_maps:
-            from loratorio.webui import gallery
+        if job_of(p):
+            job_of(p).let_go()
+            if job_of(p).settings.weight_maps:
+                from loratorio.webui import gallery
 
-            gallery.add_maps(job_of(p), processed)
+                gallery.add_maps(job_of(p), processed)
 
 
 def job_of(p):

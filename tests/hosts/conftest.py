@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from loratorio.adapters.bank import Bank
+from loratorio.adapters.delta import Adapter
+from loratorio.hosts.shared import sampling_pass
 
 STANDIN = Path(__file__).parent.parent / "standin" / "a1111"
 
@@ -41,3 +47,24 @@ def a1111() -> Iterator[Any]:
 @pytest.fixture
 def standin(a1111: Any) -> Any:
     return a1111.run.Standin()
+
+
+@pytest.fixture
+def left_over(monkeypatch: Any) -> Iterator[Callable[[], int]]:
+    """How many of the LoRAs that were read, and of what holds them in a pass, are in memory. Python doesn't look for rings meanwhile."""
+    made: list[weakref.ref[Any]] = []
+
+    class Watched(Bank):
+        def __init__(self, adapters: Sequence[Adapter]) -> None:
+            super().__init__(adapters)
+            made.extend(map(weakref.ref, (self, *adapters)))
+
+    def count() -> int:
+        assert made
+        return sum(each() is not None for each in made)
+
+    monkeypatch.setattr(sampling_pass, "Bank", Watched)
+    gc.collect()
+    gc.disable()
+    yield count
+    gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 from typing import Any
 
@@ -249,6 +250,24 @@ def test_leaves_no_trace(a1111: Any, standin: Any) -> None:
         assert trace(a1111, standin) == before
     again = [standin.run(standin.job()), standin.run(standin.job(a)), standin.run(standin.job(a, b))]
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:
+    a, b = standin.lora("a", 1), standin.full("b", 2)
+    samples, job = compose(standin.job(a, b))
+    job.let_go()
+    assert left_over() == 0
+    assert samples.shape == (1, 4, 8, 8)
+
+    def fail(rows: int) -> None:
+        raise RuntimeError("boom")
+
+    standin.model.fails, p = fail, standin.job(a, b)
+    with contextlib.suppress(RuntimeError):
+        compose(p)
+    standin.model.fails = None
+    assert left_over() == 0
+    assert p.sampler
 
 
 def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(a1111: Any, standin: Any) -> None:

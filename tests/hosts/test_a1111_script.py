@@ -71,6 +71,13 @@ def test_a_knob_that_changes_nothing_is_said_under_the_picture(standin: Any, scr
     )
 
 
+def test_a_finished_job_lets_go_of_its_loras(standin: Any, script: Any, left_over: Any) -> None:
+    knobs = {"enabled": True, "weight_maps": True}
+    _, p = run(standin, script, [knobs], standin.lora("a", 1), standin.full("b", 2))
+    assert left_over() == 0
+    assert p.loratorio_job.passes
+
+
 def test_unticked_does_nothing(standin: Any, script: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     for args in ([], [False], [{"enabled": False}], [{}]):

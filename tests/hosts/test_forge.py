@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import sys
@@ -204,6 +205,22 @@ def test_nothing_is_left_behind_when_sampling_ends_early(webui: Any, standin: An
     assert torch.equal(standin.run(standin.job()), plain)
     assert torch.equal(standin.run(standin.job("a")), merged)
     assert same(trace(standin), before)
+
+
+def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:
+    def fail(rows: int) -> None:
+        raise ValueError("broken")
+
+    p = standin.job("a", "b", "c")
+    _, job = compose(standin, p, **KNOBS)
+    job.let_go()
+    assert left_over() == 0
+    assert p.sampler
+    standin.model.model.fails, failing = fail, standin.job("a", "c")
+    with contextlib.suppress(ValueError):
+        compose(standin, failing, **KNOBS)
+    assert left_over() == 0
+    assert failing.sampler
 
 
 def test_text_caches_stay_true(standin: Any) -> None:

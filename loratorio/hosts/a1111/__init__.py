@@ -25,7 +25,7 @@ class A1111:
         launch = sampler.launch_sampling
 
         def launch_composed(steps: int, func: Callable[[], Any]) -> Any:
-            with refusals():
+            with refusals(), job.ended_by_errors():
                 return launch(steps, lambda: A1111Pass(job).sample(func))
 
         sampler.launch_sampling = launch_composed

@@ -23,7 +23,8 @@ class Forge:
 
     def before_sampling(self, job: Job) -> None:
         try:
-            ForgePass(job, self._flavour).install()
+            with job.ended_by_errors():
+                ForgePass(job, self._flavour).install()
         except Exception as problem:
             refuse(job.p, problem)
 

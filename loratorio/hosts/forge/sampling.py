@@ -204,9 +204,14 @@ class ForgePass(SamplingPass):
         launch = getattr(sampler.launch_sampling, "enclosed", sampler.launch_sampling)
 
         def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
-            with refusals():
-                result: Result = launch(steps, lambda: self.run(func))
-                return result
+            try:
+                with refusals(), self.job.ended_by_errors():
+                    result: Result = launch(steps, lambda: self.run(func))
+                    return result
+            finally:
+                # The sampler may last for long, and what it refers to with it.
+                if getattr(sampler.launch_sampling, "enclosed", None) == launch:
+                    sampler.launch_sampling = launch
 
         launch_composed.enclosed = launch  # type: ignore[attr-defined]
         sampler.launch_sampling = launch_composed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any, Protocol
 
 from ...job import Job
@@ -28,6 +29,9 @@ def refuse(p: Any, problem: Exception) -> None:
     out of the sampling stops the job, is shown on the page, and is answered by the API: with status 422 and the sentence
     for a LoratorioError, with 500 for anything else.
     """
+
+    # Its frames hold LoRAs, and `p`, which holds it, may last for long.
+    traceback.clear_frames(problem.__traceback__)
 
     def stop(*args: Any, **kwargs: Any) -> None:
         with refusals():

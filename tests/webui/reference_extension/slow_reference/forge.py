@@ -30,7 +30,8 @@ def patchers(p):
         base.patches, base.patches_uuid = {}, original.unet.patches_uuid
     pairs = [(base, original.clip)]
     for path, unet, text, *online in ast.literal_eval(p.sd_model.current_lora_hash):
-        mode = {"online_mode": False} if online else {}
+        # Merged on the fly, as the host may be set to, a LoRA isn't rounded to what the weights are stored in.
+        mode = {"online_mode": online[0]} if online else {}
         file = dict(networks.load_lora_state_dict(path))
         pairs.append(
             networks.load_lora_for_models(base, original.clip, file, unet, text, filename=path, **mode)
