@@ -11,7 +11,7 @@ import pytest
 from loratorio.settings import KNOBS, Settings
 
 from .client import Pictures, Refused, WebUI, psnr
-from .test_scenarios import TOGETHER, is_composed, tagged
+from .test_scenarios import HIRES, TOGETHER, is_composed, tagged, upscaled
 
 
 def test_positional_arguments_equal_named_ones(webui: WebUI, loras: list[str]) -> None:
@@ -49,6 +49,14 @@ def test_an_unknown_lora_is_left_out_as_the_webui_does(webui: WebUI, loras: list
     prompt = tagged("a", loras[:1]) + "<lora:no such lora:1>"
     own, ours = webui.txt2img(prompt=prompt), webui.txt2img({"recentre": 0.0}, prompt=prompt)
     assert psnr(own.image, ours.image) >= 50
+
+
+def test_no_lora_stays_in_memory(webui: WebUI, loras: list[str], has_reference: bool) -> None:
+    if not has_reference:
+        pytest.skip("tests/webui/reference_extension is not installed in this WebUI")
+    for more in ({}, upscaled(webui, HIRES), {"n_iter": 2}):
+        assert is_composed(webui.txt2img(TOGETHER, prompt=tagged("a red circle", loras), **more))
+        assert webui.call("slow-reference-held") == 0
 
 
 @pytest.mark.parametrize("call", ["interrupt", "skip"])

@@ -3,6 +3,7 @@
 Its one argument is `{"patch_size": …, "temperature": …, "top_k": …, "recentre": …}`; without it it does nothing.
 """
 
+import gc
 import importlib.util
 
 import gradio as gr
@@ -57,7 +58,16 @@ def change(lora: str = Body(...), layer: str = Body(...)):
     return {"before": before.flatten().tolist(), "change": added.float().cpu().flatten().tolist()}
 
 
+def held():
+    """How many LoRAs LoRAtorio has in memory. Those that only wait for Python to look for rings count, too."""
+    return sum(
+        type(each).__name__ == "Adapter" and type(each).__module__.startswith("loratorio.")
+        for each in gc.get_objects()
+    )
+
+
 def add_routes(demo, app):
+    app.add_api_route("/sdapi/v1/slow-reference-held", held, methods=["GET"])
     app.add_api_route("/sdapi/v1/slow-reference-layers", layers, methods=["GET"])
     app.add_api_route("/sdapi/v1/slow-reference-change", change, methods=["POST"])
 
