@@ -11,7 +11,7 @@ from .infotext import LoraUse
 from .settings import Settings
 
 if TYPE_CHECKING:  # a WebUI's start-up need not wait for the engine
-    from .engine import WeightHistory
+    from .sampling.history import WeightHistory
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 from .compose.methods import METHODS
+from .compose.patches import BLENDS
 from .compose.regions import YIELDING
-from .compose.weights import BLENDS
 from .errors import LoratorioError
 
 Kind = Literal["bool", "int", "float", "choice"]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import Participants
 from loratorio.compose.regions import Box, Place
-from loratorio.engine import check_places
 from loratorio.errors import LoratorioError
 from loratorio.places import EDGE, NAMED, read_place, with_words
 from loratorio.roles import TaggedLora, participants_of
+from loratorio.sampling.engine import check_places
 from tests.published import paper
 
 
@@ -120,15 +120,19 @@ def test_participants_know_places_and_words() -> None:
         TaggedLora("ink", {"role": "style", "at": "right~0"}),
     ]
     participants = participants_of(loras)
-    assert participants.places == (read_place("left", ""), None, read_place("right~0", ""))
-    assert participants.words == ("red dress, long hair", "", "")
+    assert [lora.place for lora in participants.loras] == [
+        read_place("left", ""),
+        None,
+        read_place("right~0", ""),
+    ]
+    assert [lora.words for lora in participants.loras] == ["red dress, long hair", "", ""]
     assert participants.base == (0.0, 0.0, 0.0, 0.0)  # what always acts, but in a place, is in no mix
     assert [each.number for each in participants.additions] == [2]
     shared = participants.with_shared_parts(0.5)
-    assert shared.numbers == (0, 1)
+    assert shared.numbers == [0, 1]
     # Of those that are left only night is shared: the others are private.
-    assert shared.singles == ((1.0, 0.5, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0))
-    assert shared.compared == (0.0, 0.5, 0.0, 0.0)
+    assert shared.mixes == [(1.0, 0.5, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0)]
+    assert shared.reference == (0.0, 0.5, 0.0, 0.0)
     assert [(each.number, each.mix, each.always) for each in shared.additions] == [
         (2, (0.0, 0.5, 1.0, 0.0), True),
         (3, (0.0, 0.5, 0.0, 0.7), False),
@@ -145,7 +149,8 @@ def test_places_need_a_method_with_rows_for_each_lora(method: str, option: str) 
         check_places(settings, participants)
     else:
         with pytest.raises(
-            LoratorioError, match=r"LoRAtorio, LoRAtorio by divergence, Composite or W-Composite, not"
+            LoratorioError,
+            match=r"LoRAtorio, LoRAtorio by divergence, Composite, W-Composite or Composite, re-centred, not",
         ):
             check_places(settings, participants)
 

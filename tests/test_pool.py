@@ -130,7 +130,7 @@ def test_a_tag_says_that_its_lora_is_a_candidate() -> None:
     participants = participants_of(
         [TaggedLora("cat"), TaggedLora("red", {"pool": "1"}), TaggedLora("tall", {"pool": "0"})]
     )
-    assert participants.pooled == (False, True, False)
+    assert [lora.pooled for lora in participants.loras] == [False, True, False]
 
 
 def test_several_folders_are_one(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import torch
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
-from loratorio.engine import Engine, Step
 from loratorio.errors import LoratorioError
 from loratorio.roles import (
     TaggedLora,
@@ -17,6 +16,7 @@ from loratorio.roles import (
     recognised_note,
     unknown_options_note,
 )
+from loratorio.sampling.engine import Engine, Step
 from tests.published import paper
 
 
@@ -111,16 +111,15 @@ def test_cast() -> None:
     ]
     participants = participants_of(loras)
     assert participants.base == (1.0, 0.0, 0.0, 0.0)
-    assert participants.singles == ((1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, 1.0))
-    assert participants.styles == (False, True, False)
-    assert participants.pooled == (False, False, True)
-    assert participants.numbers == (1, 2, 3)
+    assert participants.mixes == [(1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, 1.0)]
+    assert [lora.style for lora in participants.loras] == [False, True, False]
+    assert [lora.pooled for lora in participants.loras] == [False, False, True]
+    assert participants.numbers == [1, 2, 3]
     assert participants.named == (1.0, 1.0, 1.0, 0.0)
 
 
 def test_speed_loras_alone_are_simply_merged() -> None:
     loras = Bank([Adapter("lcm-lora", {})])
     engine = Engine(paper(), loras, participants_of([TaggedLora("lcm-lora")]))
-    assert [branch.mix for branch in engine.branches(0, 4, True)] == [(1.0,), (1.0,)]
     result = engine.step(Step(0, 4, torch.zeros(1, 4, 2, 2), 1), lambda rows: torch.ones(len(rows), 4, 2, 2))
     assert bool((result.cond == 1).all())

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.guidance import compose, guide, recentre
-from loratorio.compose.weights import spatial_weights
-from loratorio.engine import Engine, Row, Step
+from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
+from loratorio.sampling.engine import Engine, Row, Step
 from loratorio.settings import PRESET, PRESETS, Settings
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
@@ -251,7 +251,9 @@ class Variants:
 def composed(
     base_cond: Tensor, base_uncond: Tensor, conds: Tensor, unconds: Tensor, settings: Settings
 ) -> Tensor:
-    weights = spatial_weights(base_cond, conds, settings.patch_size, settings.temperature, settings.top_k)
+    weights = spatial_weights(
+        base_cond, conds, by_similarity(settings.temperature), settings.patch_size, settings.top_k
+    )
     if len(conds) == 1:
         weights = torch.ones_like(weights)
     return guide(

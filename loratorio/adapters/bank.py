@@ -8,11 +8,11 @@ what single LoRAs add beside it in another one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,6 @@ from ..errors import LoratorioError
 from .delta import Adapter, Fitted, LowRank
 from .plan import Coefficients, Job, Segment, planned, segments
 from .stacks import Stacks, Where
-
-
-class Change(NamedTuple):
-    """What one LoRA adds to one layer's weight: ΔW at its strength, float32, and the rank that it is stored with."""
-
-    weight: Tensor
-    rank: int
-
-
-class Merged(NamedTuple):
-    """A LoRA that was made out of others.
-
-    Attributes:
-        numbers: those; their low-rank changes act in none of its layers, their dense ones in all.
-        products: by layer its down (r, in, …) and up (r, out), at its strength.
-    """
-
-    numbers: frozenset[int]
-    products: Mapping[str, tuple[Tensor, Tensor]]
-
 
 PLANS = 64
 """So many ways to route rows are remembered, and so many dense sums of several LoRAs."""
@@ -55,17 +35,13 @@ class _Routing:
 
     Attributes:
         mixes: one for each row. segments: of the rows that any LoRA acts on.
-        by_layer: the mix that takes the place of every segment's in a layer.
-        merged: the LoRA that acts where any of those acts that it was made of; the segments' mixes have one coefficient more for it.
-        stacks: where they are not the bank's own, but a merged LoRA's.
-        plan: the jobs that were worked out for this routing.
+        by_layer: the mix that replaces every segment's in a layer.
+        plan: the jobs of this routing, as far as they are known.
     """
 
     mixes: tuple[Coefficients, ...] = ()
     segments: tuple[Segment, ...] = ()
     by_layer: Mapping[str, Coefficients] = field(default_factory=dict)
-    merged: Merged | None = None
-    stacks: Stacks | None = None
     plan: _Plan = field(default_factory=dict)
 
 
@@ -82,7 +58,7 @@ class Bank:
         self._apart: frozenset[int] = frozenset()
         self._most_apart = 0
         self._resident: dict[int, None] = {}  # of those kept apart, the last used at the end
-        self._merged: tuple[Merged, Stacks] | None = None
+        self._stacks: Stacks
         self._use({})
 
     def keep_apart(self, numbers: Iterable[int], most: int) -> None:
@@ -128,7 +104,6 @@ class Bank:
         self,
         mixes: Sequence[Coefficients],
         by_layer: Mapping[str, Coefficients] | None = None,
-        merged: Merged | None = None,
     ) -> Iterator[None]:
         """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
@@ -136,21 +111,19 @@ class Bank:
 
         Args:
             by_layer: by a layer's name, the mix that every row with any LoRA gets there instead.
-            merged: a LoRA that acts, whole, on every row with any of those that it was made of, in their place. Not with `by_layer`.
 
         Raises:
             ValueError: a mix has not one coefficient per adapter.
         """
-        if any(len(mix) != len(self.adapters) for mix in mixes):
+        most = len(self.adapters) + self._has_assembled
+        if any(not len(self.adapters) <= len(mix) <= most for mix in mixes):
             raise ValueError(f"every mix must have {len(self.adapters)} coefficients, one per LoRA")
+        mixes = [(*mix, *[0.0] * (most - len(mix))) for mix in mixes]
         before, now = self._routing, tuple(segments(mixes))
         self._make_room(now)
-        stacks = None if merged is None else self._stacks_with(merged)
-        if merged is not None:
-            now = tuple(replace(each, mix=_with_merged(each.mix, merged)) for each in now)
         # What differs between layers is another at each step: not worth keeping.
         plan: _Plan = {} if by_layer else self._plan_for(now)
-        self._routing = _Routing(tuple(mixes), now, by_layer or {}, merged, stacks, plan)
+        self._routing = _Routing(tuple(mixes), now, by_layer or {}, plan)
         try:
             yield
         finally:
@@ -161,47 +134,46 @@ class Bank:
         """While this lasts, model calls have only those of the routed rows that have these numbers, in this order."""
         routing = self._routing
         part = [routing.mixes[number] for number in numbers]
-        with self.routed(part, routing.by_layer, routing.merged):
+        with self.routed(part, routing.by_layer):
             yield
 
-    def changes(self) -> Iterator[tuple[str, dict[int, Change]]]:
-        """Layer by layer, what each LoRA (by number) adds to the layer's weight. Nothing while the bank is not attached."""
+    def changes(self) -> Iterator[tuple[str, dict[int, tuple[Tensor, int]]]]:
+        """Layer by layer, what each LoRA (by number) adds to the layer's weight: ΔW at its strength, float32, and the rank that it is
+        stored with. Nothing while the bank is not attached."""
         for name, by_number in self._fitted.items():
-            made = {
-                number: _change(fitted, self.adapters[number].strength)
-                for number, fitted in by_number.items()
-            }
-            yield name, {number: change for number, change in made.items() if change is not None}
+            made = {i: _change(fitted, self.adapters[i].strength) for i, fitted in by_number.items()}
+            yield name, {i: change for i, change in made.items() if change is not None}
 
     def products(self) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
         """Layer by layer, of each LoRA (by number) the low-rank part of what it adds to the layer's weight, at its strength, float32:
         down (r, in, …) and up (r, out). Nothing while the bank is not attached."""
         for name, by_number in self._fitted.items():
-            low_rank = {number: fitted.low_rank for number, fitted in by_number.items()}
-            yield (
-                name,
-                {
-                    number: _product(own, self.adapters[number].strength)
-                    for number, own in low_rank.items()
-                    if own is not None
-                },
-            )
+            low_rank = {i: fitted.low_rank for i, fitted in by_number.items()}
+            strengths = [adapter.strength for adapter in self.adapters]
+            yield name, {i: _product(own, strengths[i]) for i, own in low_rank.items() if own is not None}
 
-    def _stacks_with(self, merged: Merged) -> Stacks:
-        """The stacks with this merged LoRA, which is the same at every step."""
-        if self._merged is None or self._merged[0] is not merged:
-            fitted = {name: dict(by_number) for name, by_number in self._fitted.items()}
-            for name, (down, up) in merged.products.items():
-                for number in merged.numbers & fitted[name].keys():
-                    fitted[name][number] = Fitted(None, fitted[name][number].dense)
-                fitted[name][len(self.adapters)] = Fitted(LowRank(down, up.T), None)
-            every = (*self.adapters, Adapter("merged", {}))
-            self._merged = (merged, Stacks(every, fitted, self._apart))
-            self._plans.clear()
-        return self._merged[1]
+    def assemble(self, products: Mapping[str, tuple[Tensor, Tensor]], mix: Coefficients) -> None:
+        """Add one LoRA, until the layers are left: the last coefficient of a mix is then its own.
+
+        Args:
+            products: its low-rank part by layer, down (r, in, …) and up (r, out). Only layers that the other LoRAs touch.
+            mix: its dense part is the sum of the other LoRAs' dense parts, in this measure.
+        """
+        fitted = {name: dict(by_number) for name, by_number in self._fitted.items()}
+        for name, by_number in fitted.items():
+            product = products.get(name)
+            factors = {i: mix[i] for i in by_number if mix[i]}
+            dense = self._stacks.dense(name, factors, Where(torch.device("cpu"), torch.float32))
+            by_number[len(self.adapters)] = Fitted(
+                None if product is None else LowRank(product[0], product[1].T),
+                None if dense is None else dense[0].times(dense[1]),
+            )
+        self._stacks = Stacks((*self.adapters, Adapter("assembled", {})), fitted, self._apart)
+        self._has_assembled = True
+        self._plans.clear()
 
     def _make_room(self, now: Sequence[Segment]) -> None:
-        """Let go of the LoRAs kept apart that were not used for longest, where these segments need the room."""
+        """Release the LoRAs kept apart that were not used for longest, where these segments need the room."""
         for number in sorted(self._apart):
             if any(segment.mix[number] for segment in now):
                 self._resident.pop(number, None)
@@ -210,29 +182,21 @@ class Bank:
         too_many = len(self._resident) - max(self._most_apart, len(used))
         gone = [number for number in self._resident if number not in used][: max(0, too_many)]
         if gone:
-            self.let_go(gone)
+            self.release(gone)
 
-    def let_go(self, numbers: Iterable[int]) -> None:
+    def release(self, numbers: Iterable[int]) -> None:
         """Free what these LoRAs, of those kept apart, have on the model's device; it is made again when one is asked for."""
         gone = self._apart & set(numbers)
         for number in gone:
             self._resident.pop(number, None)
         self._plans.clear()
-        for stacks in self._all_stacks():
-            stacks.drop(gone)
-
-    def _all_stacks(self) -> list[Stacks]:
-        return [self._stacks] if self._merged is None else [self._stacks, self._merged[1]]
+        self._stacks.drop(gone)
 
     def _plan_for(self, now: tuple[Segment, ...]) -> _Plan:
-        every = self._all_stacks()
-        if now not in self._plans and (
-            len(self._plans) >= PLANS or max(each.sums for each in every) >= PLANS
-        ):
+        if now not in self._plans and (len(self._plans) >= PLANS or self._stacks.sums >= PLANS):
             # Start afresh before what may never be used again fills the memory.
             self._plans.clear()
-            for stacks in every:
-                stacks.drop_sums()
+            self._stacks.drop_sums()
         return self._plans.setdefault(now, {})
 
     def _fit(self, layers: Mapping[str, nn.Module]) -> dict[str, dict[int, Fitted]]:
@@ -244,7 +208,7 @@ class Bank:
 
     def _use(self, fitted: dict[str, dict[int, Fitted]]) -> None:
         self._fitted, self._stacks = fitted, Stacks(self.adapters, fitted, self._apart)
-        self._merged = None
+        self._has_assembled = False
         self._plans.clear()
         self._resident.clear()
 
@@ -275,11 +239,11 @@ class Bank:
             here = self._routing.segments
             if name in self._routing.by_layer:
                 here = tuple(replace(segment, mix=self._routing.by_layer[name]) for segment in here)
-            plan[name, where] = list(planned(name, here, self._routing.stacks or self._stacks, where))
+            plan[name, where] = list(planned(name, here, self._stacks, where))
         return plan[name, where]
 
 
-def _change(fitted: Fitted, strength: float) -> Change | None:
+def _change(fitted: Fitted, strength: float) -> tuple[Tensor, int] | None:
     parts: list[Tensor] = []
     rank = 0
     if fitted.low_rank is not None:
@@ -288,11 +252,9 @@ def _change(fitted: Fitted, strength: float) -> Change | None:
     if fitted.dense is not None and fitted.dense.weight is not None:
         parts.append(fitted.dense.weight.to(torch.float32))
         rank += min(parts[-1].shape[0], parts[-1][0].numel())
-    return (
-        Change(sum(parts[1:], parts[0]).flatten(1 if parts[0].ndim > 1 else 0) * strength, rank)
-        if parts
-        else None
-    )
+    if not parts:
+        return None
+    return sum(parts[1:], parts[0]).flatten(1 if parts[0].ndim > 1 else 0) * strength, rank
 
 
 def _product(low_rank: LowRank, strength: float) -> tuple[Tensor, Tensor]:
@@ -300,8 +262,12 @@ def _product(low_rank: LowRank, strength: float) -> tuple[Tensor, Tensor]:
     return low_rank.down.to(torch.float32), low_rank.up.T.to(torch.float32) * factor
 
 
-def _with_merged(mix: Coefficients, merged: Merged) -> Coefficients:
-    return (*mix, float(any(mix[number] for number in merged.numbers)))
+def with_assembled(mix: Coefficients, replaced: Collection[int]) -> Coefficients:
+    """`mix` with the assembled LoRA in place of those of these numbers; as it is where there are none."""
+    if not replaced:
+        return mix
+    acts = any(mix[number] for number in replaced)
+    return (*(0.0 if i in replaced else part for i, part in enumerate(mix)), float(acts))
 
 
 def _uncompiled() -> Any:

@@ -69,6 +69,11 @@ class Dense:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
+    def times(self, factor: float) -> Dense:
+        """The same change, stronger or weaker."""
+        weight, bias = (None if part is None else part * factor for part in (self.weight, self.bias))
+        return Dense(weight, bias)
+
 
 Delta = LowRank | Dense
 

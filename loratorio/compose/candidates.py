@@ -24,8 +24,8 @@ measurement (docs/METHODS.md)."""
 def branches_for_reactions(participants: Participants) -> list[Branch]:
     """The rows that `reactions` looks at."""
     mixes = [
-        participants.compared,
-        *(mix for i, mix in enumerate(participants.singles) if participants.is_candidate(i)),
+        participants.reference,
+        *(lora.mix for lora in participants.loras if lora.pooled),
     ]
     return [Branch(mix, cond) for mix in mixes for cond in (True, False)]
 
@@ -42,18 +42,19 @@ def reactions(predictions: Predictions, participants: Participants) -> dict[int,
         unconditional row of its image, e_0 and u_0 of what the LoRAs are compared with.
     """
     owners = list(predictions.owners)
-    reference = participants.compared
+    reference = participants.reference
     cond, uncond = (
         predictions.by_branch[Branch(reference, each)].to(torch.float32) for each in (True, False)
     )
     own_part = _norms(cond - torch.stack([uncond[image] for image in owners])).clamp_min(1e-12)
     found = {}
-    for position, mix in enumerate(participants.singles):
-        if participants.is_candidate(position):
+    for lora in participants.loras:
+        if lora.pooled:
+            mix = lora.mix
             more = _norms(predictions.by_branch[Branch(mix, True)].to(torch.float32) - cond)
             less = _norms(predictions.by_branch[Branch(mix, False)].to(torch.float32) - uncond)
             of_image = torch.stack([less[image] for image in owners])
-            found[participants.numbers[position]] = ((more - of_image) / own_part).mean()
+            found[lora.number] = ((more - of_image) / own_part).mean()
     return found
 
 
@@ -64,6 +65,6 @@ def _norms(differences: Tensor) -> Tensor:
 
 
 def called(scores: Sequence[float], most: int) -> list[int]:
-    """Places of the candidates that are called, at most so many, those with the highest scores; none where none is."""
-    ranked = sorted(range(len(scores)), key=lambda place: -scores[place])
-    return sorted(place for place in ranked[:most] if scores[place] >= CALLED)
+    """Positions of the candidates that are called: at most `most`, those with the highest scores."""
+    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return sorted(i for i in ranked[:most] if scores[i] >= CALLED)

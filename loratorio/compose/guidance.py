@@ -42,10 +42,10 @@ def recentre(base_uncond: Tensor, adapter_unconds: Tensor, weights: Tensor, stre
         (B, C, H, W) float32; exactly one of the two terms when λ is 0 or 1.
     """
     composed = compose(adapter_unconds, weights) if strength < 1 else None
-    return anchor(base_uncond, composed, strength)
+    return recentred(base_uncond, composed, strength)
 
 
-def anchor(base_uncond: Tensor, composed_uncond: Tensor | None, strength: float) -> Tensor:
+def recentred(base_uncond: Tensor, composed_uncond: Tensor | None, strength: float) -> Tensor:
     """λ·e₀(∅) + (1−λ)·ẽ(∅), (B, C, H, W) float32, for an ẽ(∅) that is composed already; it is not needed at λ = 1."""
     if strength == 1 or composed_uncond is None:
         return base_uncond.to(torch.float32)

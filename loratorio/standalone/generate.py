@@ -13,14 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.bank import Bank
-from ..calls import by_kind, predicted_by
 from ..compose.methods import METHODS, Composition
-from ..compose.mixes import Branch, Mix
-from ..engine import Engine, Predict, Row, Step, WeightHistory
+from ..compose.mixes import Mix
 from ..errors import LoratorioError
 from ..places import with_words
 from ..roles import reactions_note
-from ..row_memory import measured_rows
+from ..sampling.calls import by_kind, predicted_by
+from ..sampling.engine import Engine, Predict, Row, Step
+from ..sampling.history import WeightHistory
+from ..sampling.memory import measured_rows
 from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
@@ -123,10 +124,10 @@ def _generate(
         latents = _sample(checkpoint, request, text, bank, engine, texts, progress)
         if engine is not None:
             engine.history.settle()
-            if engine.reactions:
+            if engine.pool.reactions:
                 names = [tag.name for tag in loras.tags]
-                of_pool.append(reactions_note(names, engine.reactions, engine.left_out))
-                moved = {names[number]: score for number, score in engine.reactions.items()}
+                of_pool.append(reactions_note(names, engine.pool.reactions, engine.pool.left_out))
+                moved = {names[number]: score for number, score in engine.pool.reactions.items()}
         images = _decode(checkpoint, latents)
     return Outcome(
         request,
@@ -188,11 +189,9 @@ def _sample(
     )
     if engine is not None:
         size = (id(checkpoint.unet), tuple(noise.shape[1:]), checkpoint.dtype)
-        engine.memory = measured_rows(device, size, 2 * request.batch)
+        engine.calls.memory = measured_rows(device, size, 2 * request.batch)
     with bank.attached(dict(checkpoint.unet.named_modules())):
         bank.prepare(device, checkpoint.dtype)
-        # Only now: some methods look at the attached LoRAs before they say which mixes they need.
-        _prepare(texts, request, text, engine, schedule.steps)
         return denoise(
             schedule,
             schedule.start(noise, picture),
@@ -208,28 +207,14 @@ def _prompts(request: Request, text: str) -> list[str]:
     return [text] if request.cfg == 1 else [text, request.negative]
 
 
-def _prepare(
-    conditioner: TextConditioner, request: Request, text: str, engine: Engine | None, steps: int
-) -> None:
-    """The conditioning of both prompts under every mix that the steps will ask for."""
-    branches: dict[Branch, None] = {}
-    for index in range(steps):
-        branches.update(
-            dict.fromkeys(engine.branches(index, steps, request.cfg != 1) if engine else [Branch((), True)])
-        )
-    if engine:
-        for mix, words in engine.words.items():
-            conditioner.prepare([with_words(text, words)], [mix])
-    mixes = list(dict.fromkeys(branch.mix for branch in branches))
-    for start in range(0, len(mixes), _MIXES_AT_ONCE):  # a pool has many
-        conditioner.prepare(_prompts(request, text), mixes[start : start + _MIXES_AT_ONCE])
-
-
 def _model(checkpoint: Checkpoint, request: Request, text: str, texts: TextConditioner, bank: Bank) -> Any:
     """The UNet as `denoise` runs it."""
     sizes = torch.tensor([request.height, request.width, 0, 0, request.height, request.width])
 
     def run(scaled: Tensor, time: Any, rows: Sequence[Row]) -> Tensor:
+        mixes = list(dict.fromkeys(row.mix for row in rows))
+        for start in range(0, len(mixes), _MIXES_AT_ONCE):  # a pool has many
+            texts.prepare(_prompts(request, text), mixes[start : start + _MIXES_AT_ONCE])
         told = [
             texts.of(with_words(text, row.words) if row.cond else request.negative, row.mix) for row in rows
         ]

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..compose.guidance import guide
 from ..compose.methods import Composition
-from ..engine import Predict, Row, Step
 from ..errors import LoratorioError
+from ..sampling.engine import Predict, Row, Step
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _about(settings: Settings) -> str:
 def _costs(settings: Settings) -> list[float]:
     if "torch" not in sys.modules:  # a page without an engine behind it
         return []
-    from ..cost import plain_steps
+    from ..sampling.cost import plain_steps
 
     # What does not change the rows shall not fill the cache.
     asked = Settings.from_mapping(

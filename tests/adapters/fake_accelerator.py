@@ -21,7 +21,7 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, Dense, LowRank
 from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import Participants
-from loratorio.engine import Engine, Row, Step
+from loratorio.sampling.engine import Engine, Row, Step
 from loratorio.settings import Settings
 
 DEVICE = "gpu:0"
@@ -124,7 +124,7 @@ def compose(
     bank = Bank([adapter(name) for name in "abc"])
     engine = Engine(settings, bank, participants)
     # Which of a pool's candidates are run is decided by numbers.
-    allowed = int(settings.method in ("loratorio", "relative") and any(participants.pooled))
+    allowed = int(settings.method in ("loratorio", "relative") and participants.has_pool)
     total = 14
     with bank.attached(model.layers()), torch.inference_mode():
         bank.prepare(torch.device(DEVICE), dtype)

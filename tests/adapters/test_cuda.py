@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
-from loratorio.engine import Engine, Row, Step
+from loratorio.sampling.engine import Engine, Row, Step
 from tests.published import paper
 
 from .layers import KINDS, LAYERS, deltas_for, merged, relative_error, rows_for
@@ -105,5 +105,5 @@ def test_memory_that_runs_out_halves_the_rows() -> None:
         found, _, engine = composed(torch.float32, side=64)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 0 < engine.row_limit < 16
+    assert 0 < engine.calls.limit < 16
     assert relative_error(found, expected) < 1e-4

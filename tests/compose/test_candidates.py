@@ -15,8 +15,8 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.candidates import CALLED, branches_for_reactions, called, reactions
 from loratorio.compose.methods.base import Predictions
 from loratorio.compose.mixes import Branch, Mix, Participants
-from loratorio.engine import Engine
 from loratorio.roles import reactions_note
+from loratorio.sampling.engine import Engine
 from tests.published import paper
 
 from .test_more_methods import SHAPE, FakeModel, bank, run
@@ -59,7 +59,7 @@ def test_reactions_are_what_the_formula_says(seed: int, owners: tuple[int, ...])
     assert set(found) == {0, 2}
     base = participants.base
     for number, score in found.items():
-        mix = participants.singles[number]
+        mix = participants.mixes[number]
         ratios = []
         for row, image in enumerate(owners):
             e0, u0 = made[Branch(base, True)][row].double(), made[Branch(base, False)][image].double()
@@ -105,10 +105,10 @@ def test_a_settled_pool_is_the_pool_of_those_that_are_called(
             assert asked(model) == asked(named)
         model.asked.clear()
         named.asked.clear()
-    assert engine.left_out == {0, 2}
-    assert engine.reactions is not None
-    assert list(engine.reactions) == [0, 1, 2, 3]
-    assert engine.reactions[1] == pytest.approx(1.5, rel=1e-3)
+    assert engine.pool.left_out == {0, 2}
+    assert engine.pool.reactions is not None
+    assert list(engine.pool.reactions) == [0, 1, 2, 3]
+    assert engine.pool.reactions[1] == pytest.approx(1.5, rel=1e-3)
     assert set(engine.history.shares) == {1, 3}
 
 
@@ -119,8 +119,8 @@ def test_a_named_lora_is_no_candidate_and_shares_as_before() -> None:
     for index in range(3):
         made, plain = run(engine, model, index), run(other, wanted, index)
         torch.testing.assert_close(made.cond, plain.cond)
-    assert engine.left_out == {2}
-    assert 0 not in (engine.reactions or {})
+    assert engine.pool.left_out == {2}
+    assert 0 not in (engine.pool.reactions or {})
 
 
 def test_where_none_is_called_all_stay() -> None:
@@ -129,15 +129,15 @@ def test_where_none_is_called_all_stay() -> None:
     run(engine, model)
     model.asked.clear()
     run(engine, model, 1)
-    assert engine.left_out == frozenset()
+    assert engine.pool.left_out == frozenset()
     assert len({mix for mix, _ in asked(model)}) == 4
 
 
 def test_without_unconditional_rows_nothing_is_settled() -> None:
     engine = Engine(paper(), bank(3), Participants.of(3, pooled=[0, 1, 2]))
     run(engine, Reacting((3.0, 0.0, 0.0)), uncond=False)
-    assert engine.reactions is None
-    assert engine.left_out == frozenset()
+    assert engine.pool.reactions is None
+    assert engine.pool.left_out == frozenset()
 
 
 def test_merged_steps_have_no_candidate_settled_or_not() -> None:
@@ -146,12 +146,12 @@ def test_merged_steps_have_no_candidate_settled_or_not() -> None:
     for index in range(20):
         run(engine, model, index)
     assert {row.mix for row in model.asked[-1]} == {(1.0, 0.0, 0.0, 0.0)}
-    assert engine.left_out == {2}
+    assert engine.pool.left_out == {2}
 
 
 def test_what_is_left_out_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     gone: list[frozenset[int]] = []
-    monkeypatch.setattr(Bank, "let_go", lambda self, numbers: gone.append(frozenset(numbers)))
+    monkeypatch.setattr(Bank, "release", lambda self, numbers: gone.append(frozenset(numbers)))
     engine = Engine(
         paper(), Bank([Adapter(str(i), {}) for i in range(4)]), Participants.of(4, pooled=[0, 1, 2, 3])
     )

@@ -7,14 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratorio.compose.methods.loratorio import in_proportion
+from loratorio.compose.patches import NEAR, patch_divergence, patch_similarity
 from loratorio.compose.regions import Masks
-from loratorio.compose.weights import NEAR, in_proportion, patch_divergence, patch_similarity, spatial_weights
-from loratorio.engine import Engine
+from loratorio.sampling.engine import Engine
 from tests.published import paper
 
 from .. import reference
 from .test_more_methods import SHAPE, FakeModel, bank, run
 from .test_weights import DTYPES, Case, cases
+from .weighting import spatial_weights
 
 both = pytest.mark.parametrize("relative", [False, True])
 

@@ -14,7 +14,7 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.compose.mixes import STYLE_SHARE, Mix, Participants
 from loratorio.compose.regions import Box, Place
-from loratorio.engine import Composition, Engine, Row, Step
+from loratorio.sampling.engine import Composition, Engine, Row, Step
 from tests.published import paper
 
 SHAPE = (4, 6, 9)
@@ -109,7 +109,7 @@ def test_where_none_acts_the_base_speaks(method: str, recentre: float) -> None:
     model = FakeModel()
     participants = Participants.of(1, places={0: LEFT})
     result = step(participants, model, method=method, recentre=recentre)
-    own, base = participants.singles[0], participants.base
+    own, base = participants.mixes[0], participants.base
     torch.testing.assert_close(result.cond[0, ..., IN_LEFT], model.predicted(own, True)[..., IN_LEFT])
     torch.testing.assert_close(result.cond[0, ..., IN_RIGHT], model.predicted(base, True)[..., IN_RIGHT])
     assert result.uncond is not None
@@ -124,7 +124,7 @@ def test_between_them_it_is_continuous() -> None:
     participants = Participants.of(1, places={0: place})
     result = step(participants, model, recentre=1.0)
     mask = place.mask(*SHAPE[1:])
-    own, base = (model.predicted(mix, True) for mix in (participants.singles[0], participants.base))
+    own, base = (model.predicted(mix, True) for mix in (participants.mixes[0], participants.base))
     torch.testing.assert_close(result.cond[0], mask * own + (1 - mask) * base)
     assert len(set(mask[0].tolist())) > 3
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loratorio.compose.methods.loratorio import in_proportion, softmin
 from loratorio.compose.regions import WHOLE, Box, Canvas, Place, masks_of
-from loratorio.compose.weights import placed_weights, softmin_among_allowed, spatial_weights
 from tests import reference
+from tests.compose.weighting import spatial_weights
 
 sides = st.integers(1, 24)
 parts = st.floats(0, 1, width=32)
@@ -199,7 +200,8 @@ def test_a_lora_without_a_place_yields_inside_the_others() -> None:
     assert masks is not None
     assert not masks.has_gap
     assert masks.own[1].tolist() == [[0.25, 0.25, 1.0, 1.0]] * 2
-    weights = placed_weights(torch.full((2, 1, 2, 4), 0.5), masks)
+    allowed = masks.own.unsqueeze(1)
+    weights = in_proportion(0.5 * allowed, allowed) * masks.coverage
     torch.testing.assert_close(weights[1, 0, 0], torch.tensor([0.2, 0.2, 1.0, 1.0]))
 
 
@@ -208,8 +210,10 @@ def test_one_lora_in_a_place_leaves_the_rest_to_the_base() -> None:
     assert masks is not None
     assert masks.has_gap
     assert masks.coverage.tolist() == [[1.0, 1.0, 0.0, 0.0]] * 2
-    assert placed_weights(torch.ones(1, 1, 2, 4), masks)[0, 0].tolist() == masks.coverage.tolist()
-    alone = softmin_among_allowed(torch.ones(1, 1, 2, 4), masks, 1e-4)
+    allowed = masks.own.unsqueeze(1)
+    even = in_proportion(allowed, allowed) * masks.coverage
+    assert even[0, 0].tolist() == masks.coverage.tolist()
+    alone = softmin(torch.ones(1, 1, 2, 4), 1e-4, allowed)
     assert alone[0, 0].tolist() == masks.coverage.tolist()
 
 

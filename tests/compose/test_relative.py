@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratorio.compose.methods.loratorio import relative_divergence
 from loratorio.compose.regions import Masks
-from loratorio.compose.weights import relative_divergence
 from loratorio.settings import Settings
 
 from .. import reference

@@ -17,7 +17,7 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT, TURN, UNCOND, UncondResidual
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.compose.regions import Box, Place
-from loratorio.engine import Engine, Row, Step
+from loratorio.sampling.engine import Engine, Row, Step
 from tests.published import paper
 
 LEFT = Place((Box(0, 0, 0.5, 1),))
@@ -50,7 +50,7 @@ class Model:
     def run_at(self, evaluation: int, participants: Participants, cond: bool = True) -> list[int]:
         """Places of the LoRAs whose conditional, or unconditional, rows were run."""
         mixes = {row.mix for row in self.asked[evaluation] if row.cond == cond}
-        return [place for place, mix in enumerate(participants.singles) if mix in mixes]
+        return [place for place, mix in enumerate(participants.mixes) if mix in mixes]
 
 
 def latents(batch: int, shape: tuple[int, ...], seed: int = 1) -> Tensor:
@@ -108,7 +108,7 @@ def test_what_is_composed_is_the_formula(
     knobs = paper(reuse=every_nth, recentre=recentre, share=share)
     engine, model = Engine(knobs, bank(count)), Model(shape, dtype)
     participants = engine.participants.with_shared_parts(share)
-    base, reference = participants.base, participants.compared
+    base, reference = participants.base, participants.reference
     conds: dict[int, list[tuple[int, Tensor]]] = {}
     unconds: dict[int, tuple[Tensor, Tensor]] = {}
     for index in range(total):
@@ -131,7 +131,7 @@ def test_what_is_composed_is_the_formula(
         }
         run = model.run_at(index, participants)
         run_uncond = model.run_at(index, participants, cond=False)
-        for place, mix in enumerate(participants.singles):
+        for place, mix in enumerate(participants.mixes):
             if place in run:
                 conds.setdefault(place, []).append((index, (now(mix, True) - now(reference, True)) / unit))
             residual = slowly(conds[place], index) if place not in run else conds[place][-1][1]

@@ -11,9 +11,12 @@ from torch import Tensor
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.compose.guidance import guide, rescale, rescaled_cond
-from loratorio.compose.weights import BLENDS, REFERENCE_SPREAD, at_reference_spread, spatial_weights
-from loratorio.engine import Engine, Step
+from loratorio.compose.methods.loratorio import REFERENCE_SPREAD, at_reference_spread
+from loratorio.compose.patches import BLENDS
+from loratorio.sampling.engine import Engine, Step
 from tests.published import paper
+
+from .weighting import spatial_weights
 
 
 def noise(count: int, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:

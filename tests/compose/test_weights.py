@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from loratorio.compose.guidance import compose, guide, recentre
-from loratorio.compose.weights import keep_top_k, patch_similarity, softmin, spatial_weights, upsample
+from loratorio.compose.methods.loratorio import keep_top_k, softmin
+from loratorio.compose.patches import patch_similarity, upsample
 
 from .. import reference
+from .weighting import spatial_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

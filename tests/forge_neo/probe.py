@@ -40,7 +40,7 @@ from modules_forge.packages import gguf  # noqa: E402
 from modules_forge.packages.huggingface_guess import model_list  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from loratorio.compose.weights import spatial_weights  # noqa: E402
+from loratorio.compose.methods.loratorio import by_similarity, spatial_weights  # noqa: E402
 from loratorio.hosts.forge import Forge  # noqa: E402
 from loratorio.job import Job  # noqa: E402
 from loratorio.settings import Settings  # noqa: E402
@@ -322,7 +322,7 @@ class Probe:
             return latents.movedim(2, 1).flatten(0, 1) if latents.ndim == 5 else latents
 
         noise = torch.stack([fold(self.x - cond) for cond in conds])
-        weights = spatial_weights(fold(self.x - base[1]), noise, 2, 0.05)
+        weights = spatial_weights(fold(self.x - base[1]), noise, by_similarity(0.05), 2)
         if self.x.ndim == 5:
             weights = weights.unflatten(1, (len(self.x), self.x.shape[2]))
         weights = weights[:, :, None]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from loratorio.compose.weights import spatial_weights
+from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
 from tests.published import paper
@@ -136,7 +136,9 @@ def slow_reference(standin: Any, p: Any, names: list[str], recentre: float, **kn
                 sampling_function.calc_cond_uncond_batch(unet.model, *texts, x, sigma, unet.model_options)
             )
         conds, unconds = (torch.stack(part) for part in zip(*rows, strict=True))
-        weights = spatial_weights(x - conds[0], x - conds[1:], **knobs)[:, :, None]
+        weights = spatial_weights(
+            x - conds[0], x - conds[1:], by_similarity(knobs["temperature"]), knobs["patch_size"]
+        )[:, :, None]
         cond = (weights * conds[1:]).sum(dim=0)
         uncond = recentre * unconds[0] + (1 - recentre) * (weights * unconds[1:]).sum(dim=0)
         denoised = uncond + p.cfg_scale * (cond - uncond)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from loratorio import __version__
 from loratorio.compose.methods import METHODS
-from loratorio.engine import WeightHistory
 from loratorio.errors import LoratorioError
 from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, VERSION_KEY, LoraUse, number, params
 from loratorio.job import Job, PassRecord
+from loratorio.sampling.engine import WeightHistory
 from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings
 from loratorio.webui import api, found, infotext, options, xyz
 from loratorio.webui.components import component

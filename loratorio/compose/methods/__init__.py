@@ -1,31 +1,41 @@
 """Ways to compose LoRAs, a file each: which model rows a step needs, and how one prediction is made of them.
 
-Importing this imports no torch: a page and ``--help`` list the methods, and compute nothing.
+Importing this does not import torch: a page and ``--help`` list the methods and compute nothing.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from .base import Composition, Entry, Method, Predictions, StepContext, Weights
+from .cmlora import CMLORA
+from .composite import BY_IMPORTANCE as W_COMPOSITE
+from .composite import PLAIN as COMPOSITE
+from .composite import RECENTRED as RECENTRED_COMPOSITE
+from .frequency import FREQUENCY
+from .klora import KLORA
+from .lego import LEGO
+from .loratorio import DIVERGENCE, PUBLISHED, RELATIVE
+from .merge import MERGE
+from .merge import RECENTRED as RECENTRED_MERGE
+from .switch import SWITCH
 
-from .base import Changes, Composition, Entry, Method, Predictions, Product, StepContext
+METHODS: dict[str, Method] = {
+    method.entry.name: method
+    for method in (
+        RELATIVE,
+        PUBLISHED,
+        DIVERGENCE,
+        MERGE,
+        COMPOSITE,
+        SWITCH,
+        CMLORA,
+        KLORA,
+        LEGO,
+        FREQUENCY,
+        W_COMPOSITE,
+        RECENTRED_MERGE,
+        RECENTRED_COMPOSITE,
+    )
+}
+"""Every way to compose, by its name, in the order in which a user sees them."""
 
-_NAMES = (
-    "relative",
-    "loratorio",
-    "divergence",
-    "merge",
-    "composite",
-    "switch",
-    "cmlora",
-    "klora",
-    "lego",
-    "frequency",
-    "w_composite",
-    "merge_anchored",
-    "composite_anchored",
-)
-
-METHODS: dict[str, Method] = {name: import_module(f".{name}", __name__).METHOD for name in _NAMES}
-"""Every way to compose, by its file's name, in the order in which a user sees them."""
-
-__all__ = ["METHODS", "Changes", "Composition", "Entry", "Method", "Predictions", "Product", "StepContext"]
+__all__ = ["METHODS", "Composition", "Entry", "Method", "Predictions", "StepContext", "Weights"]

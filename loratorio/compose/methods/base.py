@@ -1,15 +1,19 @@
-"""What every way to compose is made of: its entry, the step it stands at, and what the model predicted."""
+"""What every way to compose is made of: its entry, the step it stands at, and what the model predicted.
+
+A method's file takes torch from `..lazy_torch`, which imports it at first use: a WebUI's page and ``loratorio --help`` list the
+methods and compute nothing.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ..lazy_torch import torch
 from ..mixes import Branch, Mix, Participants
-from ..regions import Canvas, Masks
+from ..regions import Canvas, Masks, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +33,10 @@ class StepContext:
     """Where sampling stands: step `index` of `total`, and whether the step has unconditional rows.
 
     Attributes:
+        participants: the LoRAs as this step's rows have them: with shared parts, where the method has the knob `share`.
         knobs: by name, the values of the knobs that the method declares (`Method.knobs`), and no others.
-        canvas, size: which part of the picture is sampled, and the height and width of its latents; while a host only plans, the
-            size is not known.
-        rows: how many conditional and unconditional rows a branch has; not known while a host only plans.
+        rows: how many conditional and unconditional rows a branch has.
+        canvas: which part of the picture is sampled. size: the height and width of its latents. device: theirs.
     """
 
     participants: Participants
@@ -40,26 +44,30 @@ class StepContext:
     index: int
     total: int
     has_uncond: bool
+    rows: tuple[int, int] = (1, 1)
     canvas: Canvas = field(default_factory=Canvas)
-    size: tuple[int, int] | None = None
-    rows: tuple[int, int] | None = None
+    size: tuple[int, int] = (1, 1)
+    device: Any = "cpu"
 
-    def masks(self, device: Any = "cpu") -> Masks | None:
-        """Where each single may act; None where every one may act everywhere."""
-        assert self.size is not None
-        return self.canvas.masks(self.participants.places, self.size, device, self.knobs["yielding"])
+    @property
+    def masks(self) -> Masks | None:
+        """Where each composed LoRA may act; None where every one may act everywhere."""
+        places = [lora.place for lora in self.participants.loras]
+        return self.canvas.masks(places, self.size, self.device, self.knobs.get("yielding", 0.0))
+
+    def mask(self, place: Place) -> Tensor:
+        """How much of each latent pixel belongs to a place, (H, W) float32."""
+        return self.canvas.mask(place, self.size, self.device)
+
+    @property
+    def recentring(self) -> float:
+        """λ: how much of the unconditional prediction is the base's; 0 for a method without that knob."""
+        return float(self.knobs.get("recentre", 0.0))
 
     @property
     def has_gap(self) -> bool:
-        """Whether there is, or may be, a part of the picture that belongs to no LoRA: there the base has the say."""
-        if not any(self.participants.places):
-            return False
-        masks = None if self.size is None else self.masks()
-        return self.size is None or (masks is not None and masks.has_gap)
-
-    def with_shared_parts(self) -> StepContext:
-        """The same of `Participants.with_shared_parts`, at the part that the knob `share` says."""
-        return replace(self, participants=self.participants.with_shared_parts(self.knobs["share"]))
+        """Whether a part of the picture belongs to no LoRA: there the reference's prediction counts."""
+        return self.masks is not None and self.masks.has_gap
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,11 @@ class Predictions:
     """What the model predicted at one step.
 
     Attributes:
-        by_branch: prediction of every branch asked for: (Bc, C, H, W) for conditional branches, (Bu, C, H, W) for
+        by_branch: prediction of every requested branch: (Bc, C, H, W) for conditional branches, (Bu, C, H, W) for
             unconditional ones; noise e or denoised latents D, as the host's model gives them.
         owners: image of each conditional row: with prompt AND an image has several.
         latents: the noisy latents z of the conditional rows, (Bc, C, H, W), where predictions are denoised; None where they are noise.
-        sigma: where they are noise, the σ of z ∝ x₀ + σ·e, a number or a tensor that broadcasts; None where nobody knows it.
+        sigma: where they are noise, the σ of z ∝ x₀ + σ·e, a number or a tensor that broadcasts; None where it is unknown.
     """
 
     by_branch: Mapping[Branch, Tensor]
@@ -87,9 +95,9 @@ class Predictions:
         return self.by_branch[Branch(mix, False)]
 
     def noise(self, mix: Mix) -> Tensor:
-        """The conditional prediction as noise, (Bc, C, H, W), which is what similarity is measured on; made once, when first asked for.
+        """The conditional prediction as noise, (Bc, C, H, W), which similarity is measured on; made once, at first use.
 
-        Of denoised latents it is z − D, σ times the noise and float32: its size does not matter to a cosine.
+        For denoised latents it is z − D, σ times the noise and float32: its size does not matter to a cosine.
         """
         if self.latents is None:
             return self.cond(mix)
@@ -98,7 +106,7 @@ class Predictions:
         return self._noise[mix]
 
     def with_branches(self, by_branch: Mapping[Branch, Tensor]) -> Predictions:
-        """The same step with other branches beside, or in the place of, its own."""
+        """The same step with these branches added, or in place of its own."""
         kept = {mix: noise for mix, noise in self._noise.items() if Branch(mix, True) not in by_branch}
         return replace(self, by_branch={**self.by_branch, **by_branch}, _noise=kept)
 
@@ -122,7 +130,7 @@ def _mean_of(tensors: Sequence[Tensor]) -> Tensor:
 class Composition:
     """The composed predictions, float32: cond (Bc, C, H, W), uncond (Bu, C, H, W) or None, Ω↑ (N, Bc, H, W) or None.
 
-    Noise e or denoised latents D, as the predictions are of which it was made.
+    Noise e or denoised latents D, whichever the predictions were. N are the LoRAs of the step's context.
     """
 
     cond: Tensor
@@ -130,60 +138,53 @@ class Composition:
     weights: Tensor | None = None
 
 
-class Product(NamedTuple):
-    """ΔW = upᵀ · down: down (r, in) or (r, in, kh, kw), up (r, out)."""
-
-    down: Tensor
-    up: Tensor
-
-
-class Changes(Protocol):
-    """Where a method finds what the LoRAs do to the weights (the engine's bank has it)."""
+class Weights(Protocol):
+    """What the LoRAs do to the model's weights (the engine's bank has it)."""
 
     def changes(self) -> Iterator[tuple[str, Mapping[int, tuple[Tensor, int]]]]:
-        """Layer by layer, by each LoRA (by number) that touches its weight: ΔW at its strength, float32, and the rank that it is stored
-        with. Nothing before the bank is attached."""
+        """Layer by layer, for each LoRA (by number) that touches its weight: ΔW at its strength, float32, and the rank that it is
+        stored with. Nothing before the bank is attached."""
         ...
 
-    def products(self) -> Iterator[tuple[str, Mapping[int, Product]]]:
-        """Layer by layer, of each LoRA (by number) the part of ΔW that is a low-rank product, at its strength, float32."""
+    def products(self) -> Iterator[tuple[str, Mapping[int, tuple[Tensor, Tensor]]]]:
+        """Layer by layer, the part of each LoRA's ΔW that is a low-rank product, at its strength, float32: down (r, in, …) and up
+        (r, out)."""
         ...
 
 
 class Method(ABC):
     """One way to compose.
 
-    Those in the registry are stateless. One that must remember something between steps hands out, from `begin`, an object
+    Those in the registry are stateless. One that must remember something between steps returns, from `begin`, an object
     of its own for each generation.
 
     Attributes:
         entry: how it is shown, and where it comes from.
-        knobs: names of the knobs that it reads. It is given these alone, and the others are without effect on it.
+        knobs: names of the knobs that it reads. It gets these alone; the others have no effect on it.
         takes_places: whether it can keep a LoRA to a part of the picture.
-        uses_importance: whether it wants to know how much each LoRA's trigger words matter in the prompt.
+        uses_importance: whether it needs to know how much each LoRA's trigger words matter in the prompt.
     """
 
-    entry: ClassVar[Entry]
-    knobs: ClassVar[tuple[str, ...]] = ()
+    entry: Entry
+    knobs: tuple[str, ...] = ()
     takes_places: ClassVar[bool] = False
-    uses_importance: ClassVar[bool] = False
+    uses_importance: bool = False
 
-    def begin(self, participants: Participants, changes: Changes) -> Method:
+    def begin(self, participants: Participants, weights: Weights) -> Method:
         """The object that composes one generation on one model; this one where nothing is remembered between steps."""
         return self
 
     @abstractmethod
     def branches(self, now: StepContext) -> list[Branch]:
-        """The model rows this step needs, each branch once. Asking changes nothing: a host asks in order to plan."""
+        """The model rows this step needs, each branch once. A call has no side effects."""
 
     def layer_mixes(self, now: StepContext) -> Mapping[str, Mix]:
-        """By layer, the mix that takes the place of every row's there; most methods treat all layers alike."""
+        """By layer, the mix that replaces every row's mix there; most methods treat all layers alike."""
         return {}
 
-    def layer_products(self, now: StepContext) -> Mapping[str, Product]:
-        """By layer, what takes the place of all composed LoRAs' low-rank products there, in every row that has any of them.
-
-        The same object for as long as it holds."""
+    def assembled(self, weights: Weights, numbers: Collection[int]) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """By layer, the low-rank product, down (r, in, …) and up (r, out), of one LoRA made of those of these numbers, which takes
+        their place under `Participants.merged`. Empty for most methods. Computed once, before the first step."""
         return {}
 
     @abstractmethod
@@ -194,11 +195,3 @@ class Method(ABC):
 def both(mixes: Sequence[Mix], now: StepContext) -> list[Branch]:
     """The conditional and, where there is one, the unconditional branch of each mix."""
     return [Branch(mix, cond) for mix in mixes for cond in ((True, False) if now.has_uncond else (True,))]
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σᵢ wᵢ·tensorᵢ in float32."""
-    total = tensors[0].to(torch.float32) * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(tensor.to(torch.float32), alpha=weight)
-    return total

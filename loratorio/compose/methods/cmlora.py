@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
 from ..mixes import Branch, Mix, Participants
-from .base import Changes, Composition, Entry, Method, Predictions, StepContext, both, weighted_sum
+from .base import Composition, Entry, Method, Predictions, StepContext, Weights, both
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,11 @@ class CMLoRA(Method):
         "One LoRA after the other, those that change high frequencies first; the others' last predictions are added.",
     )
 
-    def begin(self, participants: Participants, changes: Changes) -> Method:
+    def begin(self, participants: Participants, weights: Weights) -> Method:
         return _Cached()
 
     def branches(self, now: StepContext) -> list[Branch]:
-        return both(now.participants.singles, now)
+        return both(now.participants.mixes, now)
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         return _Cached().compose(now, predictions)
@@ -52,14 +52,14 @@ class _Cached(CMLoRA):
 
     def branches(self, now: StepContext) -> list[Branch]:
         if self._refreshes_at(now):
-            return both(now.participants.singles, now)
+            return both(now.participants.mixes, now)
         return both([self._dominant(now)], now)
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         if self._refreshes_at(now):
             self._refresh(now, predictions)
         dominant = self._dominant(now)
-        count = len(now.participants.singles)
+        count = len(now.participants.mixes)
         # Weights: dominance d against 1 for each of the others, over their sum. As Σ w = 1, the mean is
         # the dominant's prediction plus the others' differences from it.
         share = 1 / (dominance(count, self._refreshes - 1) + count - 1)
@@ -76,21 +76,24 @@ class _Cached(CMLoRA):
         return stale or (now.index != self._refreshed_at and now.index in refresh_steps(now.total))
 
     def _dominant(self, now: StepContext) -> Mix:
-        return now.participants.singles[self._order[(self._refreshes - 1) % len(self._order)]]
+        return now.participants.mixes[self._order[(self._refreshes - 1) % len(self._order)]]
 
     def _refresh(self, now: StepContext, predictions: Predictions) -> None:
-        singles = now.participants.singles
+        mixes = now.participants.mixes
         if not self._order:
-            energies = [high_frequency_share(predictions.noise(mix)) for mix in singles]
-            self._order = sorted(range(len(singles)), key=lambda i: -energies[i])
+            energies = [high_frequency_share(predictions.noise(mix)) for mix in mixes]
+            self._order = sorted(range(len(mixes)), key=lambda i: -energies[i])
         self._refreshes += 1
         self._refreshed_at = now.index
         dominant = self._dominant(now)
         self._others = {}
         for cond in (True, False) if now.has_uncond else (True,):
-            each = [predictions.by_branch[Branch(mix, cond)] for mix in singles]
+            each = [predictions.by_branch[Branch(mix, cond)] for mix in mixes]
             own = predictions.by_branch[Branch(dominant, cond)].to(torch.float32)
-            self._others[cond] = weighted_sum(each, [1.0] * len(each)) - len(each) * own
+            total = torch.zeros_like(own)
+            for prediction in each:
+                total += prediction.to(torch.float32)
+            self._others[cond] = total - len(each) * own
 
 
 def dominance(count: int, turn: int) -> float:
@@ -114,4 +117,4 @@ def high_frequency_share(noise: Tensor) -> float:
     return float((spectrum * high).sum()) / total if total > 0 else 0.0
 
 
-METHOD = CMLoRA()
+CMLORA = CMLoRA()

@@ -1,62 +1,79 @@
-"""LoRA-Composite (arXiv 2402.16843)."""
+"""LoRA-Composite (arXiv 2402.16843), W-Composite (arXiv 2606.03792), and Composite with a re-centred unconditional prediction."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ..guidance import compose
 from ..lazy_torch import torch
-from ..mixes import Branch
-from ..weights import placed_weights
-from .base import Composition, Entry, Method, Predictions, StepContext, both, weighted_sum
-from .weighted import addition_rows, where_none_acts, with_additions
+from ..mixes import Participants
+from .base import Entry, Method, Predictions, StepContext, Weights
+from .loratorio import Loratorio, in_proportion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Composite(Method):
-    """LoRA-Composite: the mean of every LoRA's guided prediction."""
+class Composite(Loratorio):
+    """The mean of every LoRA's guided prediction: LoRAtorio with Ω = 1/N and λ = 0.
 
-    entry = Entry(
+    Guidance is linear, so the mean of the guided predictions is the guided mean.
+
+    W-Composite weights the mean by how much a LoRA's trigger words matter in the prompt. Taken from its paper: the weighted mean, and
+    that the weight comes from the prompt's text alone, before sampling (`ComposedLora.importance`, made by
+    `loratorio.compose.importance`). Left open, as no code was released when this was written: which distance between texts; here the
+    cosine distance between the prompt's conditioning with and without the trigger words. A LoRA whose trigger words are unknown counts
+    as an average one, so that without any this is Composite.
+    """
+
+    compares: ClassVar[bool] = False
+
+    def __init__(self, entry: Entry, knobs: tuple[str, ...] = (), uses_importance: bool = False) -> None:
+        self.entry = entry
+        self.knobs = (*knobs, "yielding")
+        self.uses_importance = uses_importance
+
+    def begin(self, participants: Participants, weights: Weights) -> Method:
+        return self
+
+    def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
+        loras, masks = now.participants.loras, now.masks
+        first = predictions.cond(loras[0].mix)
+        parts = [max(0.0, lora.importance) if self.uses_importance else 1.0 for lora in loras]
+        if not any(parts):
+            parts = [1.0] * len(loras)
+        shape = (len(first), *(now.size if masks is not None else (1, 1)))
+        shares = torch.stack([torch.full(shape, part / sum(parts), device=first.device) for part in parts])
+        if masks is None:
+            return shares
+        allowed = masks.own.unsqueeze(1).expand_as(shares)
+        return in_proportion(shares * allowed, allowed) * masks.coverage
+
+    def shown(self, weights: Tensor) -> Tensor | None:
+        return None
+
+
+PLAIN = Composite(
+    Entry(
         "composite", "Composite", "arXiv 2402.16843", "The plain mean of what the LoRAs predict one by one."
     )
+)
 
-    takes_places = True
-    knobs = ("yielding",)
+RECENTRED = Composite(
+    Entry(
+        "composite_anchored",
+        "Composite, re-centred",
+        "re-centring after arXiv 2508.11624",
+        "The plain mean of what the LoRAs predict, with the base model's unconditional prediction.",
+    ),
+    ("recentre",),
+)
 
-    def branches(self, now: StepContext) -> list[Branch]:
-        compared = both([now.participants.compared], now) if now.has_gap else []
-        return list(
-            dict.fromkeys([*both(now.participants.singles, now), *compared, *addition_rows(now, recentre=0)])
-        )
-
-    def shares(self, now: StepContext) -> list[float]:
-        """The weight of each single; they sum to 1."""
-        return [1 / len(now.participants.singles)] * len(now.participants.singles)
-
-    def compose(self, now: StepContext, predictions: Predictions) -> Composition:
-        # Guidance is linear, so the weighted mean of the guided scores is the guided weighted mean.
-        kinds = (True, False) if now.has_uncond else (True,)
-        cond, *uncond = (self._mean(now, predictions, kind) for kind in kinds)
-        return Composition(cond, uncond[0] if uncond else None)
-
-    def _mean(self, now: StepContext, predictions: Predictions, cond: bool) -> Tensor:
-        singles, compared = now.participants.singles, now.participants.compared
-        each = [predictions.by_branch[Branch(mix, cond)] for mix in singles]
-        masks = now.masks(each[0].device)
-        if masks is None:
-            mean = weighted_sum(each, self.shares(now))
-        else:
-            size = (len(each[0]), *masks.coverage.shape)
-            shares = torch.stack(
-                [torch.full(size, share, device=each[0].device) for share in self.shares(now)]
-            )
-            weights = placed_weights(shares, masks)
-            mean = compose(torch.stack(each), weights)
-        if now.has_gap:
-            mean = mean + where_none_acts(now, predictions.by_branch[Branch(compared, cond)])
-        return with_additions(mean, now, predictions, cond, recentre=0)
-
-
-METHOD = Composite()
+BY_IMPORTANCE = Composite(
+    Entry(
+        "w_composite",
+        "W-Composite",
+        "arXiv 2606.03792",
+        "The mean of what the LoRAs predict, weighted by how much their trigger words matter in the prompt.",
+    ),
+    uses_importance=True,
+)

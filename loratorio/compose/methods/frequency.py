@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
-from ..weights import keep_top_k
-from .base import Entry, Predictions, StepContext
-from .weighted import Weighted, stacked_noise
+from ..mixes import Participants
+from .base import Entry, Method, Predictions, StepContext, Weights
+from .loratorio import Loratorio, keep_top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Frequency(Weighted):
+class Frequency(Loratorio):
     """Each LoRA weighted, per step and wavelet sub-band, by how much of its divergence from the base lies in that band.
 
     Taken from the paper: wavelet sub-bands of the predictions, weights per step and sub-band, the top-k LoRAs of each band.
@@ -22,18 +22,19 @@ class Frequency(Weighted):
     depth (here Haar, two levels), and the unconditional score (here the same weights, re-centred as in LoRAtorio).
     """
 
-    entry = Entry(
-        "frequency",
-        "Frequency bands",
-        "after MultLFG, arXiv 2505.20525",
-        "Each LoRA in the frequency bands in which it differs most.",
-    )
-    knobs = ("recentre", "top_k")
     levels = 2
+    takes_places = False
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.knobs = ("recentre", "top_k")
+
+    def begin(self, participants: Participants, weights: Weights) -> Method:
+        return self
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
         """(N, Bc, bands)."""
-        noise = stacked_noise(now, predictions).to(torch.float32)
+        noise = torch.stack([predictions.noise(mix) for mix in now.participants.mixes]).to(torch.float32)
         if len(noise) == 1:
             return noise.new_ones((1, noise.shape[1], 3 * self.levels + 1))
         base = predictions.noise(now.participants.base).to(torch.float32)
@@ -42,6 +43,9 @@ class Frequency(Weighted):
         total = energy.sum(dim=0, keepdim=True)
         even = torch.full_like(energy, 1 / len(noise))
         return keep_top_k(torch.where(total > 0, energy / total, even), now.knobs["top_k"])
+
+    def shown(self, weights: Tensor) -> Tensor | None:
+        return None
 
     def combine(self, predictions: Tensor, weights: Tensor) -> Tensor:
         bands: list[Tensor] | None = None
@@ -97,4 +101,11 @@ def band_energies(picture: Tensor, levels: int) -> Tensor:
     return torch.stack(list(energies()), dim=-1)
 
 
-METHOD = Frequency()
+FREQUENCY = Frequency(
+    Entry(
+        "frequency",
+        "Frequency bands",
+        "after MultLFG, arXiv 2505.20525",
+        "Each LoRA in the frequency bands in which it differs most.",
+    )
+)

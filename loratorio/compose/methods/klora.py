@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
 from ..mixes import Mix, Participants
-from .base import Changes, Entry, Method, StepContext
-from .one_mix import OneMix
+from .base import Entry, Method, StepContext, Weights
+from .merge import OneMix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,45 +30,42 @@ class KLoRA(OneMix):
     The text encoder's part of the LoRAs is merged.
     """
 
-    entry = Entry(
-        "klora", "K-LoRA", "arXiv 2502.18461", "Layer by layer, the LoRA whose largest weights are larger."
-    )
-
-    def begin(self, participants: Participants, changes: Changes) -> Method:
-        return _Chosen(changes)
+    def begin(self, participants: Participants, weights: Weights) -> Method:
+        return _Chosen(self.entry, weights)
 
 
 class _Chosen(KLoRA):
     """One generation's scores: they depend on the weights alone, and are made once."""
 
-    def __init__(self, changes: Changes) -> None:
-        self._changes = changes
+    def __init__(self, entry: Entry, weights: Weights) -> None:
+        super().__init__(entry)
+        self._weights = weights
         self._scores: dict[str, dict[int, float]] = {}
 
     def layer_mixes(self, now: StepContext) -> Mapping[str, Mix]:
         participants = now.participants
         if not self._scores:
-            self._scores = scores(self._changes, participants.numbers)
+            self._scores = scores(self._weights, participants.numbers)
         growth = ALPHA * now.index / max(1, now.total) + BETA
-        styles = participants.styles
+        styles = [lora.style for lora in participants.loras]
         if not any(styles):
-            styles = (*[False] * (len(participants.singles) - 1), True)
+            styles[-1] = True
         factor = {
-            number: growth if style else 1.0
-            for number, style in zip(participants.numbers, styles, strict=True)
+            lora.number: growth if style else 1.0
+            for lora, style in zip(participants.loras, styles, strict=True)
         }
-        single = dict(zip(participants.numbers, participants.singles, strict=True))
+        single = {lora.number: lora.mix for lora in participants.loras}
         return {
             layer: single[max(sums, key=lambda number: sums[number] * factor[number])]
             for layer, sums in self._scores.items()
         }
 
 
-def scores(changes: Changes, numbers: tuple[int, ...]) -> dict[str, dict[int, float]]:
+def scores(weights: Weights, numbers: Sequence[int]) -> dict[str, dict[int, float]]:
     """Per layer and LoRA: the sum of its K largest |ΔW|, divided by the sum of all its |ΔW| over all layers."""
     sums: dict[str, dict[int, float]] = {}
     totals = dict.fromkeys(numbers, 0.0)
-    for layer, by_number in changes.changes():
+    for layer, by_number in weights.changes():
         present = {number: change for number, change in by_number.items() if number in totals}
         if not present:
             continue
@@ -100,4 +97,6 @@ def top_and_total(weight: Tensor, count: int) -> tuple[float, float]:
     return top, float(magnitudes.sum())
 
 
-METHOD = KLoRA()
+KLORA = KLoRA(
+    Entry("klora", "K-LoRA", "arXiv 2502.18461", "Layer by layer, the LoRA whose largest weights are larger.")
+)

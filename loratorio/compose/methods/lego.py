@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..lazy_torch import torch
-from ..mixes import Participants
-from .base import Changes, Entry, Method, Product, StepContext
-from .one_mix import OneMix
+from .base import Entry, Weights
+from .merge import OneMix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +16,13 @@ UNITS = 1.0
 """How many units the merged LoRA has, by the LoRAs' mean rank."""
 ROUNDS = 100
 """At most so many rounds of k-means; it settles in a dozen."""
+
+
+class Product(NamedTuple):
+    """ΔW = upᵀ · down: down (r, in, …), up (r, out)."""
+
+    down: Tensor
+    up: Tensor
 
 
 class Lego(OneMix):
@@ -32,33 +38,13 @@ class Lego(OneMix):
     The text encoder's part of the LoRAs is merged.
     """
 
-    entry = Entry(
-        "lego",
-        "LoRA-LEGO",
-        "arXiv 2409.16167",
-        "One LoRA made of what the ranks of all LoRAs have in common, by clusters.",
-    )
-
-    def begin(self, participants: Participants, changes: Changes) -> Method:
-        return _Assembled(changes)
-
-
-class _Assembled(Lego):
-    """One generation's merged LoRA: it depends on the weights alone, and is made once."""
-
-    def __init__(self, changes: Changes) -> None:
-        self._changes = changes
-        self._made: dict[str, Product] | None = None
-
-    def layer_products(self, now: StepContext) -> Mapping[str, Product]:
-        if self._made is None:
-            numbers = set(now.participants.numbers)
-            self._made = {}
-            for layer, by_number in self._changes.products():
-                present = [product for number, product in by_number.items() if number in numbers]
-                if len(present) > 1:
-                    self._made[layer] = assembled(present)
-        return self._made
+    def assembled(self, weights: Weights, numbers: Collection[int]) -> Mapping[str, Product]:
+        made = {}
+        for layer, by_number in weights.products():
+            present = [Product(*product) for number, product in by_number.items() if number in numbers]
+            if present:
+                made[layer] = assembled(present) if len(present) > 1 else present[0]
+        return made
 
 
 def assembled(products: Sequence[Product], units: float = UNITS) -> Product:
@@ -132,4 +118,11 @@ def clusters(points: Tensor, count: int) -> Tensor:
     return before
 
 
-METHOD = Lego()
+LEGO = Lego(
+    Entry(
+        "lego",
+        "LoRA-LEGO",
+        "arXiv 2409.16167",
+        "One LoRA made of what the ranks of all LoRAs have in common, by clusters.",
+    )
+)

@@ -1,32 +1,69 @@
-"""Merge: what the WebUIs do without this extension."""
+"""Methods that ask the model under a single mix per step, as cheap as a plain step; among them Merge, what the WebUIs do themselves."""
 
 from __future__ import annotations
 
-from ..mixes import Mix
-from .base import Entry, StepContext
-from .one_mix import OneMix
+from typing import TYPE_CHECKING
+
+from ..guidance import recentred
+from ..lazy_torch import torch
+from ..mixes import Branch, Mix
+from .base import Composition, Entry, Method, Predictions, StepContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class Merge(OneMix):
-    """W + Σᵢ sᵢ·ΔWᵢ: what the WebUIs do without this extension."""
+class OneMix(Method):
+    """The prediction under a single mix. With the knob `recentre`, one unconditional row of the base more."""
 
-    entry = Entry(
-        "merge",
-        "Merge",
-        "the hosts' own way",
-        "All LoRAs in the model at once, as the WebUI does without this extension.",
-    )
+    def __init__(self, entry: Entry, knobs: tuple[str, ...] = ()) -> None:
+        self.entry = entry
+        self.knobs = knobs
+
+    def mix(self, now: StepContext) -> Mix:
+        """The mix of this step: all LoRAs at once, unless a method says otherwise."""
+        return now.participants.merged
+
+    def branches(self, now: StepContext) -> list[Branch]:
+        strength = now.recentring
+        uncond = [Branch(now.participants.base, False)] if strength > 0 else []
+        uncond += [Branch(self.mix(now), False)] if strength < 1 else []
+        return [Branch(self.mix(now), True), *(uncond if now.has_uncond else [])]
+
+    def compose(self, now: StepContext, predictions: Predictions) -> Composition:
+        strength = now.recentring
+        uncond: Tensor | None = None
+        if now.has_uncond:
+            own = predictions.uncond(self.mix(now)).to(torch.float32) if strength < 1 else None
+            base = predictions.uncond(now.participants.base) if strength > 0 else None
+            uncond = own if base is None else recentred(base, own, strength)
+        return Composition(predictions.cond(self.mix(now)).to(torch.float32), uncond)
 
 
-class MergeNamed(OneMix):
-    """Merge for the steps that are not composed: the LoRAs that the prompt names, without a pool's candidates."""
-
-    entry = Entry(
-        "merge_named", "Merge of the named", "the hosts' own way", "All LoRAs that the prompt names at once."
-    )
+class Named(OneMix):
+    """Merging in the steps that are not composed: the LoRAs that the prompt names, without a pool's candidates."""
 
     def mix(self, now: StepContext) -> Mix:
         return now.participants.named
 
 
-METHOD = Merge()
+MERGE = OneMix(
+    Entry(
+        "merge",
+        "Merge",
+        "the hosts' own way",
+        "All LoRAs in the model at once, as the WebUI does without this extension.",
+    )
+)
+
+RECENTRED = OneMix(
+    Entry(
+        "merge_anchored",
+        "Merge, re-centred",
+        "re-centring after arXiv 2508.11624",
+        "All LoRAs at once, with the base model's unconditional prediction.",
+    ),
+    ("recentre",),
+)
+
+NAMED = Named(Entry("merge_named", "Merge of the named", "", "All LoRAs that the prompt names at once."))

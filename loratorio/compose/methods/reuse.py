@@ -1,4 +1,4 @@
-"""Reuse: LoRAs that are not run at an evaluation of the model count by what they predicted before.
+"""Reuse: a LoRA that is not run at an evaluation of the model counts with what it predicted before.
 
 Letters in shapes: Bc conditional and Bu unconditional rows of a branch, C channels, H×W latent pixels.
 """
@@ -10,47 +10,45 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
-from ..mixes import Branch, Mix
+from ..mixes import Branch, ComposedLora, Mix
 from .base import Composition, Method, Predictions, StepContext
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .weighted import Weighted
-
 KNOBS = ("reuse", "pool_size", "pool_interval")
 """What a method must declare beside its own knobs, to be composed by `Reuse`."""
 
 SHORT = 10
-"""Schedules of so many steps and fewer run all named LoRAs at all steps: what a LoRA predicts changes too much between two of theirs."""
+"""Schedules of up to this many steps run all named LoRAs at all steps: predictions change too much from step to step."""
 
 FEW = 17
-"""Schedules of so many steps and fewer run a LoRA at every other evaluation at least: else it would be run but five times and less."""
+"""Schedules of up to this many steps run a LoRA at every other evaluation at least: else it would run five times or fewer."""
 
 LATE = 0.9
 """From this part of the steps on, a LoRA is run at every other evaluation at least: predictions change fastest at the end."""
 
 DAMPING = 0.75
-"""How much of a change is taken to go on, or to be followed: found by measurement (docs/METHODS.md)."""
+"""How much of a change is taken to continue: found by measurement (docs/METHODS.md)."""
 
 TURN = 2.0
 """The σ above which a LoRA's difference from the base lasts in the denoised picture, and below which it lasts in the noise: found by
 measurement (docs/METHODS.md)."""
 
 UNCOND = 2
-"""A LoRA's unconditional rows are run at every second of its runs: they count for less, and follow the conditional ones."""
+"""A LoRA's unconditional rows run at every second of its runs: they count for less, and follow the conditional ones."""
 
 LEAST_SHARE = 0.02
-"""Of the picture, times evaluations since; a candidate of a pool with less is not run."""
+"""A pool's candidate with less than this share of the picture, times the evaluations since it last ran, is not run."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How far a LoRA's predictions were from the base's at an evaluation, by the unit of differences there (`_unit`).
+    """How far a LoRA's predictions were from the base's at an evaluation, in the unit of that evaluation (`_unit`).
 
     Attributes:
         time: number of the evaluation.
-        cond: of the conditional rows, (Bc, C, H, W) float32.
+        cond: the conditional rows' difference, (Bc, C, H, W) float32.
     """
 
     time: int
@@ -59,7 +57,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class UncondResidual:
-    """The same of the unconditional rows, and of the conditional ones beside them.
+    """The same for the unconditional rows, with the conditional ones of that evaluation.
 
     Attributes:
         uncond: (Bu, C, H, W) float32.
@@ -86,49 +84,49 @@ class UncondResidual:
 
 
 class Reuse(Method):
-    """A weighted method of which an evaluation of the model runs only some of the LoRAs.
+    """LoRAtorio with only some of the LoRAs run at an evaluation of the model.
 
-    The base is run at every evaluation. A LoRA that is not is taken to differ from it as it did when it last was, in a unit that makes
-    differences last (`_unit`), and `DAMPING` of its last change going on. Its unconditional rows are run at every `UNCOND`-th of its
-    runs, and late at all; between, they are taken to change as its conditional ones do.
+    The base runs at every evaluation. A LoRA that does not is taken to differ from it as it did when it last ran, in a unit that makes
+    differences last (`_unit`), with `DAMPING` of its last change going on. Its unconditional rows run at every `UNCOND`-th of its
+    runs, and at each of its late ones; in between they are taken to change as its conditional rows do.
 
-    Of the LoRAs that the prompt names, or that are left of a settled pool, every n-th is run, by turn, n being the knob `reuse`;
-    all of them at the first evaluation. Of another pool's candidates the `pool_size` most urgent ones are run: those with the
-    largest share of the picture times the evaluations since they last were; all of them at every `pool_interval`-th step. A LoRA is
-    weighed at every evaluation, run or not. Evaluations count, not steps: some samplers make two a step.
+    Each LoRA that the prompt names, or that is left of a settled pool, runs at every n-th evaluation, in turn, n being the knob `reuse`;
+    all of them run at the first. Of another pool's candidates the `pool_size` most urgent ones run: those with the largest share of the
+    picture times the evaluations since they last ran; all of them run at every `pool_interval`-th step. A LoRA is weighted at every
+    evaluation, run or not. Evaluations count, not steps: some samplers make two per step.
     """
 
-    def __init__(self, method: Weighted) -> None:
+    def __init__(self, method: Method) -> None:
         self._method = method
         self._time = 0
-        self._kept: dict[int, list[Residual]] = {}  # by place, the last two
+        self._kept: dict[int, list[Residual]] = {}  # by a LoRA's number, the last two
         self._unconds: dict[int, UncondResidual] = {}
-        self._until_uncond: dict[int, int] = {}  # by place, runs without the unconditional rows that are left
+        self._until_uncond: dict[
+            int, int
+        ] = {}  # by number, runs without the unconditional rows that are left
         self._shape: Hashable = None
         self._shares: Tensor | None = None
         self._listed: list[float] = []
 
     def branches(self, now: StepContext) -> list[Branch]:
-        asked = self._method.branches(now)
-        shared = now.with_shared_parts()
-        if not self._reuses(shared):
-            return asked
-        left_out = self._left_out(shared)
-        branches = [branch for branch in asked if branch not in left_out]
-        if any(not branch.cond for branch in asked):
-            # What unconditional predictions are compared with, also where the method itself does without.
-            branches.append(Branch(shared.participants.base, False))
+        requested = self._method.branches(now)
+        if not self._reuses(now):
+            return requested
+        left_out = self._left_out(now)
+        branches = [branch for branch in requested if branch not in left_out]
+        if any(not branch.cond for branch in requested):
+            # Unconditional predictions are compared with it, also where the method itself does without.
+            branches.append(Branch(now.participants.base, False))
         return list(dict.fromkeys(branches))
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
-        shared = now.with_shared_parts()
-        if not self._reuses(shared):
+        if not self._reuses(now):
             return self._method.compose(now, predictions)
-        unit = _unit(shared, predictions)
-        self._remember(shared, predictions, unit)
-        carried_on = self._carried_on(shared, predictions, unit)
+        unit = _unit(now, predictions)
+        self._remember(now, predictions, unit)
+        carried_on = self._carried_on(now, predictions, unit)
         composed = self._method.compose(now, predictions.with_branches(carried_on))
-        if any(now.participants.pooled):
+        if now.participants.has_pool:
             assert composed.weights is not None
             self._shares, self._listed = composed.weights.mean(dim=(1, 2, 3)), []
         self._time += 1
@@ -138,63 +136,63 @@ class Reuse(Method):
 
     def _reuses(self, now: StepContext) -> bool:
         """Whether any LoRA may be left out at this step."""
-        every = range(len(now.participants.singles))
-        return len(every) > 1 and any(self._may_wait(place, now) for place in every)
+        loras = now.participants.loras
+        return len(loras) > 1 and any(self._may_wait(lora, now) for lora in loras)
 
     def _left_out(self, now: StepContext) -> set[Branch]:
-        """What of the LoRAs is not run at this evaluation."""
+        """The LoRAs' rows that are not run at this evaluation."""
         participants = now.participants
         due = self._due(now)
         stale = self._is_stale(now)
-        with_uncond = [place for place in due if stale or self._is_uncond_due(place, now)]
+        with_uncond = [lora for lora in due if stale or self._is_uncond_due(lora, now)]
         # LoRAs that share all of themselves are one mix, and the reference's.
-        needed = {participants.base, participants.compared, *(each.mix for each in participants.additions)}
+        needed = {participants.base, participants.reference, *(each.mix for each in participants.additions)}
         left_out: set[Branch] = set()
         for cond, run in ((True, due), (False, with_uncond)):
-            mixes = {*participants.singles} - {participants.singles[place] for place in run} - needed
+            mixes = {*participants.mixes} - {lora.mix for lora in run} - needed
             left_out |= {Branch(mix, cond) for mix in mixes}
         return left_out
 
-    def _due(self, now: StepContext) -> list[int]:
-        """Places of the LoRAs that are run at this evaluation."""
-        every = list(range(len(now.participants.singles)))
+    def _due(self, now: StepContext) -> list[ComposedLora]:
+        """The LoRAs that are run at this evaluation."""
+        loras = now.participants.loras
         if self._is_stale(now):
-            return every
-        pooled = [place for place in every if now.participants.may_rest(place)]
-        named = [place for place in every if not now.participants.may_rest(place)]
-        return [*self._by_turn(named, now), *self._by_urgency(pooled, now)]
+            return list(loras)
+        by_turn = self._by_turn([lora for lora in loras if not lora.scored], now)
+        return [*by_turn, *self._by_urgency(now)]
 
-    def _may_wait(self, place: int, now: StepContext) -> bool:
+    def _may_wait(self, lora: ComposedLora, now: StepContext) -> bool:
         """Whether a LoRA is one that need not be run at every evaluation."""
-        return _every_nth(now) > 1 or now.participants.may_rest(place)
+        return _every_nth(now) > 1 or lora.scored
 
-    def _is_uncond_due(self, place: int, now: StepContext) -> bool:
+    def _is_uncond_due(self, lora: ComposedLora, now: StepContext) -> bool:
         """Whether a LoRA that is run is run with its unconditional rows, too."""
-        if not self._may_wait(place, now) or _is_late(now) or self._until_uncond.get(place, 0) == 0:
+        if not self._may_wait(lora, now) or _is_late(now) or self._until_uncond.get(lora.number, 0) == 0:
             return True
-        return now.participants.may_rest(place) and _is_whole_pool_run(now)
+        return lora.scored and _is_whole_pool_run(now)
 
     def _is_stale(self, now: StepContext) -> bool:
-        """Whether nothing is kept that fits this evaluation's rows, or something is lacking that is asked now."""
-        of_uncond = now.has_uncond and now.knobs["recentre"] < 1
+        """Whether nothing is kept that fits this evaluation's rows, or something that it needs is missing."""
+        of_uncond = now.has_uncond and now.recentring < 1
         lacking = of_uncond and self._unconds.keys() != self._kept.keys()
         return not self._kept or lacking or self._shape != _shape(now)
 
-    def _by_turn(self, named: list[int], now: StepContext) -> list[int]:
+    def _by_turn(self, loras: Sequence[ComposedLora], now: StepContext) -> list[ComposedLora]:
         every_nth = _every_nth(now)
         # Neighbours take turns together: they stand together in the batch, and in what it is multiplied with.
-        turns = [number * every_nth // max(len(named), every_nth) for number in range(len(named))]
-        return [place for place, turn in zip(named, turns, strict=True) if turn == self._time % every_nth]
+        turns = [position * every_nth // max(len(loras), every_nth) for position in range(len(loras))]
+        return [lora for lora, turn in zip(loras, turns, strict=True) if turn == self._time % every_nth]
 
-    def _by_urgency(self, pooled: list[int], now: StepContext) -> list[int]:
-        if not pooled or _is_whole_pool_run(now):
-            return pooled
+    def _by_urgency(self, now: StepContext) -> list[ComposedLora]:
+        scored = [(i, lora) for i, lora in enumerate(now.participants.loras) if lora.scored]
+        if not scored or _is_whole_pool_run(now):
+            return [lora for _, lora in scored]
         if self._shares is not None and not self._listed:
             # The one thing that a step's plan reads off the device.
             self._listed = self._shares.tolist()
-        urgency = {place: self._listed[place] * (self._time - self._kept[place][-1].time) for place in pooled}
-        ranked = sorted(urgency, key=lambda place: -urgency[place])[: now.knobs["pool_size"]]
-        return sorted(place for place in ranked if urgency[place] >= LEAST_SHARE)
+        urgency = {i: self._listed[i] * (self._time - self._kept[lora.number][-1].time) for i, lora in scored}
+        ranked = sorted(urgency, key=lambda i: -urgency[i])[: now.knobs["pool_size"]]
+        return [lora for i, lora in scored if i in ranked and urgency[i] >= LEAST_SHARE]
 
     # -- what the others would predict ------------------------------------------------------------------------------------
 
@@ -206,43 +204,43 @@ class Reuse(Method):
             self._until_uncond.clear()
             self._shape, self._time = _shape(now), 0
         participants = now.participants
-        for place, mix in enumerate(participants.singles):
-            if Branch(mix, True) in predictions.by_branch:
-                cond = _difference(predictions, mix, participants.compared, True)
-                assert cond is not None
-                residual = Residual(self._time, cond / unit)
-                self._kept[place] = [*self._kept.get(place, [])[-1:], residual]
-                uncond = _difference(predictions, mix, participants.base, False)
-                if uncond is not None:
-                    # Of several LoRAs' first unconditional rows some come again sooner, so that each step has about as many.
-                    first = place not in self._unconds
-                    self._unconds[place] = UncondResidual.of(uncond / unit, residual.cond)
-                    self._until_uncond[place] = place % UNCOND if first else UNCOND - 1
-                else:
-                    self._until_uncond[place] = max(0, self._until_uncond.get(place, 0) - 1)
+        for position, (number, mix) in enumerate(zip(participants.numbers, participants.mixes, strict=True)):
+            cond = _difference(predictions, mix, participants.reference, True)
+            if cond is None:
+                continue
+            residual = Residual(self._time, cond / unit)
+            self._kept[number] = [*self._kept.get(number, [])[-1:], residual]
+            uncond = _difference(predictions, mix, participants.base, False)
+            if uncond is not None:
+                # After the first evaluation every second LoRA's unconditional rows run sooner, so that each step has about as many.
+                first = number not in self._unconds
+                self._unconds[number] = UncondResidual.of(uncond / unit, residual.cond)
+                self._until_uncond[number] = position % UNCOND if first else UNCOND - 1
+            else:
+                self._until_uncond[number] = max(0, self._until_uncond.get(number, 0) - 1)
 
     def _carried_on(self, now: StepContext, predictions: Predictions, unit: Tensor) -> dict[Branch, Tensor]:
         """The predictions, float32, of the LoRAs that were not run."""
         participants = now.participants
         made: dict[Branch, Tensor] = {}
-        for place, mix in enumerate(participants.singles):
-            kept = self._kept[place]
+        for number, mix in zip(participants.numbers, participants.mixes, strict=True):
+            kept = self._kept[number]
             residual = kept[-1].cond
             if Branch(mix, True) not in predictions.by_branch:
                 since = self._time - kept[-1].time
                 before = kept[-1].time - kept[0].time
                 onward = DAMPING * min(1.0, since / before) if before else 0.0
                 residual = _onward([each.cond for each in kept], onward)
-                reference = predictions.cond(participants.compared).to(torch.float32)
+                reference = predictions.cond(participants.reference).to(torch.float32)
                 made[Branch(mix, True)] = reference + unit * residual
-            if now.has_uncond and place in self._unconds and Branch(mix, False) not in predictions.by_branch:
+            if now.has_uncond and number in self._unconds and Branch(mix, False) not in predictions.by_branch:
                 reference = predictions.uncond(participants.base).to(torch.float32)
-                made[Branch(mix, False)] = reference + unit * self._unconds[place].now(residual)
+                made[Branch(mix, False)] = reference + unit * self._unconds[number].now(residual)
         return made
 
 
 def _every_nth(now: StepContext) -> int:
-    """Of a named LoRA's evaluations every so-manieth is run."""
+    """n: a LoRA that the prompt names runs at every n-th evaluation."""
     if now.total <= SHORT:
         return 1
     every_nth: int = now.knobs["reuse"]
@@ -274,11 +272,11 @@ def _shape(now: StepContext) -> Hashable:
 
 
 def _unit(now: StepContext, predictions: Predictions) -> Tensor:
-    """In what differences from the base are measured, so that they last: the root mean square of the base's noise, by √(1 + σ²/TURN²).
+    """The unit of differences from the base in which they last: the root mean square of the base's noise, over √(1 + σ²/TURN²).
 
-    Of denoised latents D that mean square is σ itself, so that while σ is large it is differences of D that last.
+    For denoised latents D that root mean square is σ itself: while σ is large, differences of D last.
     """
-    noise = predictions.noise(now.participants.compared).to(torch.float32)
+    noise = predictions.noise(now.participants.reference).to(torch.float32)
     size = noise.square().mean().sqrt().clamp_min(1e-20)
     sigma = predictions.sigma if predictions.latents is None else size
     return size if sigma is None else size / (1 + (sigma / TURN) ** 2) ** 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..mixes import Mix
 from .base import Entry, StepContext
-from .one_mix import OneMix
+from .merge import OneMix
 
 
 class Switch(OneMix):
@@ -14,12 +14,11 @@ class Switch(OneMix):
     score goes with it; here the same LoRA's.
     """
 
-    entry = Entry("switch", "Switch", "arXiv 2402.16843", "One LoRA after the other, five steps each.")
     steps_per_lora = 5
 
     def mix(self, now: StepContext) -> Mix:
-        singles = now.participants.singles
-        return singles[now.index // self.steps_per_lora % len(singles)]
+        mixes = now.participants.mixes
+        return mixes[now.index // self.steps_per_lora % len(mixes)]
 
 
-METHOD = Switch()
+SWITCH = Switch(Entry("switch", "Switch", "arXiv 2402.16843", "One LoRA after the other, five steps each."))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...compose.mixes import Mix
-from ...engine import Row, Step
+from ...sampling.engine import Row, Step
 from ..shared.text import Prompts, TextConditioning
 
 Text = Any

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import by_kind, predicted_by
 from ...compose.mixes import Participants
-from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
 from ...job import Job
-from ...row_memory import measured_rows
+from ...sampling.calls import by_kind, predicted_by
+from ...sampling.engine import Engine, Row, Step
+from ...sampling.memory import measured_rows
 from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under
@@ -229,7 +229,7 @@ class A1111Pass(SamplingPass):
             self._give_up(trouble)
             return None
         size = (self._bound_to.filename, tuple(params.x.shape[1:]), params.x.dtype)
-        self.engine.memory = measured_rows(params.x.device, size, len(params.x))
+        self.engine.calls.memory = measured_rows(params.x.device, size, len(params.x))
         # Only here: what other extensions find activated between the steps, and what they do to it, is as without us.
         with activated(()):
             composition = self.engine.step(

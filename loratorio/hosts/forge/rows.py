@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...compose.methods import Composition
 from ...compose.mixes import Branch, Mix
-from ...engine import Row, Step
 from ...errors import LoratorioError
+from ...sampling.engine import Row, Step
 from ..shared.text import TextConditioning
 from .flavours import Sampling
 

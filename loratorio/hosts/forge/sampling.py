@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from ...adapters.delta import Adapter
-from ...calls import ModelCall, predicted_by
 from ...compose.methods import Composition
-from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
 from ...job import Job
 from ...refusal import refusals
 from ...roles import TaggedLora
+from ...sampling.calls import ModelCall, predicted_by
+from ...sampling.engine import Engine, Row, Step
 from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
 from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
@@ -150,7 +150,7 @@ class ForgePass(SamplingPass):
             partial(conditioning_under, self.p, self.loras, self._flavour),
             host_has_merged=self.all_take_part or merged_text,
         )
-        self._texts.prepare(self.engine.participants.mixes(self.job.settings.share), self.engine.words)
+        self._texts.prepare(self.engine.participants.every_mix(self.job.settings.share), self.engine.words)
 
     def _replace_unet(self) -> None:
         """Give the model a clone of its UNet patcher without LoRAs, until `_give_back_unet`."""
@@ -280,7 +280,7 @@ class ForgePass(SamplingPass):
             raise LoratorioError(BYPASSED)
         rows = evaluation.rows
         if evaluation.composition is None:
-            self.engine.memory = DeclaredRows(self._flavour, model, rows)
+            self.engine.calls.memory = DeclaredRows(self._flavour, model, rows)
 
             def run(call: Call) -> Tensor:
                 if inner is None:

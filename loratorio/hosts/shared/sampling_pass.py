@@ -19,7 +19,6 @@ from ...adapters.delta import Adapter
 from ...compose.methods import METHODS
 from ...compose.mixes import Participants
 from ...compose.regions import WHOLE, Box
-from ...engine import Engine
 from ...errors import LoratorioError
 from ...infotext import LoraUse
 from ...job import Job, PassRecord
@@ -37,6 +36,7 @@ from ...roles import (
     unread_note,
     without_effect_note,
 )
+from ...sampling.engine import Engine
 from .neighbours import known_options
 from .tags import TagOptions
 
@@ -327,9 +327,9 @@ class SamplingPass(ABC):
     def record(self) -> None:
         """Account for what was composed."""
         self.engine.history.settle()
-        if self.engine.reactions:
+        if self.engine.pool.reactions:
             names = [lora.active.tagged.name for lora in self.loras]
-            self.job.note(reactions_note(names, self.engine.reactions, self.engine.left_out))
+            self.job.note(reactions_note(names, self.engine.pool.reactions, self.engine.pool.left_out))
         shares = self.engine.history.shares
         self.job.record(
             PassRecord(

@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .adapters.bank import Bank
-from .adapters.delta import Adapter
+from ..adapters.bank import Bank
+from ..adapters.delta import Adapter
+from ..settings import Settings
 from .engine import Engine, Row, Step
-from .settings import Settings
 
 ROWS_OF_A_PLAIN_STEP = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loratorio.compose.methods import METHODS
-from loratorio.cost import plain_steps
+from loratorio.sampling.cost import plain_steps
 from loratorio.settings import PRESETS, Settings
 
 

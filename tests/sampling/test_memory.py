@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
-from loratorio.engine import Engine, Row, Step
-from loratorio.row_memory import MARGIN, MeasuredRows, measured_rows
+from loratorio.sampling.engine import Engine, Row, Step
+from loratorio.sampling.memory import MARGIN, MeasuredRows, measured_rows
 from tests.published import paper
 
 LATENTS = torch.zeros(1, 4, 4, 4)
@@ -46,7 +46,7 @@ class Device:
 def run(device: Device, costs: dict[Hashable, float], steps: int = 2, size: Hashable = "512") -> Tensor:
     bank = Bank([Adapter(name, {}) for name in "abc"])
     engine = Engine(paper(recentre=0.5, reuse=1), bank)
-    engine.memory = MeasuredRows(device, size, 2, costs)
+    engine.calls.memory = MeasuredRows(device, size, 2, costs)
     for index in range(steps):
         result = engine.step(Step(index, 20, LATENTS, 1), device.predict)
     return result.cond

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
-from loratorio.compose.mixes import Branch, Mix, Participants
-from loratorio.engine import Engine, Predict, Row, Step, is_out_of_memory
+from loratorio.compose.mixes import Mix, Participants
 from loratorio.errors import LoratorioError
+from loratorio.sampling.calls import is_out_of_memory
+from loratorio.sampling.engine import Engine, Predict, Row, Step
 from loratorio.settings import Settings
+from tests import reference
 from tests.published import paper
-
-from . import reference
 
 
 def loras(count: int) -> Bank:
@@ -82,8 +82,6 @@ def test_only_the_needed_rows_are_run(
     (rows,) = calls
     assert len(rows) == len(set(rows)) == expected
     assert (result.uncond is not None) == uncond
-    planned = engine.branches(0, 20, uncond)
-    assert {Branch(row.mix, row.cond) for row in rows} == set(planned)
 
 
 def test_rows_of_one_mix_stand_together_and_have_slots() -> None:
@@ -223,9 +221,9 @@ def test_too_many_rows_for_the_memory_are_halved(most: int) -> None:
         assert expected.uncond is not None
         assert torch.equal(found.uncond, expected.uncond)
     sizes = [len(rows) for rows in calls]
-    assert engine.row_limit <= most
+    assert engine.calls.limit <= most
     assert sum(size for size in sizes if size <= most) == 2 * 8  # every row once a step
-    assert all(size <= most for size in sizes[sizes.index(engine.row_limit) :])  # and it does not try again
+    assert all(size <= most for size in sizes[sizes.index(engine.calls.limit) :])  # and it does not try again
 
 
 def test_one_row_too_many_is_said_in_a_sentence() -> None:
@@ -290,7 +288,7 @@ def test_other_errors_go_through(problem: BaseException) -> None:
 
     with pytest.raises(type(problem)):
         engine.step(step_of(latents), predict)
-    assert engine.row_limit == 0
+    assert engine.calls.limit == 0
 
 
 def test_a_host_that_loses_rows_is_told() -> None:
@@ -411,7 +409,7 @@ def test_a_rebound_engine_keeps_its_limits_and_begins_methods_anew() -> None:
     bank = loras(2)
     engine.rebind(bank)
     assert engine.bank is bank
-    assert engine.row_limit == 3
+    assert engine.calls.limit == 3
     rebound = engine.step(Step(2, 20, latents, 1, denoised=False), second)
     wanted = fresh.step(Step(2, 20, latents, 1, denoised=False), second)
     assert torch.equal(rebound.cond, wanted.cond)
@@ -421,15 +419,15 @@ def test_a_rebound_engine_keeps_its_limits_and_begins_methods_anew() -> None:
 
 def test_a_pools_limits_hold_on_the_next_model() -> None:
     from loratorio.compose.mixes import Participants
-    from loratorio.engine import POOL_RESIDENT, POOL_ROWS
+    from loratorio.sampling.engine import POOL_RESIDENT
 
     engine = Engine(paper(), loras(3), Participants.of(3, pooled=[1, 2]))
-    assert engine.row_limit == POOL_ROWS
+    assert engine.calls.scores_pool
     bank = loras(3)
     assert bank._most_apart == 0
     engine.rebind(bank)
     assert (bank._apart, bank._most_apart) == ({1, 2}, POOL_RESIDENT)
-    assert engine.row_limit == POOL_ROWS
+    assert engine.calls.scores_pool
 
 
 def test_guidance_rescale_looks_at_a_clip_as_a_whole() -> None:

@@ -1,0 +1,1 @@
+"""Sampling: one denoising step, its rows in model calls, what it remembers and what it costs."""

@@ -1,0 +1,124 @@
+"""A step's rows in several calls of the model: as many rows as limits and memory allow, and rows of one kind in a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..adapters.bank import Bank
+from ..errors import LoratorioError
+from .memory import RowMemory
+
+Row = TypeVar("Row")
+
+POOL_ROWS = 8
+"""How many rows a model call has at most while a pool's candidates are scored."""
+
+
+class RowCalls:
+    """Runs rows in as few model calls as the limits and the memory allow.
+
+    Attributes:
+        limit: how many rows a call may have; 0 for no limit. Halved when memory runs out.
+        scores_pool: whether many LoRAs are run only to be scored, which is limited to `POOL_ROWS` per call.
+        memory: says how many rows fit into a call; None where that shows only when memory runs out.
+    """
+
+    def __init__(self, limit: int = 0, scores_pool: bool = False) -> None:
+        self.limit = limit
+        self.scores_pool = scores_pool
+        self.memory: RowMemory | None = None
+
+    def run(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor:
+        """The predictions of all rows, (rows, …), in order.
+
+        Raises:
+            LoratorioError: not even a single row fits into memory.
+        """
+        done: list[Tensor] = []
+        start = 0
+        while start < len(rows):
+            part = rows[start : start + self._most(len(rows) - start)]
+            predicted = self._predicted(part, call)
+            if predicted is None:
+                # Only here, where nothing holds the failed call's tensors any more, can their memory be given back.
+                _empty_cache()
+                self.limit = len(part) // 2
+                continue
+            if len(predicted) != len(part):
+                raise ValueError(f"the host predicted {len(predicted)} rows where {len(part)} were requested")
+            done.append(predicted)
+            start += len(part)
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _most(self, wanted: int) -> int:
+        """How many of `wanted` rows the next call has."""
+        most = min(wanted, self.limit or wanted, POOL_ROWS if self.scores_pool else wanted)
+        return most if self.memory is None else max(1, min(most, self.memory.fitting(most)))
+
+    def _predicted(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor | None:
+        """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
+        try:
+            with nullcontext() if self.memory is None else self.memory.observed(len(rows)):
+                return call(rows)
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            if len(rows) == 1:
+                raise LoratorioError(
+                    "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
+                ) from problem
+            return None
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether this is the device's, or the CPU allocator's, way to say that memory ran out."""
+    if isinstance(problem, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    # Allocators other than CUDA's, and CUDA's libraries, raise plain RuntimeErrors.
+    text = str(problem).lower()
+    return isinstance(problem, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of the model on some of a step's rows: their numbers, and what gives their predictions in that order."""
+
+    numbers: tuple[int, ...]
+    run: Callable[[], Tensor]
+
+
+def by_kind(kinds: Sequence[Hashable], run: Callable[[tuple[int, ...]], Tensor]) -> list[ModelCall]:
+    """A call for each kind of row. run: the predictions of the rows with these numbers."""
+    calls = []
+    for kind in dict.fromkeys(kinds):
+        numbers = tuple(number for number, each in enumerate(kinds) if each == kind)
+        calls.append(ModelCall(numbers, partial(run, numbers)))
+    return calls
+
+
+def predicted_by(calls: Sequence[ModelCall], bank: Bank) -> Tensor:
+    """The predictions of all rows, (rows, …) in their order. `bank` is routed for all of them."""
+    if len(calls) == 1:
+        return calls[0].run()
+    predicted: dict[int, Tensor] = {}
+    for call in calls:
+        with bank.routed_part(call.numbers):
+            predicted.update(zip(call.numbers, call.run(), strict=True))
+    return torch.stack([predicted[number] for number in sorted(predicted)])

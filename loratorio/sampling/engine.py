@@ -1,0 +1,346 @@
+"""One denoising step: which rows to run, through the host's model, composed and handed back.
+
+The engine knows no host. A host calls `Engine.step` with the step and with a function that runs its model on rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters.bank import Bank, with_assembled
+from ..compose.candidates import branches_for_reactions, reactions
+from ..compose.guidance import rescaled_cond
+from ..compose.methods import METHODS, Composition, Method, Predictions, StepContext
+from ..compose.methods.merge import NAMED
+from ..compose.mixes import Branch, Mix, Participants
+from ..compose.regions import WHOLE, Box, Canvas
+from ..errors import LoratorioError
+from ..settings import Settings
+from .calls import RowCalls
+from .history import WeightHistory
+from .pool_calls import PoolCalls
+
+
+class Row(NamedTuple):
+    """One row of a model call.
+
+    Attributes:
+        mix: which LoRAs act on it; the host gives it the text conditioning of the same mix.
+        cond: whether it is a conditional row.
+        slot: its number among the step's conditional rows, or among its unconditional rows.
+        words: what its prompt has beside everybody's: the own words of the LoRA that it is of.
+    """
+
+    mix: Mix
+    cond: bool
+    slot: int
+    words: str = ""
+
+
+Predict = Callable[[Sequence[Row]], Tensor]
+"""Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order:
+denoised latents D or noise e, as the step says. Called with the bank routed (`Bank.routed_part` for some of the rows). May raise torch's
+out-of-memory errors: the engine then asks for fewer rows at a time."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a host's sampler stands.
+
+    Attributes:
+        index, total: this step, from 0, and how many there are.
+        latents: the noisy latent z of every conditional row, (Bc, C, H, W) or (Bc, C, T, H, W).
+        uncond_count: number of unconditional rows Bu; 0 where the step has none.
+        owners: image of every conditional row; a prompt with AND has several for an image. Empty: row i is image i.
+        denoised: predictions are denoised latents D, and e = (z − D)/σ; else they are the noise e itself.
+        sigma: where predictions are noise, the σ of z ∝ x₀ + σ·e, a number or a tensor of one; None where the host cannot tell.
+        guidance: the CFG scale s that the sampler guides with, for guidance rescale; None where the host cannot tell.
+        strengths: what multiplies each of the bank's LoRAs at this step, where that changes while sampling. Empty: 1 for all.
+        absent: numbers of the LoRAs that change nothing at this step, not even text.
+    """
+
+    index: int
+    total: int
+    latents: Tensor
+    uncond_count: int
+    owners: tuple[int, ...] = ()
+    denoised: bool = True
+    sigma: float | Tensor | None = None
+    guidance: float | None = None
+    strengths: tuple[float, ...] = ()
+    absent: frozenset[int] = frozenset()
+
+
+POOL_RESIDENT = 32
+"""How many of a pool's LoRAs stay on the device."""
+
+
+class Engine:
+    """Composes the steps of one sampling. Make one per sampling, drop it afterwards.
+
+    Args:
+        settings: the knobs.
+        bank: the generation's LoRAs, attached to the model by the host for as long as it samples.
+        participants: which of them are composed; by default all.
+        row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out.
+        region: which part of the picture is sampled, for the LoRAs' places.
+
+    Attributes:
+        calls: runs rows in as few model calls as limits and memory allow.
+        words: by mix, the own words that its conditional rows have; mixes without any are left out.
+        pool: which of a pool's candidates the prompt calls.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        bank: Bank,
+        participants: Participants | None = None,
+        row_limit: int = 0,
+        region: Box = WHOLE,
+    ) -> None:
+        self.settings = settings
+        self.participants = participants or Participants.of(len(bank.adapters))
+        check_places(settings, self.participants)
+        if not bank.adapters:
+            raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
+        self.words = self.participants.words_by_mix(settings.share)
+        self.history = WeightHistory()
+        self.pool = PoolCalls(settings.pool_size)
+        self.calls = RowCalls(row_limit, scores_pool=self.participants.has_pool)
+        self._canvas = Canvas(region)
+        self._present = self._acting = (
+            self.participants
+        )  # at the present step: with, and without, candidates that were left out
+        self._strengths: tuple[float, ...] = ()
+        self._sessions: dict[str, Method] = {}
+        self._assembled: frozenset[int] = frozenset()  # the LoRAs that the bank has one LoRA in place of
+        self.bank = bank
+        self.rebind(bank)
+
+    def rebind(self, bank: Bank) -> None:
+        """Go on with the same LoRAs on another model, as when a refiner comes in.
+
+        Limits stay. Methods begin anew: nothing that they remember of one model's predictions or weights holds for another.
+        """
+        if len(bank.adapters) != len(self.bank.adapters):
+            raise ValueError(f"the bank must have {len(self.bank.adapters)} LoRAs, not {len(bank.adapters)}")
+        self.bank = bank
+        self._sessions.clear()
+        # Candidates that are only scored leave the device again with the next ones.
+        bank.keep_apart([lora.number for lora in self.participants.loras if lora.pooled], POOL_RESIDENT)
+
+    def step(self, step: Step, predict: Predict) -> Composition:
+        """Run the rows this step needs and compose them.
+
+        Returns:
+            The composed conditional and unconditional predictions of the same kind as the model's (noise e or denoised D), float32.
+
+        Raises:
+            LoratorioError: not even a single row fits into memory.
+        """
+        self._follow_strengths(step)
+        composed = self.settings.active_at(step.index, step.total) and self._acting.are_composed
+        method = METHODS[self.settings.method] if composed else NAMED
+        # Merging leaves a pool's candidates out by itself, and must know of them.
+        participants = self._acting if composed else self._present
+        now = self._context(method, participants, step)
+        session = self._session(method, participants)
+        branches = session.branches(now)
+        settles = self.pool.settles_at(now)
+        if settles:
+            branches = list(dict.fromkeys([*branches, *branches_for_reactions(now.participants)]))
+        rows = list(_rows(branches, now.rows))
+        predictions = _predictions(step, rows, self._predict(rows, session, now, predict))
+        if settles and self.pool.settle(reactions(predictions, now.participants)):
+            self._use_settled_pool(step)
+            now, session = self._context(method, self._acting, step), self._session(method, self._acting)
+        composition = self._rescaled(session.compose(now, predictions), predictions, step)
+        if composition.weights is not None and self._acting.loras:
+            weights = self._with_styles(composition.weights, now)
+            composition = replace(composition, weights=weights)
+            self._remember(weights, step.index)
+        return _unfolded(composition, step)
+
+    def _context(self, method: Method, participants: Participants, step: Step) -> StepContext:
+        if "share" in method.knobs:
+            participants = participants.with_shared_parts(self.settings.share)
+        return StepContext(
+            participants,
+            {name: getattr(self.settings, name) for name in method.knobs},
+            step.index,
+            step.total,
+            step.uncond_count > 0,
+            (len(step.latents), step.uncond_count),
+            self._canvas,
+            (step.latents.shape[-2], step.latents.shape[-1]),
+            step.latents.device,
+        )
+
+    def _session(self, method: Method, participants: Participants) -> Method:
+        """The method in its own object for this sampling on this model."""
+        name = method.entry.name
+        if name not in self._sessions:
+            weights = _WeightsNow(self.bank, self._mix_now)
+            self._sessions[name] = method.begin(participants, weights)
+            products = method.assembled(weights, participants.numbers)
+            if products:
+                self._assembled = frozenset(participants.numbers)
+                self.bank.assemble(products, self._mix_now(participants.merged))
+        return self._sessions[name]
+
+    def _follow_strengths(self, step: Step) -> None:
+        """Compose the LoRAs that act at this step, at their present strengths."""
+        self._present = self.participants.without(step.absent)
+        acting = self._present.without(self.pool.left_out)
+        if self.pool.is_settled:
+            acting = acting.settled()
+        if (acting, step.strengths) == (self._acting, self._strengths):
+            return
+        self._acting, self._strengths = acting, step.strengths
+        self.words.update(acting.words_by_mix(self.settings.share))
+        # Nothing that is remembered of a LoRA at another strength holds.
+        self._sessions.clear()
+
+    def _use_settled_pool(self, step: Step) -> None:
+        self.calls.scores_pool = False
+        self._follow_strengths(step)
+        self.bank.release(self.pool.left_out)
+
+    def _with_styles(self, weights: Tensor, now: StepContext) -> Tensor:
+        """Ω of the step's LoRAs as Ω of all that act: a style without a weight of its own has 1 in all of its place."""
+        own = dict(zip(now.participants.numbers, weights, strict=True))
+        for lora in self._acting.loras:
+            if lora.is_unweighed and "share" in now.knobs:
+                everywhere = torch.ones_like(weights[0])
+                own[lora.number] = everywhere if lora.place is None else everywhere * now.mask(lora.place)
+        return torch.stack([own[number] for number in self._acting.numbers])
+
+    def _remember(self, weights: Tensor, index: int) -> None:
+        """Keep Ω of the LoRAs that act; 0 for the others."""
+        self.history.count(self._acting.numbers, weights)
+        if self.settings.weight_maps:
+            own = dict(zip(self._acting.numbers, weights, strict=True))
+            none = torch.zeros_like(weights[0])
+            self.history.record(index, torch.stack([own.get(i, none) for i in self.participants.numbers]))
+
+    def _mix_now(self, mix: Mix) -> Mix:
+        """How much of each LoRA's changes acts under `mix` at this step."""
+        if not self._strengths:
+            return mix
+        return tuple(part * strength for part, strength in zip(mix, self._strengths, strict=True))
+
+    def _rescaled(self, composition: Composition, predictions: Predictions, step: Step) -> Composition:
+        """Guidance rescale, on what the sampler guides: D where it has D, else e."""
+        strength, scale, uncond = self.settings.rescale, step.guidance, composition.uncond
+        if not strength or not scale or scale == 1 or uncond is None:
+            return composition
+        # The sampler adds up the parts of a prompt with AND itself; each is rescaled on its own.
+        own_uncond = torch.stack([uncond[owner] for owner in predictions.owners])
+        # A clip has one contrast, not one for each frame.
+        shape = composition.cond.shape
+        clips = (-1, _frames(step.latents), *shape[1:])
+        cond = rescaled_cond(composition.cond.reshape(clips), own_uncond.reshape(clips), scale, strength)
+        return Composition(cond.reshape(shape), uncond, composition.weights)
+
+    def _predict(self, rows: Sequence[Row], session: Method, now: StepContext, predict: Predict) -> Tensor:
+        """All rows, each with its own LoRAs, in order."""
+        rows = [row._replace(words=self.words.get(row.mix, "")) if row.cond else row for row in rows]
+        layers = {name: self._mix_now(mix) for name, mix in session.layer_mixes(now).items()}
+        replaced = frozenset() if session is NAMED else self._assembled
+
+        def run(part: Sequence[Row]) -> Tensor:
+            mixes = [with_assembled(self._mix_now(row.mix), replaced) for row in part]
+            with self.bank.routed(mixes, layers):
+                return predict(part)
+
+        return self.calls.run(rows, run)
+
+
+class _WeightsNow:
+    """What the bank's LoRAs do to the weights at the strengths of the present step (see `compose.methods.base.Weights`)."""
+
+    def __init__(self, bank: Bank, mix_now: Callable[[Mix], Mix]) -> None:
+        self._bank, self._mix_now = bank, mix_now
+
+    def changes(self) -> Iterator[tuple[str, dict[int, tuple[Tensor, int]]]]:
+        factors = self._mix_now((1.0,) * len(self._bank.adapters))
+        for name, by_number in self._bank.changes():
+            yield name, {i: (weight * factors[i], rank) for i, (weight, rank) in by_number.items()}
+
+    def products(self) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
+        factors = self._mix_now((1.0,) * len(self._bank.adapters))
+        for name, by_number in self._bank.products():
+            yield name, {i: (down, up * factors[i]) for i, (down, up) in by_number.items()}
+
+
+def check_places(settings: Settings, participants: Participants) -> None:
+    """Raise LoratorioError where a LoRA has a place, or words of its own, that would not be kept."""
+    if not participants.has_places and not any(lora.words for lora in participants.loras):
+        return
+    method = METHODS[settings.method]
+    if not method.takes_places:
+        able = [each.entry.label for each in METHODS.values() if each.takes_places]
+        raise LoratorioError(
+            f"A place (at=…) or words of a LoRA's own (words=…) need a method with rows of its own for each LoRA: "
+            f"{', '.join(able[:-1])} or {able[-1]}, not {method.entry.label}. Choose one of those, or take them out of the prompt."
+        )
+    if settings.start > 0 or settings.end < 1:
+        raise LoratorioError(
+            "Places and own words hold in every step, but start and end leave some to merging, which knows none. "
+            "Set start to 0 and end to 1, or take at=… and words=… out of the prompt."
+        )
+
+
+def _rows(branches: Sequence[Branch], counts: tuple[int, int]) -> Iterator[Row]:
+    """Every row of every branch, rows of one mix standing together so that the bank can batch them."""
+    mixes = dict.fromkeys(branch.mix for branch in branches)
+    for mix in mixes:
+        for cond, count in zip((True, False), counts, strict=True):
+            if Branch(mix, cond) in branches:
+                yield from (Row(mix, cond, slot) for slot in range(count))
+
+
+def _predictions(step: Step, rows: Sequence[Row], predicted: Tensor) -> Predictions:
+    """Sort the rows' predictions by branch, with frames folded into the batch: (B·T, C, H, W)."""
+    cond_count, frames = len(step.latents), _frames(step.latents)
+    by_branch: dict[Branch, Tensor] = {}
+    start = 0
+    for branch in dict.fromkeys(Branch(row.mix, row.cond) for row in rows):
+        stop = start + (cond_count if branch.cond else step.uncond_count)
+        by_branch[branch] = _folded(predicted[start:stop])
+        start = stop
+    owners = step.owners or range(cond_count)
+    return Predictions(
+        by_branch,
+        tuple(owner * frames + frame for owner in owners for frame in range(frames)),
+        # Only direction matters for the similarity: z − D stands for (z − D)/σ.
+        _folded(step.latents) if step.denoised else None,
+        None if step.denoised else step.sigma,
+    )
+
+
+def _frames(latents: Tensor) -> int:
+    return latents.shape[2] if latents.ndim == 5 else 1
+
+
+def _folded(latents: Tensor) -> Tensor:
+    """(B, C, T, H, W) to (B·T, C, H, W); four dimensions stay."""
+    return latents.movedim(2, 1).flatten(0, 1) if latents.ndim == 5 else latents
+
+
+def _unfolded(composition: Composition, step: Step) -> Composition:
+    if step.latents.ndim != 5:
+        return composition
+    frames = _frames(step.latents)
+
+    def unfold(prediction: Tensor) -> Tensor:
+        return prediction.reshape(-1, frames, *prediction.shape[1:]).movedim(1, 2)
+
+    uncond = None if composition.uncond is None else unfold(composition.uncond)
+    return Composition(unfold(composition.cond), uncond, composition.weights)
