@@ -142,7 +142,7 @@ class ToyboxBackend:
             folder = self._loras
             if cell.unlabelled:
                 folder = without_metadata(folder, Path(self._unlabelled.name))
-            outcome = generate(self._checkpoint, folder, request, load=self._load)
+            outcome = generate(self._checkpoint, folder, request, progress=False, load=self._load)
         return [np.asarray(image) for image in outcome.images], rows.count
 
     def _load(self, file: Path, name: str, *given: Any) -> Any:

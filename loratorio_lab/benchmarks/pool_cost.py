@@ -136,7 +136,7 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
         counter = RowCount(checkpoint.unet)
         since = time.process_time()
         with counter:
-            outcome = generate(checkpoint, folder, request)
+            outcome = generate(checkpoint, folder, request, progress=False)
         seconds = time.process_time() - since
         pictures = [np.asarray(image).astype(np.float64) for image in outcome.images]
         names = list(outcome.reactions)

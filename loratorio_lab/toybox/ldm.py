@@ -172,4 +172,9 @@ model:
       params:
         version: {TEXT_NAME}
         max_length: {TOKENS}
+
+# Read by LoRAtorio's command line: what a picture has that does not say.
+sampling:
+  steps: 20
+  cfg: 2.0
 """

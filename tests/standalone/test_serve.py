@@ -22,7 +22,7 @@ def model_and_loras(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     model = load_checkpoint(tiny.save_sd(root / "sd"))
     for seed, name in enumerate(("rose", "dusk.v1+(x)")):
         tiny.save_kohya(root / "loras" / f"{name}.safetensors", model.unet, size=0.1, seed=seed)
-    return LoadedModel(model, root / "loras", 4.0, 64)
+    return LoadedModel(model, root / "loras")
 
 
 def test_every_knob_is_on_the_page(model_and_loras: LoadedModel) -> None:
@@ -37,7 +37,7 @@ def test_a_port_that_is_taken(model_and_loras: LoadedModel) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(LoratorioError, match="is taken by another program"):
+        with pytest.raises(LoratorioError, match="another program has it"):
             serve.serve(model_and_loras, taken.getsockname()[1])
 
 
