@@ -50,6 +50,8 @@ _CSS = """
   overflow-wrap: anywhere; }
 #cards button.card img { width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; border-radius: 6px; margin: 0; }
 #cards button.card.in-prompt { outline: 2px solid var(--primary-500); outline-offset: -2px; background: var(--primary-500); color: white; }
+#generate.busy { opacity: .7; }
+#generate.busy::after { content: "…"; }
 #pictures img { image-rendering: auto; }
 #maps .thumbnail-item, #pictures .thumbnail-item { aspect-ratio: auto; }
 #maps .grid-wrap, #pictures .grid-wrap { max-height: none; }
@@ -77,6 +79,9 @@ _MARK = """(prompt) => {
   });
 }"""
 """In the browser: mark the cards of the LoRAs that the prompt names."""
+
+_BUSY = """() => document.querySelector("#generate").classList.%s("busy")"""
+"""In the browser: show on the button that pictures are being made, as on a phone they are far below."""
 
 _TO_PICTURES = """() => {
   const pictures = document.querySelector("#pictures");
@@ -207,13 +212,16 @@ def build(model: LoadedModel) -> Any:
 
         inputs = [prompt, negative, steps, cfg, width, height, sampler, seed, batch, *knobs.values()]
         for event in (button.click, prompt.submit):
-            event(
+            event(None, None, None, js=_BUSY % "add", api_visibility="private")
+            made = event(
                 run,
                 inputs,
                 [pictures, maps, infotext, note],
                 show_progress_on=[pictures],
                 api_name="generate",
-            ).success(None, None, None, js=_TO_PICTURES, api_visibility="private")
+            )
+            made.then(None, None, None, js=_BUSY % "remove", api_visibility="private")
+            made.success(None, None, None, js=_TO_PICTURES, api_visibility="private")
         mark = _MARK % json.dumps(sorted(loras))
         for seen in (page.load, prompt.change):
             seen(None, prompt, None, js=mark, api_visibility="private")
