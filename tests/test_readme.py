@@ -7,9 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from lab.knob_table import with_table
 from loratorio.standalone import cli
+from loratorio.standalone.checkpoint import load_checkpoint
+from loratorio_lab.knob_table import with_table
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +28,20 @@ def test_links_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (file.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("kind", ["toybox", "folder"])
+def test_its_python_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, and with a checkpoint and LoRAs of one's own, by strings."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    if kind == "folder":
+        model = load_checkpoint(tiny.save_sd(tmp_path / "model"))
+        for name in ("cat", "cactus", "rays"):
+            tiny.save_kohya(tmp_path / "loras" / f"{name}.safetensors", model.unet)
+        code = code.replace("toybox.CHECKPOINT", "'model'").replace("toybox.LORA_DIR", "'loras'")
+    exec(code, {})
+    assert Image.open("cat.png").size == (64, 64)
 
 
 def test_its_commands_are_commands() -> None:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import LoratorioError
-from ..lora_folder import PICKLES, SUFFIX, readable, reason
+from .lora_lookup import check_safetensors, damaged
+from .model_files import MODEL_INDEX, check_model
+from .request import LATENT_PIXEL
 
-_KNOWN_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-_LATENT_PIXEL = 8  # picture pixels a side
 _SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -47,6 +47,7 @@ class Checkpoint:
         text_encoders, tokenizers: one pair for SD, two for SDXL.
         schedule: betas and prediction type, as diffusers' schedulers take them.
         native_size: side in pixels of the pictures that it was trained on.
+        steps, cfg: what a request has that leaves them out.
         zero_empty_negative: SDXL's habit: an empty negative prompt is all zeros.
         lock: held while a picture is made, as LoRAs are attached to the model itself for that time.
     """
@@ -59,6 +60,8 @@ class Checkpoint:
     schedule: Mapping[str, Any]
     native_size: int
     zero_empty_negative: bool = False
+    steps: int = 20
+    cfg: float = 7.0
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @property
@@ -84,19 +87,27 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: Path, config: Path | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    config: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
 ) -> Checkpoint:
     """The checkpoint at `path`, in evaluation mode.
 
     Args:
         path: a diffusers folder, or a .safetensors file.
         config: for a file: a folder in diffusers' layout that has the model's configuration and tokenizer files, or a .yaml.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` for the fastest there is.
+        dtype: ``fp32``, ``fp16``, ``bf16``, torch's own, or ``auto``: half precision on CUDA, else single.
 
     Raises:
-        LoratorioError: missing, a pickle, damaged, not a Stable Diffusion text-to-image model, or configuration out of reach.
+        LoratorioError: missing, a pickle, damaged, not a Stable Diffusion text-to-image model, or configuration out of reach; no such
+            device on this machine.
     """
-    if not path.exists():
-        raise LoratorioError(f"There is no checkpoint {path}: check the path.")
+    path, config = Path(path), None if config is None else Path(config)
+    check_model(path, config, device, dtype if isinstance(dtype, str) else "auto")
+    device = _device(device)
+    dtype = _dtype(dtype, device)
     loaded = _from_folder(path) if path.is_dir() else _from_file(path, config)
     if loaded.unet.config.in_channels != loaded.vae.config.latent_channels:  # type: ignore[union-attr]
         raise LoratorioError(
@@ -118,21 +129,7 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     Raises:
         LoratorioError: a pickle (by its name; it is not opened), another kind of file, or one that is cut short.
     """
-    if path.suffix.lower() in PICKLES:
-        raise LoratorioError(
-            f"{what} is a pickle ({path.name}), which can run any program when it is opened, so it was not. "
-            "Get it as .safetensors."
-        )
-    if path.suffix.lower() != SUFFIX:
-        raise LoratorioError(f"{what} must be a {SUFFIX} file, not {path.name}.")
-    try:
-        # The library has one error for what the system will not open and for what it cannot make sense of.
-        with open(path, "rb") as file:
-            file.read(1)
-    except (OSError, ValueError) as problem:
-        raise LoratorioError(
-            f"{what} cannot be read: {readable(path)} cannot be opened ({reason(problem)}). Check who may read it."
-        ) from problem
+    check_safetensors(path, what)
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
@@ -145,18 +142,11 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
         TypeError,
         AttributeError,
     ) as problem:
-        raise LoratorioError(
-            f"{what} cannot be read: {readable(path)} is damaged or incomplete ({problem}). Get it again."
-        ) from problem
+        raise damaged(path, what, problem) from problem
 
 
 def _from_folder(path: Path) -> Checkpoint:
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise LoratorioError(f"{path} is a folder without model_index.json: not a diffusers model.")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if kind not in _KNOWN_PIPELINES:
-        raise LoratorioError(f"{path} is a {kind}; only {' and '.join(_KNOWN_PIPELINES)} can be used here.")
+    kind = _json(path / MODEL_INDEX)["_class_name"]
     extra = {} if kind == "StableDiffusionXLPipeline" else {"safety_checker": None, "feature_extractor": None}
     try:
         with _quiet():
@@ -179,7 +169,7 @@ def _of_pipeline(pipe: Any, name: str) -> Checkpoint:
         tuple(getattr(pipe, f"text_encoder{number}") for number in numbers),
         tuple(getattr(pipe, f"tokenizer{number}") for number in numbers),
         _schedule(pipe.scheduler.config),
-        int(pipe.unet.config.sample_size) * _LATENT_PIXEL,
+        int(pipe.unet.config.sample_size) * LATENT_PIXEL,
         bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
     )
 
@@ -192,8 +182,6 @@ def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
 def _from_file(path: Path, config: Path | None) -> Checkpoint:
     tensors = read_safetensors(path, f"The checkpoint {path.name}")
     source = config or _config_beside(path)
-    if source is not None and not source.exists():
-        raise LoratorioError(f"There is no model configuration {source}: check the path.")
     diffusers_layout = any(key.startswith("unet.") for key in tensors)
     if not diffusers_layout and not any(key.startswith("model.diffusion_model.") for key in tensors):
         raise LoratorioError(
@@ -257,7 +245,7 @@ def _from_ldm_layout(path: Path, tensors: dict[str, Tensor], folder: Path) -> Ch
         tuple(_complete(encoder, path) for encoder in encoders),
         tuple(tokenizers),
         _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
-        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * _LATENT_PIXEL,
+        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * LATENT_PIXEL,
         bool(index.get("force_zeros_for_empty_prompt", False)),
     )
 
@@ -300,7 +288,7 @@ def _from_diffusers_layout(path: Path, tensors: dict[str, Tensor], folder: Path)
         tuple(encoders),
         tuple(CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}") for number in numbers),
         _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
-        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * _LATENT_PIXEL,
+        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * LATENT_PIXEL,
         bool(index.get("force_zeros_for_empty_prompt", False)),
     )
 
@@ -311,7 +299,7 @@ def _from_yaml(path: Path, tensors: dict[str, Tensor], yaml: Path) -> Checkpoint
     original: Any = single_file_utils.fetch_original_config(str(yaml))
     if not isinstance(original, dict) or "model" not in original:
         raise ValueError(f"{yaml.name} has no section named model")
-    params = original["model"]["params"]
+    params, sampling = original["model"]["params"], original.get("sampling") or {}
     folder = _text_folder(yaml, params.get("cond_stage_config") or {})
     schedule = {
         **_SCHEDULE,
@@ -327,7 +315,9 @@ def _from_yaml(path: Path, tensors: dict[str, Tensor], yaml: Path) -> Checkpoint
         (_complete(_ldm_text_encoder(tensors, folder, "", with_projection=False), path),),
         (CLIPTokenizer.from_pretrained(folder),),
         schedule,
-        int(params.get("image_size") or 64) * _LATENT_PIXEL,
+        int(params.get("image_size") or 64) * LATENT_PIXEL,
+        steps=int(sampling.get("steps", Checkpoint.steps)),
+        cfg=float(sampling.get("cfg", Checkpoint.cfg)),
     )
 
 
@@ -353,6 +343,27 @@ def _complete(model: nn.Module, path: Path) -> nn.Module:
             f"the first is {missing[0]}: the file is incomplete, or it is another kind of model."
         )
     return model
+
+
+def _device(name: str) -> str:
+    kind = name.split(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(each for each in ("cuda", "mps", "cpu") if there[each])
+    number = name.partition(":")[2]
+    if not there[kind]:
+        raise LoratorioError(f"This machine, or its torch, has no {kind}: choose the device cpu.")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise LoratorioError(f"There is no {name} here: the last is cuda:{torch.cuda.device_count() - 1}.")
+    return name
+
+
+def _dtype(name: str | torch.dtype, device: str) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    by_name = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    by_name["auto"] = torch.float16 if device.startswith("cuda") else torch.float32
+    return by_name[name]
 
 
 def _json(path: Path) -> dict[str, Any]:

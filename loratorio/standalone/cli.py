@@ -5,22 +5,46 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..compose.methods import METHODS
+from ..compose.methods.reuse import SHORT
 from ..errors import LoratorioError
+from ..places import OPTION as PLACE
 from ..settings import GROUPS, KNOB_BY_NAME, KNOBS, PRESET, PRESETS, Knob, Settings, find_preset
+from . import example
+from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
-    from .generate import Request
-    from .model import LoadedModel
+    from .model import ModelFiles
+    from .prompt import PromptLora
+    from .request import Request
 
 _NOT_OPTIONS = ("enabled",)
 """Knobs that make no sense here: who types the command wants it on."""
+
+_TYPED = {
+    **{knob.name: knob.option for knob in KNOBS},
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("steps", "batch", "cfg", "strength", "seed", "sampler", "device", "dtype", "lora_dir")
+    },
+    "width": "--size",
+    "height": "--size",
+    PRESET: f"--{PRESET}",
+}
+"""How what Python names is typed here."""
+
+_NAMED = re.compile(
+    rf"(?<![\w-])({'|'.join(_TYPED)})(?= must be| is \d| = | \(\d| and end leave| to [01]\b| is not)"
+)
+"""A name in a sentence, by what follows it: many are words of the language too."""
 
 _PRESET_KNOBS = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset.values))
 
@@ -39,7 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
     except LoratorioError as problem:
-        print(f"loratorio: {problem}", file=sys.stderr)
+        _say([str(problem)])
+        return 2
+    except ModuleNotFoundError as problem:
+        if (problem.name or "").startswith("loratorio"):
+            raise
+        _say([f"{problem.name} is not installed. In LoRAtorio's folder: pip install '.[standalone]'"])
         return 2
     except KeyboardInterrupt:
         print(
@@ -57,34 +86,74 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"loratorio {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser(
-        "demo", help="three of the toybox's LoRAs, composed by every method", description=_DEMO_HELP
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], help: str, about: str, *examples: str
+    ) -> Any:
+        lines = "\n".join(f"  loratorio {name} {each}".rstrip() for each in examples)
+        made = commands.add_parser(
+            name,
+            help=help,
+            description=about,
+            epilog=f"examples, with the toybox:\n{lines}",
+            formatter_class=_Formatter,
+        )
+        made.set_defaults(command=run)
+        return made
+
+    demo = command(
+        "demo", _demo, "three of the toybox's LoRAs, composed by every method", _DEMO_HELP, "", "--serve"
     )
-    demo.add_argument("--out", type=Path, default=Path("loratorio-demo"), help="folder for the pictures")
-    demo.add_argument("--seed", type=int, default=0, help="of all pictures")
-    demo.add_argument("--steps", type=int, help="sampling steps")
+    demo.add_argument("--out", type=Path, help=f"folder for the pictures (default: {_DEMO_OUT})")
+    demo.add_argument("--seed", help="of all pictures (default: 0)")
+    demo.add_argument("--steps", help="sampling steps (default: 12, and 20 for the two characters)")
     demo.add_argument(
         "--serve", action="store_true", help="open a page for playing, instead of writing pictures"
     )
-    demo.add_argument("--port", type=int, default=7861, help="of the page")
+    demo.add_argument("--port", help=f"of the page (default: {_PORT})")
     _add_model_options(demo)
-    demo.set_defaults(command=_demo)
 
-    generate = commands.add_parser("generate", help="pictures of a prompt with <lora:name:strength> tags")
+    about = "Makes pictures of a prompt whose LoRAs are composed, and prints their files' names. None is ever written over another."
+    generate = command(
+        "generate",
+        _generate,
+        "pictures of a prompt with <lora:name:strength> tags",
+        about,
+        f'"{example.prompt()}" --weight-maps',
+        f'"{example.pair_prompt("left", "right")}" --size 128x64 --cfg 3',
+    )
     _add_picture_options(generate)
     _add_knobs(generate)
-    generate.set_defaults(command=_generate)
 
-    compare = commands.add_parser("compare", help="a grid over methods, or over the values of any knob")
-    compare.add_argument("--by", default="method", metavar="KNOB", help="what changes from column to column")
+    about = "Makes the same pictures with several values of one knob, side by side in one file."
+    compare = command(
+        "compare",
+        _compare,
+        "a grid over methods, or over the values of any knob",
+        about,
+        f'"{example.prompt()}" --by preset',
+        f'"{example.prompt()}" --by patch-size --values 1,2,4 --batch 2',
+    )
     compare.add_argument(
-        "--values", help="its values, with commas between; for a choice such as the method: by default all"
+        "--by", default="method", metavar="KNOB", help="what changes from column to column (default: method)"
+    )
+    compare.add_argument(
+        "--values",
+        help="its values, with commas between (default: all, where it is a choice such as the method)",
     )
     _add_picture_options(compare)
     _add_knobs(compare)
-    compare.set_defaults(command=_compare)
     return parser
 
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Examples stay lines; descriptions are wrapped."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        wrap = argparse.HelpFormatter._fill_text
+        return text if text.startswith("examples") else wrap(self, text, width, indent)
+
+
+_DEMO_OUT, _PORT = Path("loratorio-demo"), 7861
 
 _DEMO_HELP = (
     "Composes three LoRAs of different categories by every method with the same seed, and two characters beside each other, "
@@ -98,38 +167,39 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         type=Path,
-        help="a .safetensors file or a diffusers folder; default: the toybox, which ships",
+        help="a .safetensors file or a diffusers folder (default: the toybox, which ships)",
     )
     group.add_argument(
         "--config",
         type=Path,
-        help="for a file: a folder with a diffusers model's configuration, or the model's .yaml",
+        help="for a file: a folder with a diffusers model's configuration, or the model's .yaml (default: a folder or .yaml of "
+        "the file's name beside it, else the hub's)",
     )
     group.add_argument(
-        "--lora-dir", type=Path, help="folder of LoRA files; default: the toybox's with the toybox"
+        "--lora-dir", type=Path, help="folder of LoRA files (default: the toybox's with the toybox)"
     )
     group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is"
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps, or the fastest there is (default: auto)"
     )
-    group.add_argument("--dtype", default="auto", help="fp32, fp16 or bf16; auto: fp16 on CUDA, else fp32")
+    group.add_argument(
+        "--dtype", default="auto", help="fp32, fp16 or bf16 (default: auto: fp16 on CUDA, else fp32)"
+    )
 
 
 def _add_picture_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help='e.g. "a red circle <lora:rose:0.8> <lora:dusk>"')
+    parser.add_argument("prompt", help="words and <lora:name:strength> tags; see the examples")
     _add_model_options(parser)
     group = parser.add_argument_group("picture")
-    group.add_argument("--negative", default="", help="negative prompt")
+    group.add_argument("--negative", default="", help="negative prompt (default: none)")
     group.add_argument("--steps", help="sampling steps (default: 20)")
-    group.add_argument(
-        "--cfg", help="guidance scale (default: 7, for the toybox its own); 1 is without guidance"
-    )
-    group.add_argument("--sampler", default="euler", help="euler, euler-a, dpmpp-2m-karras or ddim")
-    group.add_argument("--seed", default="0", help="of the first picture; the next has the next")
+    group.add_argument("--cfg", help="guidance scale (default: 7, for the toybox 2); 1 is without guidance")
+    group.add_argument("--sampler", default="euler", help=f"{', '.join(SAMPLERS)} (default: euler)")
+    group.add_argument("--seed", help="of the first picture; the next has the next (default: 0)")
     group.add_argument("--size", help="512 or 512x768, in pixels (default: the model's own)")
-    group.add_argument("--batch", default="1", help="how many pictures")
-    group.add_argument("--init-image", type=Path, help="a picture to start from (img2img)")
+    group.add_argument("--batch", help="how many pictures (default: 1)")
+    group.add_argument("--init-image", type=Path, help="a picture to start from, img2img (default: none)")
     group.add_argument(
-        "--strength", default="0.75", help="how much of the initial picture is made anew, 0 to 1"
+        "--strength", help="how much of the initial picture is made anew, 0 to 1 (default: 0.75)"
     )
     group.add_argument(
         "--out", type=Path, default=Path("out"), help="folder for the pictures, or a .png file (default: out)"
@@ -138,19 +208,22 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_knobs(parser: argparse.ArgumentParser) -> None:
     """An option for every knob. Values stay text here: the knob itself says what is wrong with them."""
-    groups = {name: parser.add_argument_group(heading.lower()) for name, heading in GROUPS.items()}
+    groups = {
+        name: parser.add_argument_group(heading[0].lower() + heading[1:]) for name, heading in GROUPS.items()
+    }
     about = " ".join(f"{preset.name}: {preset.help}" for preset in PRESETS.values())
     groups["method"].add_argument(
         f"--{PRESET}",
         metavar="VALUE",
-        help=f"{about} Sets {', '.join(_PRESET_KNOBS)}; they may be given beside it.",
+        help=f"{about} Sets {', '.join(KNOB_BY_NAME[name].option for name in _PRESET_KNOBS)}; they may be given beside it (default: "
+        "balanced).",
     )
     for knob in KNOBS:
         if knob.name in _NOT_OPTIONS:
             continue
         extra: dict[str, Any] = {"metavar": "VALUE"}
         if knob.kind == "bool":
-            extra = {"nargs": "?", "const": "true", "metavar": "true|false"}
+            extra = {"action": argparse.BooleanOptionalAction}
         groups[knob.group].add_argument(
             knob.option, help=f"{knob.help} {_range(knob)}".replace("%", "%%"), **extra
         )
@@ -160,7 +233,7 @@ def _range(knob: Knob) -> str:
     if knob.kind == "choice":
         return f"One of {', '.join(name for name, _ in knob.choices)} (default: {knob.default})."
     if knob.kind == "bool":
-        return f"(default: {str(knob.default).lower()})"
+        return f"(default: {'on' if knob.default else 'off'})"
     return f"{knob.minimum:g} to {knob.maximum:g} (default: {knob.default})."
 
 
@@ -174,32 +247,37 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _load(options: argparse.Namespace) -> LoadedModel:
-    from .model import LoadedModel
+def _request(options: argparse.Namespace, settings: Settings) -> Request:
+    """What was typed, checked as far as that goes without the model. Imports no torch."""
+    from .request import Request, check
 
-    return LoadedModel.load(
-        options.checkpoint, options.lora_dir, options.config, options.device, options.dtype
+    numbers = {"steps": int, "cfg": float, "seed": int, "batch": int, "strength": float}
+    typed = {name: getattr(options, name) for name in numbers}
+    given = {name: _number(name, text, numbers[name]) for name, text in typed.items() if text is not None}
+    if options.size is not None:
+        given["width"], given["height"] = _size(options.size)
+    image = None if options.init_image is None else _open_image(options.init_image)
+    request = Request(
+        options.prompt, options.negative, settings, sampler=options.sampler, init_image=image, **given
     )
+    check(request)
+    return request
 
 
-def _request(options: argparse.Namespace, model: LoadedModel, settings: Settings) -> Request:
-    from .generate import Request
+def _model_files(options: argparse.Namespace) -> ModelFiles:
+    from .model import ModelFiles
 
-    width, height = _size(options.size) if options.size else (model.size, model.size)
-    return Request(
-        prompt=options.prompt,
-        negative=options.negative,
-        settings=settings,
-        steps=_number("steps", options.steps or "20", int),
-        cfg=_number("cfg", options.cfg or model.cfg, float),
-        sampler=options.sampler,
-        seed=_number("seed", options.seed, int),
-        width=width,
-        height=height,
-        batch=_number("batch", options.batch, int),
-        init_image=_open_image(options.init_image) if options.init_image else None,
-        strength=_number("strength", options.strength, float),
-    )
+    return ModelFiles.of(options.checkpoint, options.lora_dir, options.config, options.device, options.dtype)
+
+
+def _tags(request: Request, files: ModelFiles) -> list[PromptLora]:
+    """The tags of the prompt. Raises LoratorioError for a LoRA, role or place that cannot be had."""
+    from .lora_lookup import look_up
+    from .prompt import split_loras
+
+    text, tags = split_loras(request.prompt)
+    look_up(tags, files.lora_dir, text)
+    return tags
 
 
 def _number(name: str, text: Any, kind: Callable[[Any], Any]) -> Any:
@@ -207,13 +285,13 @@ def _number(name: str, text: Any, kind: Callable[[Any], Any]) -> Any:
         return kind(text)
     except ValueError:
         what = "a whole number" if kind is int else "a number"
-        raise LoratorioError(f"{name} must be {what}, not {text!r}.") from None
+        raise LoratorioError(f"--{name} must be {what}, not {text!r}.") from None
 
 
 def _size(text: str) -> tuple[int, int]:
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
-        raise LoratorioError(f"size must be like 512 or 512x768, not {text!r}.")
+        raise LoratorioError(f"--size must be like 512 or 512x768, not {text!r}.")
     return int(sides[0]), int(sides[-1])
 
 
@@ -224,95 +302,141 @@ def _open_image(path: Path) -> Any:
         return Image.open(path).convert("RGB")
     except FileNotFoundError:
         raise LoratorioError(f"There is no picture {path}: check --init-image.") from None
-    except (UnidentifiedImageError, OSError) as problem:
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as problem:
         raise LoratorioError(
             f"{path} cannot be read as a picture ({problem}): give a PNG or JPEG."
         ) from problem
 
 
-def _check_early(options: argparse.Namespace) -> None:
-    """What can be said to be wrong before a model is loaded."""
-    from .prompt import check_text, split_loras
-    from .schedule import find_sampler
-
-    find_sampler(options.sampler)
-    split_loras(options.prompt)
-    check_text("negative prompt", options.negative)
-    if options.size:
-        _size(options.size)
-
-
 def _generate(options: argparse.Namespace) -> None:
-    from .describe import describe
-    from .model import map_files
-    from .output import check_writable, is_picture, png, write_all, write_numbered
+    from .output import check_writable, is_picture, write_beside, write_numbered
 
     settings = _settings(options)
-    _check_early(options)
+    request = _request(options, settings)
+    files = _model_files(options)
+    tags = _tags(request, files)
     check_writable(options.out)
-    model = _load(options)
-    request = _request(options, model, settings)
+    _say(_without_effect(options, request, tags, [settings]))
+    model = files.load()
     outcome = model.run(request)
-    _say([*settings.without_effect(_given(options)), *outcome.notes])
-    if not outcome.loras:
+    _say(outcome.notes)
+    if not tags:
         _say(["there is no <lora:name> in the prompt, so this is the model's plain picture."])
 
-    def files(paths: Sequence[Path]) -> dict[Path, bytes]:
-        made: dict[Path, bytes] = {}
-        for i, (path, image) in enumerate(zip(paths, outcome.images, strict=True)):
-            made[path] = png(image, describe(model.checkpoint, outcome, i))
-            made |= map_files(outcome, i, path.with_name(f"{path.stem}-map-.png"))
-        return made
+    from .describe import describe
+    from .model import map_files
+    from .output import png
 
-    if is_picture(options.out):
+    def made(paths: Sequence[Path]) -> dict[Path, bytes]:
+        pictures: dict[Path, bytes] = {}
+        for i, (path, image) in enumerate(zip(paths, outcome.images, strict=True)):
+            pictures[path] = png(image, describe(model.checkpoint, outcome, i))
+            pictures |= map_files(outcome, i, path.with_name(f"{path.stem}-map-.png"))
+        return pictures
+
+    def of_name(out: Path) -> dict[Path, bytes]:
         several = len(outcome.seeds) > 1
-        out: Path = options.out
-        made = files([out.with_stem(f"{out.stem}-{seed}") if several else out for seed in outcome.seeds])
-        write_all(made)
-        written = list(made)
-    else:
-        written = write_numbered(
-            options.out,
-            lambda first: files(
-                [options.out / f"{first + i:05}-{seed}.png" for i, seed in enumerate(outcome.seeds)]
-            ),
-        )
+        return made([out.with_stem(f"{out.stem}-{seed}") if several else out for seed in outcome.seeds])
+
+    def of_number(first: int) -> dict[Path, bytes]:
+        return made([options.out / f"{first + i:05}-{seed}.png" for i, seed in enumerate(outcome.seeds)])
+
+    written = (
+        write_beside(options.out, of_name)
+        if is_picture(options.out)
+        else write_numbered(options.out, of_number)
+    )
     for path in written:
         print(path)
 
 
 def _say(notes: Iterable[str]) -> None:
-    """What a user should know of the pictures, beside the list of files."""
+    """What a user should know of the pictures, beside the list of files; knobs by the names that are typed."""
     for note in notes:
-        print(f"loratorio: {note}", file=sys.stderr)
+        print(f"loratorio: {_NAMED.sub(lambda name: _TYPED[name.group()], note)}", file=sys.stderr)
+
+
+def _without_effect(
+    options: argparse.Namespace, request: Request, tags: Sequence[PromptLora], variants: Iterable[Settings]
+) -> Iterator[str]:
+    """Sentences on what was typed and changes nothing beside the rest of it. variants: all settings that pictures are made with."""
+    settings = request.settings
+    given = [name for name, value in _given(options).items() if value is not False]
+    comparing = hasattr(options, "by")
+    methods = {variant.method for variant in variants}
+    yield from settings.without_effect(
+        name for name in given if all(KNOB_BY_NAME[name].ignored_by(method) for method in methods)
+    )
+    placed = [tag for tag in tags if PLACE in tag.options]
+    weighed = [knob.name for knob in KNOBS if knob.group == "weights"]
+    typed = {*given, *(name for name in ("negative", "strength", "config") if getattr(options, name))}
+    for names, without, why in (
+        (["strength"], request.init_image is None, "without --init-image"),
+        (
+            ["config"],
+            options.checkpoint is not None and options.checkpoint.is_dir(),
+            "with a folder as --checkpoint",
+        ),
+        (["negative", "recentre", "rescale"], request.cfg == 1, "with --cfg 1, which is without guidance"),
+        (["weight_maps", "single_maps"], comparing, "with compare, which writes one sheet"),
+        (["single_maps"], not comparing and not settings.weight_maps, "without --weight-maps"),
+        (["pool_size", "pool_interval"], not any(tag.pool for tag in tags), "without a <pool:…> tag"),
+        (
+            ["yielding"],
+            len(placed) in (0, len(tags)),
+            "unless some LoRAs have a place (at=…) and others have none",
+        ),
+        (weighed, len(tags) == 1 and not tags[0].pool and not placed, "with a single LoRA"),
+        (
+            ["reuse"],
+            (request.steps or SHORT + 1) <= SHORT,
+            f"in {SHORT} steps or fewer: every LoRA is run at each",
+        ),
+        ([*given], not tags, "without a <lora:name> tag"),
+    ):
+        idle = [_TYPED.get(name, f"--{name}") for name in names if name in typed]
+        if without and idle:
+            yield f"{' and '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect {why}."
+            typed -= {*names}
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from ..sheet import contact_sheet
-    from .output import check_writable, is_picture, png, write_all, write_numbered
+    from .output import check_writable, is_picture, write_beside, write_numbered
 
     settings = _settings(options)
     by = options.by.strip().lower().replace("-", "_")
     variants = _compared(options.by, options.values, settings)
-    _check_early(options)
+    request = _request(options, settings)
+    for variant in variants.values():
+        _request(options, variant)
+    files = _model_files(options)
+    tags = _tags(request, files)
     check_writable(options.out)
-    model = _load(options)
-    request = _request(options, model, settings)
+    _say(_without_effect(options, request, tags, variants.values()))
+    replaced = (PRESET, *_PRESET_KNOBS) if by == PRESET else (by,)
+    typed = {PRESET: options.preset, **_given(options)}
+    idle = [f"--{name.replace('_', '-')}" for name in replaced if typed.get(name) is not None]
+    _say(f"{name} has no effect: --by {options.by} sets it from column to column." for name in idle)
+    model = files.load()
     labels = list(variants)
     outcomes = [model.run(replace(request, settings=variant), label) for label, variant in variants.items()]
     _say(dict.fromkeys(note for outcome in outcomes for note in outcome.notes))
+
+    from ..sheet import contact_sheet
+    from .output import png
+
     columns = [outcome.images for outcome in outcomes]
     rows = [[column[i] for column in columns] for i in range(request.batch)]
     seeds = [f"seed {request.seed + i}" for i in range(request.batch)]
     sheet = png(contact_sheet(rows, labels, seeds, f"{options.prompt}\nby {by.replace('_', ' ')}"))
-    if is_picture(options.out):
-        write_all({options.out: sheet})
-        print(options.out)
-    else:
-        name = f"by-{by.replace('_', '-')}.png"
-        print(*write_numbered(options.out, lambda number: {options.out / f"{number:05}-{name}": sheet}))
+    name = f"by-{by.replace('_', '-')}.png"
+    print(
+        *(
+            write_beside(options.out, lambda out: {out: sheet})
+            if is_picture(options.out)
+            else write_numbered(options.out, lambda number: {options.out / f"{number:05}-{name}": sheet})
+        )
+    )
 
 
 def _compared(by: str, values: str | None, settings: Settings) -> dict[str, Settings]:
@@ -352,11 +476,21 @@ def _value_label(knob: Knob, settings: Settings) -> str:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    idle = ("out", "seed", "steps") if options.serve else ("port",)
+    without = "with --serve" if options.serve else "without --serve"
+    _say(f"--{name} has no effect {without}." for name in idle if getattr(options, name) is not None)
     if options.serve:
+        port = _number("port", options.port or _PORT, int)
+        if not 1 <= port <= 65535:
+            raise LoratorioError(f"--port must be from 1 to 65535, not {port}.")
+        model = _model_files(options).load()
+
         from .serve import serve
 
-        serve(_load(options), options.port)
+        serve(model, port)
         return
     from .demo import run_demo
 
-    run_demo(_load(options), options.out, options.seed, options.steps)
+    steps = None if options.steps is None else _number("steps", options.steps, int)
+    seed = _number("seed", options.seed or "0", int)
+    run_demo(_model_files(options), options.out or _DEMO_OUT, seed, steps)

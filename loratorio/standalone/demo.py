@@ -10,46 +10,54 @@ from typing import TYPE_CHECKING
 from ..compose.methods import METHODS
 from ..settings import Settings
 from . import example
-from .output import check_writable, png, write_all
+from .lora_lookup import look_up
+from .output import check_writable, png, write_beside
+from .prompt import split_loras
+from .request import Request, check
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .generate import Outcome, Request
-    from .model import LoadedModel
+    from .generate import Outcome
+    from .model import ModelFiles
 
 STEPS, PAIR_STEPS = 12, 20
 
 
-def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = None) -> None:
-    """Make the pictures, and write them only when all are there."""
-    from ..sheet import contact_sheet
-    from .describe import describe
-    from .generate import Request
-    from .model import map_files
-
-    check_writable(out)
-    started = time.monotonic()
+def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | None = None) -> None:
+    """Make the pictures, and write them only when all are there: into `out`, or a folder beside it where that has some already."""
     request = Request(
         example.prompt(),
         settings=Settings(enabled=True, weight_maps=True, single_maps=True),
-        steps=steps or STEPS,
-        cfg=model.cfg,
+        steps=STEPS if steps is None else steps,
         seed=seed,
-        width=model.size,
-        height=model.size,
     )
-    files: dict[Path, bytes] = {}
+    check(request)
+    for text in (example.prompt(), example.pair_prompt()):
+        look_up(split_loras(text)[1], model_files.lora_dir, text)
+    check_writable(out)
+    model = model_files.load()
+
+    from ..sheet import contact_sheet
+    from .describe import describe
+    from .model import map_files
+
+    started = time.monotonic()
+    cfg, size = model.checkpoint.cfg, model.checkpoint.native_size
+    files: dict[str, bytes] = {}
     pictures: dict[str, Image.Image] = {}
     pair: dict[str, Image.Image] = {}
 
     def make(label: str, file: str, request: Request, shown: dict[str, Image.Image] = pictures) -> Outcome:
         outcome = model.run(request, label)
         shown[label] = outcome.images[0]
-        files[out / f"{file}.png"] = png(outcome.images[0], describe(model.checkpoint, outcome, 0))
+        files[f"{file}.png"] = png(outcome.images[0], describe(model.checkpoint, outcome, 0))
         return outcome
 
-    print(f"Prompt: {request.prompt}   (seed {seed}, {request.steps} steps, CFG {request.cfg:g})")
+    def add_maps(outcome: Outcome, name: str) -> None:
+        files.update({path.name: made for path, made in map_files(outcome, 0, Path(name)).items()})
+
+    print(f"Prompt: {request.prompt}   (seed {seed}, {request.steps} steps, CFG {cfg:g})")
     make("No LoRA", "0-base", replace(request, prompt=example.TEXT))
     for number, name in enumerate(example.LORAS, 1):
         alone = replace(
@@ -59,32 +67,31 @@ def run_demo(model: LoadedModel, out: Path, seed: int = 0, steps: int | None = N
     for entry in (each.entry for each in METHODS.values()):
         own = replace(request, settings=request.settings.with_values({"method": entry.name}))
         outcome = make(entry.label, f"method-{entry.name}", own)
-        files |= map_files(outcome, 0, out / f"map-{entry.name}-.png")
+        add_maps(outcome, f"map-{entry.name}-.png")
     # Wide enough that the model draws two figures; they take more steps to settle.
     beside = replace(
         request,
         prompt=example.pair_prompt(),
-        width=2 * model.size,
+        width=2 * size,
         steps=steps or PAIR_STEPS,
-        cfg=1.5 * model.cfg,
+        cfg=1.5 * cfg,
     )
     placed = replace(beside, prompt=example.pair_prompt("left", "right"))
     merged = replace(beside, settings=Settings(enabled=True, method="merge"))
     make("Merge", "two-merge", merged, pair)
     make("LoRAtorio", "two-loratorio", beside, pair)
     in_places = make("LoRAtorio, a place for each", "two-places", placed, pair)
-    files |= map_files(in_places, 0, out / "map-two-places-.png")
-    files[out / "two-characters.png"] = png(
-        contact_sheet([list(pair.values())], list(pair), title=placed.prompt)
-    )
+    add_maps(in_places, "map-two-places-.png")
+    files["two-characters.png"] = png(contact_sheet([list(pair.values())], list(pair), title=placed.prompt))
     sheet = contact_sheet(
         [list(pictures.values())],
         list(pictures),
         title=request.prompt,
         per_line=max(4, (len(pictures) + 2) // 3),
     )
-    files[out / "contact-sheet.png"] = png(sheet)
-    write_all(files)
+    files["contact-sheet.png"] = png(sheet)
+    written = write_beside(out, lambda folder: {folder / name: made for name, made in files.items()})
+    out = written[0].parent
     print(f"{len(files)} files in {out.resolve()}, after {time.monotonic() - started:.0f} s:")
     print(f"  {out / 'contact-sheet.png'}    every method side by side")
     print(f"  {out / 'method-*.png'}         each picture, with its settings for a WebUI's PNG Info")

@@ -7,7 +7,7 @@ from ..infotext import LoraUse, infotext, params
 from ..places import OPTION
 from .checkpoint import Checkpoint
 from .generate import Outcome
-from .schedule import find_sampler
+from .samplers import find_sampler
 
 
 def describe(checkpoint: Checkpoint, outcome: Outcome, image: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ..compose.mixes import Mix
 from ..errors import LoratorioError
 from ..places import with_words
 from ..roles import reactions_note
-from ..sampling.calls import by_kind, predicted_by
+from ..sampling.calls import by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Row, Step
 from ..sampling.history import WeightHistory
 from ..sampling.memory import measured_rows
@@ -26,40 +28,16 @@ from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
 from .lora_set import Load, load_lora_set
+from .progress import Progress, bar
 from .prompt import PromptLora, plain_text_notes, split_loras
-from .schedule import SamplingSchedule, denoise, find_sampler
+from .request import Request, WholeRequest, whole
+from .samplers import find_sampler
+from .schedule import SamplingSchedule, denoise
 from .text import TextConditioner
 
+__all__ = ["Outcome", "Request", "generate"]
+
 _MIXES_AT_ONCE = 16
-
-Progress = Callable[[int, int], None]
-"""Told (steps done, all steps)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be made.
-
-    Attributes:
-        prompt: with LoRA tags.
-        settings: the knobs. `enabled` off means that the LoRAs are merged.
-        width, height: in pixels, divisible by 8.
-        seed: of the first image; image i of the batch has seed + i, so that it comes out the same alone.
-        init_image, strength: for img2img: the picture, and how much of it is made anew (0 to 1).
-    """
-
-    prompt: str
-    negative: str = ""
-    settings: Settings = field(default_factory=lambda: Settings(enabled=True))
-    steps: int = 20
-    cfg: float = 7.0
-    sampler: str = "euler"
-    seed: int = 0
-    width: int = 512
-    height: int = 512
-    batch: int = 1
-    init_image: Image.Image | None = None
-    strength: float = 0.75
 
 
 @dataclass(frozen=True)
@@ -67,6 +45,7 @@ class Outcome:
     """Pictures, and what they were made of.
 
     Attributes:
+        request: with the model's own values where it left them out.
         images: one per image of the batch; `seeds` theirs.
         loras: of the prompt, in order.
         history: Ω over the sampling if the weight maps were asked for; N of it are `composed`.
@@ -75,7 +54,7 @@ class Outcome:
         reactions: by name of a pool's candidate, how much the prompt moves it (`compose.candidates.reactions`), where that was looked at.
     """
 
-    request: Request
+    request: WholeRequest
     images: list[Image.Image]
     seeds: list[int]
     loras: list[PromptLora]
@@ -87,46 +66,66 @@ class Outcome:
 
 def generate(
     checkpoint: Checkpoint,
-    lora_dir: Path | None,
+    lora_dir: str | Path | None,
     request: Request,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     load: Load = load_lora,
 ) -> Outcome:
     """Make the pictures; of several threads with one checkpoint, one after another.
 
     Args:
+        progress: True: a bar in a terminal, and nothing elsewhere. False: nothing.
         load: reads a LoRA file; one that remembers saves time where many pictures share LoRAs.
 
     Raises:
-        LoratorioError: anything in the request, the prompt or the LoRA files that cannot be used.
+        LoratorioError: anything in the request, the prompt or the LoRA files that cannot be used, or not enough memory.
     """
-    with checkpoint.lock:
-        return _generate(checkpoint, lora_dir, request, progress, load)
+    shown: AbstractContextManager[Progress | None] = nullcontext(None)
+    if not isinstance(progress, bool):
+        shown = nullcontext(progress)
+    elif progress and sys.stderr.isatty():
+        shown = bar()
+    own = whole(request, checkpoint)
+    folder = None if lora_dir is None else Path(lora_dir)
+    try:
+        with checkpoint.lock, shown as told:
+            return _generate(checkpoint, folder, own, told, load)
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise LoratorioError(
+            f"{own.batch} × {own.width}×{own.height} pixels do not fit into memory. Make the picture smaller, or fewer at once."
+        ) from problem
 
 
 def _generate(
-    checkpoint: Checkpoint, lora_dir: Path | None, request: Request, progress: Progress | None, load: Load
+    checkpoint: Checkpoint,
+    lora_dir: Path | None,
+    request: WholeRequest,
+    progress: Progress | None,
+    load: Load,
 ) -> Outcome:
     text, tags = split_loras(request.prompt)
-    check(request, checkpoint.latent_scale)
     loras = load_lora_set(tags, lora_dir, checkpoint, load, text)
     settings = (
         request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
     )
     bank = Bank([lora.unet for lora in loras.loras])
     weighed = METHODS[settings.method].uses_importance
-    of_pool: list[str] = []
+    schedule = _schedule(checkpoint, request)
+    of_engine: list[str] = []
     moved: dict[str, float] = {}
     with torch.inference_mode():
         texts = loras.conditioner(checkpoint, _prompts(request, text))
         participants = loras.weighed(text, checkpoint) if weighed else loras.participants
         engine = Engine(settings, bank, participants) if loras.loras else None
-        latents = _sample(checkpoint, request, text, bank, engine, texts, progress)
+        latents = _sample(checkpoint, request, schedule, text, bank, engine, texts, progress)
         if engine is not None:
             engine.history.settle()
+            of_engine += _without_effect(settings, schedule.steps, engine.history)
             if engine.pool.reactions:
                 names = [tag.name for tag in loras.tags]
-                of_pool.append(reactions_note(names, engine.pool.reactions, engine.pool.left_out))
+                of_engine.append(reactions_note(names, engine.pool.reactions, engine.pool.left_out))
                 moved = {names[number]: score for number, score in engine.pool.reactions.items()}
         images = _decode(checkpoint, latents)
     return Outcome(
@@ -136,40 +135,37 @@ def _generate(
         list(loras.tags),
         loras.composed,
         engine.history if engine else WeightHistory(),
-        (*plain_text_notes(text, request.negative), *loras.notes, *of_pool),
+        (*plain_text_notes(text, request.negative), *loras.notes, *of_engine),
         moved,
     )
 
 
-def check(request: Request, latent_scale: int = 8) -> None:
-    """Everything about a request that needs no model. Raises LoratorioError."""
-    find_sampler(request.sampler)
-    for what, pixels in (("width", request.width), ("height", request.height)):
-        if pixels % latent_scale or pixels < latent_scale:
-            raise LoratorioError(
-                f"The {what} must be divisible by {latent_scale}, not {pixels}: "
-                f"the nearest is {max(1, round(pixels / latent_scale)) * latent_scale}."
-            )
-    largest = max(request.width, request.height) // latent_scale
-    if request.settings.patch_size > largest:
-        raise LoratorioError(
-            f"patch_size is {request.settings.patch_size}, but the latent of a {request.width}×{request.height} picture is only "
-            f"{request.width // latent_scale}×{request.height // latent_scale}: choose {largest} or less."
-        )
-    for what, number, lowest, highest in (
-        ("steps", request.steps, 1, 1000),
-        ("batch", request.batch, 1, 64),
-        ("cfg", request.cfg, 1, 100),
-        ("strength", request.strength, 0.01, 1),
-        ("seed", request.seed, 0, 2**63 - 1),
-    ):
-        if not lowest <= number <= highest:
-            raise LoratorioError(f"{what} must be from {lowest:g} to {highest:g}, not {number:g}.")
+def _without_effect(settings: Settings, steps: int, history: WeightHistory) -> list[str]:
+    """Sentences on what was asked for and could not be had in this sampling."""
+    if not any(settings.active_at(index, steps) for index in range(steps)):
+        return [
+            f"start = {settings.start:g} and end = {settings.end:g} leave none of the {steps} steps to compose: the LoRAs were merged."
+        ]
+    if settings.weight_maps and not history.weights:
+        label = METHODS[settings.method].entry.label
+        return [f"There are no weight maps: {label} does not choose between LoRAs patch by patch."]
+    return []
+
+
+def _schedule(checkpoint: Checkpoint, request: WholeRequest) -> SamplingSchedule:
+    return SamplingSchedule.of(
+        find_sampler(request.sampler),
+        checkpoint.schedule,
+        request.steps,
+        1.0 if request.init_image is None else request.strength,
+        checkpoint.device,
+    )
 
 
 def _sample(
     checkpoint: Checkpoint,
-    request: Request,
+    request: WholeRequest,
+    schedule: SamplingSchedule,
     text: str,
     bank: Bank,
     engine: Engine | None,
@@ -183,10 +179,6 @@ def _sample(
     shape = (1, channels, request.height // scale, request.width // scale)
     noise = torch.cat([torch.randn(shape, generator=each) for each in generators]).to(device)
     picture = None if request.init_image is None else _encode(checkpoint, request)
-    strength = 1.0 if picture is None else request.strength
-    schedule = SamplingSchedule.of(
-        find_sampler(request.sampler), checkpoint.schedule, request.steps, strength, device
-    )
     if engine is not None:
         size = (id(checkpoint.unet), tuple(noise.shape[1:]), checkpoint.dtype)
         engine.calls.memory = measured_rows(device, size, 2 * request.batch)
@@ -203,11 +195,13 @@ def _sample(
         )
 
 
-def _prompts(request: Request, text: str) -> list[str]:
+def _prompts(request: WholeRequest, text: str) -> list[str]:
     return [text] if request.cfg == 1 else [text, request.negative]
 
 
-def _model(checkpoint: Checkpoint, request: Request, text: str, texts: TextConditioner, bank: Bank) -> Any:
+def _model(
+    checkpoint: Checkpoint, request: WholeRequest, text: str, texts: TextConditioner, bank: Bank
+) -> Any:
     """The UNet as `denoise` runs it."""
     sizes = torch.tensor([request.height, request.width, 0, 0, request.height, request.width])
 
@@ -248,7 +242,7 @@ def _plain_step(step: Step, predict: Predict) -> Composition:
     return Composition(predicted[:count], predicted[count:] if step.uncond_count else None)
 
 
-def _encode(checkpoint: Checkpoint, request: Request) -> Tensor:
+def _encode(checkpoint: Checkpoint, request: WholeRequest) -> Tensor:
     """The initial picture's latents, once per image of the batch."""
     assert request.init_image is not None
     picture = request.init_image.convert("RGB").resize(
@@ -265,7 +259,7 @@ def _encode(checkpoint: Checkpoint, request: Request) -> Tensor:
 def _decode(checkpoint: Checkpoint, latents: Tensor) -> list[Image.Image]:
     if not bool(torch.isfinite(latents).all()):
         raise LoratorioError(
-            "The model gave NaN or infinite numbers. Use --dtype fp32, a lower --cfg or lower LoRA strengths."
+            "The model gave NaN or infinite numbers. Use dtype fp32, a lower CFG scale or lower LoRA strengths."
         )
     config = checkpoint.vae.config
     shift = getattr(config, "shift_factor", None) or 0.0
@@ -275,7 +269,7 @@ def _decode(checkpoint: Checkpoint, latents: Tensor) -> list[Image.Image]:
         for row in latents.to(dtype).split(1):  # one at a time: the decoder is what needs most memory
             pixels = checkpoint.vae.decode(row).sample[0].float()  # type: ignore[operator]
             if not bool(torch.isfinite(pixels).all()):
-                raise LoratorioError("The VAE gave NaN: this one needs --dtype fp32 or bf16.")
+                raise LoratorioError("The VAE gave NaN: this one needs dtype fp32 or bf16.")
             array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             images.append(Image.fromarray(array.permute(1, 2, 0).cpu().numpy()))
     return images

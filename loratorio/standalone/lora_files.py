@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from ..adapters.delta import Adapter, Delta, Dense, LowRank
 from ..errors import LoratorioError
-from ..lora_folder import LoraFolder, ambiguous_note, folded, readable
 from .checkpoint import Checkpoint, read_safetensors
 from .embeddings import Embedding, read_embeddings
 from .lora_names import SCALE, Layer, by_layer
@@ -60,33 +58,6 @@ class LoadedLora:
         adapters = (self.unet, *self.text)
         off = all(adapter.strength == 0 for adapter in adapters)
         return all(adapter.changes_nothing for adapter in adapters) and (off or not self.embeddings)
-
-
-def list_loras(folder: Path) -> dict[str, Path]:
-    """Names and files of all LoRAs in a folder and below it."""
-    loras = LoraFolder(folder)
-    return {loras.name_of(file): file for file in loras.files}
-
-
-def find_lora(folder: LoraFolder, name: str) -> tuple[Path, str]:
-    """The file of the LoRA `name`, and a sentence where several files have that name, or nothing.
-
-    Raises:
-        LoratorioError: the folder has no such LoRA (with the nearest names).
-    """
-    found = folder.find(name)
-    if found:
-        return found[0], ambiguous_note(name, found, folder)
-    for file in folder.pickles:
-        if folded(file.stem) == folded(name):
-            return file, ""  # the reader says why it will not be opened
-    by_folded = {folded(folder.name_of(file)): folder.name_of(file) for file in folder.files}
-    near = difflib.get_close_matches(folded(name), by_folded, n=3, cutoff=0.4)
-    names = [by_folded[each] for each in near]
-    hint = f"The nearest names are: {', '.join(names)}." if names else f"It has {len(by_folded)} other LoRAs."
-    raise LoratorioError(
-        f"LoRA {name} is not in {readable(folder.root)}. {hint} {folder.cannot_be_read}".strip()
-    )
 
 
 def load_lora(

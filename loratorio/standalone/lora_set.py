@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapters.bank import Bank
 from ..compose.mixes import Mix, Participants
 from ..errors import LoratorioError
-from ..lora_folder import LoraFolder
-from ..pool import load_candidates, pool_files
+from ..pool import load_candidates
 from ..roles import (
     TaggedLora,
     assigned_roles,
-    chosen_from_pool,
     looks_like_speed_lora,
     participants_of,
     prompt_importance,
@@ -28,7 +24,8 @@ from ..roles import (
     without_effect_note,
 )
 from .checkpoint import Checkpoint
-from .lora_files import LoadedLora, find_lora, load_lora
+from .lora_files import LoadedLora, load_lora
+from .lora_lookup import look_up
 from .prompt import PromptLora
 from .text import TextConditioner
 
@@ -89,31 +86,12 @@ def load_lora_set(
         LoratorioError: a LoRA that is named cannot be used (one out of a pool is skipped instead), or a pool is empty.
     """
     parts: list[tuple[PromptLora, LoadedLora, TaggedLora]] = []
-    notes: list[str] = []
-    if tags and folder is None:
-        raise LoratorioError(
-            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: give --lora-dir."
-        )
-    found = LoraFolder(folder) if tags and folder is not None else None
-    names = [tag.name for tag in tags if not tag.pool]
-    for tag in tags:
-        assert found is not None
+    found, notes = look_up(tags, folder, prompt)
+    for tag, loras in ((each.tag, each.loras) for each in found):
         if not tag.pool:
-            file, note = find_lora(found, tag.name)
-            notes += [note] if note else []
-            parts.append(_load(tag, file, checkpoint, load))
+            parts += [_load(tag, lora, file, checkpoint, load) for file, lora in loras.items()]
             continue
-        taken = [*names, *(own.name for own, _, _ in parts)]
-        files = pool_files(tag.name, found, taken)
-        candidates = [
-            TaggedLora(found.name_of(file), tag.options, read_metadata(file), True, file) for file in files
-        ]
-        chosen, note = chosen_from_pool(candidates, prompt)
-        notes += [note] if note else []
-        loaded = load_candidates(
-            [files[number] for number in chosen],
-            partial(_candidate, tag, checkpoint, load, {files[n]: lora for n, lora in chosen.items()}),
-        )
+        loaded = load_candidates(list(loras), partial(_candidate, tag, checkpoint, load, loras))
         parts += loaded.loaded
         notes += [loaded.note] if loaded.note else []
     idle = [tag.name for tag, lora, _ in parts if lora.changes_nothing]
@@ -133,10 +111,9 @@ def load_lora_set(
 
 
 def _load(
-    tag: PromptLora, file: Path, checkpoint: Checkpoint, load: Load
+    tag: PromptLora, tagged: TaggedLora, file: Path, checkpoint: Checkpoint, load: Load
 ) -> tuple[PromptLora, LoadedLora, TaggedLora]:
-    lora = load(file, tag.name, checkpoint, tag.te, tag.unet)
-    return tag, lora, TaggedLora(tag.name, tag.options, read_metadata(file), tag.pool, file)
+    return tag, load(file, tag.name, checkpoint, tag.te, tag.unet), tagged
 
 
 def _candidate(
@@ -147,14 +124,5 @@ def _candidate(
         raise LoratorioError(
             f"{file.stem} is a speed LoRA, which is no matter of choice: name it in the prompt."
         )
-    return _load(replace(tag, name=tagged.name, pool=tagged.is_candidate), file, checkpoint, load)
-
-
-def read_metadata(file: Path) -> Mapping[str, str]:
-    """What a .safetensors file says of itself; nothing if it cannot be read."""
-    with (
-        contextlib.suppress(SafetensorError, OSError, ValueError),
-        safe_open(str(file), framework="pt") as opened,
-    ):
-        return dict(opened.metadata() or {})
-    return {}
+    own = replace(tag, name=tagged.name, pool=tagged.is_candidate)
+    return _load(own, replace(tagged, pooled=own.pool), file, checkpoint, load)

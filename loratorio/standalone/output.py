@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import LoratorioError
 from ..lora_folder import folded, reason
@@ -19,6 +20,8 @@ from ..lora_folder import folded, reason
 if TYPE_CHECKING:
     from PIL import Image
 
+
+Name = TypeVar("Name")
 
 LONGEST_NAME = 255
 """Bytes of a file's name on the usual systems."""
@@ -85,15 +88,28 @@ def write_numbered(out: Path, make: Callable[[int], Mapping[Path, bytes]]) -> li
     Raises:
         LoratorioError: as `write_all`.
     """
-    number = _next_number(out)
-    while True:
-        files = make(number)
-        try:
+    return _write_first_free(make, count(_next_number(out)))
+
+
+def write_beside(out: Path, make: Callable[[Path], Mapping[Path, bytes]]) -> list[Path]:
+    """Write the files that `make` gives for `out`, a file or a folder; where one of them is there already, for ``out-2``, ``out-3``, ….
+
+    Raises:
+        LoratorioError: as `write_all`.
+    """
+    if not is_picture(out):
+        out = out.absolute()
+    stem, suffix = (out.stem, out.suffix) if is_picture(out) else (out.name, "")
+    return _write_first_free(make, chain([out], (out.with_name(f"{stem}-{n}{suffix}") for n in count(2))))
+
+
+def _write_first_free(make: Callable[[Name], Mapping[Path, bytes]], names: Iterable[Name]) -> list[Path]:
+    for name in names:
+        files = make(name)
+        with contextlib.suppress(FileExistsError):
             write_all(files, replacing=False)
-        except FileExistsError:
-            number = max(number + 1, _next_number(out))
-        else:
             return list(files)
+    raise AssertionError("names never end")
 
 
 def file_labels(names: Sequence[str], room: int, taken: Sequence[str] = ()) -> list[str]:

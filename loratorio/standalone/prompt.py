@@ -15,6 +15,12 @@ _MARKS = re.compile(
 )
 _EMPHASIS = 1.1
 
+_LOOKS_LIKE_A_TAG = re.compile(
+    r"<\s*(?:lora|lyco|pool)\b[^<>]*>?|\b(?:lora|lyco)[:\uff1a]\w[^<>\s]*>?", re.IGNORECASE
+)
+_EDITED = re.compile(r"\[[^\[\]]*(?::\s*[\d.]+\s*|\|[^\[\]]*)\]")
+"""Prompt editing ``[a:b:0.5]`` and alternation ``[a|b]``."""
+
 
 @dataclass(frozen=True)
 class PromptLora:
@@ -46,7 +52,7 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
     """The prompt without its tags, and the LoRAs that they name, in order.
 
     Raises:
-        LoratorioError: a strength is not a number, a tag of another kind, a LoRA that is named twice, or text that is no UTF-8.
+        LoratorioError: a strength is not a number, a tag of another kind or mistyped, a LoRA that is named twice, or text that is no UTF-8.
     """
     check_text("prompt", prompt)
     loras: list[PromptLora] = []
@@ -61,7 +67,10 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
                 f"LoRA {lora.name} is in the prompt twice. Keep one, with the strength that you want."
             )
         loras.append(lora)
-    return re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip(), loras
+    text = re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip()
+    if mistyped := _LOOKS_LIKE_A_TAG.search(text):
+        raise LoratorioError(f"{mistyped.group().strip()} is not a whole tag: write it like <lora:name:0.8>.")
+    return text, loras
 
 
 def plain_text_notes(prompt: str, negative: str) -> list[str]:
@@ -70,6 +79,11 @@ def plain_text_notes(prompt: str, negative: str) -> list[str]:
     if re.search(r"\bAND\b", prompt):
         notes.append(
             "AND is a word like any other here: only the WebUIs compose several prompts into one picture."
+        )
+    edited = _EDITED.search(prompt) or _EDITED.search(negative)
+    if edited:
+        notes.append(
+            f"{edited.group()} is plain text here: only the WebUIs change a prompt while they sample."
         )
     if _TAG.search(negative):
         notes.append("The tag in the negative prompt is plain text: LoRAs are read from the prompt only.")

@@ -1,4 +1,4 @@
-"""Samplers by the WebUI's names, and the denoising loop.
+"""The denoising loop.
 
 The model's prediction is composed as noise e (eps models) or as denoised latents D (v models), then given back to the
 sampler as what it expects. Letters in shapes: B images, C channels, H×W latent pixels.
@@ -6,77 +6,18 @@ sampler as what it expects. Letters in shapes: B images, C channels, H×W latent
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-)
+from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor
 
 from ..compose.guidance import guide
 from ..compose.methods import Composition
-from ..errors import LoratorioError
-from ..sampling.engine import Predict, Row, Step
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A sampler as diffusers makes it."""
-
-    name: str
-    label: str
-    scheduler: type[Any]
-    options: Mapping[str, Any]
-
-    def make(self, schedule: Mapping[str, Any]) -> Any:
-        """A scheduler for a model of this schedule (`Checkpoint.schedule`)."""
-        return self.scheduler(**{**schedule, **self.options})
-
-
-SAMPLERS: dict[str, Sampler] = {
-    sampler.name: sampler
-    for sampler in (
-        Sampler("euler", "Euler", EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
-        Sampler("euler-a", "Euler a", EulerAncestralDiscreteScheduler, {"timestep_spacing": "linspace"}),
-        Sampler(
-            "dpmpp-2m-karras",
-            "DPM++ 2M Karras",
-            DPMSolverMultistepScheduler,
-            {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True, "timestep_spacing": "linspace"},
-        ),
-        Sampler(
-            "ddim",
-            "DDIM",
-            DDIMScheduler,
-            {
-                "timestep_spacing": "leading",
-                "steps_offset": 1,
-                "clip_sample": False,
-                "set_alpha_to_one": False,
-            },
-        ),
-    )
-}
-
-
-def find_sampler(name: str) -> Sampler:
-    """By name or label, in any case. Raises LoratorioError with the nearest name."""
-    text = name.strip().lower()
-    for sampler in SAMPLERS.values():
-        if text in (sampler.name, sampler.label.lower()):
-            return sampler
-    near = difflib.get_close_matches(text, SAMPLERS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise LoratorioError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}{hint}")
-
+from .samplers import Sampler
 
 Compose = Callable[[Step, Predict], Composition]
 RunModel = Callable[[Tensor, Any, Sequence[Row]], Tensor]

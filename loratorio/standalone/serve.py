@@ -19,17 +19,22 @@ from ..sheet import draw_text, enlarged, text_size
 from ..webui.components import component, shown
 from . import example
 from .describe import describe
-from .generate import Request, generate
-from .lora_files import list_loras
+from .generate import generate
+from .lora_lookup import list_loras
 from .model import weight_maps
 from .output import png
-from .schedule import SAMPLERS
+from .prompt import split_loras
+from .request import Request
+from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from .generate import Outcome
     from .model import LoadedModel
 
 _HIDDEN = ("enabled", "weight_maps", "single_maps")
+
+_SECONDS = 15
+"""How long a sentence on what cannot be made stays."""
 
 _PICTURE_ENDINGS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
@@ -44,6 +49,9 @@ _CSS = """
 #cards button.card { flex-direction: column; gap: 4px; padding: 6px; min-width: 0; font-size: 12px; font-weight: 500; line-height: 1.2;
   overflow-wrap: anywhere; }
 #cards button.card img { width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; border-radius: 6px; margin: 0; }
+#cards button.card.in-prompt { outline: 2px solid var(--primary-500); outline-offset: -2px; background: var(--primary-500); color: white; }
+#generate.busy { opacity: .7; }
+#generate.busy::after { content: "…"; }
 #pictures img { image-rendering: auto; }
 #maps .thumbnail-item, #pictures .thumbnail-item { aspect-ratio: auto; }
 #maps .grid-wrap, #pictures .grid-wrap { max-height: none; }
@@ -62,6 +70,26 @@ _TOGGLE = """(prompt) => {
 }"""
 """In the browser: put a LoRA's tag at the prompt's end, or take it out where it is there."""
 
+_MARK = """(prompt) => {
+  const named = [...prompt.matchAll(/<(?:lora|lyco):([^:<>]*)/gi)].map((tag) => tag[1].trim().toLowerCase());
+  document.querySelectorAll("#cards button.card").forEach((card, number) => {
+    const there = named.includes(%s[number].toLowerCase());
+    card.classList.toggle("in-prompt", there);
+    card.setAttribute("aria-pressed", there);
+  });
+}"""
+"""In the browser: mark the cards of the LoRAs that the prompt names."""
+
+_BUSY = """() => document.querySelector("#generate").classList.%s("busy")"""
+"""In the browser: show on the button that pictures are being made, as on a phone they are far below."""
+
+_TO_PICTURES = """() => {
+  const pictures = document.querySelector("#pictures");
+  if (pictures.getBoundingClientRect().top > window.innerHeight / 2)
+    pictures.scrollIntoView({ behavior: "smooth", block: "start" });
+}"""
+"""In the browser: where what was made lies below, as on a phone, go there."""
+
 
 def serve(model: LoadedModel, port: int) -> None:
     """Open the page on http://127.0.0.1:`port` and stay until Ctrl-C. Raises LoratorioError when the port is taken."""
@@ -79,7 +107,9 @@ def serve(model: LoadedModel, port: int) -> None:
             theme=_theme(),
         )
     except OSError as problem:
-        raise LoratorioError(f"Port {port} is taken by another program: choose another --port.") from problem
+        raise LoratorioError(
+            f"Port {port} cannot be had, perhaps because another program has it ({problem}): choose another --port."
+        ) from problem
     print(f"Open http://127.0.0.1:{port} in a browser. Ctrl-C ends it.", flush=True)
     try:
         page.block_thread()
@@ -117,7 +147,15 @@ def build(model: LoadedModel) -> Any:
                     negative = gr.Textbox("", label="Negative prompt", lines=1)
                     with gr.Row():
                         steps = gr.Slider(1, 60, 20, step=1, label="Steps", min_width=140)
-                        cfg = gr.Slider(1, 15, model.cfg, step=0.5, label="CFG scale", min_width=140)
+                        cfg = gr.Slider(
+                            1, 15, model.checkpoint.cfg, step=0.5, label="CFG scale", min_width=140
+                        )
+                    with gr.Row():
+                        size = model.checkpoint.native_size
+                        width, height = (
+                            gr.Slider(size // 2, 4 * size, size, step=8, label=label, min_width=140)
+                            for label in ("Width", "Height")
+                        )
                     with gr.Row():
                         sampler = gr.Dropdown(
                             [(each.label, each.name) for each in SAMPLERS.values()], value="euler", label="Sampler", min_width=140,
@@ -142,27 +180,22 @@ def build(model: LoadedModel) -> Any:
                     infotext = gr.Textbox(show_label=False, lines=4, buttons=["copy"], elem_id="infotext")
 
         def run(
-            text: str, unwanted: str, steps: int, cfg: float, sampler: str, seed: float, batch: int, *values: Any,
+            text: str, unwanted: str, steps: int, cfg: float, width: int, height: int, sampler: str, seed: float, batch: int,
+            *values: Any,
             progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it in the signature
         ) -> tuple[Any, ...]:  # fmt: skip
             try:
+                shown = {"enabled": True, "weight_maps": True, "single_maps": True}
                 request = Request(
                     text,
                     unwanted or "",
-                    Settings.from_mapping(
-                        {
-                            "enabled": True,
-                            "weight_maps": True,
-                            "single_maps": True,
-                            **dict(zip(knobs, values, strict=True)),
-                        }
-                    ),
+                    Settings.from_mapping({**shown, **dict(zip(knobs, values, strict=True))}),
                     int(steps),
                     float(cfg),
                     sampler,
                     random.randrange(2**32) if seed is None or seed < 0 else int(seed),
-                    model.size,
-                    model.size,
+                    int(width),
+                    int(height),
                     int(batch),
                 )
                 outcome = generate(
@@ -172,18 +205,26 @@ def build(model: LoadedModel) -> Any:
                     lambda done, total: progress((done, total), unit="steps"),
                 )
             except LoratorioError as problem:
-                raise gr.Error(str(problem), duration=None, title="That cannot be made") from problem
+                raise gr.Error(
+                    str(problem), duration=_SECONDS, title="That cannot be made", print_exception=False
+                ) from problem
             return _shown(model, outcome)
 
-        inputs = [prompt, negative, steps, cfg, sampler, seed, batch, *knobs.values()]
+        inputs = [prompt, negative, steps, cfg, width, height, sampler, seed, batch, *knobs.values()]
         for event in (button.click, prompt.submit):
-            event(
+            event(None, None, None, js=_BUSY % "add", api_visibility="private")
+            made = event(
                 run,
                 inputs,
                 [pictures, maps, infotext, note],
                 show_progress_on=[pictures],
                 api_name="generate",
             )
+            made.then(None, None, None, js=_BUSY % "remove", api_visibility="private")
+            made.success(None, None, None, js=_TO_PICTURES, api_visibility="private")
+        mark = _MARK % json.dumps(sorted(loras))
+        for seen in (page.load, prompt.change):
+            seen(None, prompt, None, js=mark, api_visibility="private")
     return page
 
 
@@ -255,8 +296,6 @@ def _shown(model: LoadedModel, outcome: Outcome) -> tuple[Any, ...]:
         files.append((str(file), f"seed {seed}"))
     maps = [picture for i in range(len(outcome.images)) for picture in weight_maps(outcome, i)]
     notes = list(outcome.notes)
-    if not outcome.loras:
+    if not split_loras(outcome.request.prompt)[1]:
         notes.append("There is no LoRA in the prompt, so this is the model's plain picture.")
-    elif not maps:
-        notes.append("This method has no weight maps: it does not choose between LoRAs patch by patch.")
     return files, maps, texts[0], "\n\n".join(notes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -171,22 +173,25 @@ BAD = {
     "twice": (["generate", "a <lora:rose> <lora:rose:0.5>"], r"LoRA rose is in the prompt twice"),
     "patch": (
         ["generate", PROMPT, "--patch-size", "9"],
-        r"patch_size is 9, but the latent of a 64×64 picture is only 8×8",
+        r"--patch-size is 9, but the latent of a 64×64 picture is only 8×8",
     ),
-    "patch at all": (["generate", PROMPT, "--patch-size", "0"], r"patch_size must be from 1 to"),
-    "temperature 0": (["generate", PROMPT, "--temperature", "0"], r"temperature must be from 0\.0001"),
-    "temperature -1": (["generate", PROMPT, "--temperature=-1"], r"temperature must be from 0\.0001"),
+    "patch at all": (["generate", PROMPT, "--patch-size", "0"], r"--patch-size must be from 1 to"),
+    "temperature 0": (["generate", PROMPT, "--temperature", "0"], r"--temperature must be from 0\.0001"),
+    "temperature -1": (["generate", PROMPT, "--temperature=-1"], r"--temperature must be from 0\.0001"),
     "temperature nan": (
         ["generate", PROMPT, "--temperature", "nan"],
-        r"temperature must be a number, not 'nan'",
+        r"--temperature must be a number, not 'nan'",
     ),
-    "method": (["generate", PROMPT, "--method", "mrege"], r"method must be one of .*did you mean merge"),
-    "sampler": (["generate", PROMPT, "--sampler", "ddm"], r"sampler must be one of .*did you mean ddim"),
-    "size": (["generate", PROMPT, "--size", "100"], r"width must be divisible by 8, not 100"),
-    "size in words": (["generate", PROMPT, "--size", "big"], r"size must be like 512 or 512x768, not 'big'"),
-    "steps": (["generate", PROMPT, "--steps", "many"], r"steps must be a whole number, not 'many'"),
-    "device": (["generate", PROMPT, "--device", "tpu"], r"device must be auto, cpu, cuda or mps"),
-    "dtype": (["generate", PROMPT, "--dtype", "int4"], r"dtype must be auto, fp32, fp16 or bf16"),
+    "method": (["generate", PROMPT, "--method", "mrege"], r"--method must be one of .*did you mean merge"),
+    "sampler": (["generate", PROMPT, "--sampler", "ddm"], r"--sampler must be one of .*did you mean ddim"),
+    "size": (["generate", PROMPT, "--size", "100"], r"--size must be divisible by 8, not 100"),
+    "size in words": (
+        ["generate", PROMPT, "--size", "big"],
+        r"--size must be like 512 or 512x768, not 'big'",
+    ),
+    "steps": (["generate", PROMPT, "--steps", "many"], r"--steps must be a whole number, not 'many'"),
+    "device": (["generate", PROMPT, "--device", "tpu"], r"--device must be auto, cpu, cuda, cuda:1 or mps"),
+    "dtype": (["generate", PROMPT, "--dtype", "int4"], r"--dtype must be auto, fp32, fp16 or bf16"),
     "no checkpoint": (
         ["generate", PROMPT, "--checkpoint", "none.safetensors"],
         r"There is no checkpoint none\.safetensors",
@@ -199,7 +204,7 @@ BAD = {
     "bad picture": (["generate", PROMPT, "--init-image", "{loras}/evil.pt"], r"cannot be read as a picture"),
     "start after end": (
         ["generate", PROMPT, "--start", "0.8", "--end", "0.2"],
-        r"start \(0\.8\) is after end",
+        r"--start \(0\.8\) is after --end",
     ),
     "compare by what changes nothing": (
         ["compare", PROMPT, "--by", "temperature", "--values", "0.1,0.2"],
@@ -208,11 +213,11 @@ BAD = {
     "compare by nothing": (["compare", PROMPT, "--by", "colour"], r"--by must be one of preset, method"),
     "a preset there is not": (
         ["generate", PROMPT, "--preset", "quick"],
-        r"preset must be one of paper, balanced, fast, not 'quick'",
+        r"--preset must be one of paper, balanced, fast, not 'quick'",
     ),
     "compare by a preset there is not": (
         ["compare", PROMPT, "--by", "preset", "--values", "fast,quick"],
-        r"preset must be one of paper, balanced, fast, not 'quick'",
+        r"--preset must be one of paper, balanced, fast, not 'quick'",
     ),
     "compare without values": (
         ["compare", PROMPT, "--by", "temperature"],
@@ -220,9 +225,31 @@ BAD = {
     ),
     "compare bad value": (
         ["compare", PROMPT, "--by", "temperature", "--values", "0.1,x"],
-        r"temperature must be a number, not 'x'",
+        r"--temperature must be a number, not 'x'",
     ),
+    "a size that no machine has": (
+        ["generate", PROMPT, "--size", "8000000"],
+        r"--size must be from 8 to 8192",
+    ),
+    "no steps": (["generate", PROMPT, "--steps", "0"], r"--steps must be from 1 to 1000, not 0"),
+    "a seed out of range": (["generate", PROMPT, "--seed", str(2**63 - 1)], r"--seed must be from 0"),
+    "a tag that is not closed": (
+        ["generate", "<lora:rose> a <lora:dusk"],
+        r"<lora:dusk is not a whole tag: write it like <lora:name:0\.8>",
+    ),
+    "a role there is not": (["generate", "a <lora:rose:role=stile>"], r"did you mean style"),
+    "a place there is not": (["generate", "a <lora:rose:at=lft>"], r"did you mean left"),
+    "a place without rows of its own": (
+        ["generate", "a <lora:rose:at=left> <lora:dusk>", "--method", "merge"],
+        r"A place .* need a method with rows of its own",
+    ),
+    "no such pool": (["generate", "a <pool:hats/*>"], r"No LoRA fits"),
+    "no LoRA folder": (["generate", PROMPT, "--lora-dir", "none"], r"There is no LoRA folder none"),
+    "no configuration": (["generate", PROMPT, "--config", "none.yaml"], r"no model configuration none\.yaml"),
 }
+
+LATE = ("other architecture", "NaN", "patch")
+"""What only the model itself can tell."""
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -235,6 +262,131 @@ def test_bad_input(run: Callable[..., tuple[int, str, str]], studio: Path, tmp_p
     assert re.search(f"^loratorio: .*{says}", sentence), sentence
     assert pictures(tmp_path) == []
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_is_said_before_torch_is_there(studio: Path, tmp_path: Path) -> None:
+    """In a process of its own, as torch is there in this one."""
+    common = ["--checkpoint", str(studio / "sd"), "--lora-dir", str(studio / "loras"), "--out", str(tmp_path)]
+    needs_engine = "a place without rows of its own"
+    typed = [
+        [word.replace("{loras}", str(studio / "loras")) for word in [*words[:2], *common, *words[2:]]]
+        for name, (words, _) in BAD.items()
+        if name not in (*LATE, needs_engine)
+    ]
+    typed += [["demo", "--steps", "0"], ["demo", "--serve", "--port", "99999"], ["demo", "--seed", "x"]]
+    program = (
+        "import json, sys\n"
+        "from loratorio.standalone.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    assert main(words) == 2, words\n"
+        "    assert not {'torch', 'diffusers', 'transformers', 'gradio'} & set(sys.modules), words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(typed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sentences = done.stderr.splitlines()
+    assert len(sentences) == len(typed)
+    assert "--steps must be from 1 to 1000, not 0" in sentences[-3]
+    assert "--port must be from 1 to 65535, not 99999" in sentences[-2]
+    assert "--seed must be a whole number, not 'x'" in sentences[-1]
+
+
+NO_EFFECT = {
+    "single maps": (["--single-maps"], "--single-maps has no effect without --weight-maps."),
+    "maps of merging": (["--weight-maps", "--method", "merge"], "There are no weight maps: Merge does not"),
+    "strength": (["--strength", "0.5"], "--strength has no effect without --init-image."),
+    "no guidance": (["--cfg", "1", "--negative", "bad"], "--negative has no effect with --cfg 1"),
+    "no pool": (["--pool-size", "2"], "--pool-size has no effect without a <pool:…> tag."),
+    "no places": (["--yielding", "0"], "--yielding has no effect unless some LoRAs have a place"),
+    "a folder": (["--config", "{sd}"], "--config has no effect with a folder as --checkpoint."),
+    "few steps": (["--reuse", "2"], "--reuse has no effect in 10 steps or fewer"),
+    "another method": (["--temperature", "0.5"], "--temperature = 0.5 changes nothing with the method"),
+    "no step": (
+        ["--start", "0.5", "--end", "0.5"],
+        "--start = 0.5 and --end = 0.5 leave none of the 2 steps to compose: the LoRAs were merged.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_EFFECT)
+def test_what_changes_nothing_is_said(
+    run: Callable[..., tuple[int, str, str]], studio: Path, case: str
+) -> None:
+    options, says = NO_EFFECT[case]
+    code, _, said = run("generate", PROMPT, *[word.replace("{sd}", str(studio / "sd")) for word in options])
+    assert code == 0
+    assert [line for line in said.splitlines() if line.startswith(f"loratorio: {says}")], said
+
+
+def test_nothing_is_said_where_all_counts(run: Callable[..., tuple[int, str, str]]) -> None:
+    options = ("--weight-maps", "--single-maps", "--patch-size", "1", "--recentre", "1", "--negative", "bad")
+    assert "loratorio:" not in run("generate", PROMPT, *options)[2]
+
+
+def test_knobs_without_effect_when_comparing(run: Callable[..., tuple[int, str, str]]) -> None:
+    options = ("--by", "preset", "--top-k", "1", "--weight-maps", "--temperature", "0.2")
+    code, _, said = run("compare", PROMPT, *options)
+    assert code == 0
+    assert "--top-k has no effect: --by preset sets it from column to column." in said
+    assert "--weight-maps has no effect with compare" in said
+    assert "--temperature" not in said  # Paper has it
+
+
+def test_a_lora_of_strength_0_has_one_note(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = run("generate", "a <lora:rose:0>")
+    assert code == 0
+    assert "LoRA rose changes nothing here (strength 0" in said
+    assert "no <lora:name> in the prompt" not in said
+
+
+def test_a_named_picture_is_never_written_over(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "p.png").write_bytes(b"older")
+    options = ("--out", str(tmp_path / "p.png"))
+    for command, made in (("generate", "p-2.png"), ("compare", "p-3.png"), ("generate", "p-4.png")):
+        code, printed, _ = run(command, PROMPT, *options, *(["--by", "preset"] * (command == "compare")))
+        assert code == 0
+        assert printed.split() == [str(tmp_path / made)]
+    assert (tmp_path / "p.png").read_bytes() == b"older"
+    code, printed, _ = run("generate", PROMPT, *options, "--weight-maps")
+    assert [Path(line).name for line in printed.splitlines()] == ["p-5.png", "p-5-map-all.png"]
+
+
+def test_examples_of_help_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the toybox, as they stand there, but in two steps."""
+    monkeypatch.chdir(tmp_path)
+    for command in ("generate", "compare"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        examples = re.findall(r"^  loratorio (.*)$", capsys.readouterr().out, re.MULTILINE)
+        assert len(examples) >= 2
+        for example in examples:
+            assert cli.main([*shlex.split(example), "--steps", "2"]) == 0
+            assert all(Path(name).exists() for name in capsys.readouterr().out.splitlines())
+
+
+def test_every_option_of_help_names_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("demo", "generate", "compare"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        for option in re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]:
+            if not option.startswith(("-h", "--serve")):
+                assert "(default:" in " ".join(option.split()), option
+
+
+def test_without_the_libraries_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def gone(self: object) -> None:
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    monkeypatch.setattr("loratorio.standalone.model.ModelFiles.load", gone)
+    assert cli.main(["generate", "a <lora:cat>"]) == 2
+    assert "diffusers is not installed" in capsys.readouterr().err
 
 
 def test_a_full_disk(

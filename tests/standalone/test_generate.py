@@ -15,11 +15,14 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from loratorio import toybox
 from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
-from loratorio.standalone.schedule import SAMPLERS, SamplingSchedule
+from loratorio.standalone.request import whole
+from loratorio.standalone.samplers import SAMPLERS
+from loratorio.standalone.schedule import SamplingSchedule
 from tests import tiny
 from tests.published import paper
 
@@ -197,7 +200,7 @@ def test_a_picture_that_is_not_square_with_maps(load: Callable[[str], tuple[Chec
     ("changes", "says"),
     [
         ({"width": 60}, "width must be divisible by 8, not 60: the nearest is 64"),
-        ({"height": 0}, "height must be divisible by 8, not 0: the nearest is 8"),
+        ({"height": 0}, "height must be from 8 to 8192, not 0"),
         (
             {"settings": paper(patch_size=9)},
             "patch_size is 9, but the latent of a 64×64 picture is only 8×8",
@@ -221,7 +224,7 @@ def test_requests_that_cannot_be_made(
 
 
 def test_a_lora_but_no_folder(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
-    with pytest.raises(LoratorioError, match="there is no LoRA folder: give --lora-dir"):
+    with pytest.raises(LoratorioError, match="there is no LoRA folder: lora_dir is not given"):
         generate(load("eps")[0], None, request())
 
 
@@ -288,3 +291,69 @@ def test_what_is_plain_text_here_is_said(load: Callable[[str], tuple[Checkpoint,
     outcome = generate(model, folder, replace(made, negative="<lora:two:1>"))
     assert [note.split()[0] for note in outcome.notes] == ["AND", "The"]
     assert not generate(model, folder, request("sandy BAND <lora:one:0.8>", steps=1)).notes
+
+
+def test_what_a_request_leaves_out_is_the_models_own(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
+    """The toybox says 64×64, CFG 2 and 20 steps; a model that says nothing has CFG 7."""
+    box = load_checkpoint(toybox.CHECKPOINT)
+    made = whole(Request("a"), box)
+    assert (made.width, made.height, made.cfg, made.steps) == (64, 64, 2.0, 20)
+    model, _ = load("eps")
+    made = whole(Request("a", steps=3, width=72), model)
+    assert (made.width, made.height, made.cfg, made.steps) == (72, model.native_size, 7.0, 3)
+    outcome = generate(box, str(toybox.LORA_DIR), Request("mimsy <lora:cat>", steps=1))
+    assert outcome.images[0].size == (64, 64)
+    assert outcome.request.cfg == 2.0
+
+
+def test_paths_as_text(folders: dict[str, Path]) -> None:
+    model = load_checkpoint(str(folders["eps"]))
+    made = generate(model, str(folders["eps"].with_name("loras-eps")), request(steps=1))
+    assert made.composed == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "cuda"}, "This machine, or its torch, has no cuda: choose the device cpu"),
+        ({"device": "cuda:9"}, "has no cuda|There is no cuda:9 here"),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda, cuda:1 or mps, not 'tpu'"),
+        ({"dtype": "int8"}, "dtype must be auto, fp32, fp16 or bf16, not 'int8'"),
+    ],
+)
+def test_no_such_device_is_a_sentence(folders: dict[str, Path], options: dict[str, str], says: str) -> None:
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(LoratorioError, match=says):
+        load_checkpoint(folders["eps"], **options)
+
+
+def test_memory_that_does_not_do_is_a_sentence(
+    load: Callable[[str], tuple[Checkpoint, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load("eps")
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(model.vae, "decode", full)
+    with pytest.raises(LoratorioError, match="64×64 pixels do not fit into memory"):
+        generate(model, None, request("a circle", steps=1))
+
+
+def test_a_bar_in_a_terminal_and_nowhere_else(
+    load: Callable[[str], tuple[Checkpoint, Path]],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, loras = load("eps")
+    generate(model, loras, request(steps=2))
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    generate(model, loras, request(steps=2))
+    assert "2/2" in capfd.readouterr().err
+    generate(model, loras, request(steps=2), progress=False)
+    assert capfd.readouterr().err == ""
+    told: list[tuple[int, int]] = []
+    generate(model, loras, request(steps=2), lambda done, total: told.append((done, total)))
+    assert told == [(0, 2), (1, 2), (2, 2)]

@@ -23,7 +23,8 @@ from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.errors import LoratorioError
 from loratorio.lora_folder import LoraFolder
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
-from loratorio.standalone.lora_files import find_lora, load_lora
+from loratorio.standalone.lora_files import load_lora
+from loratorio.standalone.lora_lookup import find_lora
 from tests import tiny
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loratorio.adapters.bank import Bank
 from loratorio.errors import LoratorioError
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
-from loratorio.standalone.prompt import PromptLora, emphasised, split_loras
+from loratorio.standalone.prompt import PromptLora, emphasised, plain_text_notes, split_loras
 from loratorio.standalone.text import TextConditioner, _chunks
 from tests import tiny
 
@@ -46,11 +46,40 @@ def test_tags(tag: str, expected: PromptLora) -> None:
         ("<lora:>", "names no LoRA"),
         ("<lora:a> b <lora:a:0.5>", "LoRA a is in the prompt twice"),
         ("<hypernet:a:1>", "is not known here"),
+        ("a <lora:b> <lora:cactus", r"<lora:cactus is not a whole tag: write it like <lora:name:0\.8>"),
+        ("a <lora:b> < lora:cactus:1>", "< lora:cactus:1> is not a whole tag"),
+        ("a <lora:b> <lora cactus>", "<lora cactus> is not a whole tag"),
+        ("a <lora:b> <Lora", "<Lora is not a whole tag"),
+        ("<lora:cactus <lora:b>", "<lora:cactus is not a whole tag"),
+        ("lora:cactus:1>", "lora:cactus:1> is not a whole tag"),
+        ("(lora:cactus:1)", r"lora:cactus:1\) is not a whole tag"),
+        ("\uff1clora\uff1acactus\uff1e", "is not a whole tag"),
+        ("<pool animals>", "<pool animals> is not a whole tag"),
     ],
 )
 def test_tags_that_cannot_be_read(prompt: str, says: str) -> None:
     with pytest.raises(LoratorioError, match=says):
         split_loras(prompt)
+
+
+def test_words_that_are_no_tags() -> None:
+    for prompt in ("a lora, a pool: blue", "3 < 4, swimming pool", "Lora: a girl, lorateeth <3"):
+        assert split_loras(prompt) == (prompt, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a [red:blue:0.5] circle", "[red:blue:0.5] is plain text here"),
+        ("a [red:10]", "[red:10] is plain text here"),
+        ("a [red|blue] circle", "[red|blue] is plain text here"),
+        ("a [red] (circle:1.2), 16:9", ""),
+    ],
+)
+def test_prompt_editing_is_said_to_be_text(text: str, says: str) -> None:
+    for notes in (plain_text_notes(text, ""), plain_text_notes("", text)):
+        assert len(notes) == bool(says)
+        assert all(note.startswith(says) for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def model_and_loras(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     model = load_checkpoint(tiny.save_sd(root / "sd"))
     for seed, name in enumerate(("rose", "dusk.v1+(x)")):
         tiny.save_kohya(root / "loras" / f"{name}.safetensors", model.unet, size=0.1, seed=seed)
-    return LoadedModel(model, root / "loras", 4.0, 64)
+    return LoadedModel(model, root / "loras")
 
 
 def test_every_knob_is_on_the_page(model_and_loras: LoadedModel) -> None:
@@ -37,7 +37,7 @@ def test_a_port_that_is_taken(model_and_loras: LoadedModel) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(LoratorioError, match="is taken by another program"):
+        with pytest.raises(LoratorioError, match="another program has it"):
             serve.serve(model_and_loras, taken.getsockname()[1])
 
 
@@ -74,9 +74,47 @@ def test_cards_and_pictures_in_a_browser(page: Any, tmp_path: Path) -> None:
     page.wait_for_selector("#maps img")
     assert page.locator("#pictures img").count() == 1
     assert page.locator("#maps img").count() == 3
+    assert page.locator("#generate.busy").count() == 0
     for width in (1280, 420):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, (
             f"scrolls sideways at {width} px"
         )
+
+
+def test_cards_show_what_is_in_the_prompt(page: Any) -> None:
+    marked = page.locator("#cards button.card.in-prompt")
+    for text, names in (
+        ("a <lora:ROSE:0.5>", ["rose"]),
+        ("a <lora:dusk.v1+(x)> <lora:rose:1:role=style>", ["dusk.v1+(x)", "rose"]),
+        ("a rose", []),
+    ):
+        page.locator("#prompt textarea").fill(text)
+        page.wait_for_function(
+            f"document.querySelectorAll('#cards button.card.in-prompt').length === {len(names)}"
+        )
+        assert [each.strip() for each in marked.all_inner_texts()] == names
+
+
+def test_on_a_phone_it_goes_to_the_pictures_of_the_size_that_was_asked_for(page: Any) -> None:
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.locator("#prompt textarea").fill("a cat <lora:rose:1>")
+    page.get_by_text("Picture", exact=True).click()
+    page.get_by_label("number input for Width").fill("128")
+    page.get_by_label("number input for Width").press("Tab")
+    page.locator("#generate").click()
+    page.wait_for_selector("#pictures img")
+    page.wait_for_function("document.querySelector('#pictures').getBoundingClientRect().top < 450")
+    picture = page.locator("#pictures img").first
+    assert picture.evaluate("each => each.naturalWidth / each.naturalHeight") == 2
+
+
+def test_a_wrong_name_is_a_sentence_that_goes(page: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    page.locator("#prompt textarea").fill("a <lora:rosa:1>")
+    page.locator("#generate").click()
+    page.wait_for_selector("text=LoRA rosa is not in")
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    page.wait_for_selector("text=LoRA rosa is not in", state="detached", timeout=1000 * (serve._SECONDS + 60))

@@ -9,16 +9,16 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lab.toybox.shapes import PIXELS
-from lab.toybox.tokens import byte_symbols, merges_for, words
-from lab.toybox.world import (
+from loratorio.toybox.elements import BY_NAME, CATEGORIES, ELEMENTS
+from loratorio_lab.toybox.shapes import PIXELS
+from loratorio_lab.toybox.tokens import byte_symbols, merges_for, words
+from loratorio_lab.toybox.world import (
     Scene,
     caption,
     random_elements,
     random_scene,
     render,
 )
-from loratorio.toybox.elements import BY_NAME, CATEGORIES, ELEMENTS
 
 
 def test_every_category_has_elements() -> None:

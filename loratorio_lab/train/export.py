@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lab.toybox.ldm import TEXT_NAME, save_checkpoint, to_ldm
-from lab.train.base import load_vae, new_base
-from lab.train.diffusion import new_schedule
+from loratorio_lab.toybox.ldm import TEXT_NAME, save_checkpoint, to_ldm
+from loratorio_lab.train.base import load_vae, new_base
+from loratorio_lab.train.diffusion import new_schedule
 
 
 def export_checkpoint(work: Path, vae_state: str, out: Path) -> None:

@@ -3,7 +3,7 @@
 Where the prompt calls none of the candidates, that is scoring all of them at every step.
 
 loratorio-lab pool-cost                 the toybox; its LoRAs over again at other strengths, up to a pool of 20
-loratorio-lab pool-cost --lora-dir lab/toybox/lora_unregularised       LoRAs that no prompt calls
+loratorio-lab pool-cost --lora-dir loratorio_lab/toybox/lora_unregularised       LoRAs that no prompt calls
 loratorio-lab pool-cost --pool 100 --seeds 1 --no-reference        does a pool of 100 run to the end, and at what cost?
 loratorio-lab pool-cost --checkpoint model --lora-dir folder --prompt "a cat" --size 512
 """
@@ -22,11 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from lab.bench.backend import RowCount
 from loratorio.compose.candidates import called
-from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
+from loratorio_lab.bench.backend import RowCount
+from loratorio_lab.knobs import measured, said
+
+KNOBS = {"method": "relative", "top_k": 2, "share": 0.15, "reuse": 3}
+"""Beside Re-centring, the pool's own, and what is the same in all measures."""
 
 PROMPTS = (
     "zorbo wearing strypo, lunara background",
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--recentre",
         type=float,
-        default=Settings().recentre,
+        default=0.5,
         help="at 1 candidates have no unconditional rows",
     )
     parser.add_argument("--json", type=Path)
@@ -79,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder), options.lora_dir, options.pool)
         rows = measure(checkpoint, Path(folder), options)
+    print(said(measured({**KNOBS, "recentre": options.recentre})))
     print(
         f"pool of {options.pool}, {options.steps} steps, {options.seeds} seeds of {len(options.prompt)} prompts"
     )
@@ -123,7 +127,7 @@ class Made(NamedTuple):
 
 def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     def make(prompt: str, **knobs: Any) -> Made:
-        settings = Settings(enabled=True, recentre=options.recentre).with_values(knobs)
+        settings = measured({**KNOBS, "recentre": options.recentre, **knobs})
         request = Request(
             prompt,
             settings=settings,
@@ -136,7 +140,7 @@ def measure(checkpoint: Checkpoint, folder: Path, options: argparse.Namespace) -
         counter = RowCount(checkpoint.unet)
         since = time.process_time()
         with counter:
-            outcome = generate(checkpoint, folder, request)
+            outcome = generate(checkpoint, folder, request, progress=False)
         seconds = time.process_time() - since
         pictures = [np.asarray(image).astype(np.float64) for image in outcome.images]
         names = list(outcome.reactions)

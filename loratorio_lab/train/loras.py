@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lab.toybox.pipeline import load_pipeline
-from lab.toybox.world import Scene, caption, random_scene, with_elements
-from lab.train.common import Average, Optimisers, Run, seed_everything
-from lab.train.diffusion import Lesson, encode_scenes, imitate, train
 from loratorio.toybox.elements import ELEMENTS, Element
+from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.toybox.world import Scene, caption, random_scene, with_elements
+from loratorio_lab.train.common import Average, Optimisers, Run, seed_everything
+from loratorio_lab.train.diffusion import Lesson, encode_scenes, imitate, train
 
 RANK = 8
 ALPHA = 8

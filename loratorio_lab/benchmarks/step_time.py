@@ -35,6 +35,7 @@ from loratorio.compose.guidance import compose, guide, recentre
 from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
 from loratorio.sampling.engine import Engine, Row, Step
 from loratorio.settings import PRESET, PRESETS, Settings
+from loratorio_lab.knobs import measured, said
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 """Stable Diffusion 1.5's UNet is diffusers' default but for these."""
@@ -156,7 +157,7 @@ class Variants:
         self.bench = bench
         self.adapters = bench.adapters[:count]
         self.bank = Bank(self.adapters)
-        self.engine = Engine(Settings(enabled=True).with_values({PRESET: "paper"}), self.bank)
+        self.engine = Engine(measured({PRESET: "paper"}), self.bank)
         self.at = (10, 20)
         self.rows = 0
         generator = torch.Generator().manual_seed(2)
@@ -343,7 +344,7 @@ def measure_presets(
             variant.rows = 0
         for number in range(rounds):
             for name, variant in variants.items():
-                variant.engine = Engine(Settings(enabled=True).with_values({PRESET: name}), variant.bank)
+                variant.engine = Engine(measured({PRESET: name}), variant.bank)
             for index in range(steps):
                 order = list(seconds)
                 first = (number + index) % len(order)
@@ -391,7 +392,7 @@ def compose_share(bench: Workbench, pixels: int, rounds: int, clock: Clock) -> d
     variants = Variants(bench, 5, pixels)
     side = pixels // 8
     predictions = torch.randn(12, 1, 4, side, side, device=bench.device).to(bench.dtype)
-    settings = Settings()
+    settings = measured({PRESET: "paper"})
 
     def work() -> None:
         composed(predictions[0], predictions[6], predictions[1:6], predictions[7:], settings)
@@ -512,6 +513,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             options.json.write_text(json.dumps(summary, indent=1) + "\n")
 
+    for name in ("paper", *options.presets):
+        summary.setdefault("knobs", {})[name] = said(measured({PRESET: name}))
+    for name, knobs in summary["knobs"].items():
+        print(f"{name}: {knobs}")
     print(f"{summary['machine']}, {summary['model']}, {options.dtype}, rank {options.rank}", flush=True)
     for pixels in sizes:
         for count in options.counts:

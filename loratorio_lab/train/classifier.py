@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lab.toybox.classifier import NAMES, Classifier
-from lab.toybox.world import Scene
-from lab.train.common import (
+from loratorio_lab.toybox.classifier import NAMES, Classifier
+from loratorio_lab.toybox.world import Scene
+from loratorio_lab.train.common import (
     Average,
     Optimisers,
     Run,

@@ -9,28 +9,40 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lab.bench.cli import toybox_categories
-from lab.bench.plan import combinations, sample
-from lab.toybox import UNREGULARISED, shapes, world
-from lab.toybox.unlabelled import without_metadata
 from loratorio import toybox
 from loratorio.compose.candidates import CALLED
 from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
 from loratorio.toybox.elements import ELEMENTS
+from loratorio_lab.bench.cli import toybox_categories
+from loratorio_lab.bench.plan import combinations, sample
+from loratorio_lab.knobs import measured, said
+from loratorio_lab.toybox import UNREGULARISED, shapes, world
+from loratorio_lab.toybox.unlabelled import without_metadata
 
 STEPS, CFG, SEEDS = 12, 2.0, 2
+
+PUBLISHED = measured(
+    {
+        "method": "loratorio", "patch_size": 2, "temperature": 1.0, "top_k": 0, "recentre": 0.5, "share": 0.0, "reuse": 1,
+        "weight_maps": True,
+    }
+)  # fmt: skip
+"""All LoRAs in every patch, each weighted by its similarity alone: else no logarithm of a weight is its divergence."""
+
+POOL = measured({"method": "relative", "top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3})
+"""For the reactions of a pool, which are looked at before anything is weighted."""
+
 EARLY = 3
 """Of the steps, the first that are looked at: later ones show what was composed already."""
 
@@ -45,9 +57,7 @@ def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[st
         The probability that a LoRA that is asked for diverges further than one that is not; 0.5 is chance.
     """
     tags = " ".join(f"<lora:{element.name}>" for element in ELEMENTS)
-    knobs = {"temperature": 1.0, "share": 0.0, "reuse": 1, "weight_maps": True}
-    request = _request(combination, tags, knobs)
-    outcome = generate(checkpoint, loras, request)
+    outcome = generate(checkpoint, loras, _request(combination, tags, PUBLISHED), progress=False)
     wanted = np.array([name in combination for name in outcome.composed])
     found = []
     for weights in outcome.history.weights[:EARLY]:
@@ -63,16 +73,16 @@ def reaction_scores(
 
     unlabelled: folder of the LoRAs, whose files do not say what calls them.
     """
-    request = replace(_request(combination, "<pool:*>", {}), steps=1)
-    moved = generate(checkpoint, unlabelled, request).reactions
+    request = replace(_request(combination, "<pool:*>", POOL), steps=1)
+    moved = generate(checkpoint, unlabelled, request, progress=False).reactions
     return np.array([*moved.values()]), np.array([name in combination for name in moved])
 
 
-def _request(combination: Sequence[str], tags: str, knobs: Mapping[str, Any]) -> Request:
+def _request(combination: Sequence[str], tags: str, settings: Settings) -> Request:
     scene = world.random_scene(random.Random("+".join(combination)), *combination)
     return Request(
         f"{world.caption(scene)} {tags}",
-        settings=Settings(enabled=True).with_values(knobs),
+        settings=settings,
         steps=STEPS,
         cfg=CFG,
         batch=SEEDS,
@@ -82,7 +92,13 @@ def _request(combination: Sequence[str], tags: str, knobs: Mapping[str, Any]) ->
 
 
 def auc(scores: NDArray[np.float64], wanted: NDArray[np.bool_]) -> float:
-    """Share of the pairs of one that is wanted and one that is not in which the wanted one scores higher; ties count half."""
+    """Share of the pairs of one that is wanted and one that is not in which the wanted one scores higher; ties count half.
+
+    Raises:
+        ValueError: a score is not finite: it is none that another could be higher than.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores must be finite: {scores}")
     differences = scores[wanted][:, None] - scores[~wanted][None, :]
     return float(((differences > 0) + 0.5 * (differences == 0)).mean())
 
@@ -107,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint = load_checkpoint(options.folder / "model" / "toybox.safetensors")
     loras = UNREGULARISED if options.unregularised else options.folder / "lora"
     every = np.array([divergence_auc(checkpoint, loras, combo) for combo in combos])
+    print(f"{STEPS} steps, CFG {CFG:g}, {said(PUBLISHED)}")
     print(
         f"Divergence of the LoRAs that are asked for and of the others, {len(combos)} combinations, {SEEDS} seeds: AUC"
     )
@@ -119,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores, wanted = (np.concatenate(each) for each in zip(*moved, strict=True))
     mean, of_all = np.mean([auc(*each) for each in moved]), auc(scores, wanted)
     right, wrong = (scores[wanted] >= CALLED).mean(), (scores[~wanted] >= CALLED).mean()
+    print(f"1 step, CFG {CFG:g}, {said(POOL)}")
     print(f"Reaction to the prompt at the first step: AUC {mean:.2f}, of all pairs {of_all:.2f}")
     print(f"  at least {CALLED}: {right:.1%} of those that are asked for, {wrong:.1%} of the others")
     for name, own in (("asked for", scores[wanted]), ("others", scores[~wanted])):

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lab.toybox.models import new_text_encoder, new_unet, new_vae, text_config
-from lab.toybox.tokens import write_tokenizer
-from lab.toybox.world import random_scene
-from lab.train.common import Average, Optimisers, Run, seed_everything
-from lab.train.diffusion import encode_scenes, train
+from loratorio_lab.toybox.models import new_text_encoder, new_unet, new_vae, text_config
+from loratorio_lab.toybox.tokens import write_tokenizer
+from loratorio_lab.toybox.world import random_scene
+from loratorio_lab.train.common import Average, Optimisers, Run, seed_everything
+from loratorio_lab.train.diffusion import encode_scenes, train
 
 SCENES = 6000
 

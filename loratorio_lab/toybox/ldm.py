@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lab.toybox.models import (
+from loratorio.standalone.ldm_names import ALONE, IN_RESNET
+from loratorio_lab.toybox.models import (
     HEADS,
     LATENT_CHANNELS,
     LATENT_SIZE,
@@ -19,7 +20,6 @@ from lab.toybox.models import (
     UNET_CHANNELS,
     VAE_CHANNELS,
 )
-from loratorio.standalone.ldm_names import ALONE, IN_RESNET
 
 TEXT_NAME = "toybox_text"
 """Folder of the tokenizer and text configuration, as the configuration file names it."""
@@ -172,4 +172,9 @@ model:
       params:
         version: {TEXT_NAME}
         max_length: {TOKENS}
+
+# Read by LoRAtorio's command line: what a picture has that does not say.
+sampling:
+  steps: 20
+  cfg: 2.0
 """

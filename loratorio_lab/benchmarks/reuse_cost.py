@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lab.bench.backend import Pixels, ToyboxBackend
-from lab.bench.cli import toybox_categories
-from lab.bench.plan import Cell, combinations, sample
-from lab.benchmarks.pool_cost import psnr
 from loratorio.settings import PRESETS
+from loratorio_lab.bench.backend import Pixels, ToyboxBackend
+from loratorio_lab.bench.cli import toybox_categories
+from loratorio_lab.bench.plan import Cell, combinations, sample
+from loratorio_lab.benchmarks.pool_cost import psnr
+from loratorio_lab.knobs import OTHERS, measured, said
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     # Models as small as the toybox's are no faster with two threads, and much slower where another program wants one.
     torch.set_num_threads(1)
+    settings: dict[str, Mapping[str, Any]]
     if options.reuse:
-        balanced = PRESETS["balanced"].values
+        balanced = {**OTHERS, **PRESETS["balanced"].values}
         settings = {f"reuse {n}": {**balanced, "reuse": int(n)} for n in options.reuse.split(",")}
     else:
-        settings = {preset.label: dict(preset.values) for preset in PRESETS.values()}
+        settings = {preset.label: {**OTHERS, **preset.values} for preset in PRESETS.values()}
+    for name, knobs in settings.items():
+        print(f"{name}: {said(measured(knobs))}")
     categories = toybox_categories()
     combos = [
         combo

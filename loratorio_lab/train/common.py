@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab.toybox.world import Scene, random_elements, random_scene, render
+from loratorio_lab.toybox.world import Scene, random_elements, random_scene, render
 
 
 @dataclass

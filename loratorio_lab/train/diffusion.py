@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lab.toybox.models import TOKENS
-from lab.toybox.world import Scene, caption
-from lab.train.common import Average, Optimisers, Run, learning_rate, pictures
+from loratorio_lab.toybox.models import TOKENS
+from loratorio_lab.toybox.world import Scene, caption
+from loratorio_lab.train.common import Average, Optimisers, Run, learning_rate, pictures
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0

@@ -15,11 +15,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from lab.toybox.classifier import classifier_file, classify, load_classifier
-from lab.toybox.pipeline import load_pipeline
-from lab.toybox.world import DOLL_COLOURS, PLAIN_COLOURS
 from loratorio import toybox
 from loratorio.toybox.elements import ELEMENTS, Element
+from loratorio_lab.toybox.classifier import classifier_file, classify, load_classifier
+from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.toybox.world import DOLL_COLOURS, PLAIN_COLOURS
 
 FOUND, ABSENT = 0.90, 0.15
 STEPS, GUIDANCE = 20, 3.0

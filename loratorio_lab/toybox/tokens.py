@@ -7,9 +7,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from lab.toybox.models import TOKENS
-from lab.toybox.world import DOLL_COLOURS, PLAIN_COLOURS, PROPS
 from loratorio.toybox.elements import ELEMENTS
+from loratorio_lab.toybox.models import TOKENS
+from loratorio_lab.toybox.world import DOLL_COLOURS, PLAIN_COLOURS, PROPS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 STRUCTURE = ("a", "doll", "in", "on", "the", "left", "right", "wearing", "background", "style")

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lab.toybox.shapes import PIXELS
 from loratorio import toybox
 from loratorio.toybox.elements import ELEMENTS
+from loratorio_lab.toybox.shapes import PIXELS
 
 NAMES = tuple(element.name for element in ELEMENTS)
 WIDTH = 128

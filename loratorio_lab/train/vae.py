@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from lab.toybox.models import new_vae
-from lab.toybox.world import Scene
-from lab.train.common import (
+from loratorio_lab.toybox.models import new_vae
+from loratorio_lab.toybox.world import Scene
+from loratorio_lab.train.common import (
     Average,
     Optimisers,
     Run,

@@ -1,0 +1,29 @@
+"""How far a picture is: in a terminal, a bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Progress = Callable[[int, int], None]
+"""Told (steps done, all steps)."""
+
+
+@contextmanager
+def bar(label: str = "") -> Iterator[Progress]:
+    """A progress bar on stderr, from the first step on: what is wrong with the input stands alone."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, desc=label or None, unit="step", leave=False, dynamic_ncols=True))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield progress
+    finally:
+        for each in bars:
+            each.close()
