@@ -301,7 +301,7 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
             weight = _lokr(own)
         elif "oft_blocks" in own or "oft_diag" in own:
             weight = _oft(own, before)
-        elif "on_input" in own:
+        elif own.keys() >= {"weight", "on_input"}:
             weight = _ia3(own, before)
         elif factored:
             # With alpha/rank already, as in its forward; its get_diff_weight multiplies by that once more (lycoris 4.1.3).
@@ -341,19 +341,18 @@ def _oft(own: Mapping[str, Tensor], before: Tensor) -> Tensor:
 
     Alpha times the number of rows limits the norm of what is turned. `oft_diag`, of LyCORIS in 2023, holds the rotations themselves.
     """
-    blocks = own.get("oft_blocks", own.get("oft_diag"))
-    assert blocks is not None
-    rescale = own.get("rescale")
-    if rescale is not None:
-        rescale = rescale.reshape(-1, *[1] * (before.ndim - 1))
-    if "oft_diag" in own:
+    if "oft_blocks" in own:
+        blocks = own["oft_blocks"]
+        functional = boft if blocks.ndim == 4 else diag_oft
+        limit = float(own["alpha"]) * len(before)
+        turned: Tensor = before + functional.diff_weight(before, blocks, None, constraint=limit)
+    else:
+        blocks = own["oft_diag"]
         rows = before.reshape(*blocks.shape[:2], -1)
         turned = torch.einsum("knm,kni->kmi", blocks, rows).reshape(before.shape)
-        return (turned if rescale is None else turned * rescale) - before
-    limit = float(own["alpha"]) * len(before)
-    functional = boft if blocks.ndim == 4 else diag_oft
-    change: Tensor = functional.diff_weight(before, blocks, rescale, constraint=limit)
-    return change
+    if "rescale" in own:
+        turned = turned * own["rescale"].reshape(-1, *[1] * (before.ndim - 1))
+    return turned - before
 
 
 def _ia3(own: Mapping[str, Tensor], before: Tensor) -> Tensor:
