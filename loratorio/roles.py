@@ -268,7 +268,7 @@ def partly_used_note(name: str, used: int, total: int) -> str:
         return ""
     return (
         f"Of LoRA {name} {used} of {total} layers were used: the others are not in this model, which may be of another kind than the "
-        "one that it was made for."
+        "one that it was made for, or have names that this WebUI does not read."
     )
 
 

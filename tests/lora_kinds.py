@@ -10,6 +10,9 @@ KINDS = (
     *("lora-tucker", "loha-tucker", "lokr-tucker"),
     *("lora-dora", "loha-dora", "lokr-dora"),
 )
+BY_BLOCKS = "oft"
+"""kohya's and LyCORIS' OFT; its rank is the number of blocks, its alpha a limit."""
+
 ALPHAS = (None, 0.5, 1.0, 3.0, 0.0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -59,6 +62,8 @@ def weights_of(
         own = {"lokr_w1": normal(4, 4), "lokr_w2": normal(out // 4, shape[1] // 4, *kernel)}
     elif base == "diff":
         return {"diff": normal(*shape)}
+    elif base == BY_BLOCKS:
+        own = {"oft_blocks": normal(rank, out // rank, out // rank)}
     if alpha is not None:
         own["alpha"] = torch.tensor(alpha)
     if kind.endswith("dora"):
@@ -76,6 +81,9 @@ def formula(own: dict[str, Tensor], before: Tensor) -> Tensor:
 
     if "diff" in given:
         return given["diff"].reshape(shape)
+    if "oft_blocks" in given:
+        limit = float(given["alpha"]) * shape[0] if "alpha" in given else float("inf")
+        return _turned(given["oft_blocks"], limit, before.double())
     if "lora_mid.weight" in given:
         up, down = (given[f"lora_{end}.weight"].flatten(1) for end in ("up", "down"))
         # W[o,i,k,l] = Σ_rs up[o,r] mid[r,s,k,l] down[s,i]
@@ -115,3 +123,17 @@ def formula(own: dict[str, Tensor], before: Tensor) -> Tensor:
         norm = merged.flatten(1).norm(dim=1).reshape(-1, *[1] * (len(shape) - 1))
         return merged / norm * given["dora_scale"] - before.double()
     return change
+
+
+def _turned(blocks: Tensor, limit: float, before: Tensor) -> Tensor:
+    """R = (I + Q)(I − Q)⁻¹ with the norm of Q = B − Bᵀ at most `limit`; R's columns times the weight's rows, block by block."""
+    skew = blocks - blocks.transpose(1, 2)
+    norm = float(skew.norm())
+    skew = skew * min(norm, limit) / norm if norm else skew
+    result, size = before.clone(), blocks.shape[1]
+    one = torch.eye(size, dtype=torch.float64)
+    for number, block in enumerate(skew):
+        rows = slice(number * size, (number + 1) * size)
+        rotation = (one + block) @ torch.linalg.inv(one - block)
+        result[rows] = torch.tensordot(rotation.T, before[rows], dims=1)
+    return result - before

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lycoris.functional import boft, diag_oft
 from lycoris.functional.general import weight_decompose
 from lycoris.modules import get_module, make_module
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from ..adapters.delta import Adapter, Delta, Dense, LowRank
 from ..errors import LoratorioError
 from .checkpoint import Checkpoint, read_safetensors
 from .embeddings import Embedding, read_embeddings
-from .lora_names import SCALE, Layer, by_layer
+from .lora_names import SCALE, Layer, by_layer, described
 
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 """A sparse change of the weight beside the low-rank one, as LyCORIS' extraction writes it."""
@@ -34,6 +35,9 @@ _OF_LYCORIS = re.compile(
 )
 """What LyCORIS' other kinds are made of: LoHa, LoKr, OFT and BOFT, GLoRA, norms, (IA)³."""
 
+
+_WITH_ALPHA = re.compile(r"lora_(up|down)\.weight|hada_\w+|lokr_w[12]_[ab]|oft_blocks|[ab][12]\.weight")
+"""Of the kinds in which alpha counts. Elsewhere it may be anything: LoKr's whole factors have infinity in half precision."""
 
 _MATRIX = re.compile(r"lora_(up|down|mid)\.weight|hada_w[12]_[ab]|lokr_w[12](_[ab])?|[ab][12]\.weight")
 
@@ -78,12 +82,13 @@ def load_lora(
     named = by_layer(name, numbers, file, parts)
     deltas: dict[str, dict[str, list[Delta]]] = {part: {} for part in parts}
     notes = [*named.notes, *_unread(name, named.layers)]
-    for layer, own in named.layers.items():
+    layers = {layer: _without_idle_alpha(own) for layer, own in named.layers.items()}
+    for layer, own in layers.items():
         _check_shapes(name, layer.source, own)
         if all(tensor.numel() for tensor in own.values()):
             found = _deltas(name, layer.path, own, parts[layer.part].get_submodule(layer.path))
             deltas[layer.part].setdefault(layer.path, []).extend(found)
-    if any(_does_nothing(own) for own in named.layers.values()):
+    if any(_does_nothing(own) for own in layers.values()):
         notes.append(f"LoRA {name} has alpha 0 or rank 0 in some layers: it changes nothing there.")
     embeddings, unused = read_embeddings(name, named.embeddings, checkpoint.text_encoders)
     loaded = LoadedLora(
@@ -101,12 +106,16 @@ def load_lora(
 def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> list[Delta]:
     """What a file has for one layer, all of which add up."""
     found: list[Delta] = []
+    others = {tail: tensor for tail, tensor in own.items() if _OF_LYCORIS.fullmatch(tail)}
     if "diff" in own:
         with _fitting(name, path, own, layer):
-            found.append(Dense(weight=own["diff"].to(torch.float32).reshape(_weight_shape(layer))))
+            change = own["diff"].to(torch.float32).reshape(_weight_shape(layer))
+            if "dora_scale" in own and not others and "lora_up.weight" not in own:
+                before = _weight(layer)
+                change = _dora(before + change, own["dora_scale"].to(torch.float32)) - before
+            found.append(Dense(weight=change))
     if "diff_b" in own:
         found.append(Dense(bias=own["diff_b"].to(torch.float32)))
-    others = {tail: tensor for tail, tensor in own.items() if _OF_LYCORIS.fullmatch(tail)}
     if "lora_up.weight" in own and "lora_down.weight" in own:
         found += _of_low_rank(name, path, own, layer)
     elif others:
@@ -209,9 +218,15 @@ def _check_shapes(name: str, layer: str, own: Mapping[str, Tensor]) -> None:
             )
 
 
+def _without_idle_alpha(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors, alpha among them where it counts."""
+    counts = any(_WITH_ALPHA.fullmatch(tail) for tail in own)
+    return {tail: tensor for tail, tensor in own.items() if counts or tail != "alpha"}
+
+
 def _does_nothing(own: Mapping[str, Tensor]) -> bool:
-    """Whether its rank is 0, or alpha is where it is a strength: not with OFT's blocks, nor with LoKr's factors that are both whole."""
-    has_rank = any(tail.startswith(("lora_", "hada_")) or tail in ("lokr_w1_b", "lokr_w2_b") for tail in own)
+    """Whether its rank is 0, or alpha is where it is a strength: not with OFT's blocks."""
+    has_rank = any(tail.startswith(("lora_", "hada_", "lokr_")) for tail in own)
     no_alpha = has_rank and "alpha" in own and float(own["alpha"]) == 0
     return no_alpha or not all(tensor.numel() for tensor in own.values())
 
@@ -233,9 +248,8 @@ def _fitting(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) 
     try:
         yield
     except (RuntimeError, ValueError, AttributeError, IndexError) as problem:
-        shapes = ", ".join(f"{tail} {_shape(tensor)}" for tail, tensor in own.items() if tensor.ndim)
         raise LoratorioError(
-            f"LoRA {name} does not fit the layer {path}, whose weight is {_shape(_weight(layer))}: it has {shapes}. "
+            f"LoRA {name} does not fit the layer {path}, whose weight is {_shape(_weight(layer))}: it has {described(own)}. "
             "It was made for another kind of model: remove it from the prompt."
         ) from problem
 
@@ -256,6 +270,10 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
         bias: Tensor | None = None
         if any(tail.startswith("lokr_") for tail in own):
             weight = _lokr(own)
+        elif "oft_blocks" in own or "oft_diag" in own:
+            weight = _oft(own, before)
+        elif own.keys() >= {"weight", "on_input"}:
+            weight = _ia3(own, before)
         elif factored:
             # With alpha/rank already, as in its forward; its get_diff_weight multiplies by that once more (lycoris 4.1.3).
             weight = _lycoris_module(name, path, own, plain).get_weight(before.shape)
@@ -289,6 +307,34 @@ def _lokr(own: Mapping[str, Tensor]) -> Tensor:
     return torch.kron(first, second.contiguous()) * (alpha / rank if rank and alpha else 1.0)
 
 
+def _oft(own: Mapping[str, Tensor], before: Tensor) -> Tensor:
+    """The weight's rows turned block by block: kohya's OFT, LyCORIS' and BOFT, whatever the blocks' number and size.
+
+    Alpha times the number of rows limits the norm of what is turned. `oft_diag`, of LyCORIS in 2023, holds the rotations themselves.
+    """
+    if "oft_blocks" in own:
+        blocks = own["oft_blocks"]
+        functional = boft if blocks.ndim == 4 else diag_oft
+        limit = float(own["alpha"]) * len(before)
+        turned: Tensor = before + functional.diff_weight(before, blocks, None, constraint=limit)
+    else:
+        blocks = own["oft_diag"]
+        rows = before.reshape(*blocks.shape[:2], -1)
+        turned = torch.einsum("knm,kni->kmi", blocks, rows).reshape(before.shape)
+    if "rescale" in own:
+        turned = turned * own["rescale"].reshape(-1, *[1] * (before.ndim - 1))
+    return turned - before
+
+
+def _ia3(own: Mapping[str, Tensor], before: Tensor) -> Tensor:
+    """(IA)³: each output, or each input, changed by its factor."""
+    factors = own["weight"].flatten()
+    on_input = bool(own["on_input"])
+    if len(factors) != before.shape[on_input]:
+        raise ValueError(f"it has {len(factors)} factors")
+    return before * factors.reshape(-1, *[1] * (before.ndim - 1 - on_input))
+
+
 def _lycoris_module(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> Any:
     kind, parameters = get_module({f"layer.{tail}": tensor for tail, tensor in own.items()}, "layer")
     module = None
@@ -305,6 +351,9 @@ def _dora(merged: Tensor, dora_scale: Tensor) -> Tensor:
     """The merged weight at DoRA's magnitudes, which are given per output (out, 1, …) or per input (1, in, …)."""
     if dora_scale.ndim < 2:
         dora_scale = dora_scale.reshape(-1, 1)
+    sides = ((merged.shape[0], 1), (1, merged.shape[1]))
+    if dora_scale.shape[:2] not in sides or dora_scale.numel() != max(dora_scale.shape[:2]):
+        raise ValueError("its magnitudes are for another number of outputs")
     per_output = dora_scale.shape[0] == merged.shape[0]
     scale = dora_scale.reshape(*dora_scale.shape[:2], *[1] * (merged.ndim - 2))
     decomposed: Tensor = weight_decompose(merged, scale, 1, per_output)

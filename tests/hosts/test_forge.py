@@ -752,7 +752,7 @@ def test_a_lora_that_fits_in_part_says_how_much(webui: Any, standin: Any) -> Non
     _, done = compose(standin, standin.job("a", "b"), **KNOBS)
     assert done.notes == [
         "Of LoRA a 4 of 5 layers were used: the others are not in this model, which may be of another kind than the one that it was "
-        "made for."
+        "made for, or have names that this WebUI does not read."
     ]
 
 

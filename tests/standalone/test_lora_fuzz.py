@@ -38,6 +38,9 @@ BITS = (
         "text_encoder.",
         "diffusion_model.",
         "lycoris_",
+        "oft_unet_",
+        "base_model.model.",
+        "text_encoders.clip_l.",
     ),
     *(
         "down_blocks",
@@ -69,6 +72,10 @@ BITS = (
         ".on_input",
         ".lora_mid.weight",
         ".scale",
+        ".magnitude",
+        ".lora_A.mine.weight",
+        ".oft_diag",
+        ".weight",
     ),
     *("\0", "é", "😀", "x" * 500, "../", " "),
 )
@@ -91,7 +98,7 @@ VALUES = (
     {"(a*)*b": 2},
 )
 CONFIG = (
-    *("lora_alpha", "r", "alpha", "alpha_pattern", "rank_pattern", "use_rslora"),
+    *("lora_alpha", "r", "alpha", "alpha_pattern", "rank_pattern", "use_rslora", "rs_lora", "auto_mapping"),
     *("unet.lora_alpha", "unet.alpha_pattern", "unet.use_rslora", "unet.r"),
 )
 
@@ -156,7 +163,10 @@ def missing_or_further(tensors: Tensors, chance: random.Random) -> None:
 def metadata(chance: random.Random) -> dict[str, str] | None:
     if chance.random() < 0.6:
         return None
-    text = json.dumps({chance.choice(CONFIG): chance.choice(VALUES) for _ in range(3)})
+    values = {chance.choice(CONFIG): chance.choice(VALUES) for _ in range(3)}
+    text = json.dumps(values)
+    if chance.random() < 0.3:
+        return {key: chance.choice((str(value), json.dumps(value))) for key, value in values.items()}
     return {
         chance.choice(
             ("lora_adapter_metadata", "ss_network_args", "modelspec.trigger_phrase")

@@ -139,6 +139,10 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "full": {"algo": "full", "train_norm": True},
     "glora": {"algo": "glora"},
     "diag-oft": {"algo": "diag-oft"},
+    "diag-oft-rescaled": {"algo": "diag-oft", "rescaled": True, "constraint": 0.01},
+    "boft": {"algo": "boft"},
+    "boft-rescaled": {"algo": "boft", "rescaled": True, "constraint": 0.01},
+    "ia3": {"algo": "ia3"},
 }
 
 
@@ -164,8 +168,8 @@ def test_lycoris_against_lycoris(model: Checkpoint, tmp_path: Path, kind: str) -
     }
     if kind == "dora-per-input":
         merge_per_input(merged, lycoris_names)
-    elif kind.startswith("lokr"):
-        # The trained network itself: reading its own files again, lycoris guesses how they are factored.
+    elif kind.startswith(("lokr", "ia3")):
+        # The trained network itself: reading its own files again, lycoris guesses how LoKr's are factored, and cannot read (IA)³'s.
         made.load_state_dict(lycoris_names)
         merged = theirs
     else:
@@ -176,7 +180,7 @@ def test_lycoris_against_lycoris(model: Checkpoint, tmp_path: Path, kind: str) -
 
 
 def shaken(name: str, value: Tensor) -> Tensor:
-    if name.endswith("alpha"):
+    if name.endswith(("alpha", "on_input")):
         return value.detach().clone()
     random = torch.Generator().manual_seed(len(name))
     noise = torch.randn(value.shape, generator=random) * 0.1

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.lora_kinds import KINDS, formula, weights_of
+from tests.lora_kinds import BY_BLOCKS, KINDS, formula, weights_of
 
 from .client import WebUI, psnr
 
@@ -31,8 +31,11 @@ CASES = [
         for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
     ),
     ("lora", 4, 0.0, torch.float32),
+    # Infinite in half precision, as LyCORIS saves it where alpha does not count.
+    ("lokr-full", 4, 1e5, torch.float32),
+    *((BY_BLOCKS, 4, alpha, torch.float32) for alpha in (None, 0.001)),
 ]
-THEIR_OWN = ("lokr-tucker", "lora-dora", "loha-dora", "lokr-dora")
+THEIR_OWN = ("lokr-tucker", "lora-dora", "loha-dora", "lokr-dora", BY_BLOCKS)
 """Kinds that some WebUI reads otherwise than by the formula: rows of docs/HOSTS.md."""
 
 
@@ -83,8 +86,17 @@ def test_strengths(
     }
     # Small changes, so that there is a picture to compare.
     for own in made.values():
-        for tail in own.keys() & {"lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"}:
+        for tail in own.keys() & {
+            "lora_up.weight",
+            "hada_w1_a",
+            "lokr_w1",
+            "lokr_w1_a",
+            "diff",
+            "oft_blocks",
+        }:
             own[tail] = (own[tail].float() * 0.05).to(dtype)
+        if alpha is not None and alpha > 65504:
+            own["alpha"] = own["alpha"].half()
     tensors = {
         f"lora_unet_{layer}.{tail}": tensor.contiguous()
         for layer, own in made.items()
@@ -108,6 +120,39 @@ def test_strengths(
     close = psnr(merged.image, composed.image)
     print(f"  composed against merged: {close:.1f} dB")
     assert close > 40
+
+
+SPELLINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    # Other tails than kohya's, and the header.
+    "ai-toolkit's magnitudes": ({"dora_scale": "magnitude"}, {}),
+    "PEFT's magnitudes": ({"dora_scale": "lora_magnitude_vector.mine"}, {}),
+    "alpha in the header": ({"alpha": "", "dora_scale": ""}, {"lora_alpha": "2", "r": "4"}),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_what_the_webui_passes_over_is_composed_just_so(
+    webui: WebUI, folder: Path, layers: dict[str, list[int]], name: str, spelling: str
+) -> None:
+    """The same picture ticked and unticked, and a word on magnitudes that have no effect."""
+    tails, header = SPELLINGS[spelling]
+    tensors = {}
+    for layer, shape in layers.items():
+        for tail, tensor in weights_of("lora-dora", tuple(shape), 4, 2.0, torch.float32).items():
+            if tails.get(tail, tail):
+                small = tensor * 0.05 if tail == "lora_up.weight" else tensor
+                tensors[f"lora_unet_{layer}.{tails.get(tail, tail)}"] = (
+                    small.flatten() if "mag" in tails.get(tail, tail) else small.contiguous()
+                )
+    save_file(tensors, folder / f"{name}.safetensors", header)
+    webui.call("refresh-loras", {})
+    prompt = f"a red circle <lora:{name}:1>"
+    merged = webui.txt2img(prompt=prompt)
+    composed = webui.txt2img({"recentre": 0, "share": 0, "reuse": 1}, prompt=prompt)
+    close = psnr(merged.image, composed.image)
+    print(f"{spelling}: {close:.1f} dB")
+    assert close > 40
+    assert ("does not read its magnitudes" in composed.infotext) == ("magnitudes" in spelling)
 
 
 def usable(kind: str, shape: list[int]) -> bool:

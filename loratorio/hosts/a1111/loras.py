@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors, fit
 from ...errors import LoratorioError
 from ...roles import TaggedLora, partly_used_note
-from ..shared.lora_layers import layers
+from ..shared.lora_layers import layers, unread_magnitudes_note
 from ..shared.sampling_pass import ActiveLora
 from ..shared.tags import TagOptions
 
@@ -194,10 +194,12 @@ def check_text_numbers(lora: Network) -> None:
 
 
 def partly_used(lora: Network) -> str:
-    """A sentence where the WebUI found no layer of its model for a part of the LoRA's file, or nothing."""
+    """Sentences where the WebUI found no layer of its model for a part of the LoRA's file, or does not read it all; or nothing."""
+    names = _names_in(lora.network_on_disk)
     used = layers(module.network_key for module in lora.modules.values())
-    every = layers(_names_in(lora.network_on_disk)) | used
-    return partly_used_note(name_of(lora), len(used), len(every))
+    every = layers(names) | used
+    partly = partly_used_note(name_of(lora), len(used), len(every))
+    return f"{partly} {unread_magnitudes_note(name_of(lora), names)}".strip()
 
 
 def _names_in(file: Any) -> list[str]:

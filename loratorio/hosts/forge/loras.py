@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors
 from ...errors import LoratorioError
 from ...roles import partly_used_note
-from ..shared.lora_layers import layers
+from ..shared.lora_layers import layers, unread_magnitudes_note
 from ..shared.sampling_pass import ActiveLora, ReadLora, UnreadableLora
 from .flavours import Flavour, LoraFile, Patch, Patcher
 
@@ -32,8 +32,8 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
         raise UnreadableLora(f"LoRA {file.name} cannot be read ({problem}): get the file again.") from problem
     if unet is original.unet and clip is original.clip:
         raise LoratorioError(
-            f"LoRA {file.name} fits nothing in this model: it was made for another kind of model. "
-            "Remove it from the prompt, or untick LoRAtorio."
+            f"LoRA {file.name} fits nothing in this model: it was made for another kind of model, or its layers have names that this "
+            f"WebUI does not read ({min(names, default='')[:80]}). Remove it from the prompt, or untick LoRAtorio."
         )
     adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
     adapter.check_numbers()
@@ -47,6 +47,7 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
     else:
         used = _added(flavour, unet, original.unet) + _added(flavour, clip.patcher, original.clip.patcher)
         remark = partly_used_note(file.name, used, len(layers(names)))
+    remark = f"{remark} {unread_magnitudes_note(file.name, names)}".strip()
     has_text = clip is not original.clip and file.text != 0
     return ReadLora(lora, adapter, clip if has_text else None, remark)
 

@@ -6,12 +6,25 @@ import re
 from collections.abc import Iterable
 
 _PARTS = re.compile(
-    r"\.(alpha|scale|dora_scale|diff|diff_b|weight|bias|lora_\w+(\.default)?(\.weight|\.bias)?|lora_(A|B|up|down|mid)\.\w+\.weight"
-    r"|lora\.(up|down|mid)\.weight|hada_\w+|lokr_\w+|glora_\w+|[abc][12]\.weight|on_input|oft_\w+|rescale|w_norm|b_norm"
+    r"\.(alpha|scale|dora_scale|(lora_)?magnitude|diff|diff_b|weight|bias|lora_\w+(\.[^.]+)?(\.weight|\.bias)?"
+    r"|lora\.(up|down|mid)\.weight|(hada|lokr)_\w+(\.[^.]+)?|glora_\w+|[abc][12]\.weight|on_input|oft_\w+|rescale|w_norm|b_norm"
     r"|set_weight|reshape_weight|alphas)$"
 )
+
+_MAGNITUDE = re.compile(r"\.(lora_magnitude_vector(\.[^.]+)?(\.weight)?|magnitude)$")
 
 
 def layers(names: Iterable[str]) -> set[str]:
     """The layers that a LoRA file's tensors are for, as the file names them; what else it holds (bundled embeddings) is left out."""
     return {_PARTS.sub("", _PARTS.sub("", name)) for name in names if not name.startswith("bundle_emb.")}
+
+
+def unread_magnitudes_note(lora: str, names: Iterable[str]) -> str:
+    """A sentence on a DoRA whose magnitudes have names that the WebUIs pass over (theirs is ``dora_scale``), or nothing."""
+    unread = next((name for name in names if _MAGNITUDE.search(name)), None)
+    if unread is None:
+        return ""
+    return (
+        f"LoRA {lora} is a DoRA, but this WebUI does not read its magnitudes, which are called {unread[:120]}: it acts as a plain LoRA, "
+        "ticked and unticked. Get it in kohya's names (dora_scale)."
+    )
