@@ -55,7 +55,9 @@ class LoratorioScript(scripts.Script):
         with stopping(p):
             if job_of(p):
                 write_infotext(p)
-                pools.expand(job_of(p), prompts)
+                from loratorio.hosts.shared.neighbours import reads_tags
+
+                pools.expand(job_of(p), prompts, reads_tags(p))
 
     def process_batch(self, p, *args, **kwargs):
         with stopping(p):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from ..roles import (
     participants_of,
     prompt_importance,
     recognised_note,
+    repeats,
+    united,
     unknown_options_note,
     without_effect_note,
 )
@@ -96,11 +98,15 @@ def load_lora_set(
         )
     found = LoraFolder(folder) if tags and folder is not None else None
     names = [tag.name for tag in tags if not tag.pool]
+    located: list[tuple[PromptLora, Path | None]] = []
     for tag in tags:
         assert found is not None
-        if not tag.pool:
-            file, note = find_lora(found, tag.name)
-            notes += [note] if note else []
+        file, note = (None, "") if tag.pool else find_lora(found, tag.name)
+        notes += [note] if note and note not in notes else []
+        located.append((tag, file))
+    for tag, file in _each_once(located):
+        assert found is not None
+        if file is not None:
             parts.append(_load(tag, file, checkpoint, load))
             continue
         taken = [*names, *(own.name for own, _, _ in parts)]
@@ -130,6 +136,18 @@ def load_lora_set(
         tagged,
         tuple(notes),
     )
+
+
+def _each_once(tags: Sequence[tuple[PromptLora, Path | None]]) -> Iterator[tuple[PromptLora, Path | None]]:
+    """The tags with their files; those of one LoRA as one, with their strengths added up, as merging does. A pool has no file."""
+    tagged = [TaggedLora(tag.name, tag.options, pooled=tag.pool, file=file) for tag, file in tags]
+    for numbers in repeats(tagged):
+        first, file = tags[numbers[0]]
+        if file is not None:
+            own = [tags[number][0] for number in numbers]
+            options = united([tagged[number] for number in numbers]).options
+            first = PromptLora(first.name, sum(tag.te for tag in own), sum(tag.unet for tag in own), options)
+        yield first, file
 
 
 def _load(

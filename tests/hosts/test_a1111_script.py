@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from loratorio.errors import LoratorioError
+from loratorio.roles import TaggedLora
 from loratorio.settings import KNOBS, Settings
 from tests.published import paper
 
@@ -106,6 +109,59 @@ def test_a_fault_of_ours_stops_the_job(standin: Any, script: Any, monkeypatch: A
     monkeypatch.setattr(A1111, "before_sampling", fail)
     with pytest.raises(ZeroDivisionError):
         run(standin, script, [{"enabled": True}], standin.lora("a", 1))
+
+
+@pytest.mark.parametrize(
+    ("tag", "why"),
+    [
+        ("<lora:cat:0,8>", "<lora:cat:0,8> cannot be read: 0,8 is not a number: write <lora:cat:0.8>."),
+        ("<lora:cat:abc>", "abc is not a number: write <lora:cat:1>."),
+        ("<lyco:cat:1.0:5-15>", "5-15 is not a number: write <lyco:cat:1.0>."),
+        ("<pool:*:0,8>", "<pool:*:0,8> cannot be read"),
+        ("<lora:cat:words=mimsy: red>", "a colon in words= needs brackets around it"),
+        ("<Lora:cat:1>", "does not know the tag <Lora:cat:1>: write lora in small letters"),
+    ],
+)
+@pytest.mark.parametrize("hires", [False, True])
+def test_a_tag_that_the_webui_cannot_read_stops_the_job(
+    standin: Any, script: Any, tag: str, why: str, hires: bool
+) -> None:
+    prompts = ("hill", f"hill {tag} <lora:dog:1>")
+    own: dict[str, Any] = {"all_hr_prompts": list(prompts)} if hires else {"prompts": prompts}
+    with pytest.raises(LoratorioError) as stopped:
+        run(standin, script, [{"enabled": True}], standin.lora("dog", 1), batch_size=2, **own)
+    assert why in str(stopped.value)
+    run(standin, script, [{}], standin.lora("dog", 1), batch_size=2, **own)
+
+
+def test_a_tag_of_another_extension_is_its_own_matter(standin: Any, script: Any) -> None:
+    other = SimpleNamespace(filename="/extensions/sd-webui-loractl/scripts/loractl.py")
+    scripts = SimpleNamespace(alwayson_scripts=[other])
+    prompts = ("a hill <lora:dog:0@0,1@0.5>",)
+    run(standin, script, [{"enabled": True}], standin.lora("dog", 1), prompts=prompts, scripts=scripts)
+
+
+def test_own_words_may_have_what_divides_a_tag(standin: Any, script: Any) -> None:
+    from loratorio.job import Job
+    from loratorio.webui import pools
+
+    words = "(mimsy:1.2), a=b, [red:blue:0.5]"
+    written = f"a <lora:cat:words={words}:at=left:1> <hypernet:x:(a:b)>"
+    job = Job(standin.job(all_hr_prompts=["b", written]), paper(enabled=True))
+    prompts = [written]
+    pools.expand(job, prompts)
+    cat, hypernet = re.findall("<([^>]*)>", prompts[0])
+    kind, name, own, *others = cat.split(":")  # as the WebUI does
+    assert [kind, name, *others] == ["lora", "cat", "at=left", "1"]
+    assert own.count("=") == 1
+    assert TaggedLora("cat", dict([own.split("=")])).words == words
+    assert hypernet == "hypernet:x:(a:b)"
+    assert job.hires_prompts is None  # those of another batch
+    job.p.iteration = 1
+    pools.expand(job, prompts)
+    assert job.p.all_hr_prompts == ["b", prompts[0]]
+    pools.restore(job)
+    assert job.p.all_hr_prompts == ["b", written]
 
 
 def test_without_a_lora_it_says_so(standin: Any, script: Any) -> None:

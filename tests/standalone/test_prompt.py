@@ -27,6 +27,10 @@ from tests import tiny
         ("<lora:rose:te=0.2:unet=0.9>", PromptLora("rose", 0.2, 0.9)),
         ("<lora:rose:0.8:role=style>", PromptLora("rose", 0.8, 0.8, {"role": "style"})),
         ("<LORA:rose: 1 >", PromptLora("rose")),
+        (
+            "<lora:rose:words=(red:1.2), [a:b]:0.5>",
+            PromptLora("rose", 0.5, 0.5, {"words": "(red:1.2), [a:b]"}),
+        ),
         ("<lyco:rose:0>", PromptLora("rose", 0.0, 0.0)),
     ],
 )
@@ -37,14 +41,19 @@ def test_tags(tag: str, expected: PromptLora) -> None:
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        ("<lora:rose:much>", "strength of LoRA rose must be a number, not 'much'"),
-        ("<lora:rose:1_0>", "strength of LoRA rose must be a number, not '1_0'"),
+        ("<lora:rose:much>", "<lora:rose:much> cannot be read: much is not a number: write <lora:rose:1>"),
+        ("<lora:rose:1_0>", "1_0 is not a number: write <lora:rose:1>"),
         ("<lora:rose:1:1:1>", "has more than two numbers"),
-        ("<lora:Rose> <lora:rose>", "LoRA rose is in the prompt twice"),
-        ("<lora:rose:nan>", "must be a number"),
-        ("<lora:rose:1:inf>", "must be a number"),
+        ("<lora:rose:nan>", "is not a number"),
+        ("<lora:rose:1:inf>", "is not a number"),
         ("<lora:>", "names no LoRA"),
-        ("<lora:a> b <lora:a:0.5>", "LoRA a is in the prompt twice"),
+        ("<lora:rose:0,8>", "0,8 is not a number: write <lora:rose:0.8>"),
+        ("<lora:rose:1.0:5-15>", "5-15 is not a number: write <lora:rose:1.0>"),
+        ("<lora:rose:at=left:>", "nothing is not a number: write <lora:rose:at=left:1>"),
+        ("<lora:rose:unet=x>", "unet=x is not a number"),
+        ("<lora:rose:at=left=right>", "at=left=right has more than one ="),
+        ("<lora:rose:words=a: b>", r"a colon in words= needs brackets around it, as in words=\(red:1.2\)"),
+        ("<lora:rose:words=(red:1.2:1>", "a bracket of words= is not closed"),
         ("<hypernet:a:1>", "is not known here"),
     ],
 )

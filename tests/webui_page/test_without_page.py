@@ -494,7 +494,7 @@ def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamesp
 
 
 AT_START = (
-    "compose errors hosts infotext job lora_folder places pool refusal roles settings trigger_words webui "
+    "compose errors hosts infotext job lora_folder places pool refusal roles settings tags trigger_words webui "
     "compose.candidates compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.regions "
     "compose.weights hosts.shared hosts.shared.host "
     "webui.api webui.components webui.found webui.infotext webui.options webui.pools webui.xyz"

@@ -41,6 +41,11 @@ def known_options(p: Any) -> list[str]:
     return known
 
 
+def reads_tags(p: Any) -> bool:
+    """Whether an extension reads the LoRA tags' strengths, which may then be written in ways of its own."""
+    return any(_has_script(p, word) for word in _OPTIONS_OF)
+
+
 def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
     """A reason not to compose, where LoRA Block Weight was asked to change a LoRA's strength while sampling."""
     asked = any(option in lora.options for lora in loras for option in _BY_STEP)

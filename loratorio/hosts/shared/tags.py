@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-KINDS = ("lora", "lyco")
+from ...tags import KINDS
 
 
 class TagOptions:
