@@ -116,6 +116,37 @@ def test_kinds_and_strengths(a1111: Any, standin: Any) -> None:
             )
 
 
+def test_a_lora_that_two_tags_name_acts_as_in_the_webui(a1111: Any, standin: Any) -> None:
+    """Which adds it twice, at the strengths of the last tag."""
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    tags = Tag(a, 1.0, 1.0), Tag(a, 0.25, 0.5, {"role": "content"})
+    composed, job = compose(standin.job(*tags), recentre=0.0)
+    assert close(composed, standin.run(standin.job(*tags)))
+    assert not close(composed, standin.run(standin.job(Tag(a, 0.25, 0.5))))
+    assert [str(use) for use in job.passes[0].uses] == ["a:1"]
+    merged, _ = compose(standin.job(*tags, b), method="merge")
+    assert close(merged, standin.run(standin.job(*tags, b)))
+    both, _ = compose(standin.job(*tags, b))
+    assert close(both, compose(standin.job(Tag(a, 0.5, 1.0), b))[0])
+
+
+def test_a_lora_in_two_places_has_two_strengths(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, twin, b = standin.lora("a", 1), standin.lora("twin", 1), standin.lora("b", 2)
+    left, right = {"at": "left"}, {"at": "right", "words": "sea"}
+
+    def made(other: Any) -> tuple[torch.Tensor, list[str]]:
+        tags = Tag(a, 0.5, 1.0, left), Tag(other, 1.0, 0.25, right), Tag(b)
+        samples, job = compose(standin.job(*tags), reuse=1)
+        return samples, [str(use).partition(":")[2] for use in job.passes[0].uses]
+
+    (samples, uses), (separate, of_two) = made(a), made(twin)
+    assert uses == of_two == ["1 at left", "0.25 at right", "1"]
+    assert close(samples, separate)
+    assert (a.te_multiplier, a.unet_multiplier) == (0.5, 1.0)  # as the last job has set them
+
+
 def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:
     """Where the WebUI itself silently leaves such a LoRA out."""
     half, single = standin.full("half", 2, torch.float16), standin.full("single", 2)

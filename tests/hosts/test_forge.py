@@ -147,6 +147,36 @@ def slow_reference(standin: Any, p: Any, names: list[str], recentre: float, **kn
 KNOBS: dict[str, Any] = {"method": "loratorio", "patch_size": 2, "temperature": 0.05, "adaptive": False}
 
 
+@pytest.mark.parametrize("strengths", [(1.0, 0.5), (1.0, 1.0)])
+def test_a_lora_that_two_tags_name_acts_as_in_the_host(
+    webui: Any, standin: Any, strengths: tuple[float, float]
+) -> None:
+    """Forge keeps one of two with the same strength."""
+    tags = [webui.run.tag("a", 0.5, strengths[0]), webui.run.tag("a", 1.0, strengths[1])]
+    composed, job = compose(standin, standin.job(*tags), recentre=0.0)
+    assert close(composed, standin.run(standin.job(*tags)))
+    total = sum(set(strengths)) if standin.model.flavour == "forge" else sum(strengths)
+    assert [str(use) for use in job.passes[0].uses] == [f"a:{total:g}"]
+    merged, _ = compose(standin, standin.job(*tags, "b"), method="merge")
+    assert close(merged, standin.run(standin.job(*tags, "b")))
+    both, _ = compose(standin, standin.job(*tags, "b"))
+    assert close(both, compose(standin, standin.job(webui.run.tag("a", 1.5, total), "b"))[0])
+
+
+def test_a_lora_in_two_places_has_two_strengths(webui: Any, standin: Any) -> None:
+    tag = webui.run.tag
+    standin.lora("twin", 1)
+
+    def made(other: str) -> tuple[torch.Tensor, list[str]]:
+        tags = tag("a", 0.5, 1.0, at="left"), tag(other, 1.0, 0.25, at="right", words="sea"), "b"
+        samples, job = compose(standin, standin.job(*tags), reuse=1)
+        return samples, [str(use).partition(":")[2] for use in job.passes[0].uses]
+
+    (samples, uses), (separate, of_two) = made("a"), made("twin")
+    assert uses == of_two == ["1 at left", "0.25 at right", "1"]
+    assert close(samples, separate)
+
+
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_one_lora_without_recentring_is_the_hosts_own_picture(standin: Any, name: str) -> None:
     own = standin.run(standin.job(name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from ...errors import LoratorioError
 from ...roles import TaggedLora, partly_used_note
 from ..shared.lora_layers import layers
 from ..shared.sampling_pass import ActiveLora
-from ..shared.tags import TagOptions
+from ..shared.tags import WrittenTag, WrittenTags
 
 Network = Any  # networks.Network of the WebUI's Lora extension
 
@@ -81,31 +82,52 @@ def bundled_embeddings(loras: Sequence[Network], every: Sequence[Network]) -> It
             database.register_embedding(embedding, shared.sd_model)
 
 
-def changes_text(lora: Network) -> bool:
+def changes_text(lora: ActiveLora) -> bool:
     """Whether text conditioning depends on this LoRA."""
-    has_layers = any(not name.startswith(UNET) for name in lora.modules)
-    return bool(has_layers and (lora.te_multiplier or changes_by_step(lora))) or any(
-        embedding.loaded for embedding in lora.bundle_embeddings.values()
+    network = lora.source
+    has_layers = any(not name.startswith(UNET) for name in network.modules)
+    return bool(has_layers and (text_strength(lora) or lora.may_change)) or any(
+        embedding.loaded for embedding in network.bundle_embeddings.values()
     )
 
 
-def active_loras(p: Any) -> list[ActiveLora]:
-    """The pass's LoRAs with what their tags and their files say of them."""
-    options = TagOptions(p)
+def activated_loras(p: Any) -> list[ActiveLora]:
+    """The LoRAs that the WebUI has activated, with what their tags and their files say of them."""
+    loaded, tags = lora_extension().loaded_networks, WrittenTags(p)
+    loras = [_activated(network, tags.take(network.mentioned_name)) for network in loaded]
+    # The WebUI has one network for all tags of a LoRA, with the last one's strengths.
+    placed = [lora.source for lora in loras if lora.tagged.place or lora.tagged.words]
     return [
-        ActiveLora(
-            TaggedLora(
-                name_of(network),
-                options.take(network.mentioned_name),
-                network.network_on_disk.metadata or {},
-                file=_path_of(network),
-            ),
-            float(network.unet_multiplier),
-            network,
-            changes_by_step(network),
-        )
-        for network in lora_extension().loaded_networks
+        lora
+        if lora.source in placed and loaded.count(lora.source) > 1
+        else replace(lora, own=None, strength=float(lora.source.unet_multiplier))
+        for lora in loras
     ]
+
+
+def _activated(network: Network, tag: WrittenTag) -> ActiveLora:
+    """A LoRA as its own tag has it."""
+    changes = changes_by_step(network)
+    own = None if changes else tag.strengths
+    return ActiveLora(
+        TaggedLora(
+            name_of(network), tag.options, network.network_on_disk.metadata or {}, file=_path_of(network)
+        ),
+        float(network.unet_multiplier) if own is None else own[1],
+        network,
+        changes,
+        own,
+    )
+
+
+def text_strength(lora: ActiveLora) -> float:
+    """A LoRA's strength in the text encoder, as it is now."""
+    return float(lora.source.te_multiplier) if lora.own is None else lora.own[0]
+
+
+def unet_strength(lora: ActiveLora) -> float:
+    """A LoRA's strength in the UNet, as it is now."""
+    return float(lora.source.unet_multiplier) if lora.own is None else lora.own[1]
 
 
 def _path_of(lora: Network) -> Path | None:

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class ForgePass(SamplingPass):
 
     # -- what is asked before the first step --------------------------------------------------------------------------
 
-    def active_loras(self) -> list[ActiveLora]:
+    def activated(self) -> list[ActiveLora]:
         return [
             ActiveLora(
                 TaggedLora(file.name, file.options, file.metadata, file=Path(file.path)), file.unet, file
@@ -91,8 +91,15 @@ class ForgePass(SamplingPass):
             for file in self._flavour.applied(self.p)
         ]
 
+    def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
+        files = [tag.source for tag in tags]
+        unet, text = (
+            self._flavour.added([getattr(file, part) for file in files]) for part in ("unet", "text")
+        )
+        return replace(tags[0], strength=unet, source=replace(files[0], unet=unet, text=text))
+
     def obstacle(self) -> str | None:
-        loras = self.active_loras()
+        loras = self.activated()
         return (
             self._flavour.obstacle(self.p)
             or replaced_attention(self.p.sd_model.forge_objects.unet.model)

@@ -33,12 +33,14 @@ from ...roles import (
     prompt_importance,
     reactions_note,
     recognised_note,
+    repeats,
+    united,
     unknown_options_note,
     unread_note,
     without_effect_note,
 )
 from .neighbours import known_options
-from .tags import TagOptions
+from .tags import WrittenTags
 
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
 
@@ -67,12 +69,14 @@ class ActiveLora:
         strength: in the UNet, when the pass begins.
         source: what the host reads it from.
         may_change: whether its strength may be another at each step.
+        own: its strengths in the text encoder and in the UNet, where the source's are those of another tag; None: the source's.
     """
 
     tagged: TaggedLora
     strength: float
     source: Any
     may_change: bool = False
+    own: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,24 @@ class SamplingPass(ABC):
     # -- what a host says ---------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def activated(self) -> list[ActiveLora]:
+        """The LoRAs that the WebUI has activated for this pass, one for each tag, in the prompt's order."""
+
+    @abstractmethod
+    def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
+        """What the WebUI makes of a LoRA that all of these tags name, which differ in strength alone."""
+
     def active_loras(self) -> list[ActiveLora]:
-        """The LoRAs that the WebUI has activated for this pass, in the prompt's order."""
+        """The LoRAs of this pass: of those that several tags name in one place, each once."""
+        activated = self.activated()
+        loras = []
+        for numbers in repeats([lora.tagged for lora in activated]):
+            tags = [activated[number] for number in numbers]
+            if len(tags) == 1 or any(tag.may_change for tag in tags):
+                loras += tags
+            else:
+                loras.append(replace(self.added(tags), tagged=united([tag.tagged for tag in tags])))
+        return loras
 
     @abstractmethod
     def obstacle(self) -> str | None:
@@ -167,7 +187,7 @@ class SamplingPass(ABC):
         """
         self.job.begin_pass()
         active = self.active_loras()
-        missing = self._missing(active)
+        missing = self._missing()
         why_not = self.obstacle() if active else "" if missing else NO_LORA
         if why_not and any(lora.tagged.is_candidate for lora in active):
             raise LoratorioError(
@@ -198,12 +218,12 @@ class SamplingPass(ABC):
             return None
         return participants
 
-    def _missing(self, active: Sequence[ActiveLora]) -> dict[str, bool]:
+    def _missing(self) -> dict[str, bool]:
         """Names of LoRAs that have a tag and that the WebUI has not loaded, and whether they are only candidates of a pool."""
-        tags = TagOptions(self.p)
-        for lora in active:
+        tags = WrittenTags(self.p)
+        for lora in self.activated():
             tags.take(lora.tagged.name)
-        return {name: TaggedLora(name, options).is_candidate for name, options in tags.left.items()}
+        return {name: TaggedLora(name, tag.options).is_candidate for name, tag in tags.left.items()}
 
     def _usable(self, active: Sequence[ActiveLora], missing: Mapping[str, bool]) -> Iterator[ReadLora]:
         """The LoRAs, read, without those that change nothing, those whose file cannot be read, and those candidates of a pool that
