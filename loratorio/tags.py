@@ -18,6 +18,9 @@ KINDS = ("lora", "lyco")
 WORDS_OPTION = "words"
 """The named argument of the words that only the LoRA's own rows have beside the prompt. It may have colons inside brackets."""
 
+READERS = BLOCK_WEIGHT, LORACTL = "lora_block_weight", "loractl"
+"""Words in the paths of the extensions that read LoRA tags, and have strengths of other kinds in them."""
+
 IN_NEGATIVE = "The LoRA tag in the negative prompt is plain text there: LoRAs are read from the prompt only."
 
 _ANY = re.compile(r"<(\w+):([^>]+)>")

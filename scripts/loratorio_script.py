@@ -55,9 +55,7 @@ class LoratorioScript(scripts.Script):
         with stopping(p):
             if job_of(p):
                 write_infotext(p)
-                from loratorio.hosts.shared.neighbours import reads_tags
-
-                pools.expand(job_of(p), prompts, reads_tags(p))
+                pools.expand(job_of(p), prompts)
 
     def process_batch(self, p, *args, **kwargs):
         with stopping(p):

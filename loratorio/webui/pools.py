@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache, partial
 from glob import escape
 from pathlib import Path
@@ -11,18 +12,15 @@ from ..errors import LoratorioError
 from ..lora_folder import LoraFolder
 from ..pool import Candidates, expanded, has_pool, pool_files
 from ..roles import looks_like_speed_lora
-from ..tags import for_webui
+from ..tags import READERS, for_webui
 
 if TYPE_CHECKING:
     from ..job import Job
 
 
-def expand(job: Job, prompts: list[str], numbers_are_others: bool = False) -> None:
+def expand(job: Job, prompts: list[str]) -> None:
     """Replace each `<pool:…>` in a batch's prompts, and in those of its hires pass, by the LoRAs it stands for, and what the WebUI
     could not read in a LoRA's tag.
-
-    Args:
-        numbers_are_others: see `tags.for_webui`.
 
     Raises:
         LoratorioError: a tag that cannot be read, a pool that leaves the LoRA folders, or that no LoRA fits.
@@ -33,7 +31,7 @@ def expand(job: Job, prompts: list[str], numbers_are_others: bool = False) -> No
 
     @cache  # the pictures of a batch mostly have one prompt, and each time the folders are read and the files opened
     def expanded_of(prompt: str) -> str:
-        prompt = for_webui(prompt, numbers_are_others)
+        prompt = for_webui(prompt, numbers_are_others())
         if not has_pool(prompt):
             return prompt
         return expanded(prompt, folders(), _name_of, partial(_is_candidate, damaged=damaged))
@@ -49,6 +47,13 @@ def expand(job: Job, prompts: list[str], numbers_are_others: bool = False) -> No
         p.all_hr_prompts[own] = changed
     if damaged:
         job.note(Candidates((), tuple((name, "") for name in damaged)).note)
+
+
+def numbers_are_others() -> bool:
+    """Whether an extension is loaded that reads the strengths of LoRA tags, and knows other ways to write them."""
+    scripts = getattr(sys.modules.get("modules.scripts"), "scripts_data", ())
+    paths = [str(getattr(script, "path", "")).lower() for script in scripts]
+    return any(word in path for path in paths for word in READERS)
 
 
 def restore(job: Job) -> None:

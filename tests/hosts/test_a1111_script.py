@@ -134,11 +134,11 @@ def test_a_tag_that_the_webui_cannot_read_stops_the_job(
     run(standin, script, [{}], standin.lora("dog", 1), batch_size=2, **own)
 
 
-def test_a_tag_of_another_extension_is_its_own_matter(standin: Any, script: Any) -> None:
-    other = SimpleNamespace(filename="/extensions/sd-webui-loractl/scripts/loractl.py")
-    scripts = SimpleNamespace(alwayson_scripts=[other])
+def test_a_tag_of_another_extension_is_its_own_matter(standin: Any, script: Any, monkeypatch: Any) -> None:
+    other = SimpleNamespace(path="/extensions/sd-webui-loractl/scripts/loractl.py")
+    monkeypatch.setattr(sys.modules["modules.scripts"], "scripts_data", [other])
     prompts = ("a hill <lora:dog:0@0,1@0.5>",)
-    run(standin, script, [{"enabled": True}], standin.lora("dog", 1), prompts=prompts, scripts=scripts)
+    run(standin, script, [{"enabled": True}], standin.lora("dog", 1), prompts=prompts)
 
 
 def test_own_words_may_have_what_divides_a_tag(standin: Any, script: Any) -> None:

@@ -474,7 +474,15 @@ def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     (call,) = routes.values()
     monkeypatch.delitem(sys.modules, "networks", raising=False)
     for asked in ({}, {"loras": 3, "pools": None}, {"loras": [1, {}, "x" * 9], "pools": []}):
-        assert call(asked) == {"missing": [], "pools": {}}
+        assert call(asked) == {"missing": [], "pools": {}, "wrong": {}}
+    wrong = "<lora:cat:0,8>"
+    why = "The tag <lora:cat:0,8> cannot be read: 0,8 is not a number: write <lora:cat:0.8>."
+    tags = [wrong, "<lora:cat:words=(red:1.2):1>", 7]
+    assert call({"tags": tags})["wrong"] == {wrong: why}
+    # An extension that reads the strengths itself may know more of them.
+    scripts = SimpleNamespace(scripts_data=[SimpleNamespace(path="/extensions/loractl/scripts/loractl.py")])
+    monkeypatch.setitem(sys.modules, "modules.scripts", scripts)
+    assert call({"tags": tags})["wrong"] == {}
 
 
 def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamespace) -> None:
