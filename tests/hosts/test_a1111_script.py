@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import sys
@@ -88,6 +89,33 @@ def test_unticked_does_nothing(standin: Any, script: Any) -> None:
         assert torch.equal(samples, standin.run(standin.job(a, b)))
         assert p.processed.infotexts[0] == ""
         assert p.comments == {}
+
+
+def test_a_call_that_forgets_to_switch_it_on_is_told_so(standin: Any, script: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    samples, p = run(standin, script, [{"preset": "fast"}], a, b)
+    assert torch.equal(samples, standin.run(standin.job(a, b)))
+    assert 'add "enabled": true' in p.processed.infotexts[0]
+    assert 'add "enabled": true' in "".join(p.comments)
+    assert "LoRAtorio: " not in p.processed.infotexts[0]
+
+
+def test_a_picture_without_a_step_says_that_nothing_was_composed(
+    standin: Any, a1111: Any, script: Any
+) -> None:
+    loras = standin.lora("a", 1), standin.lora("b", 2)
+    _, p = run(standin, script, [{"enabled": True}], *loras, steps=0)
+    assert "called the model in no step" in p.processed.infotexts[0]
+    p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
+    p.sample = lambda **conds: torch.zeros(1, 4, 8, 8)  # an extension's
+    standin.run(p)
+    assert "the WebUI sampled no step of this picture" in p.processed.infotexts[0]
+    a1111.shared.state.interrupted = True
+    p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
+    with contextlib.suppress(TypeError):  # the stand-in makes no picture of nothing
+        standin.run(p)
+    a1111.shared.state.interrupted = False
+    assert "Interrupted before the first step" in p.extra_generation_params["LoRAtorio note"]
 
 
 def test_bad_knobs_stop_the_job(standin: Any, script: Any) -> None:

@@ -33,6 +33,7 @@ from .loras import (
     changes_text,
     check_text_numbers,
     identity,
+    partly_fitting,
     partly_used,
     restore_base,
     text_strength,
@@ -83,8 +84,8 @@ class A1111Pass(SamplingPass):
         return activated_loras(self.p)
 
     def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
-        own = sum(map(text_strength, tags)), sum(map(unet_strength, tags))
-        return replace(tags[0], strength=own[1], own=own)
+        strength, text = sum(tag.strength for tag in tags), sum(tag.text for tag in tags)
+        return replace(tags[0], strength=strength, text=text, is_own=True)
 
     def obstacle(self) -> str | None:
         return obstacle(self.p)
@@ -101,18 +102,23 @@ class A1111Pass(SamplingPass):
     def identity(self, lora: ActiveLora) -> Hashable:
         return identity(lora.source)
 
-    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
-        layers = self._layers()
-        restore_base(layers)  # some kinds depend on the weight that they change
-        adapter = adapter_of(lora.source, layers, skip_misfits=is_refiner)
-        adapter.check_numbers()
-        check_text_numbers(lora.source)
-        return ReadLora(lora, adapter, remark="" if is_refiner else partly_used(lora.source))
+    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
+        from modules import shared
 
-    def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
+        network, layers = lora.source, self._layers()
+        restore_base(layers)  # some kinds depend on the weight that they change
+        adapter = adapter_of(network, layers, skip_misfits=skip_misfits)
+        adapter.check_numbers()
+        check_text_numbers(network)
+        remark = partly_fitting(network, adapter, shared.sd_model) if skip_misfits else partly_used(network)
+        return ReadLora(lora, adapter, remark=remark)
+
+    def read_once(self, lora: ActiveLora, skip_misfits: bool = False) -> ReadLora:
         # The WebUI may have made the network anew since its deltas were kept: text is made with the present one.
-        text = lora.source if changes_text(lora) else None
-        return replace(super().read_once(lora, is_refiner), text=text)
+        from modules import shared
+
+        text = lora.source if changes_text(lora, shared.sd_model) else None
+        return replace(super().read_once(lora, skip_misfits), text=text)
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         from modules import devices, shared
@@ -144,7 +150,7 @@ class A1111Pass(SamplingPass):
             partial(
                 conditioning_under, self.p, [lora.source for lora in active], [*map(text_strength, active)]
             ),
-            host_has_merged=self.all_take_part and not any(lora.own for lora in active),
+            host_has_merged=self.all_take_part and not any(lora.is_own for lora in active),
         )
 
     def _follow_refiner(self) -> None:

@@ -86,7 +86,10 @@ class ForgePass(SamplingPass):
     def activated(self) -> list[ActiveLora]:
         return [
             ActiveLora(
-                TaggedLora(file.name, file.options, file.metadata, file=Path(file.path)), file.unet, file
+                TaggedLora(file.name, file.options, file.metadata, file=Path(file.path)),
+                file.unet,
+                file.text,
+                file,
             )
             for file in self._flavour.applied(self.p)
         ]
@@ -96,7 +99,7 @@ class ForgePass(SamplingPass):
         unet, text = (
             self._flavour.added([getattr(file, part) for file in files]) for part in ("unet", "text")
         )
-        return replace(tags[0], strength=unet, source=replace(files[0], unet=unet, text=text))
+        return replace(tags[0], strength=unet, text=text, source=replace(files[0], unet=unet, text=text))
 
     def obstacle(self) -> str | None:
         loras = self.activated()
@@ -134,11 +137,11 @@ class ForgePass(SamplingPass):
         # A refiner, and the checkpoint that comes back after it, are other models.
         return weakref.ref(self.p.sd_model.forge_objects_original.unet.model)
 
-    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
+    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
         try:
             return read(lora, self.p.sd_model, self._flavour)
         except LoratorioError:
-            if not is_refiner:
+            if not skip_misfits:
                 raise
             return ReadLora(lora, Adapter(lora.tagged.name, {}))
 

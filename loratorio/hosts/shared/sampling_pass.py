@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -48,6 +48,13 @@ ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAt
 
 REFINER_WITHOUT = "No LoRA of the prompt fits the refiner: its steps are without them."
 
+NO_STEP = (
+    "The sampler called the model in no step, so LoRAtorio had nothing to compose: the picture is the WebUI's own. "
+    "Raise the steps, or the denoising strength."
+)
+
+INTERRUPTED = "Interrupted before the first step: nothing was composed."
+
 BYPASSED = (
     "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
     "Untick LoRAtorio, or switch the other extension off."
@@ -66,17 +73,18 @@ class ActiveLora:
 
     Attributes:
         tagged: what the prompt and its file say of it.
-        strength: in the UNet, when the pass begins.
+        strength, text: in the UNet and in the text encoder, when the pass begins.
         source: what the host reads it from.
         may_change: whether its strength may be another at each step.
-        own: its strengths in the text encoder and in the UNet, where the source's are those of another tag; None: the source's.
+        is_own: whether these are its strengths throughout, the source's being those of another tag.
     """
 
     tagged: TaggedLora
     strength: float
+    text: float
     source: Any
     may_change: bool = False
-    own: tuple[float, float] | None = None
+    is_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,8 +166,11 @@ class SamplingPass(ABC):
         return lora.source  # type: ignore[no-any-return]
 
     @abstractmethod
-    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
-        """The LoRA on the model that samples now. Of one for another model a refiner gets what fits, as without us.
+    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
+        """The LoRA on the model that samples now.
+
+        Args:
+            skip_misfits: of one for another model take what fits, as the WebUI does: for a refiner, and for a hires pass.
 
         Raises:
             LoratorioError: it does not fit the model.
@@ -244,6 +255,8 @@ class SamplingPass(ABC):
                     skipped.append((lora.tagged.name, str(problem)))
                 elif isinstance(problem, UnreadableLora):
                     unread.append(lora.tagged.name)
+                elif self.is_hires:
+                    yield from self._fitting_part(lora, problem)
                 else:
                     raise
                 continue
@@ -263,17 +276,28 @@ class SamplingPass(ABC):
         if skipped:
             self.job.note(Candidates((), tuple(skipped)).note)
 
-    def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
+    def _fitting_part(self, lora: ActiveLora, problem: LoratorioError) -> Iterator[ReadLora]:
+        """What fits of a LoRA of the hires pass, as without us: the picture is half made. A note says what the `problem` is."""
+        part = None
+        with suppress(LoratorioError):
+            part = self.read_once(lora, skip_misfits=True)
+        if part is None or (part.adapter.changes_nothing and part.text is None):
+            self.job.note(f"{problem} The hires pass was made without it.")
+        else:
+            self.job.note(f"{problem} The hires pass has what fits of it.")
+            yield part
+
+    def read_once(self, lora: ActiveLora, skip_misfits: bool = False) -> ReadLora:
         """`read`, kept for the job's other batches, since some kinds take seconds to make."""
-        key = (self.identity(lora), self.model_identity(), is_refiner)
+        key = (self.identity(lora), self.model_identity(), skip_misfits)
         if key not in self.job.adapters:
-            self.job.adapters[key] = self.read(lora, is_refiner)
+            self.job.adapters[key] = self.read(lora, skip_misfits)
         known: ReadLora = self.job.adapters[key]
         return replace(known, active=lora)  # the tag may say something else in the next batch
 
     def loras_of_refiner(self, active: Sequence[ActiveLora]) -> tuple[ReadLora, ...]:
         """The pass's LoRAs on the refiner that has come in; a note says which of them do not fit it."""
-        loras = tuple(self.read_once(lora, is_refiner=True) for lora in active)
+        loras = tuple(self.read_once(lora, skip_misfits=True) for lora in active)
         gone = [
             now.active.tagged.name
             for now, before in zip(loras, self.loras, strict=True)
@@ -286,6 +310,14 @@ class SamplingPass(ABC):
             )
         elif gone:
             self.job.note(REFINER_WITHOUT)
+        for now, before in zip(loras, self.loras, strict=True):
+            name = now.active.tagged.name
+            if before.text is not None and now.text is None and name not in gone:
+                self.job.note(
+                    f"The text encoder part of LoRA {name} does not fit the refiner: its steps are without it."
+                )
+            elif now.remark:
+                self.job.note(f"Refiner: {now.remark}")
         return loras
 
     def _importance(self, tagged: Sequence[TaggedLora]) -> dict[int, float] | None:
@@ -337,9 +369,13 @@ class SamplingPass(ABC):
         except InterruptedException:  # the WebUI makes a picture of what there is
             if self.evaluations:
                 self.record()
+            elif denoiser.step == first:
+                self.job.note(INTERRUPTED)
             raise
         if self.evaluations != denoiser.step - first:
             self.missed()
+        elif not self.evaluations:
+            self.job.note(NO_STEP)
         if self.evaluations:
             self.record()
         return result
@@ -362,11 +398,12 @@ class SamplingPass(ABC):
         )
 
     def _use(self, number: int, shares: Mapping[int, float]) -> LoraUse:
-        lora = self.loras[number].active
+        lora, has_text = self.loras[number].active, self.loras[number].text is not None
         seen = [strengths[number] for strengths in self._strengths] or [lora.strength]
         share = shares.get(number, 0.0) if lora.tagged.is_candidate and shares else None
         place = lora.tagged.options.get(PLACE_OPTION, "")
-        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share)
+        text = lora.text if has_text else None
+        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text)
 
     def saw_strengths(self, strengths: tuple[float, ...]) -> None:
         """Remember, for the infotext, the strengths that the LoRAs have at this evaluation, where they may change."""
