@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from .compose.candidates import CALLED
 from .compose.importance import importance, without_words
 from .compose.mixes import Participants
-from .compose.regions import Place
+from .compose.regions import WHOLE, Box, Place
 from .errors import LoratorioError
 from .places import OPTION as PLACE_OPTION
 from .places import read_place
@@ -270,6 +270,22 @@ def unknown_options_note(loras: Sequence[TaggedLora], others: Collection[str] = 
     if not strange:
         return ""
     return f"Unknown in a LoRA tag, and without effect: {', '.join(strange)}."
+
+
+def no_room_note(loras: Sequence[TaggedLora], height: int, width: int, region: Box = WHOLE) -> str:
+    """A sentence on LoRAs whose places are too small to show in height×width latent pixels of this part of the picture, or nothing."""
+    small = [
+        f"{lora.name} (at={lora.options[PLACE_OPTION]})"
+        for lora in loras
+        if lora.place is not None and float(lora.place.mask(height, width, region).sum()) < 1
+    ]
+    if not small:
+        return ""
+    several = len(small) > 1
+    return (
+        f"LoRA{'s' if several else ''} {', '.join(small)} {'have' if several else 'has'} next to no effect: the place covers less than one "
+        "latent pixel, which is 8×8 picture pixels, of what is sampled. Make it larger."
+    )
 
 
 def unread_note(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from ..compose.mixes import Branch, Mix
 from ..engine import Engine, Predict, Row, Step, WeightHistory
 from ..errors import LoratorioError
 from ..places import with_words
-from ..roles import reactions_note
+from ..roles import no_room_note, reactions_note
 from ..row_memory import measured_rows
 from ..settings import Settings
 from .checkpoint import Checkpoint
@@ -128,6 +128,8 @@ def _generate(
                 of_pool.append(reactions_note(names, engine.reactions, engine.left_out))
                 moved = {names[number]: score for number, score in engine.reactions.items()}
         images = _decode(checkpoint, latents)
+    scale = checkpoint.latent_scale
+    no_room = filter(None, [no_room_note(loras.tagged, request.height // scale, request.width // scale)])
     return Outcome(
         request,
         images,
@@ -135,7 +137,7 @@ def _generate(
         list(loras.tags),
         loras.composed,
         engine.history if engine else WeightHistory(),
-        (*plain_text_notes(text, request.negative), *loras.notes, *of_pool),
+        (*plain_text_notes(text, request.negative), *loras.notes, *no_room, *of_pool),
         moved,
     )
 

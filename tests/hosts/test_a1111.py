@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
@@ -145,6 +146,22 @@ def test_a_lora_in_two_places_has_two_strengths(a1111: Any, standin: Any) -> Non
     assert uses == of_two == ["1 text 0.5 at left", "0.25 text 1 at right", "1"]
     assert close(samples, separate)
     assert (a.te_multiplier, a.unet_multiplier) == (0.5, 1.0)  # as the last job has set them
+
+
+def test_a_place_smaller_than_a_latent_pixel_is_said(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+
+    def notes(at: str, **fields: Any) -> list[str]:
+        return compose(standin.job(Tag(a, named={"at": at}), b, **fields))[1].notes
+
+    (note,) = notes("0.4,0.4,0.5,0.5~0")
+    assert note.startswith("LoRA a (at=0.4,0.4,0.5,0.5~0) has next to no effect")
+    assert notes("0.4,0.4,0.55,0.55~0") == []
+    # Inpainting "only masked" samples a part of the picture, at its own size.
+    whole = Image.new("RGB", (64, 64))
+    assert notes("0.4,0.4,0.5,0.5~0", paste_to=(16, 16, 32, 32), overlay_images=[whole]) == []
+    assert len(notes("left~0", paste_to=(32, 0, 32, 64), overlay_images=[whole])) == 1
 
 
 def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:

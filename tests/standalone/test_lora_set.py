@@ -55,6 +55,14 @@ def test_a_lora_twice_is_one_at_both_strengths(model: Checkpoint, loras: Path) -
     )
 
 
+def test_a_place_smaller_than_a_latent_pixel_is_said(model: Checkpoint, loras: Path) -> None:
+    assert any(
+        "next to no effect" in note
+        for note in make(model, loras, "<lora:cat:at=0,0,.1,.1~0> <lora:ink>").notes
+    )
+    assert make(model, loras, "<lora:cat:at=0,0,.2,.2~0> <lora:ink>").notes == ()
+
+
 def test_own_words_may_have_emphasis(model: Checkpoint, loras: Path) -> None:
     with_it = make(model, loras, "a <lora:cat:words=(hat:1.4)> <lora:ink>")
     without = make(model, loras, "a <lora:cat:words=(hat)> <lora:ink>")

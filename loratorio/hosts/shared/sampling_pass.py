@@ -29,6 +29,7 @@ from ...roles import (
     TaggedLora,
     assigned_roles,
     chosen_from_pool,
+    no_room_note,
     participants_of,
     prompt_importance,
     reactions_note,
@@ -59,6 +60,9 @@ BYPASSED = (
     "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
     "Untick LoRAtorio, or switch the other extension off."
 )
+
+_LATENT_PIXEL = 8
+"""Picture pixels on a side."""
 
 Result = TypeVar("Result")
 
@@ -219,6 +223,7 @@ class SamplingPass(ABC):
         of_tags = (
             recognised_note(assigned_roles(tagged)),
             unknown_options_note(tagged, known_options(self.p)),
+            no_room_note(tagged, *self._latent_size(), self.region),
         )
         for remark in (*own_remarks, *self.remarks(), *of_tags):
             if remark:
@@ -340,6 +345,13 @@ class SamplingPass(ABC):
         x, y, width, height = cut
         whole_width, whole_height = self.p.overlay_images[0].size
         return Box(x / whole_width, y / whole_height, (x + width) / whole_width, (y + height) / whole_height)
+
+    def _latent_size(self) -> tuple[int, int]:
+        """Height and width of what is sampled, in latent pixels."""
+        height, width = self.p.height, self.p.width
+        if self.is_hires:
+            height, width = self.p.hr_upscale_to_y or height, self.p.hr_upscale_to_x or width
+        return height // _LATENT_PIXEL, width // _LATENT_PIXEL
 
     @property
     def prompt(self) -> str:
