@@ -6,7 +6,7 @@
 (function() {
     // The same sentence stands in loratorio/webui/panel.py, for the moment before this file has run.
     const NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own.";
-    const ONE_ONLY = "With a single LoRA, only re-centring changes the picture.";
+    const ONE_ONLY = "With a single LoRA, only re-centring, reuse and guidance rescale change the picture.";
     const ALWAYS_ONLY = "These act in every pass: there is nothing to compose.";
     const NONE_FOLDED = "no LoRA yet";
     const OFF = "Off. Ticked, it would compose";
@@ -15,6 +15,9 @@
     const ROLES_HELP = "content: where it fits, patch by patch. style: everywhere, in the passes of all the others. always: in every pass, never "
         + "composed (LCM, Lightning, Turbo and the like).";
 
+    // A tag that needs no asking whether it can be read: a name, options, plain numbers.
+    const PLAIN = /^<\w+:[^:]+(:(?!te=|unet=|dyn=)\w+=[^=:]*|:\s*[-+]?(\d+\.?\d*|\.\d+)\s*)*>$/;
+
     function element(tag, className, text) {
         const made = document.createElement(tag);
         made.className = className;
@@ -22,8 +25,13 @@
         return made;
     }
 
-    function chip(lora, index, textarea) {
+    function chip(lora, textarea) {
         const made = element("span", "loratorio-lora", (lora.pool ? "pool " : "") + lora.name + " ");
+        const wrong = found.wrong[lora.tag];
+        if (wrong) {
+            made.append(element("span", "loratorio-found", wrong));
+            return made;
+        }
         made.append(element("b", "", lora.unet));
         const known = found.of(lora);
         if (known) {
@@ -33,13 +41,13 @@
             made.append(element("span", "loratorio-text-strength", " text " + lora.text));
         }
         if (!lora.pool) {
-            made.append(roleMenu(lora, index, textarea));
+            made.append(roleMenu(lora, textarea));
         }
         return made;
     }
 
     /** A drop-down that shows the LoRA's role and writes another one into its tag. */
-    function roleMenu(lora, index, textarea) {
+    function roleMenu(lora, textarea) {
         const menu = element("select", "loratorio-role", "");
         menu.setAttribute("aria-label", "Role of " + lora.name);
         menu.title = ROLES_HELP;
@@ -47,13 +55,15 @@
             menu.append(new Option(role, role, false, role === lora.role));
         }
         // The role that the LoRA has anyway needs no writing.
-        menu.addEventListener("change", () => loratorioTags.write(textarea, index, "role", menu.value === lora.own ? undefined : menu.value));
+        const written = () => menu.value === lora.own ? undefined : menu.value;
+        menu.addEventListener("change", () => loratorioTags.write(textarea, lora.numbers, "role", written()));
         return menu;
     }
 
     /** What the WebUI has of the prompts' LoRAs and pools, asked for when new ones are in them. */
     const found = {
         pools: {},
+        wrong: {},
         missing: new Set(),
         asked: new Set(),
 
@@ -69,24 +79,27 @@
         /** Ask for those that were not asked for yet; `done` is called when the answer is there. */
         async ask(loras, done) {
             const key = lora => (lora.pool ? "pool:" : "lora:") + lora.name;
-            const fresh = loras.filter(lora => !this.asked.has(key(lora)));
-            if (!fresh.length) {
+            const isNew = text => !this.asked.has(text);
+            const fresh = loras.filter(lora => isNew(key(lora)));
+            const tags = loras.flatMap(lora => lora.tags).filter(tag => !PLAIN.test(tag) && isNew(tag));
+            if (!fresh.length && !tags.length) {
                 return;
             }
-            fresh.forEach(lora => this.asked.add(key(lora)));
+            [...fresh.map(key), ...tags].forEach(text => this.asked.add(text));
             const names = pool => fresh.filter(lora => lora.pool === pool).map(lora => lora.name);
             try {
                 const answer = await fetch("./loratorio/found", {
                     method: "POST",
                     headers: {"Content-Type": "application/json"},
-                    body: JSON.stringify({loras: names(false), pools: names(true)}),
+                    body: JSON.stringify({loras: names(false), pools: names(true), tags}),
                 });
                 if (!answer.ok) {
                     return;
                 }
-                const {missing, pools} = await answer.json();
+                const {missing, pools, wrong} = await answer.json();
                 missing.forEach(name => this.missing.add(name));
                 Object.assign(this.pools, pools);
+                Object.assign(this.wrong, wrong);
                 done();
             } catch {
                 // Where nobody answers, the line says nothing of it.
@@ -104,8 +117,44 @@
     function listed(heading, loras, textarea) {
         return [
             element("span", "loratorio-heading", heading),
-            ...loras.map((lora, index) => chip(lora, index, textarea)),
+            ...loras.map(lora => chip(lora, textarea)),
         ];
+    }
+
+    const isPlaced = lora => lora.options.at !== undefined || lora.options.words !== undefined;
+
+    /** A sentence where LoRAs have places or own words and the chosen method has none, or nothing. */
+    function placeless(tab, loras) {
+        const method = gradioApp().querySelector(`#loratorio_${tab}_method input`)?.value;
+        const able = JSON.parse(gradioApp().querySelector(`#loratorio_${tab}_places`)?.dataset.methods ?? "[]");
+        return !method || !able.length || able.includes(method) || !loras.some(isPlaced) ? ""
+            : `Places and own words need the method ${able.slice(0, -1).join(", ")} or ${able[able.length - 1]}: with ${method} the job stops.`;
+    }
+
+    /**
+     * The LoRAs with the numbers of their tags; those that several tags name in one place as one, at the strength to which they add up.
+     *
+     * `addsLast`: where no tag of a LoRA has a place, the WebUI adds up the last one's strength.
+     */
+    function joined(loras, addsLast) {
+        const byKey = new Map();
+        loras.forEach((lora, number) => {
+            const own = loras.filter(each => !each.pool && each.name === lora.name);
+            const {unet, text} = addsLast && !own.some(isPlaced) ? own[own.length - 1] ?? lora : lora;
+            const isOne = lora.pool || found.wrong[lora.tag] || Number.isNaN(Number(unet) + Number(text));
+            const key = JSON.stringify([isOne ? number : lora.name, lora.options.at, lora.options.words]);
+            const before = byKey.get(key);
+            const added = (one, other) => String(Number((Number(one) + Number(other)).toPrecision(12)));
+            byKey.set(key, before ? {
+                ...before,
+                options: Object.assign(Object.create(null), lora.options, before.options),
+                unet: added(before.unet, unet),
+                text: added(before.text, text),
+                tags: [...before.tags, lora.tag],
+                numbers: [...before.numbers, number],
+            } : {...lora, unet, text, tags: [lora.tag], numbers: [number]});
+        });
+        return [...byKey.values()];
     }
 
     /** The LoRAs of a textarea's prompt with their roles: what is written, else "always" for those that Python recognised. */
@@ -116,7 +165,8 @@
         } catch {
             // A list that cannot be read recognises nothing.
         }
-        return loratorioTags.read(textarea?.value ?? "").map(({start, end, ...lora}) => {
+        const loras = loratorioTags.read(textarea?.value ?? "").map(({start, end, ...lora}) => lora);
+        return joined(loras, line.dataset.repeats === "last").map(lora => {
             const own = !lora.pool && speed.includes(lora.name) ? "always" : "content";
             return {...lora, own, role: lora.pool ? "content" : lora.options.role?.trim().toLowerCase() ?? own};
         });
@@ -172,10 +222,12 @@
         const hires = rolesOf(hiresArea, line);
         const styles = gradioApp().querySelector(`#${tab}_styles .token`) !== null;
         const on = tickBox(tab)?.checked ?? true;
-        const composed = loras.filter(lora => lora.role !== "always");
+        const composed = loras.filter(lora => lora.role !== "always" && !found.wrong[lora.tag]);
         showCost(tab, composed.filter(lora => !lora.pool).length);
-        found.ask([...loras, ...hires], () => refresh(tab));
-        const state = JSON.stringify([loras, hires, styles, on, [...loras, ...hires].map(lora => found.of(lora))]);
+        const every = [...loras, ...hires];
+        found.ask(every, () => refresh(tab));
+        const said = [placeless(tab, every), ...every.map(lora => found.wrong[lora.tag] ?? found.of(lora))];
+        const state = JSON.stringify([loras, hires, styles, on, said]);
         if (shown[tab]?.line === line && shown[tab].state === state) {
             return;
         }
@@ -187,11 +239,11 @@
         if (hires.length) {
             parts.push(...listed("Hires pass", hires, hiresArea));
         }
-        let remark = alone ? ONE_ONLY : "";
+        let remark = alone && !isPlaced(composed[0]) ? ONE_ONLY : "";
         if (!composed.length && !hires.length) {
             remark = loras.length ? ALWAYS_ONLY : NONE_YET;
         }
-        for (const text of [remark, styles ? STYLES_TOO : ""]) {
+        for (const text of [remark, said[0], styles ? STYLES_TOO : ""]) {
             if (text) {
                 parts.push(element("span", "loratorio-remark", text));
             }

@@ -94,7 +94,7 @@ const loratorioPlaces = (function() {
         show(textarea, loras) {
             this.textarea = textarea;
             this.all = loras;
-            this.loras = loras.map((lora, index) => ({...lora, index})).filter(lora => lora.role !== "always" || lora.options.at);
+            this.loras = loras.filter(lora => lora.role !== "always" || lora.options.at).map(lora => ({...lora}));
             this.root.hidden = !this.loras.length;
             this.chosen = clamped(this.chosen, 0, Math.max(0, this.loras.length - 1));
             const colours = JSON.parse(this.root.dataset.colours);
@@ -313,7 +313,7 @@ const loratorioPlaces = (function() {
 
         /** Into the tag; the prompt's change brings the canvas up to date. */
         write(lora, place) {
-            loratorioTags.write(this.textarea, lora.index, "at", place ? written(place) : undefined);
+            loratorioTags.write(this.textarea, lora.numbers, "at", place ? written(place) : undefined);
         }
     }
 

@@ -8,15 +8,32 @@ const loratorioTags = (function() {
         return on ? prompt.replace(/#[^\n]*/g, comment => " ".repeat(comment.length)) : prompt;
     }
 
+    /** A tag's content cut at its colons, but for those inside brackets of own words. The same rule stands in loratorio/tags.py. */
+    function split(content) {
+        const parts = [];
+        for (const part of content.split(":")) {
+            const last = parts[parts.length - 1] ?? "";
+            const count = signs => [...last.replace(/\\./g, "")].filter(sign => signs.includes(sign)).length;
+            if (last.startsWith("words=") && count("([") > count(")]")) {
+                parts[parts.length - 1] += ":" + part;
+            } else {
+                parts.push(part);
+            }
+        }
+        return parts;
+    }
+
+    /** Whether a part of a tag has a name. The WebUI's own rule: exactly one = makes it so; own words may have more. */
+    const isOption = part => part.split("=").length === 2 || part.startsWith("words=");
+
     /** The parts of a tag behind its kind and name: numbers by position, options by name. */
     function partsOf(parts) {
         const positional = [];
         const options = Object.create(null);
         for (const part of parts) {
-            // The WebUI's own rule: exactly one = makes an argument with a name.
-            const [key, value, ...more] = part.split("=");
-            if (value !== undefined && !more.length) {
-                options[key] = value;
+            if (isOption(part)) {
+                const [key, ...value] = part.split("=");
+                options[key] = value.join("=");
             } else {
                 positional.push(part);
             }
@@ -26,12 +43,12 @@ const loratorioTags = (function() {
 
     /**
      * The LoRAs and pools of a prompt, in its order: name, strength in the UNet and in the text encoder as text, options as they are
-     * written, where its tag begins and ends.
+     * written, the tag itself, where it begins and ends.
      */
     function read(prompt) {
         const found = [];
         for (const match of withoutComments(prompt).matchAll(/<(lora|lyco|[Pp][Oo][Oo][Ll]):([^>]+)>/g)) {
-            const [name, ...rest] = match[2].split(":");
+            const [name, ...rest] = split(match[2]);
             const {positional, options} = partsOf(rest);
             const text = options.te ?? positional[0] ?? "1";
             const unet = options.unet ?? positional[1] ?? text;
@@ -41,6 +58,7 @@ const loratorioTags = (function() {
                 unet: plain(unet),
                 text: plain(text),
                 options,
+                tag: match[0],
                 start: match.index,
                 end: match.index + match[0].length,
             });
@@ -55,18 +73,22 @@ const loratorioTags = (function() {
     }
 
     /**
-     * Write an option of the LoRA whose tag is the `index`th of the textarea; undefined takes it out.
+     * Write an option of the LoRA whose tags are those of the textarea with these numbers; undefined takes it out.
      *
      * Options stand before the strength: the WebUI's Ctrl+Up and Ctrl+Down change the number at a tag's end.
      */
-    function write(textarea, index, option, value) {
-        const prompt = textarea.value;
-        const lora = read(prompt)[index];
-        if (!lora) {
-            return;
-        }
-        const [kind, name, ...rest] = prompt.slice(lora.start + 1, lora.end - 1).split(":");
-        const isOption = part => part.split("=").length === 2;
+    function write(textarea, numbers, option, value) {
+        const written = read(textarea.value);
+        // From the last to the first, each of which stays where it is meanwhile.
+        const tags = numbers.map(number => written[number]).filter(Boolean).sort((a, b) => b.start - a.start);
+        const prompt = tags.reduce((text, lora) => text.slice(0, lora.start) + changed(lora.tag, option, value) + text.slice(lora.end),
+            textarea.value);
+        replace(textarea, 0, textarea.value.length, prompt);
+    }
+
+    /** A tag with another value of an option. */
+    function changed(tag, option, value) {
+        const [kind, name, ...rest] = split(tag.slice(1, -1));
         const options = rest.filter(part => isOption(part) && part.split("=")[0] !== option);
         const numbers = rest.filter(part => !isOption(part));
         if (value !== undefined) {
@@ -75,8 +97,7 @@ const loratorioTags = (function() {
         if (!numbers.length && options.length && !options.some(part => /^(te|unet)=/.test(part))) {
             numbers.push("1");
         }
-        const tag = [kind, name, ...options, ...numbers].join(":");
-        replace(textarea, lora.start, lora.end, `<${tag}>`);
+        return `<${[kind, name, ...options, ...numbers].join(":")}>`;
     }
 
     /** Put `text` in the place of a part of the textarea's, as if it were typed. */
@@ -127,7 +148,7 @@ const loratorioTags = (function() {
         }
         const at = area.selectionStart;
         const lora = read(area.value).find(each => each.start < at && at < each.end);
-        const parts = lora ? area.value.slice(lora.start + 1, lora.end - 1).split(":") : [];
+        const parts = lora ? split(lora.tag.slice(1, -1)) : [];
         const last = parts.findLastIndex?.(part => /^\s*-?[\d.]+\s*$/.test(part)) ?? -1;
         if (last < 2 || last === parts.length - 1) {
             return;

@@ -36,6 +36,7 @@ class LoraUse(NamedTuple):
         place: as its tag has it, or nothing.
         most: the most that it had, where it changed.
         share: how much of the picture it had, from 0 to 1; for a candidate of a pool, else None.
+        text: its strength in the text encoder, where it has a part for that.
     """
 
     name: str
@@ -43,14 +44,16 @@ class LoraUse(NamedTuple):
     place: str = ""
     most: float | None = None
     share: float | None = None
+    text: float | None = None
 
     def __str__(self) -> str:
         strength = number(self.strength)
         if self.most is not None and self.most != self.strength:
             strength = f"{self.strength:.3g} to {self.most:.3g}"
+        text = "" if self.text in (None, self.strength) else f" text {number(self.text)}"
         place = f" at {self.place}" if self.place else ""
         share = "" if self.share is None else f" ({self.share * 100:.0f} %)"
-        return f"{self.name}:{strength}{place}{share}"
+        return f"{self.name}:{strength}{text}{place}{share}"
 
 
 UNUSED = 0.005

@@ -90,6 +90,11 @@ class Job:
         """All sentences so far, each once."""
         return list(dict.fromkeys(note.sentence for note in self.told))
 
+    def end_batch(self) -> None:
+        """A batch of pictures is made: say so where nothing was sampled for it."""
+        if self.batch not in {batch for batch, _ in self.begun}:
+            self.note(NOT_COMPOSED)
+
     def begin_pass(self) -> None:
         """A sampling begins."""
         self.begun.add((self.batch, self.is_hires))
@@ -140,5 +145,7 @@ class Job:
             sentences.append(which + sentence)
         return sentences
 
+
+NOT_COMPOSED = "LoRAtorio composed nothing: the WebUI sampled no step of this picture."
 
 FIRST_PASS, HIRES_PASS = "First pass: ", "Hires pass: "

@@ -17,9 +17,6 @@ from .errors import LoratorioError
 OPTION = "at"
 """The named argument of a LoRA tag."""
 
-WORDS_OPTION = "words"
-"""That of the words that only the LoRA's own rows have beside the prompt."""
-
 NAMED: dict[str, Box] = {
     "left": Box(0, 0, 0.5, 1),
     "right": Box(0.5, 0, 1, 1),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Literal, cast
 from .compose.candidates import CALLED
 from .compose.importance import importance, without_words
 from .compose.mixes import Participants
-from .compose.regions import Place
+from .compose.regions import WHOLE, Box, Place
 from .errors import LoratorioError
 from .places import OPTION as PLACE_OPTION
-from .places import WORDS_OPTION, read_place
+from .places import read_place
+from .tags import WORDS_OPTION, shown
 from .trigger_words import called, callers, words_of
 
 if TYPE_CHECKING:
@@ -89,7 +90,25 @@ class TaggedLora:
     @property
     def words(self) -> str:
         """What the prompt of its own rows has beside everybody's."""
-        return self.options.get(WORDS_OPTION, "").strip()
+        return shown(self.options.get(WORDS_OPTION, "")).strip()
+
+
+def repeats(loras: Sequence[TaggedLora]) -> list[list[int]]:
+    """The numbers of the LoRAs, those together that are one LoRA: of one file, in one place, with the same words of its own.
+
+    Raises LoratorioError where a place cannot be read.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for number, lora in enumerate(loras):
+        key = (lora.file or lora.name, lora.place, lora.words, lora.is_candidate)
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def united(loras: Sequence[TaggedLora]) -> TaggedLora:
+    """Several tags of one LoRA as one: where they have the same argument, the first one's counts."""
+    options = {name: value for lora in reversed(loras) for name, value in lora.options.items()}
+    return replace(loras[0], options=options)
 
 
 @dataclass(frozen=True)
@@ -251,6 +270,22 @@ def unknown_options_note(loras: Sequence[TaggedLora], others: Collection[str] = 
     if not strange:
         return ""
     return f"Unknown in a LoRA tag, and without effect: {', '.join(strange)}."
+
+
+def no_room_note(loras: Sequence[TaggedLora], height: int, width: int, region: Box = WHOLE) -> str:
+    """A sentence on LoRAs whose places are too small to show in height×width latent pixels of this part of the picture, or nothing."""
+    small = [
+        f"{lora.name} (at={lora.options[PLACE_OPTION]})"
+        for lora in loras
+        if lora.place is not None and float(lora.place.mask(height, width, region).sum()) < 1
+    ]
+    if not small:
+        return ""
+    several = len(small) > 1
+    return (
+        f"LoRA{'s' if several else ''} {', '.join(small)} {'have' if several else 'has'} next to no effect: the place covers less than one "
+        "latent pixel, which is 8×8 picture pixels, of what is sampled. Make it larger."
+    )
 
 
 def unread_note(names: Sequence[str]) -> str:

@@ -47,9 +47,12 @@ class LoratorioScript(scripts.Script):
             settings = api.settings_from_args(args, p)
             infotext.write(p.extra_generation_params, settings, None)
             if settings.enabled:
-                standing = api.without_effect(settings, args, p)
+                standing = api.standing(settings, args, p)
                 p.loratorio_job = Job(p, settings, standing, gr.Warning, partial(write_infotext, p))
                 p.loratorio_comments = infotext.Comments(p.comments)
+            elif api.is_off_by_mistake(settings, args):
+                p.extra_generation_params[infotext.NOTE_KEY] = api.OFF
+                p.comment(api.OFF)
 
     def before_process_batch(self, p, *args, prompts=(), **kwargs):
         with stopping(p):
@@ -69,6 +72,7 @@ class LoratorioScript(scripts.Script):
 
     def postprocess_batch(self, p, *args, **kwargs):
         if job_of(p):
+            job_of(p).end_batch()
             write_infotext(p)
             p.loratorio_comments.update(job_of(p))
 

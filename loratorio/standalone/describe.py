@@ -33,6 +33,7 @@ def describe(checkpoint: Checkpoint, outcome: Outcome, image: int) -> str:
                     lora.unet,
                     lora.options.get(OPTION, ""),
                     share=shares.get(number, 0.0) if lora.pool and shares else None,
+                    text=lora.te,
                 )
                 for number, lora in enumerate(outcome.loras)
             ],

@@ -19,7 +19,7 @@ from ..compose.methods import METHODS, Composition
 from ..compose.mixes import Mix
 from ..errors import LoratorioError
 from ..places import with_words
-from ..roles import reactions_note
+from ..roles import no_room_note, reactions_note
 from ..sampling.calls import by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Row, Step
 from ..sampling.history import WeightHistory
@@ -128,6 +128,8 @@ def _generate(
                 of_engine.append(reactions_note(names, engine.pool.reactions, engine.pool.left_out))
                 moved = {names[number]: score for number, score in engine.pool.reactions.items()}
         images = _decode(checkpoint, latents)
+    scale = checkpoint.latent_scale
+    no_room = filter(None, [no_room_note(loras.tagged, request.height // scale, request.width // scale)])
     return Outcome(
         request,
         images,
@@ -135,7 +137,7 @@ def _generate(
         list(loras.tags),
         loras.composed,
         engine.history if engine else WeightHistory(),
-        (*plain_text_notes(text, request.negative), *loras.notes, *of_engine),
+        (*plain_text_notes(text, request.negative), *loras.notes, *no_room, *of_engine),
         moved,
     )
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import LoratorioError
 from ..lora_folder import PICKLES, SUFFIX, LoraFolder, ambiguous_note, folded, readable, reason
 from ..pool import pool_files
-from ..roles import TaggedLora, chosen_from_pool, participants_of
+from ..roles import TaggedLora, chosen_from_pool, participants_of, repeats, united
 from .prompt import PromptLora
 
 
@@ -56,9 +56,22 @@ def look_up(tags: Sequence[PromptLora], folder: Path | None, prompt: str) -> tup
             check_safetensors(file, f"LoRA {tag.name}")
             loras = {file: TaggedLora(tag.name, tag.options, read_metadata(file), False, file)}
         found.append(TagFiles(tag, loras))
-        notes += [note] if note else []
+        notes += [note] if note and note not in notes else []
     participants_of([lora for each in found for lora in each.loras.values()])
-    return found, notes
+    return _each_once(found), notes
+
+
+def _each_once(found: Sequence[TagFiles]) -> list[TagFiles]:
+    """The tags of one LoRA as one tag, with their strengths added up, as merging does; pools as they are."""
+    named = [each for each in found if not each.tag.pool]
+    tagged = [lora for each in named for lora in each.loras.values()]
+    once: dict[int, TagFiles] = {}
+    for numbers in repeats(tagged):
+        tags, lora = [named[i].tag for i in numbers], united([tagged[i] for i in numbers])
+        te, unet = sum(tag.te for tag in tags), sum(tag.unet for tag in tags)
+        files = dict.fromkeys(named[numbers[0]].loras, lora)
+        once[id(named[numbers[0]])] = TagFiles(PromptLora(tags[0].name, te, unet, lora.options), files)
+    return [once.get(id(each), each) for each in found if each.tag.pool or id(each) in once]
 
 
 def list_loras(folder: Path) -> dict[str, Path]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import LoratorioError
-from ..lora_folder import folded, readable
+from ..lora_folder import readable
+from ..tags import IN_NEGATIVE, has_tag, parts_of, read_tag, trouble
 
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
 _MARKS = re.compile(
@@ -52,7 +53,7 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
     """The prompt without its tags, and the LoRAs that they name, in order.
 
     Raises:
-        LoratorioError: a strength is not a number, a tag of another kind or mistyped, a LoRA that is named twice, or text that is no UTF-8.
+        LoratorioError: a tag that cannot be read, is mistyped or of another kind, or text that is no UTF-8.
     """
     check_text("prompt", prompt)
     loras: list[PromptLora] = []
@@ -61,12 +62,7 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
             raise LoratorioError(
                 f"<{kind}:{content}> is not known here: only <lora:name:strength> and <pool:folder> tags are."
             )
-        lora = _read_tag(content, pool=kind.lower() == "pool")
-        if any(folded(lora.name) == folded(other.name) for other in loras):
-            raise LoratorioError(
-                f"LoRA {lora.name} is in the prompt twice. Keep one, with the strength that you want."
-            )
-        loras.append(lora)
+        loras.append(_read_tag(kind, content))
     text = re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip()
     if mistyped := _LOOKS_LIKE_A_TAG.search(text):
         raise LoratorioError(f"{mistyped.group().strip()} is not a whole tag: write it like <lora:name:0.8>.")
@@ -85,8 +81,8 @@ def plain_text_notes(prompt: str, negative: str) -> list[str]:
         notes.append(
             f"{edited.group()} is plain text here: only the WebUIs change a prompt while they sample."
         )
-    if _TAG.search(negative):
-        notes.append("The tag in the negative prompt is plain text: LoRAs are read from the prompt only.")
+    if has_tag(negative):
+        notes.append(IN_NEGATIVE)
     return notes
 
 
@@ -101,31 +97,20 @@ def check_text(what: str, text: str) -> None:
         ) from None
 
 
-def _read_tag(content: str, pool: bool) -> PromptLora:
-    name, *parts = (part.strip() for part in content.split(":"))
-    if not name:
-        raise LoratorioError(f"<{'pool' if pool else 'lora'}:{content}> names no LoRA.")
-    options = dict(part.split("=", 1) for part in parts if "=" in part)
-    positional = [part for part in parts if "=" not in part]
-    if len(positional) > 2:
+def _read_tag(kind: str, content: str) -> PromptLora:
+    content = ":".join(part.strip() for part in parts_of(content))
+    why = trouble(kind, content)
+    if why:
+        raise LoratorioError(why)
+    name, numbers, named = read_tag(content)
+    if len(numbers) > 2:
         raise LoratorioError(
-            f"<{'pool' if pool else 'lora'}:{content}> has more than two numbers: one is the strength, two are those in the text "
-            "encoder and in the UNet."
+            f"<{kind}:{content}> has more than two numbers: one is the strength, two are those in the text encoder and in the UNet."
         )
-    te = _strength(name, options.pop("te", positional[0] if positional else "1"))
-    unet = options.pop("unet", positional[1] if len(positional) > 1 else None)
-    return PromptLora(name, te, te if unet is None else _strength(name, unet), options, pool)
-
-
-def _strength(name: str, text: str) -> float:
-    try:
-        # float() takes Python's own ways to write numbers too, such as 1_0 for ten.
-        value = float("nan" if "_" in text else text)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < float("inf"):
-        raise LoratorioError(f"The strength of LoRA {name} must be a number, not {text!r}.")
-    return value
+    options = dict(named)
+    te = options.pop("te", numbers[0] if numbers else "1")
+    unet = options.pop("unet", numbers[1] if len(numbers) > 1 else te)
+    return PromptLora(name, float(te), float(unet), options, kind.lower() == "pool")
 
 
 def emphasised(prompt: str) -> list[Fragment]:

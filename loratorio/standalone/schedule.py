@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..compose.guidance import guide
 from ..compose.methods import Composition
+from ..sampling.engine import Predict, Row, Step
 from .samplers import Sampler
 
 Compose = Callable[[Step, Predict], Composition]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..errors import LoratorioError
 from ..settings import KNOB_BY_NAME, KNOBS, Settings
+from ..tags import IN_NEGATIVE, has_tag
 from . import options, xyz
 
 
@@ -30,10 +32,24 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
         raise
 
 
-def without_effect(settings: Settings, args: Sequence[Any], p: Any = None) -> list[str]:
-    """A sentence for each knob that an API call names, or a plot sets, and that changes nothing; the panel greys those."""
+def standing(settings: Settings, args: Sequence[Any], p: Any) -> list[str]:
+    """What is true of every picture of the job `p`: a sentence for each knob that an API call names, or a plot sets, and that changes
+    nothing (the panel greys those), and one on LoRA tags in the negative prompt."""
     named = _values(args) if args and isinstance(args[0], Mapping) else {}
-    return settings.without_effect({**named, **xyz.chosen(p)})
+    sentences = settings.without_effect({**named, **xyz.chosen(p)})
+    negative = (getattr(p, name, None) or () for name in ("all_negative_prompts", "all_hr_negative_prompts"))
+    if any(map(has_tag, dict.fromkeys(chain(*negative)))):
+        sentences.append(IN_NEGATIVE)
+    return sentences
+
+
+OFF = 'The call names settings of LoRAtorio and does not switch it on: add "enabled": true. The LoRAs were merged.'
+
+
+def is_off_by_mistake(settings: Settings, args: Sequence[Any]) -> bool:
+    """Whether an API call says how to compose, and not whether."""
+    named = _values(args) if args and isinstance(args[0], Mapping) else {}
+    return bool(named) and not settings.enabled and "enabled" not in named
 
 
 def _values(args: Sequence[Any]) -> dict[str, Any]:

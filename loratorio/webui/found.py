@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import LoratorioError
+from ..tags import trouble
 from . import pools
 
 PATH = "/loratorio/found"
@@ -21,7 +22,8 @@ def add_route(_: Any, app: Any) -> None:
     """
 
     def answer(asked: dict[str, Any]) -> dict[str, Any]:
-        return found(_texts(asked.get("loras")), _texts(asked.get("pools")), pools.count, pools.is_new)
+        answered = found(_texts(asked.get("loras")), _texts(asked.get("pools")), pools.count, pools.is_new)
+        return {**answered, "wrong": wrong(_texts(asked.get("tags")))}
 
     app.add_api_route(PATH, answer, methods=["POST"])
 
@@ -36,6 +38,14 @@ def found(
     known = getattr(sys.modules.get("networks"), "available_network_aliases", None)
     missing = [] if known is None else [name for name in loras if not _has(name, known) and not is_new(name)]
     return {"missing": missing, "pools": {pattern: _count(pattern, count) for pattern in patterns}}
+
+
+def wrong(tags: Sequence[str]) -> dict[str, str]:
+    """By tag, why it cannot be read; those that can be are left out."""
+    if pools.numbers_are_others():
+        return {}
+    troubles = {tag: trouble(*tag.strip("<>").partition(":")[::2]) for tag in tags}
+    return {tag: why for tag, why in troubles.items() if why}
 
 
 def _has(name: str, known: Mapping[str, Any]) -> bool:

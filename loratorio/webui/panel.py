@@ -164,11 +164,14 @@ def _line(tab: str) -> str:
     speed = escape(json.dumps(speed_loras()))
     helps = {name: preset.help for name, preset in PRESETS.items()} | {RESET: RESET_HELP}
     presets = escape(json.dumps(helps))
+    repeats = "each" if "modules_forge" in sys.modules else "last"  # see hosts/a1111/loras.py
+    methods = escape(json.dumps([method.entry.label for method in METHODS.values() if method.takes_places]))
     return (
         f'<p class="loratorio-help">{help_text}</p>'
         f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{speed}" data-presets="{presets}" '
-        f'aria-live="polite">{escape(NONE_YET)}</p>'
-        f'<div class="loratorio-places" id="loratorio_{tab}_places" data-colours="{escape(json.dumps(COLOURS))}" hidden></div>'
+        f'data-repeats="{repeats}" aria-live="polite">{escape(NONE_YET)}</p>'
+        f'<div class="loratorio-places" id="loratorio_{tab}_places" data-colours="{escape(json.dumps(COLOURS))}" '
+        f'data-methods="{methods}" hidden></div>'
     )
 
 

@@ -1,7 +1,8 @@
-"""Pools of LoRAs in a WebUI's prompts."""
+"""A WebUI's prompts as it can read them: pools as the LoRAs that they stand for, own words without what divides a tag's parts."""
 
 from __future__ import annotations
 
+import sys
 from functools import cache, partial
 from glob import escape
 from pathlib import Path
@@ -11,37 +12,48 @@ from ..errors import LoratorioError
 from ..lora_folder import LoraFolder
 from ..pool import Candidates, expanded, has_pool, pool_files
 from ..roles import looks_like_speed_lora
+from ..tags import READERS, for_webui
 
 if TYPE_CHECKING:
     from ..job import Job
 
 
 def expand(job: Job, prompts: list[str]) -> None:
-    """Replace each `<pool:…>` in a batch's prompts, and in those of its hires pass, by the LoRAs it stands for.
+    """Replace each `<pool:…>` in a batch's prompts, and in those of its hires pass, by the LoRAs it stands for, and what the WebUI
+    could not read in a LoRA's tag.
 
     Raises:
-        LoratorioError: a pool that leaves the LoRA folders, or that no LoRA fits.
+        LoratorioError: a tag that cannot be read, a pool that leaves the LoRA folders, or that no LoRA fits.
     """
     p = job.p
     hires = getattr(p, "all_hr_prompts", None) or []
-    if not any(has_pool(prompt) for prompt in (*prompts, *hires)):
-        return
     damaged: dict[str, None] = {}
 
     @cache  # the pictures of a batch mostly have one prompt, and each time the folders are read and the files opened
     def expanded_of(prompt: str) -> str:
+        prompt = for_webui(prompt, numbers_are_others())
+        if not has_pool(prompt):
+            return prompt
         return expanded(prompt, folders(), _name_of, partial(_is_candidate, damaged=damaged))
 
     # The infotext keeps the tag: it is made of the job's prompts, of which these are copies.
     prompts[:] = map(expanded_of, prompts)
-    if hires:
-        own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size)
+    own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size) if hires else slice(0)
+    changed = [expanded_of(prompt) for prompt in hires[own]]
+    if changed != hires[own]:
         # These are no copies, and so have to be put back.
         job.hires_prompts = hires
         p.all_hr_prompts = list(hires)
-        p.all_hr_prompts[own] = map(expanded_of, hires[own])
+        p.all_hr_prompts[own] = changed
     if damaged:
         job.note(Candidates((), tuple((name, "") for name in damaged)).note)
+
+
+def numbers_are_others() -> bool:
+    """Whether an extension is loaded that reads the strengths of LoRA tags, and knows other ways to write them."""
+    scripts = getattr(sys.modules.get("modules.scripts"), "scripts_data", ())
+    paths = [str(getattr(script, "path", "")).lower() for script in scripts]
+    return any(word in path for path in paths for word in READERS)
 
 
 def restore(job: Job) -> None:

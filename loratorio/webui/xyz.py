@@ -107,6 +107,8 @@ def _confirm(label: str, check: Callable[[Any], Any]) -> Callable[[Any, Sequence
     """What the plot calls before the first picture: the place to stop with a sentence."""
 
     def confirm(p: Any, values: Sequence[Any]) -> None:
+        if not values:  # the plot would make no picture, and say nothing
+            raise Refusal(f"X/Y/Z plot, {PREFIX}{label}: the axis has no values. Choose at least one.")
         for value in values:
             try:
                 check(value)

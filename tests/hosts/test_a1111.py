@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
@@ -116,6 +117,53 @@ def test_kinds_and_strengths(a1111: Any, standin: Any) -> None:
             )
 
 
+def test_a_lora_that_two_tags_name_acts_as_in_the_webui(a1111: Any, standin: Any) -> None:
+    """Which adds it twice, at the strengths of the last tag."""
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    tags = Tag(a, 1.0, 1.0), Tag(a, 0.25, 0.5, {"role": "content"})
+    composed, job = compose(standin.job(*tags), recentre=0.0)
+    assert close(composed, standin.run(standin.job(*tags)))
+    assert not close(composed, standin.run(standin.job(Tag(a, 0.25, 0.5))))
+    assert [str(use) for use in job.passes[0].uses] == ["a:1 text 0.5"]
+    merged, _ = compose(standin.job(*tags, b), method="merge")
+    assert close(merged, standin.run(standin.job(*tags, b)))
+    both, _ = compose(standin.job(*tags, b))
+    assert close(both, compose(standin.job(Tag(a, 0.5, 1.0), b))[0])
+
+
+def test_a_lora_in_two_places_has_two_strengths(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, twin, b = standin.lora("a", 1), standin.lora("twin", 1), standin.lora("b", 2)
+    left, right = {"at": "left"}, {"at": "right", "words": "sea"}
+
+    def made(other: Any) -> tuple[torch.Tensor, list[str]]:
+        tags = Tag(a, 0.5, 1.0, left), Tag(other, 1.0, 0.25, right), Tag(b)
+        samples, job = compose(standin.job(*tags), reuse=1)
+        return samples, [str(use).partition(":")[2] for use in job.passes[0].uses]
+
+    (samples, uses), (separate, of_two) = made(a), made(twin)
+    assert uses == of_two == ["1 text 0.5 at left", "0.25 text 1 at right", "1"]
+    assert close(samples, separate)
+    assert (a.te_multiplier, a.unet_multiplier) == (0.5, 1.0)  # as the last job has set them
+
+
+def test_a_place_smaller_than_a_latent_pixel_is_said(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+
+    def notes(at: str, **fields: Any) -> list[str]:
+        return compose(standin.job(Tag(a, named={"at": at}), b, **fields))[1].notes
+
+    (note,) = notes("0.4,0.4,0.5,0.5~0")
+    assert note.startswith("LoRA a (at=0.4,0.4,0.5,0.5~0) has next to no effect")
+    assert notes("0.4,0.4,0.55,0.55~0") == []
+    # Inpainting "only masked" samples a part of the picture, at its own size.
+    whole = Image.new("RGB", (64, 64))
+    assert notes("0.4,0.4,0.5,0.5~0", paste_to=(16, 16, 32, 32), overlay_images=[whole]) == []
+    assert len(notes("left~0", paste_to=(32, 0, 32, 64), overlay_images=[whole])) == 1
+
+
 def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:
     """Where the WebUI itself silently leaves such a LoRA out."""
     half, single = standin.full("half", 2, torch.float16), standin.full("single", 2)
@@ -213,6 +261,41 @@ def test_the_refiner_is_composed_too(standin: Any, name: str) -> None:
     merged, _ = compose(standin.job(a, b, **fields), method="merge")
     assert close(merged, standin.run(standin.job(a, b, **fields)))
     assert standin.run(standin.job(a, b)).shape == merged.shape
+
+
+def test_a_refiner_without_a_loras_text_encoder_is_said(standin: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2, text=False)
+    layers = standin.refiner.network_layer_mapping
+    layers["another_text"] = layers.pop("transformer_text")
+    standin.refiner.text.network_layer_name = "another_text"
+    fields = {"refiner": standin.refiner, "refiner_switch_at": 0.5}
+    composed, job = compose(standin.job(a, b, **fields), method="merge")
+    assert close(composed, standin.run(standin.job(a, b, **fields)))
+    assert job.notes == [
+        "The text encoder part of LoRA a does not fit the refiner: its steps are without it."
+    ]
+    del layers["diffusion_model_down"]
+    _, job = compose(standin.job(b, **fields))
+    assert len(job.notes) == 1
+    assert job.notes[0].startswith("Refiner: Of LoRA b 3 of 4 layers were used")
+
+
+def test_a_hires_pass_takes_what_fits_of_a_lora(standin: Any) -> None:
+    """The first pass is made by then."""
+    a, b, c = standin.lora("a", 1), standin.lora("b", 2), standin.lora("c", 3, text=False)
+    b.modules["diffusion_model_gone"] = b.modules["diffusion_model_down"]
+    c.modules = {"diffusion_model_gone": c.modules["diffusion_model_down"]}
+    with pytest.raises(LoratorioError, match="has no such layer"):
+        compose(standin.job(a, b))
+    fields = {"hires": (["a blue square"], [a, b, c])}
+    composed, job = compose(standin.job(a, **fields), method="merge")
+    assert close(composed, standin.run(standin.job(a, **fields)))
+    assert [(each.loras, each.hires) for each in job.passes] == [(("a",), False), (("a", "b"), True)]
+    assert any("LoRA b cannot be applied" in note and note.endswith("what fits of it.") for note in job.notes)
+    assert any("LoRA c cannot be applied" in note and note.endswith("without it.") for note in job.notes)
+    none, job = compose(standin.job(a, hires=(["a blue square"], [c])), method="merge")
+    assert close(none, standin.run(standin.job(a, hires=(["a blue square"], [c]))))
+    assert [each.hires for each in job.passes] == [False]
 
 
 def test_roles_come_from_the_tags(a1111: Any, standin: Any) -> None:

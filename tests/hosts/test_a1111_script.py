@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from loratorio.errors import LoratorioError
+from loratorio.roles import TaggedLora
 from loratorio.settings import KNOBS, Settings
 from tests.published import paper
 
@@ -87,6 +91,33 @@ def test_unticked_does_nothing(standin: Any, script: Any) -> None:
         assert p.comments == {}
 
 
+def test_a_call_that_forgets_to_switch_it_on_is_told_so(standin: Any, script: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    samples, p = run(standin, script, [{"preset": "fast"}], a, b)
+    assert torch.equal(samples, standin.run(standin.job(a, b)))
+    assert 'add "enabled": true' in p.processed.infotexts[0]
+    assert 'add "enabled": true' in "".join(p.comments)
+    assert "LoRAtorio: " not in p.processed.infotexts[0]
+
+
+def test_a_picture_without_a_step_says_that_nothing_was_composed(
+    standin: Any, a1111: Any, script: Any
+) -> None:
+    loras = standin.lora("a", 1), standin.lora("b", 2)
+    _, p = run(standin, script, [{"enabled": True}], *loras, steps=0)
+    assert "called the model in no step" in p.processed.infotexts[0]
+    p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
+    p.sample = lambda **conds: torch.zeros(1, 4, 8, 8)  # an extension's
+    standin.run(p)
+    assert "the WebUI sampled no step of this picture" in p.processed.infotexts[0]
+    a1111.shared.state.interrupted = True
+    p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
+    with contextlib.suppress(TypeError):  # the stand-in makes no picture of nothing
+        standin.run(p)
+    a1111.shared.state.interrupted = False
+    assert "Interrupted before the first step" in p.extra_generation_params["LoRAtorio note"]
+
+
 def test_bad_knobs_stop_the_job(standin: Any, script: Any) -> None:
     a = standin.lora("a", 1)
     for knobs in ({"patchsize": 1}, {"enabled": True, "temperature": -1}, {"method": "lora"}):
@@ -106,6 +137,59 @@ def test_a_fault_of_ours_stops_the_job(standin: Any, script: Any, monkeypatch: A
     monkeypatch.setattr(A1111, "before_sampling", fail)
     with pytest.raises(ZeroDivisionError):
         run(standin, script, [{"enabled": True}], standin.lora("a", 1))
+
+
+@pytest.mark.parametrize(
+    ("tag", "why"),
+    [
+        ("<lora:cat:0,8>", "<lora:cat:0,8> cannot be read: 0,8 is not a number: write <lora:cat:0.8>."),
+        ("<lora:cat:abc>", "abc is not a number: write <lora:cat:1>."),
+        ("<lyco:cat:1.0:5-15>", "5-15 is not a number: write <lyco:cat:1.0>."),
+        ("<pool:*:0,8>", "<pool:*:0,8> cannot be read"),
+        ("<lora:cat:words=mimsy: red>", "a colon in words= needs brackets around it"),
+        ("<Lora:cat:1>", "does not know the tag <Lora:cat:1>: write lora in small letters"),
+    ],
+)
+@pytest.mark.parametrize("hires", [False, True])
+def test_a_tag_that_the_webui_cannot_read_stops_the_job(
+    standin: Any, script: Any, tag: str, why: str, hires: bool
+) -> None:
+    prompts = ("hill", f"hill {tag} <lora:dog:1>")
+    own: dict[str, Any] = {"all_hr_prompts": list(prompts)} if hires else {"prompts": prompts}
+    with pytest.raises(LoratorioError) as stopped:
+        run(standin, script, [{"enabled": True}], standin.lora("dog", 1), batch_size=2, **own)
+    assert why in str(stopped.value)
+    run(standin, script, [{}], standin.lora("dog", 1), batch_size=2, **own)
+
+
+def test_a_tag_of_another_extension_is_its_own_matter(standin: Any, script: Any, monkeypatch: Any) -> None:
+    other = SimpleNamespace(path="/extensions/sd-webui-loractl/scripts/loractl.py")
+    monkeypatch.setattr(sys.modules["modules.scripts"], "scripts_data", [other])
+    prompts = ("a hill <lora:dog:0@0,1@0.5>",)
+    run(standin, script, [{"enabled": True}], standin.lora("dog", 1), prompts=prompts)
+
+
+def test_own_words_may_have_what_divides_a_tag(standin: Any, script: Any) -> None:
+    from loratorio.job import Job
+    from loratorio.webui import pools
+
+    words = "(mimsy:1.2), a=b, [red:blue:0.5]"
+    written = f"a <lora:cat:words={words}:at=left:1> <hypernet:x:(a:b)>"
+    job = Job(standin.job(all_hr_prompts=["b", written]), paper(enabled=True))
+    prompts = [written]
+    pools.expand(job, prompts)
+    cat, hypernet = re.findall("<([^>]*)>", prompts[0])
+    kind, name, own, *others = cat.split(":")  # as the WebUI does
+    assert [kind, name, *others] == ["lora", "cat", "at=left", "1"]
+    assert own.count("=") == 1
+    assert TaggedLora("cat", dict([own.split("=")])).words == words
+    assert hypernet == "hypernet:x:(a:b)"
+    assert job.hires_prompts is None  # those of another batch
+    job.p.iteration = 1
+    pools.expand(job, prompts)
+    assert job.p.all_hr_prompts == ["b", prompts[0]]
+    pools.restore(job)
+    assert job.p.all_hr_prompts == ["b", written]
 
 
 def test_without_a_lora_it_says_so(standin: Any, script: Any) -> None:

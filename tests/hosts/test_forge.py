@@ -149,6 +149,37 @@ def slow_reference(standin: Any, p: Any, names: list[str], recentre: float, **kn
 KNOBS: dict[str, Any] = {"method": "loratorio", "patch_size": 2, "temperature": 0.05, "adaptive": False}
 
 
+@pytest.mark.parametrize("strengths", [(1.0, 0.5), (1.0, 1.0)])
+def test_a_lora_that_two_tags_name_acts_as_in_the_host(
+    webui: Any, standin: Any, strengths: tuple[float, float]
+) -> None:
+    """Forge keeps one of two with the same strength."""
+    tags = [webui.run.tag("a", 0.5, strengths[0]), webui.run.tag("a", 1.0, strengths[1])]
+    composed, job = compose(standin, standin.job(*tags), recentre=0.0)
+    assert close(composed, standin.run(standin.job(*tags)))
+    total = sum(set(strengths)) if standin.model.flavour == "forge" else sum(strengths)
+    uses = [str(use) for use in job.passes[0].uses]
+    assert uses == ["a:1.5" if total == 1.5 else f"a:{total:g} text 1.5"]
+    merged, _ = compose(standin, standin.job(*tags, "b"), method="merge")
+    assert close(merged, standin.run(standin.job(*tags, "b")))
+    both, _ = compose(standin, standin.job(*tags, "b"))
+    assert close(both, compose(standin, standin.job(webui.run.tag("a", 1.5, total), "b"))[0])
+
+
+def test_a_lora_in_two_places_has_two_strengths(webui: Any, standin: Any) -> None:
+    tag = webui.run.tag
+    standin.lora("twin", 1)
+
+    def made(other: str) -> tuple[torch.Tensor, list[str]]:
+        tags = tag("a", 0.5, 1.0, at="left"), tag(other, 1.0, 0.25, at="right", words="sea"), "b"
+        samples, job = compose(standin, standin.job(*tags), reuse=1)
+        return samples, [str(use).partition(":")[2] for use in job.passes[0].uses]
+
+    (samples, uses), (separate, of_two) = made("a"), made("twin")
+    assert uses == of_two == ["1 text 0.5 at left", "0.25 text 1 at right", "1"]
+    assert close(samples, separate)
+
+
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_one_lora_without_recentring_is_the_hosts_own_picture(standin: Any, name: str) -> None:
     own = standin.run(standin.job(name))
@@ -362,7 +393,29 @@ def test_loras_that_do_not_fit_the_refiner_are_left_out_there(webui: Any, standi
     knobs = {**KNOBS, "method": "merge"}
     composed, done = compose(standin, standin.job("a", "b", refiner=refiner), **knobs)
     assert close(composed, merged)
-    assert done.notes == ["LoRA b does not fit the refiner, whose steps are without it."]
+    assert done.notes == [
+        "LoRA b does not fit the refiner, whose steps are without it.",
+        "Refiner: Only the text encoder part of LoRA a is used: its other part fits nothing in this model.",
+    ]
+
+
+def test_a_hires_pass_is_made_without_a_lora_that_does_not_fit(webui: Any, standin: Any) -> None:
+    other = webui.networks.files["/loras/other"] = {"elsewhere.weight": ("lora", torch.ones(2, 2))}
+
+    def job() -> Any:
+        return standin.job("a", hires=(["another prompt"], ["b", "other"]), hr_cfg=3.0)
+
+    composed, done = compose(standin, job(), method="merge")
+    assert close(composed, standin.run(job()))
+    assert [each.loras for each in done.passes] == [("a",), ("b",)]
+    (note,) = done.notes
+    assert note.startswith("LoRA other fits nothing in this model")
+    assert note.endswith("The hires pass was made without it.")
+    with pytest.raises(LoratorioError, match="fits nothing in this model"):
+        compose(standin, standin.job("a", "other"))
+    other["double_blocks.0.processor.qkv_lora1.down.weight"] = other["elsewhere.weight"]
+    with pytest.raises(LoratorioError, match="LoRA other has XLabs' names"):
+        compose(standin, standin.job("a", "other"))
 
 
 def test_second_order_samplers(standin: Any) -> None:

@@ -170,7 +170,6 @@ BAD = {
     "pickle": (["generate", "a <lora:evil>"], r"LoRA evil is a pickle \(evil\.pt\)"),
     "another pickle": (["generate", "a <lora:evil2>"], r"LoRA evil2 is a pickle"),
     "NaN": (["generate", "a <lora:sick>"], r"LoRA sick holds NaN or infinite numbers in layer"),
-    "twice": (["generate", "a <lora:rose> <lora:rose:0.5>"], r"LoRA rose is in the prompt twice"),
     "patch": (
         ["generate", PROMPT, "--patch-size", "9"],
         r"--patch-size is 9, but the latent of a 64×64 picture is only 8×8",

@@ -41,6 +41,34 @@ def differ(first: Image.Image, second: Image.Image) -> bool:
     return not np.array_equal(np.asarray(first), np.asarray(second))
 
 
+def test_a_lora_twice_is_one_at_both_strengths(model: Checkpoint, loras: Path) -> None:
+    twice = make(model, loras, "a <lora:cat> <lora:ink> <lora:Cat:0.5:0.25>", method="merge")
+    once = make(model, loras, "a <lora:cat:1.5:1.25> <lora:ink>", method="merge")
+    assert twice.composed == ["cat", "ink"]
+    assert not differ(twice.images[0], once.images[0])
+    placed = make(model, loras, "a <lora:cat:at=left> <lora:cat:0.5:at=right> <lora:cat:1:at=left>")
+    same = make(model, loras, "a <lora:cat:2:at=left> <lora:cat:0.5:at=right>")
+    assert placed.composed == ["cat", "cat"]
+    assert not differ(placed.images[0], same.images[0])
+    assert differ(
+        placed.images[0], make(model, loras, "a <lora:cat:2:at=left> <lora:cat:2:at=right>").images[0]
+    )
+
+
+def test_a_place_smaller_than_a_latent_pixel_is_said(model: Checkpoint, loras: Path) -> None:
+    assert any(
+        "next to no effect" in note
+        for note in make(model, loras, "<lora:cat:at=0,0,.1,.1~0> <lora:ink>").notes
+    )
+    assert make(model, loras, "<lora:cat:at=0,0,.2,.2~0> <lora:ink>").notes == ()
+
+
+def test_own_words_may_have_emphasis(model: Checkpoint, loras: Path) -> None:
+    with_it = make(model, loras, "a <lora:cat:words=(hat:1.4)> <lora:ink>")
+    without = make(model, loras, "a <lora:cat:words=(hat)> <lora:ink>")
+    assert differ(with_it.images[0], without.images[0])
+
+
 def test_roles_change_the_picture(model: Checkpoint, loras: Path) -> None:
     plain = make(model, loras, "a <lora:cat> <lora:ink>")
     style = make(model, loras, "a <lora:cat> <lora:ink:1:role=style>")

@@ -225,7 +225,9 @@ def test_line_follows_the_prompt(page: Any) -> None:
     tab.prompt("a fox")
     assert NONE_YET in tab.line()
     tab.prompt("a fox <lora:fox:0.80>")
-    assert tab.line() == "One LoRA fox 0.8 With a single LoRA, only re-centring changes the picture."
+    assert tab.line() == (
+        "One LoRA fox 0.8 With a single LoRA, only re-centring, reuse and guidance rescale change the picture."
+    )
     tab.prompt("a fox <lora:fox:0.8> in <lora:ink:1:0.6> <lora:dog> <pool:animals/*:0.7>")
     tab.wait_for_line("Will compose fox 0.8 ink 0.6 text 1 dog 1 pool animals/* 0.7 1 LoRA")
     tab.prompt("a fox <lora:fox:te=0.5:unet=0.7>\n# <lora:ink:1>")
@@ -245,6 +247,50 @@ def test_line_follows_the_prompt(page: Any) -> None:
     before = page.evaluate("window.updates")
     page.wait_for_timeout(1000)
     assert page.evaluate("window.updates") == before
+
+
+def test_the_line_says_what_is_wrong_with_a_tag(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.prompt("<lora:fox:1> <lora:cat:0,8> <lora:dog:words=(mimsy:1.2), hat:0.5>")
+    cat = "cat The tag <lora:cat:0,8> cannot be read: 0,8 is not a number: write <lora:cat:0.8>."
+    tab.wait_for_line(f"Will compose fox 1 {cat} dog 0.5")
+    assert tab.role("cat").count() == 0
+    tab.role("dog").select_option("style")
+    written = page.input_value("#txt2img_prompt textarea")
+    assert written.endswith("<lora:dog:words=(mimsy:1.2), hat:role=style:0.5>")
+    tab.prompt("<lora:fox:1> <lora:cat:0.8>")
+    tab.wait_for_line("Will compose fox 1 cat 0.8")
+
+
+def test_a_lora_of_several_tags_is_one(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:0.4:0.6>")
+    # As A1111 has it: both with the last one's strength.
+    tab.wait_for_line("Will compose fox 1.2 text 0.8 ink 0.3")
+    tab.role("fox").select_option("style")
+    written = page.input_value("#txt2img_prompt textarea")
+    assert written == "<lora:fox:role=style:1> <lora:ink:0.3> <lora:fox:role=style:0.4:0.6>"
+    tab.prompt("<lora:fox:at=left:1> <lora:ink:0.3> <lora:fox:at=right:0.5> <lora:fox:at=left:0.25>")
+    tab.wait_for_line("Will compose fox 1.25 ink 0.3 fox 0.5")
+    page.evaluate("document.querySelector('#loratorio_txt2img_loras').dataset.repeats = 'each'")
+    tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:0.4:0.6>")
+    tab.wait_for_line("Will compose fox 1.6 text 1.4 ink 0.3")
+
+
+def test_places_with_a_method_that_has_none_are_said(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.prompt("<lora:fox:at=left:1> <lora:ink:1>")
+    assert "Places" not in tab.line()
+    tab.choose("method", "Merge")
+    tab.wait_for_line(
+        "Will compose fox 1 ink 1 Places and own words need the method LoRAtorio, relative, LoRAtorio, LoRAtorio by divergence, "
+        "Composite or W-Composite: with Merge the job stops."
+    )
+    tab.prompt("<lora:fox:1> <lora:ink:1>")
+    tab.wait_for_line("Will compose fox 1 ink 1")
 
 
 def test_roles_are_written_into_the_prompt(page: Any) -> None:

@@ -265,16 +265,41 @@ def test_arguments_by_position_and_by_name() -> None:
 def test_what_a_call_names_in_vain_is_said_of_every_pass() -> None:
     named = [{"enabled": True, "temperature": 0.05}]
     settings = api.settings_from_args(named)
-    (sentence,) = api.without_effect(settings, named)
+    p = SimpleNamespace(iteration=0, is_hr_pass=False)
+    (sentence,) = api.standing(settings, named, p)
     assert sentence.startswith("temperature = 0.05 changes nothing")
     # In the panel that knob is grey.
     panel = [getattr(settings, knob.name) for knob in KNOBS]
-    assert api.without_effect(settings, panel) == []
-    p = SimpleNamespace(iteration=0, is_hr_pass=False)
+    assert api.standing(settings, panel, p) == []
     job = Job(p, settings, standing=[sentence])
     for p.iteration in (0, 1):
         job.begin_pass()
     assert job.notes_of(0) == job.notes_of(1) == [sentence]
+
+
+@pytest.mark.parametrize("name", ["all_negative_prompts", "all_hr_negative_prompts"])
+def test_loras_of_the_negative_prompt_are_said_to_be_text(name: str) -> None:
+    p = SimpleNamespace(**{name: ["blurry", "bad <lora:bad hands:1>"]})
+    (sentence,) = api.standing(Settings(enabled=True), [True], p)
+    assert "plain text there" in sentence
+    p = SimpleNamespace(**{name: ["a < b", "<hypernet:x:1>"]})
+    assert api.standing(Settings(enabled=True), [True], p) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "mistaken"),
+    [
+        ([{"preset": "fast"}], True),
+        ([{"top_k": 3}], True),
+        ([{"enabled": False, "top_k": 3}], False),
+        ([{"enabled": True, "top_k": 3}], False),
+        ([{}], False),
+        ([], False),
+        ([False, "relative", 3], False),
+    ],
+)
+def test_a_call_that_forgets_to_switch_it_on(args: list[Any], mistaken: bool) -> None:
+    assert api.is_off_by_mistake(api.settings_from_args(args), args) is mistaken
 
 
 def test_what_is_typed_into_a_panel_that_is_off_is_nobodys_matter() -> None:
@@ -405,6 +430,13 @@ def test_axes_refuse_bad_values_before_the_first_picture(webui: SimpleNamespace)
         axis(webui, "temperature").confirm(None, [0.1, 20.0])
     with pytest.raises(LoratorioError, match="did you mean composite"):
         axis(webui, "method").confirm(None, ["composit"])
+    for name in ("method", "temperature"):
+        with pytest.raises(LoratorioError, match="the axis has no values"):
+            axis(webui, name).confirm(None, [])
+    (presets,) = (each for each in webui.grid.axis_options if each.label == f"{xyz.PREFIX}Preset")
+    for values, why in (([], "the axis has no values"), (["Fast", ""], "preset must be one of")):
+        with pytest.raises(LoratorioError, match=why):
+            presets.confirm(None, values)
 
 
 def test_ranges_end_where_they_say(webui: SimpleNamespace) -> None:
@@ -474,7 +506,15 @@ def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     (call,) = routes.values()
     monkeypatch.delitem(sys.modules, "networks", raising=False)
     for asked in ({}, {"loras": 3, "pools": None}, {"loras": [1, {}, "x" * 9], "pools": []}):
-        assert call(asked) == {"missing": [], "pools": {}}
+        assert call(asked) == {"missing": [], "pools": {}, "wrong": {}}
+    wrong = "<lora:cat:0,8>"
+    why = "The tag <lora:cat:0,8> cannot be read: 0,8 is not a number: write <lora:cat:0.8>."
+    tags = [wrong, "<lora:cat:words=(red:1.2):1>", 7]
+    assert call({"tags": tags})["wrong"] == {wrong: why}
+    # An extension that reads the strengths itself may know more of them.
+    scripts = SimpleNamespace(scripts_data=[SimpleNamespace(path="/extensions/loractl/scripts/loractl.py")])
+    monkeypatch.setitem(sys.modules, "modules.scripts", scripts)
+    assert call({"tags": tags})["wrong"] == {}
 
 
 def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamespace) -> None:
@@ -494,7 +534,7 @@ def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamesp
 
 
 AT_START = (
-    "compose errors hosts infotext job lora_folder places pool refusal roles settings trigger_words webui "
+    "compose errors hosts infotext job lora_folder places pool refusal roles settings tags trigger_words webui "
     "compose.candidates compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.regions "
     "compose.weights hosts.shared hosts.shared.host "
     "webui.api webui.components webui.found webui.infotext webui.options webui.pools webui.xyz"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from ...errors import LoratorioError
 from ...roles import TaggedLora, partly_used_note
 from ..shared.lora_layers import layers, unread_magnitudes_note
 from ..shared.sampling_pass import ActiveLora
-from ..shared.tags import TagOptions
+from ..shared.tags import WrittenTag, WrittenTags
 
 Network = Any  # networks.Network of the WebUI's Lora extension
 
@@ -81,31 +82,50 @@ def bundled_embeddings(loras: Sequence[Network], every: Sequence[Network]) -> It
             database.register_embedding(embedding, shared.sd_model)
 
 
-def changes_text(lora: Network) -> bool:
-    """Whether text conditioning depends on this LoRA."""
-    has_layers = any(not name.startswith(UNET) for name in lora.modules)
-    return bool(has_layers and (lora.te_multiplier or changes_by_step(lora))) or any(
-        embedding.loaded for embedding in lora.bundle_embeddings.values()
+def changes_text(lora: ActiveLora, sd_model: Any) -> bool:
+    """Whether text conditioning by this model depends on this LoRA."""
+    network, layers = lora.source, sd_model.network_layer_mapping
+    has_layers = any(not name.startswith(UNET) and name in layers for name in network.modules)
+    return bool(has_layers and (text_strength(lora) or lora.may_change)) or any(
+        embedding.loaded for embedding in network.bundle_embeddings.values()
     )
 
 
-def active_loras(p: Any) -> list[ActiveLora]:
-    """The pass's LoRAs with what their tags and their files say of them."""
-    options = TagOptions(p)
+def activated_loras(p: Any) -> list[ActiveLora]:
+    """The LoRAs that the WebUI has activated, with what their tags and their files say of them."""
+    loaded, tags = lora_extension().loaded_networks, WrittenTags(p)
+    loras = [(network, tags.take(network.mentioned_name)) for network in loaded]
+    activated = [_activated(network, tag) for network, tag in loras]
+    # The WebUI has one network for all tags of a LoRA, with the last one's strengths.
+    placed = [lora.source for lora in activated if lora.tagged.place or lora.tagged.words]
     return [
-        ActiveLora(
-            TaggedLora(
-                name_of(network),
-                options.take(network.mentioned_name),
-                network.network_on_disk.metadata or {},
-                file=_path_of(network),
-            ),
-            float(network.unet_multiplier),
-            network,
-            changes_by_step(network),
-        )
-        for network in lora_extension().loaded_networks
+        replace(lora, text=tag.strengths[0], strength=tag.strengths[1], is_own=True)
+        if tag.strengths and lora.source in placed and loaded.count(lora.source) > 1 and not lora.may_change
+        else lora
+        for lora, (_, tag) in zip(activated, loras, strict=True)
     ]
+
+
+def _activated(network: Network, tag: WrittenTag) -> ActiveLora:
+    return ActiveLora(
+        TaggedLora(
+            name_of(network), tag.options, network.network_on_disk.metadata or {}, file=_path_of(network)
+        ),
+        float(network.unet_multiplier),
+        float(network.te_multiplier),
+        network,
+        changes_by_step(network),
+    )
+
+
+def text_strength(lora: ActiveLora) -> float:
+    """A LoRA's strength in the text encoder, as it is now."""
+    return lora.text if lora.is_own else float(lora.source.te_multiplier)
+
+
+def unet_strength(lora: ActiveLora) -> float:
+    """A LoRA's strength in the UNet, as it is now."""
+    return lora.strength if lora.is_own else float(lora.source.unet_multiplier)
 
 
 def _path_of(lora: Network) -> Path | None:
@@ -191,6 +211,15 @@ def check_text_numbers(lora: Network) -> None:
                 each for layer in layers if isinstance(layer, nn.Module) for each in layer.parameters()
             ]
             check_tensors(name_of(lora), name, tensors)
+
+
+def partly_fitting(lora: Network, adapter: Adapter, sd_model: Any) -> str:
+    """A sentence where only a part of what the WebUI has of a LoRA, which may be for another model, fits this one, or nothing."""
+    text = [
+        name for name in lora.modules if not name.startswith(UNET) and name in sd_model.network_layer_mapping
+    ]
+    used = len(adapter.deltas) + len(text)
+    return partly_used_note(name_of(lora), used, len(lora.modules)) if used else ""
 
 
 def partly_used(lora: Network) -> str:

@@ -28,14 +28,17 @@ from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under
 from .loras import (
     activated,
-    active_loras,
+    activated_loras,
     adapter_of,
     changes_text,
     check_text_numbers,
     identity,
+    partly_fitting,
     partly_used,
     restore_base,
+    text_strength,
     unet_layers,
+    unet_strength,
 )
 from .neighbours import obstacle, remarks
 from .rows import A1111Rows
@@ -77,8 +80,12 @@ class A1111Pass(SamplingPass):
 
     # -- what is asked before the first step --------------------------------------------------------------------------
 
-    def active_loras(self) -> list[ActiveLora]:
-        return active_loras(self.p)
+    def activated(self) -> list[ActiveLora]:
+        return activated_loras(self.p)
+
+    def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
+        strength, text = sum(tag.strength for tag in tags), sum(tag.text for tag in tags)
+        return replace(tags[0], strength=strength, text=text, is_own=True)
 
     def obstacle(self) -> str | None:
         return obstacle(self.p)
@@ -95,18 +102,23 @@ class A1111Pass(SamplingPass):
     def identity(self, lora: ActiveLora) -> Hashable:
         return identity(lora.source)
 
-    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
-        layers = self._layers()
-        restore_base(layers)  # some kinds depend on the weight that they change
-        adapter = adapter_of(lora.source, layers, skip_misfits=is_refiner)
-        adapter.check_numbers()
-        check_text_numbers(lora.source)
-        return ReadLora(lora, adapter, remark="" if is_refiner else partly_used(lora.source))
+    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
+        from modules import shared
 
-    def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
+        network, layers = lora.source, self._layers()
+        restore_base(layers)  # some kinds depend on the weight that they change
+        adapter = adapter_of(network, layers, skip_misfits=skip_misfits)
+        adapter.check_numbers()
+        check_text_numbers(network)
+        remark = partly_fitting(network, adapter, shared.sd_model) if skip_misfits else partly_used(network)
+        return ReadLora(lora, adapter, remark=remark)
+
+    def read_once(self, lora: ActiveLora, skip_misfits: bool = False) -> ReadLora:
         # The WebUI may have made the network anew since its deltas were kept: text is made with the present one.
-        network = lora.source
-        return replace(super().read_once(lora, is_refiner), text=network if changes_text(network) else None)
+        from modules import shared
+
+        text = lora.source if changes_text(lora, shared.sd_model) else None
+        return replace(super().read_once(lora, skip_misfits), text=text)
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         from modules import devices, shared
@@ -132,11 +144,13 @@ class A1111Pass(SamplingPass):
         self._bound_to = shared.sd_model.sd_checkpoint_info
         self.attachment.enter_context(self.engine.bank.attached(layers))
         self.engine.bank.prepare(devices.device, devices.dtype_inference)
-        networks = [lora.active.source for lora in self.loras]
+        active = [lora.active for lora in self.loras]
         self._texts = TextConditioning(
             [lora.text is not None for lora in self.loras],
-            partial(conditioning_under, self.p, networks, [float(each.te_multiplier) for each in networks]),
-            host_has_merged=self.all_take_part,
+            partial(
+                conditioning_under, self.p, [lora.source for lora in active], [*map(text_strength, active)]
+            ),
+            host_has_merged=self.all_take_part and not any(lora.is_own for lora in active),
         )
 
     def _follow_refiner(self) -> None:
@@ -242,7 +256,7 @@ class A1111Pass(SamplingPass):
 
     def _at_strengths(self, step: Step) -> Step:
         """The step with the strengths that the LoRAs have by now: extensions change them from step to step."""
-        strengths = tuple(float(lora.active.source.unet_multiplier) for lora in self.loras)
+        strengths = tuple(unet_strength(lora.active) for lora in self.loras)
         self.saw_strengths(strengths)
         gone = (i for i, lora in enumerate(self.loras) if strengths[i] == 0 and lora.text is None)
         return replace(step, strengths=strengths, absent=frozenset(gone))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...adapters.delta import LowRank
 from ...errors import LoratorioError
-from ..shared.tags import TagOptions
+from ..shared.tags import WrittenTags
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
 BeforeEvaluation = Callable[..., tuple[Any, ...]]
@@ -65,14 +65,21 @@ class Flavour:
         import networks
 
         known = {each.network_on_disk.filename: each for each in networks.loaded_networks}
-        options = TagOptions(p)
+        tags = WrittenTags(p)
         files = []
         for path, unet, text, *_ in _targets(p.sd_model.current_lora_hash):
             network = known.get(path)
             name = network.mentioned_name if network else Path(path).stem
             metadata = network.network_on_disk.metadata if network else {}
-            files.append(LoraFile(name, path, float(unet), float(text), options.take(name), metadata or {}))
+            files.append(
+                LoraFile(name, path, float(unet), float(text), tags.take(name).options, metadata or {})
+            )
         return files
+
+    def added(self, strengths: Sequence[float]) -> float:
+        """What tags of one LoRA with these strengths come to."""
+        # This host's patches have the strength in their key: a second tag of the same strength changes nothing.
+        return sum(set(strengths))
 
     def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
         """Clones of `unet` and `clip` with this LoRA's patches; what it does not touch is returned as it is."""
@@ -189,6 +196,9 @@ class Flavour:
 
 class Comfy(Flavour):
     """ComfyUI's patcher, and LoRAs as objects of its `weight_adapter` package: what Forge Neo and reForge share."""
+
+    def added(self, strengths: Sequence[float]) -> float:
+        return sum(strengths)
 
     def patches(self, patcher: Patcher) -> Iterator[tuple[str, Sequence[Patch]]]:
         yield from patcher.patches.items()

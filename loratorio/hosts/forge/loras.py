@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,9 @@ from ...roles import partly_used_note
 from ..shared.lora_layers import layers, unread_magnitudes_note
 from ..shared.sampling_pass import ActiveLora, ReadLora, UnreadableLora
 from .flavours import Flavour, LoraFile, Patch, Patcher
+
+_XLABS = re.compile(r"blocks\.\d+\.processor\.\w+_lora\d*\.(down|up)\.")
+"""As in double_blocks.0.processor.qkv_lora1.down.weight."""
 
 
 def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
@@ -31,6 +35,11 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
     except Exception as problem:  # whatever the host's reader says of a damaged file
         raise UnreadableLora(f"LoRA {file.name} cannot be read ({problem}): get the file again.") from problem
     if unet is original.unet and clip is original.clip:
+        if any(map(_XLABS.search, names)):
+            raise LoratorioError(
+                f"LoRA {file.name} has XLabs' names for its layers, which this WebUI does not read: convert it to kohya's or "
+                "diffusers' names. Remove it from the prompt, or untick LoRAtorio."
+            )
         raise LoratorioError(
             f"LoRA {file.name} fits nothing in this model: it was made for another kind of model, or its layers have names that this "
             f"WebUI does not read ({min(names, default='')[:80]}). Remove it from the prompt, or untick LoRAtorio."

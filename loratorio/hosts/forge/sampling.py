@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,26 @@ class ForgePass(SamplingPass):
 
     # -- what is asked before the first step --------------------------------------------------------------------------
 
-    def active_loras(self) -> list[ActiveLora]:
+    def activated(self) -> list[ActiveLora]:
         return [
             ActiveLora(
-                TaggedLora(file.name, file.options, file.metadata, file=Path(file.path)), file.unet, file
+                TaggedLora(file.name, file.options, file.metadata, file=Path(file.path)),
+                file.unet,
+                file.text,
+                file,
             )
             for file in self._flavour.applied(self.p)
         ]
 
+    def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
+        files = [tag.source for tag in tags]
+        unet, text = (
+            self._flavour.added([getattr(file, part) for file in files]) for part in ("unet", "text")
+        )
+        return replace(tags[0], strength=unet, text=text, source=replace(files[0], unet=unet, text=text))
+
     def obstacle(self) -> str | None:
-        loras = self.active_loras()
+        loras = self.activated()
         return (
             self._flavour.obstacle(self.p)
             or replaced_attention(self.p.sd_model.forge_objects.unet.model)
@@ -127,11 +137,11 @@ class ForgePass(SamplingPass):
         # A refiner, and the checkpoint that comes back after it, are other models.
         return weakref.ref(self.p.sd_model.forge_objects_original.unet.model)
 
-    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
+    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
         try:
             return read(lora, self.p.sd_model, self._flavour)
         except LoratorioError:
-            if not is_refiner:
+            if not skip_misfits:
                 raise
             return ReadLora(lora, Adapter(lora.tagged.name, {}))
 

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from ...roles import TaggedLora
+from ...tags import BLOCK_WEIGHT, LORACTL
 
 _WEBUI_OPTIONS = ("te", "unet", "dyn")
-_BLOCK_WEIGHT = "lora_block_weight"
 _OPTIONS_OF = {
-    _BLOCK_WEIGHT: ("lbw", "lbwe", "w", "x", "start", "stop", "step"),
-    "loractl": ("hr", "hrunet", "hrte"),
+    BLOCK_WEIGHT: ("lbw", "lbwe", "w", "x", "start", "stop", "step"),
+    LORACTL: ("hr", "hrunet", "hrte"),
 }
 """By a word in the path of an extension's script, the arguments of a LoRA tag that it reads."""
 
@@ -44,7 +44,7 @@ def known_options(p: Any) -> list[str]:
 def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
     """A reason not to compose, where LoRA Block Weight was asked to change a LoRA's strength while sampling."""
     asked = any(option in lora.options for lora in loras for option in _BY_STEP)
-    if asked and _has_script(p, _BLOCK_WEIGHT):
+    if asked and _has_script(p, BLOCK_WEIGHT):
         return merged_because(
             "the extension LoRA Block Weight changes a LoRA's strength from step to step (start=, stop= or step= in its tag), "
             "which cannot be followed in this WebUI"

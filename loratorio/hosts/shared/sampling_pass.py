@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,17 +28,20 @@ from ...roles import (
     TaggedLora,
     assigned_roles,
     chosen_from_pool,
+    no_room_note,
     participants_of,
     prompt_importance,
     reactions_note,
     recognised_note,
+    repeats,
+    united,
     unknown_options_note,
     unread_note,
     without_effect_note,
 )
 from ...sampling.engine import Engine
 from .neighbours import known_options
-from .tags import TagOptions
+from .tags import WrittenTags
 
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
 
@@ -46,10 +49,20 @@ ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAt
 
 REFINER_WITHOUT = "No LoRA of the prompt fits the refiner: its steps are without them."
 
+NO_STEP = (
+    "The sampler called the model in no step, so LoRAtorio had nothing to compose: the picture is the WebUI's own. "
+    "Raise the steps, or the denoising strength."
+)
+
+INTERRUPTED = "Interrupted before the first step: nothing was composed."
+
 BYPASSED = (
     "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
     "Untick LoRAtorio, or switch the other extension off."
 )
+
+_LATENT_PIXEL = 8
+"""Picture pixels on a side."""
 
 Result = TypeVar("Result")
 
@@ -64,15 +77,18 @@ class ActiveLora:
 
     Attributes:
         tagged: what the prompt and its file say of it.
-        strength: in the UNet, when the pass begins.
+        strength, text: in the UNet and in the text encoder, when the pass begins.
         source: what the host reads it from.
         may_change: whether its strength may be another at each step.
+        is_own: whether these are its strengths throughout, the source's being those of another tag.
     """
 
     tagged: TaggedLora
     strength: float
+    text: float
     source: Any
     may_change: bool = False
+    is_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,8 +134,24 @@ class SamplingPass(ABC):
     # -- what a host says ---------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def activated(self) -> list[ActiveLora]:
+        """The LoRAs that the WebUI has activated for this pass, one for each tag, in the prompt's order."""
+
+    @abstractmethod
+    def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
+        """What the WebUI makes of a LoRA that all of these tags name, which differ in strength alone."""
+
     def active_loras(self) -> list[ActiveLora]:
-        """The LoRAs that the WebUI has activated for this pass, in the prompt's order."""
+        """The LoRAs of this pass: of those that several tags name in one place, each once."""
+        activated = self.activated()
+        loras = []
+        for numbers in repeats([lora.tagged for lora in activated]):
+            tags = [activated[number] for number in numbers]
+            if len(tags) == 1 or any(tag.may_change for tag in tags):
+                loras += tags
+            else:
+                loras.append(replace(self.added(tags), tagged=united([tag.tagged for tag in tags])))
+        return loras
 
     @abstractmethod
     def obstacle(self) -> str | None:
@@ -138,8 +170,11 @@ class SamplingPass(ABC):
         return lora.source  # type: ignore[no-any-return]
 
     @abstractmethod
-    def read(self, lora: ActiveLora, is_refiner: bool) -> ReadLora:
-        """The LoRA on the model that samples now. Of one for another model a refiner gets what fits, as without us.
+    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
+        """The LoRA on the model that samples now.
+
+        Args:
+            skip_misfits: of one for another model take what fits, as the WebUI does: for a refiner, and for a hires pass.
 
         Raises:
             LoratorioError: it does not fit the model.
@@ -167,7 +202,7 @@ class SamplingPass(ABC):
         """
         self.job.begin_pass()
         active = self.active_loras()
-        missing = self._missing(active)
+        missing = self._missing()
         why_not = self.obstacle() if active else "" if missing else NO_LORA
         if why_not and any(lora.tagged.is_candidate for lora in active):
             raise LoratorioError(
@@ -188,6 +223,7 @@ class SamplingPass(ABC):
         of_tags = (
             recognised_note(assigned_roles(tagged)),
             unknown_options_note(tagged, known_options(self.p)),
+            no_room_note(tagged, *self._latent_size(), self.region),
         )
         for remark in (*own_remarks, *self.remarks(), *of_tags):
             if remark:
@@ -198,12 +234,12 @@ class SamplingPass(ABC):
             return None
         return participants
 
-    def _missing(self, active: Sequence[ActiveLora]) -> dict[str, bool]:
+    def _missing(self) -> dict[str, bool]:
         """Names of LoRAs that have a tag and that the WebUI has not loaded, and whether they are only candidates of a pool."""
-        tags = TagOptions(self.p)
-        for lora in active:
+        tags = WrittenTags(self.p)
+        for lora in self.activated():
             tags.take(lora.tagged.name)
-        return {name: TaggedLora(name, options).is_candidate for name, options in tags.left.items()}
+        return {name: TaggedLora(name, tag.options).is_candidate for name, tag in tags.left.items()}
 
     def _usable(self, active: Sequence[ActiveLora], missing: Mapping[str, bool]) -> Iterator[ReadLora]:
         """The LoRAs, read, without those that change nothing, those whose file cannot be read, and those candidates of a pool that
@@ -224,6 +260,8 @@ class SamplingPass(ABC):
                     skipped.append((lora.tagged.name, str(problem)))
                 elif isinstance(problem, UnreadableLora):
                     unread.append(lora.tagged.name)
+                elif self.is_hires:
+                    yield from self._fitting_part(lora, problem)
                 else:
                     raise
                 continue
@@ -243,17 +281,28 @@ class SamplingPass(ABC):
         if skipped:
             self.job.note(Candidates((), tuple(skipped)).note)
 
-    def read_once(self, lora: ActiveLora, is_refiner: bool = False) -> ReadLora:
+    def _fitting_part(self, lora: ActiveLora, problem: LoratorioError) -> Iterator[ReadLora]:
+        """What fits of a LoRA of the hires pass, as without us: the picture is half made. A note says what the `problem` is."""
+        part = None
+        with suppress(LoratorioError):
+            part = self.read_once(lora, skip_misfits=True)
+        if part is None or (part.adapter.changes_nothing and part.text is None):
+            self.job.note(f"{problem} The hires pass was made without it.")
+        else:
+            self.job.note(f"{problem} The hires pass has what fits of it.")
+            yield part
+
+    def read_once(self, lora: ActiveLora, skip_misfits: bool = False) -> ReadLora:
         """`read`, kept for the job's other batches, since some kinds take seconds to make."""
-        key = (self.identity(lora), self.model_identity(), is_refiner)
+        key = (self.identity(lora), self.model_identity(), skip_misfits)
         if key not in self.job.adapters:
-            self.job.adapters[key] = self.read(lora, is_refiner)
+            self.job.adapters[key] = self.read(lora, skip_misfits)
         known: ReadLora = self.job.adapters[key]
         return replace(known, active=lora)  # the tag may say something else in the next batch
 
     def loras_of_refiner(self, active: Sequence[ActiveLora]) -> tuple[ReadLora, ...]:
         """The pass's LoRAs on the refiner that has come in; a note says which of them do not fit it."""
-        loras = tuple(self.read_once(lora, is_refiner=True) for lora in active)
+        loras = tuple(self.read_once(lora, skip_misfits=True) for lora in active)
         gone = [
             now.active.tagged.name
             for now, before in zip(loras, self.loras, strict=True)
@@ -266,6 +315,14 @@ class SamplingPass(ABC):
             )
         elif gone:
             self.job.note(REFINER_WITHOUT)
+        for now, before in zip(loras, self.loras, strict=True):
+            name = now.active.tagged.name
+            if before.text is not None and now.text is None and name not in gone:
+                self.job.note(
+                    f"The text encoder part of LoRA {name} does not fit the refiner: its steps are without it."
+                )
+            elif now.remark:
+                self.job.note(f"Refiner: {now.remark}")
         return loras
 
     def _importance(self, tagged: Sequence[TaggedLora]) -> dict[int, float] | None:
@@ -288,6 +345,13 @@ class SamplingPass(ABC):
         x, y, width, height = cut
         whole_width, whole_height = self.p.overlay_images[0].size
         return Box(x / whole_width, y / whole_height, (x + width) / whole_width, (y + height) / whole_height)
+
+    def _latent_size(self) -> tuple[int, int]:
+        """Height and width of what is sampled, in latent pixels."""
+        height, width = self.p.height, self.p.width
+        if self.is_hires:
+            height, width = self.p.hr_upscale_to_y or height, self.p.hr_upscale_to_x or width
+        return height // _LATENT_PIXEL, width // _LATENT_PIXEL
 
     @property
     def prompt(self) -> str:
@@ -317,9 +381,13 @@ class SamplingPass(ABC):
         except InterruptedException:  # the WebUI makes a picture of what there is
             if self.evaluations:
                 self.record()
+            elif denoiser.step == first:
+                self.job.note(INTERRUPTED)
             raise
         if self.evaluations != denoiser.step - first:
             self.missed()
+        elif not self.evaluations:
+            self.job.note(NO_STEP)
         if self.evaluations:
             self.record()
         return result
@@ -342,11 +410,12 @@ class SamplingPass(ABC):
         )
 
     def _use(self, number: int, shares: Mapping[int, float]) -> LoraUse:
-        lora = self.loras[number].active
+        lora, has_text = self.loras[number].active, self.loras[number].text is not None
         seen = [strengths[number] for strengths in self._strengths] or [lora.strength]
         share = shares.get(number, 0.0) if lora.tagged.is_candidate and shares else None
         place = lora.tagged.options.get(PLACE_OPTION, "")
-        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share)
+        text = lora.text if has_text else None
+        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text)
 
     def saw_strengths(self, strengths: tuple[float, ...]) -> None:
         """Remember, for the infotext, the strengths that the LoRAs have at this evaluation, where they may change."""

@@ -79,7 +79,7 @@ class Tag:
 
     @property
     def positional(self):
-        return [self.net.mentioned_name]
+        return [self.net.mentioned_name, self.te, self.unet]
 
 
 class Standin:

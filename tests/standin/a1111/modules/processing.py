@@ -69,6 +69,9 @@ class StableDiffusionProcessing:
     def comment(self, text):
         self.comments[text] = 1
 
+    def parse_extra_network_prompts(self):
+        """The tags of a job come apart from its prompts."""
+
     def get_conds_with_caching(
         self, function, required_prompts, steps, caches, extra_network_data, hires_steps=None
     ):
@@ -174,6 +177,7 @@ def process_images(p):
         p.fire("before_process")
         p.fire("process")
         p.fire("before_process_batch", prompts=p.prompts)
+        p.parse_extra_network_prompts()
         p.activate(p.extra_network_data)
         p.fire("process_batch")
         p.setup_conds()

@@ -85,6 +85,8 @@ class StableDiffusionProcessing:
         self.refiner, self.refiner_switch_at = None, 0.5
         self.prompts, self.negative_prompts = list(prompts), [negative] * len(prompts)
         self.steps, self.cfg_scale, self.hr_cfg = 4, 5.0, 1.0
+        self.width = self.height = 64
+        self.hr_upscale_to_x = self.hr_upscale_to_y = 128
         self.shape, self.seed, self.second_order = (4, 8, 8), 1, False
         self.extra_network_data, self.hr_extra_network_data = {}, None
         self.hr_prompts = None
