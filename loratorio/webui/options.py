@@ -26,11 +26,11 @@ def defaults() -> Settings:
     for knob in _offered():
         if option_name(knob) in stored:
             try:
-                values[knob.name] = knob.check(stored[option_name(knob)])
+                values[knob.name] = knob.check(stored[option_name(knob)], "label")
             except LoratorioError as problem:
                 print(f"LoRAtorio: the settings page's default is not used: {problem}")
     try:
-        return Settings.from_mapping(values)
+        return Settings(naming="label").with_values(values)
     except LoratorioError as problem:
         print(f"LoRAtorio: the settings page's defaults are not used: {problem}")
         return Settings()
@@ -53,11 +53,20 @@ def register() -> None:
         shared.opts.add_option(option_name(knob), info.info(knob.help).needs_reload_ui())
     ticked = shared.OptionInfo(False, "Ticked when the page is opened", section=SECTION)
     shared.opts.add_option(TICKED, ticked.info("API calls are not affected.").needs_reload_ui())
+    research = shared.OptionInfo(False, "Show research methods", section=SECTION)
+    shared.opts.add_option(RESEARCH, research.info(RESEARCH_HELP).needs_reload_ui())
 
 
 TICKED = "loratorio_ticked"
 """The option to have the box ticked when the page is opened. javascript/loratorio.js does it: were the box ticked from the start, API
 calls that never heard of this extension would be composed."""
+
+RESEARCH = "loratorio_research"
+"""The option to have the panel list the methods that are there to compare with, too."""
+
+RESEARCH_HELP = (
+    "The panel's list of methods then has those of other papers too. X/Y/Z plots and API calls can use them in any case."
+)
 
 VERSION = "loratorio_version"
 """Under this name the version whose defaults were last in force stands in the WebUI's config.json."""
@@ -74,6 +83,12 @@ def _follow_new_defaults(stored: dict[str, Any]) -> None:
         except LoratorioError:
             continue  # said when it is used
     stored[VERSION] = __version__
+
+
+def shows_research() -> bool:
+    """Whether the panel lists every method; outside a WebUI it does."""
+    opts = getattr(sys.modules.get("modules.shared"), "opts", None)
+    return opts is None or bool(opts.data.get(RESEARCH, False))
 
 
 def _offered() -> tuple[Knob, ...]:

@@ -28,4 +28,7 @@ _NAMES = (
 METHODS: dict[str, Method] = {name: import_module(f".{name}", __name__).METHOD for name in _NAMES}
 """Every way to compose, by its file's name, in the order in which a user sees them."""
 
-__all__ = ["METHODS", "Changes", "Composition", "Entry", "Method", "Predictions", "Product", "StepContext"]
+FOR_PICTURES = ("relative", "loratorio", "divergence", "merge")
+"""What a WebUI's panel lists. The others are there to compare with."""
+
+__all__ = ["FOR_PICTURES", "METHODS", "Changes", "Composition", "Entry", "Method", "Predictions", "Product", "StepContext"]
