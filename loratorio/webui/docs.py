@@ -17,7 +17,8 @@ _STYLE = """
 body { max-width: 50rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; color-scheme: light dark; }
 img { max-width: 100%; } table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { padding: 0.2em 0.6em; border: 1px solid #8888; text-align: left; vertical-align: top; }
-pre { padding: 0.8em; overflow-x: auto; background: #8882; } code { background: #8882; overflow-wrap: anywhere; } pre code { background: none; }
+pre { padding: 0.8em; overflow-x: auto; background: #8882; }
+code { background: #8882; overflow-wrap: anywhere; } pre code { background: none; }
 """
 
 
@@ -38,7 +39,10 @@ def add_route(_: Any, app: Any) -> None:
     from fastapi.responses import FileResponse, HTMLResponse
 
     def answer(name: str) -> Any:
-        files = {file.relative_to(ROOT).as_posix(): file for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.*"))}
+        files = {
+            file.relative_to(ROOT).as_posix(): file
+            for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.*"))
+        }
         if name not in files:
             raise HTTPException(404)
         if files[name].suffix == ".md":
@@ -71,11 +75,11 @@ def _blocks(lines: list[str]) -> Iterator[str]:
     while rest:
         line = rest.popleft()
         item = _ITEM.match(line)
-        if not line.strip():
+        if not line.strip() or line.startswith("<!--"):
             continue
         if line.startswith("```"):
             code = taken(lambda each: not each.startswith("```"))
-            rest.popleft()
+            taken(lambda each: each.startswith("```"))
             yield f"<pre><code>{escape(chr(10).join(code))}</code></pre>"
         elif line.startswith("    ") and not item:
             code = [line, *taken(lambda each: each.startswith("    "))]
@@ -86,7 +90,11 @@ def _blocks(lines: list[str]) -> Iterator[str]:
             yield f'<h{len(marks)} id="{anchor}">{_inline(title)}</h{len(marks)}>'
         elif line.startswith("|"):
             rows = [line, *taken(lambda each: each.startswith("|"))]
-            cells = [[_inline(each.strip()) for each in _CELLS.split(row.strip())[1:-1]] for row in rows if set(row) - set("|-: ")]
+            cells = [
+                [_inline(each.strip()) for each in _CELLS.split(row.strip())[1:-1]]
+                for row in rows
+                if set(row) - set("|-: ")
+            ]
             body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
             yield f"<table>{body}</table>"
         elif item:

@@ -20,8 +20,7 @@ def option_name(knob: Knob) -> str:
 
 def defaults() -> Settings:
     """What the panel starts with: the settings page's values, `Settings`' own outside a WebUI or where a stored value is bad."""
-    shared = sys.modules.get("modules.shared")
-    stored = getattr(getattr(shared, "opts", None), "data", None) or {}
+    stored = _stored()
     values: dict[str, Any] = {}
     for knob in _offered():
         if option_name(knob) in stored:
@@ -64,9 +63,7 @@ calls that never heard of this extension would be composed."""
 RESEARCH = "loratorio_research"
 """The option to have the panel list the methods that are there to compare with, too."""
 
-RESEARCH_HELP = (
-    "The panel's list of methods then has those of other papers too. X/Y/Z plots and API calls can use them in any case."
-)
+RESEARCH_HELP = "The panel's list of methods then has those of other papers too. X/Y/Z plots and API calls can use them in any case."
 
 VERSION = "loratorio_version"
 """Under this name the version whose defaults were last in force stands in the WebUI's config.json."""
@@ -86,9 +83,14 @@ def _follow_new_defaults(stored: dict[str, Any]) -> None:
 
 
 def shows_research() -> bool:
-    """Whether the panel lists every method; outside a WebUI it does."""
-    opts = getattr(sys.modules.get("modules.shared"), "opts", None)
-    return opts is None or bool(opts.data.get(RESEARCH, False))
+    """Whether the panel lists every method."""
+    return bool(_stored().get(RESEARCH, False))
+
+
+def _stored() -> dict[str, Any]:
+    """What the WebUI's config.json has; nothing outside a WebUI."""
+    shared = sys.modules.get("modules.shared")
+    return getattr(getattr(shared, "opts", None), "data", None) or {}
 
 
 def _offered() -> tuple[Knob, ...]:

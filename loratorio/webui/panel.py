@@ -15,8 +15,8 @@ from ..compose.methods import FOR_PICTURES, METHODS
 from ..errors import LoratorioError
 from ..roles import looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings, panel_rows
-from . import gradio_compat as compat
 from . import docs, options
+from . import gradio_compat as compat
 from .components import component, shown
 
 TITLE = "LoRAtorio"
@@ -50,7 +50,10 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
             for row in rows:
                 components |= _row(row, settings, tab)
             reset = gr.Button(
-                "Reset all settings", elem_id=f"loratorio_{tab}_reset", elem_classes="loratorio-small", size="sm"
+                "Reset all settings",
+                elem_id=f"loratorio_{tab}_reset",
+                elem_classes="loratorio-small",
+                size="sm",
             )
         _connect_preset(preset, components, tab)
         _connect_reset(reset, components, settings)
@@ -80,10 +83,7 @@ def _connect_preset(preset: Any, components: dict[str, Any], tab: str) -> None:
     knobs = [KNOB_BY_NAME[name] for name in PRESET_KNOBS]
     outputs = [components[knob.name] for knob in knobs]
     wanted = json.dumps(
-        {
-            each.label: [shown(knob, each.values[knob.name]) for knob in knobs]
-            for each in PRESETS.values()
-        }
+        {each.label: [shown(knob, each.values[knob.name]) for knob in knobs] for each in PRESETS.values()}
     )
     in_force = (
         f"const in_force = (values) => Object.entries({wanted}).find(([, wanted]) => "
@@ -91,7 +91,10 @@ def _connect_preset(preset: Any, components: dict[str, Any], tab: str) -> None:
     )
     for each in outputs:
         each.change(
-            None, outputs, [preset], **compat.javascript(f"(...values) => {{ {in_force} return in_force(values); }}")
+            None,
+            outputs,
+            [preset],
+            **compat.javascript(f"(...values) => {{ {in_force} return in_force(values); }}"),
         )
     # To choose one's own is to open the fold where they are.
     choose = f"""(chosen, ...values) => {{

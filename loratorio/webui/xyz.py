@@ -54,9 +54,7 @@ def _axis(script: ModuleType, knob: Knob) -> Any:
         choices = ["True", "False"] if knob.kind == "bool" else [label for _, label in knob.choices]
         return script.AxisOption(label, str, _apply(knob), confirm=confirm, choices=lambda: choices)
     # Not int or float: of text the plot would make an error of its own, before it asks `confirm`.
-    return script.AxisOption(
-        label, _number(knob), _apply(knob), confirm=confirm, prepare=_expand(script)
-    )
+    return script.AxisOption(label, _number(knob), _apply(knob), confirm=confirm, prepare=_expand(script))
 
 
 def _number(knob: Knob) -> Callable[[Any], Any]:

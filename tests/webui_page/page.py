@@ -70,9 +70,7 @@ def generate(prompt: str, *args: Any) -> tuple[str, str]:
         return f"error: {problem}", written(prompt, {})
     found = re.findall(r"<lora:([^:>]+):([\d.]+)>", prompt)
     fields = params(settings, [(name, float(strength), "") for name, strength in found])
-    return json.dumps({name: getattr(settings, name) for name in KNOB_BY_NAME}), written(
-        prompt, fields
-    )
+    return json.dumps({name: getattr(settings, name) for name in KNOB_BY_NAME}), written(prompt, fields)
 
 
 def tab(name: str) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from loratorio import __version__
 from loratorio.compose.methods import METHODS
-from loratorio.engine import WeightHistory
+from loratorio.compose.mixes import Participants
+from loratorio.engine import WeightHistory, check_places
 from loratorio.errors import LoratorioError
 from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, VERSION_KEY, LoraUse, number, params
 from loratorio.job import Job, PassRecord
-from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings
+from loratorio.places import read_place
+from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings
 from loratorio.webui import api, found, infotext, options, xyz
 from loratorio.webui.components import component
 
@@ -280,11 +282,16 @@ def test_what_a_call_names_in_vain_is_said_of_every_pass() -> None:
 def test_what_is_typed_into_a_panel_that_is_off_is_nobodys_matter() -> None:
     panel = [knob.default for knob in KNOBS]
     bad = {knob.name: i for i, knob in enumerate(KNOBS)}
-    for name, value in (("temperature", 20.0), ("temperature", 0), ("patch_size", 1e9), ("start", 2)):
+    for name, label, value in (
+        ("temperature", "Temperature", 20.0),
+        ("temperature", "Temperature", 0),
+        ("patch_size", "Patch size", 1e9),
+        ("start", "Active from", 2),
+    ):
         values = list(panel)
         values[bad[name]] = value
         assert api.settings_from_args(values) == Settings()
-        with pytest.raises(LoratorioError, match=f"{name} must be"):
+        with pytest.raises(LoratorioError, match=f"{label} must be"):
             api.settings_from_args([True, *values[1:]])
 
 
@@ -305,14 +312,39 @@ def test_gradio_refuses_no_number_before_we_do() -> None:
         ([{"patch_size": 1.5}], "patch_size must be a whole number"),
         ([{"temperature": 99}], "temperature must be from"),
         ([{"start": 0.9, "end": 0.1}], "start"),
-        ([True, "loratorio", "big"], "patch_size"),
+        ([True, "loratorio", "big"], "Patch size"),
         ([True] * 99, "arguments"),
-        ([[1, 2]], "enabled must be true or false"),
+        ([[1, 2]], "Enable must be true or false"),
     ],
 )
 def test_bad_arguments_are_sentences(args: list[Any], sentence: str) -> None:
     with pytest.raises(LoratorioError, match=sentence):
         api.settings_from_args(args)
+
+
+def test_sentences_name_the_knobs_as_the_caller_does() -> None:
+    """The panel's labels to the panel, the names to a call with names: when they are read, and later, of a job or a plot."""
+    placed = Participants.of(2, places={0: read_place("left", "fox")})
+
+    def said(args: list[Any], p: Any = None) -> str:
+        settings = api.settings_from_args(args, p)
+        try:
+            check_places(settings, placed)
+        except LoratorioError as problem:
+            return str(problem)
+        return " ".join(api.without_effect(settings, args, p))
+
+    panel = [{"enabled": True, "start": 0.5}.get(knob.name, knob.default) for knob in KNOBS]
+    assert "Set Active from to 0 and Active to to 1" in said(panel)
+    assert "Set start to 0 and end to 1" in said([{"enabled": True, "start": 0.5}])
+    assert said([{"enabled": True, "temperature": 0.5}]).startswith("temperature = 0.5 changes nothing")
+    plot = SimpleNamespace(loratorio_xyz={"temperature": 0.5})
+    defaults = [knob.default for knob in KNOBS]
+    assert said(defaults, plot).startswith("Temperature = 0.5 changes nothing")
+
+
+def test_what_a_preset_sets_every_preset_sets() -> None:
+    assert all(set(preset.values) == set(PRESET_KNOBS) for preset in PRESETS.values())
 
 
 @pytest.fixture
@@ -401,7 +433,7 @@ def test_axes_set_knobs_for_their_picture_only(webui: SimpleNamespace) -> None:
 def test_axes_refuse_bad_values_before_the_first_picture(webui: SimpleNamespace) -> None:
     xyz.add_axes()
     axis(webui, "temperature").confirm(None, [0.1, 0.2])
-    with pytest.raises(LoratorioError, match="temperature must be from"):
+    with pytest.raises(LoratorioError, match="Temperature must be from"):
         axis(webui, "temperature").confirm(None, [0.1, 20.0])
     with pytest.raises(LoratorioError, match="did you mean composite"):
         axis(webui, "method").confirm(None, ["composit"])
@@ -423,7 +455,7 @@ def test_text_in_an_axis_of_numbers_is_a_sentence_with_the_knob(webui: SimpleNam
         own = axis(webui, knob.name)
         values = [own.type(each) for each in (own.prepare or str.split)("warm")]
         with pytest.raises(
-            LoratorioError, match=rf"X/Y/Z plot, .*{re.escape(knob.label)}: {knob.name} must be"
+            LoratorioError, match=rf"X/Y/Z plot, .*{re.escape(knob.label)}: {re.escape(knob.label)} must be"
         ):
             own.confirm(None, values)
 
@@ -444,7 +476,7 @@ def test_no_xyz_script_is_no_error(webui: SimpleNamespace) -> None:
 def test_settings_page_gives_the_defaults(webui: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     webui.stored |= {"loratorio_method": "Composite", "loratorio_temperature": 0.2, "loratorio_top_k": -3}
     assert options.defaults() == Settings(method="composite", temperature=0.2)
-    assert "top_k" in capsys.readouterr().out
+    assert "Top-k must be from" in capsys.readouterr().out
     assert api.settings_from_args([{"enabled": True}]).method == "composite"
     webui.stored |= {"loratorio_start": 0.9, "loratorio_end": 0.1}
     assert options.defaults() == Settings()

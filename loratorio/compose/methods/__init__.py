@@ -31,4 +31,14 @@ METHODS: dict[str, Method] = {name: import_module(f".{name}", __name__).METHOD f
 FOR_PICTURES = ("relative", "loratorio", "divergence", "merge")
 """What a WebUI's panel lists. The others are there to compare with."""
 
-__all__ = ["FOR_PICTURES", "METHODS", "Changes", "Composition", "Entry", "Method", "Predictions", "Product", "StepContext"]
+__all__ = [
+    "FOR_PICTURES",
+    "METHODS",
+    "Changes",
+    "Composition",
+    "Entry",
+    "Method",
+    "Predictions",
+    "Product",
+    "StepContext",
+]
