@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from html import escape
@@ -22,15 +21,17 @@ code { background: #8882; overflow-wrap: anywhere; } pre code { background: none
 """
 
 
-def link() -> str:
-    """An address that a page of the WebUI can link to."""
-    for extension in getattr(sys.modules.get("modules.extensions"), "extensions", ()):
-        if Path(extension.path).resolve() == ROOT:
-            extension.read_info_from_repo()
-            remote = str(getattr(extension, "remote", None) or "")
-            if remote.startswith("https://"):
-                return f"{remote.removesuffix('.git')}#readme"
-    return f".{PATH}/README.md"
+def link(root: Path = ROOT) -> str:
+    """An address that a page of the WebUI can link to: the repository that was cloned, where anybody can read it.
+
+    The WebUI's own record of it is not there yet when the panel is built.
+    """
+    config = root / ".git" / "config"
+    text = config.read_text(encoding="utf8", errors="replace") if config.is_file() else ""
+    remote = re.search(
+        r'^\[remote "origin"][^[]*?^\s*url *= *(https://[^\s@]+?)(\.git)?/?$', text, re.MULTILINE
+    )
+    return f"{remote[1]}#readme" if remote else f".{PATH}/README.md"
 
 
 def add_route(_: Any, app: Any) -> None:
@@ -98,7 +99,7 @@ def _blocks(lines: list[str]) -> Iterator[str]:
             body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
             yield f"<table>{body}</table>"
         elif item:
-            text = " ".join([item[2], *taken(goes_on)])
+            text = " ".join([item[2], *map(str.strip, taken(goes_on))])
             yield f'<li style="margin-left: {len(item[1]) + 1}em">{_inline(text)}</li>'
         else:
             yield f"<p>{_inline(' '.join([line, *taken(goes_on)]))}</p>"

@@ -75,7 +75,13 @@ def _preset(tab: str, settings: Settings) -> Any:
         (each.label for each in PRESETS.values() if settings.with_values(each.values) == settings), CUSTOM
     )
     choices = [*(each.label for each in PRESETS.values()), CUSTOM]
-    return gr.Radio(choices, value=in_force, label="Preset", elem_id=f"loratorio_{tab}_preset")
+    return gr.Radio(
+        choices,
+        value=in_force,
+        label="Preset",
+        elem_id=f"loratorio_{tab}_preset",
+        elem_classes="loratorio-preset",
+    )
 
 
 def _connect_preset(preset: Any, components: dict[str, Any], tab: str) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, VERSION_KEY, LoraUse,
 from loratorio.job import Job, PassRecord
 from loratorio.places import read_place
 from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings
-from loratorio.webui import api, found, infotext, options, xyz
+from loratorio.webui import api, docs, found, infotext, options, xyz
 from loratorio.webui.components import component
 
 from .host_infotext import read, written
@@ -497,6 +498,41 @@ def test_what_the_line_asks_of_the_webui(monkeypatch: pytest.MonkeyPatch) -> Non
     # Without the WebUI's extension nothing is known to be missing.
     monkeypatch.delitem(sys.modules, "networks")
     assert found.found(["dog"], [], count, "fresh".__eq__) == {"missing": [], "pools": {}}
+
+
+@pytest.mark.parametrize(
+    ("config", "link"),
+    [
+        ('[core]\n\tbare = false\n[remote "origin"]\n\turl = https://host/me/it.git\n\tfetch = +x\n', "https://host/me/it#readme"),
+        ('[remote "origin"]\n\tfetch = +x\n\turl = https://host/me/it\n[branch "main"]\n', "https://host/me/it#readme"),
+        ('[remote "origin"]\n\tfetch = +x\n[remote "other"]\n\turl = https://host/me/it\n', "./loratorio/docs/README.md"),
+        ('[remote "origin"]\n\turl = git@host:me/it.git\n', "./loratorio/docs/README.md"),
+        # What is secret is not put into a page.
+        ('[remote "origin"]\n\turl = https://me:secret@host/me/it.git\n', "./loratorio/docs/README.md"),
+        (None, "./loratorio/docs/README.md"),
+    ],
+)  # fmt: skip
+def test_the_documentation_is_where_the_extension_came_from(
+    config: str | None, link: str, tmp_path: Path
+) -> None:
+    if config is not None:
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "config").write_text(config)
+    assert docs.link(tmp_path) == link
+
+
+def test_the_documentation_renders_what_it_uses_of_markdown() -> None:
+    text = (
+        "# A <b>\n\nOne\n*two* **three** `<lora:a*b*>` [x](y.md#z)\n- an item\n  goes on\n\n"
+        "| a | b\\|c |\n| --- | --- |\n| 1 | 2 |\n\n```sh\n# <x>\n```\n"
+    )
+    assert docs.page(text).partition("</style>")[2] == (
+        '<h1 id="a-b">A &lt;b&gt;</h1>'
+        '<p>One <em>two</em> <b>three</b> <code>&lt;lora:a*b*&gt;</code> <a href="y.md#z">x</a></p>'
+        '<li style="margin-left: 1em">an item goes on</li>'
+        "<table><tr><td>a</td><td>b|c</td></tr><tr><td>1</td><td>2</td></tr></table>"
+        "<pre><code># &lt;x&gt;</code></pre>"
+    )
 
 
 def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
