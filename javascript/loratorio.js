@@ -43,20 +43,24 @@
         if (!lora.pool) {
             made.append(roleMenu(lora, textarea));
         }
+        made.classList.toggle("loratorio-wrong", !ROLES.includes(lora.role) || found.missing.has(lora.name) && !lora.pool);
         return made;
     }
 
     /** A drop-down that shows the LoRA's role and writes another one into its tag. */
     function roleMenu(lora, textarea) {
         const menu = element("select", "loratorio-role", "");
+        menu.id = `loratorio_role_${textarea.parentElement?.closest("[id]")?.id}_${lora.numbers.join("_")}`;
         menu.setAttribute("aria-label", "Role of " + lora.name);
         menu.title = ROLES_HELP;
-        for (const role of ROLES.includes(lora.role) ? ROLES : [lora.role, ...ROLES]) {
-            menu.append(new Option(role, role, false, role === lora.role));
+        const isRole = ROLES.includes(lora.role);
+        menu.setAttribute("aria-invalid", String(!isRole));
+        for (const role of isRole ? ROLES : [lora.role, ...ROLES]) {
+            menu.append(new Option(ROLES.includes(role) ? role : `${role}: no such role`, role, false, role === lora.role));
         }
         // The role that the LoRA has anyway needs no writing.
         const written = () => menu.value === lora.own ? undefined : menu.value;
-        menu.addEventListener("change", () => loratorioTags.write(textarea, lora.numbers, "role", written()));
+        menu.addEventListener("change", () => loratorioTags.write(textarea, lora.numbers, "role", written(), menu.closest("p")));
         return menu;
     }
 
@@ -199,7 +203,7 @@
     }
 
     function showCost(tab, count) {
-        const place = gradioApp().querySelector(`#loratorio_${tab}_about .loratorio-cost`);
+        const place = gradioApp().querySelector(`#loratorio_${tab}_cost .loratorio-cost`);
         if (place) {
             const text = cost(JSON.parse(place.dataset.costs || "[]"), count);
             if (place.textContent !== text) {
@@ -223,7 +227,7 @@
         const styles = gradioApp().querySelector(`#${tab}_styles .token`) !== null;
         const on = tickBox(tab)?.checked ?? true;
         const composed = loras.filter(lora => lora.role !== "always" && !found.wrong[lora.tag]);
-        showCost(tab, composed.filter(lora => !lora.pool).length);
+        showCost(tab, composed.filter(lora => !lora.pool && Number(lora.unet) !== 0 && !found.missing.has(lora.name)).length);
         const every = [...loras, ...hires];
         found.ask(every, () => refresh(tab));
         const said = [placeless(tab, every), ...every.map(lora => found.wrong[lora.tag] ?? found.of(lora))];
@@ -248,13 +252,9 @@
                 parts.push(element("span", "loratorio-remark", text));
             }
         }
-        // A drop-down that was changed by keyboard keeps the focus, although it is another one now.
-        const focused = line.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
         // Blanks for those who copy the line or have it read out; the page itself does not show them.
-        line.replaceChildren(...parts.flatMap(part => [part, " "]));
-        if (focused) {
-            [...line.querySelectorAll("select")].find(menu => menu.getAttribute("aria-label") === focused)?.focus();
-        }
+        loratorioTags.keepingFocus(() => line.replaceChildren(...parts.flatMap(part => [part, " "])));
+        line.onkeydown = event => loratorioTags.undoKey(event, prompt);
         loratorioPlaces.show(tab, prompt, loras);
         const all = loras.map(lora => `${lora.name} ${lora.unet}`);
         folded(tab).textContent = all.length ? all.join(" · ") : NONE_FOLDED;
@@ -326,11 +326,14 @@
         }
     }
 
-    /** What each preset does, where one looks for it: Gradio's buttons know no tooltips. */
+    /** What each preset does, where one looks for it: a choice of Gradio's knows no tooltips. */
     function explainPresets(tab) {
-        const line = gradioApp().querySelector(`#loratorio_${tab}_loras`);
-        for (const [name, help] of Object.entries(JSON.parse(line?.dataset.presets ?? "{}"))) {
-            explain(`loratorio_${tab}_preset_${name}`, help);
+        const helps = JSON.parse(gradioApp().querySelector(`#loratorio_${tab}_loras`)?.dataset.presets ?? "{}");
+        for (const label of gradioApp().querySelectorAll(`#loratorio_${tab}_preset label`)) {
+            const help = helps[label.textContent.trim()];
+            if (help && label.title !== help) {
+                label.title = help;
+            }
         }
     }
 
@@ -353,6 +356,9 @@
         for (const tab of ["txt2img", "img2img"]) {
             follow(textareaOf(`${tab}_prompt`), "value", () => refresh(tab));
             follow(tickBox(tab), "checked", () => refresh(tab));
+            for (const side of ["width", "height"]) {
+                follow(gradioApp().querySelector(`#${tab}_${side} input[type=number]`), "value", loratorioPlaces.update);
+            }
             tickAtStart(tab);
             partArrowAndBox(tab);
             refresh(tab);

@@ -20,9 +20,11 @@ const loratorioPlaces = (function() {
     const LEAST = 0.04; // a box's side, as a part of the picture's
     const SNAP = 0.025;
     const STEP = 0.05; // of the arrow keys
-    const HELP = "Drag a box to move it, its edges to resize it. Drag on the free picture to draw a place for the chosen LoRA. "
-        + "Double click, or Delete: everywhere. Arrow keys move, with Shift they resize.";
+    const HELP = "Drag on the picture to draw a place for the marked LoRA. Drag a box to move it, its edges to resize it; a double click removes it. "
+        + "Keys: arrows move, with Shift they resize, Delete removes, Ctrl+Z undoes.";
     const EVERYWHERE = "everywhere";
+    // Where a WebUI has the picture that img2img works on: one for each of its tabs.
+    const INPUTS = ["img2img_image", "img2img_sketch", "img2maskimg", "inpaint_sketch", "img_inpaint_base"];
 
     /** An option `at=…` as boxes [x0, y0, x1, y1] and the text of its edge; null where it cannot be read. */
     function parse(value) {
@@ -37,12 +39,23 @@ const loratorioPlaces = (function() {
         return boxes.includes(null) || edge.length > 1 ? null : {boxes, edge: edge.length ? "~" + edge[0] : ""};
     }
 
+    const nameOf = box => Object.keys(NAMED).find(each => NAMED[each].every((side, i) => Math.abs(side - box[i]) < 0.005));
+
     /** Boxes as they are written: by name where there is one. */
     function written({boxes, edge}) {
-        return boxes.map(box => {
-            const name = Object.keys(NAMED).find(each => NAMED[each].every((side, i) => Math.abs(side - box[i]) < 0.005));
-            return name ?? box.map(side => String(Math.round(side * 100) / 100)).join(",");
-        }).join("+") + edge;
+        return boxes.map(box => nameOf(box) ?? box.map(side => String(Math.round(side * 100) / 100)).join(",")).join("+") + edge;
+    }
+
+    /** A LoRA's place in a word or two. */
+    function described(lora) {
+        if (lora.options.at === undefined) {
+            return EVERYWHERE;
+        }
+        if (!lora.place) {
+            return `at=${lora.options.at} cannot be read`;
+        }
+        const {boxes, edge} = lora.place;
+        return (boxes.length > 1 ? `${boxes.length} places` : nameOf(boxes[0]) ?? "drawn") + (edge ? ", soft" : "");
     }
 
     function element(tag, className, text) {
@@ -76,18 +89,24 @@ const loratorioPlaces = (function() {
         constructor(tab, root) {
             this.tab = tab;
             this.root = root;
-            this.chosen = 0;
             this.loras = [];
+            this.picked = null; // the LoRA whose name was clicked last, until its place is drawn
+            this.last = 0; // the LoRA whose place was drawn or taken hold of last
             this.fold = element("details", "loratorio-places-fold");
             this.summary = element("summary", "", "");
             this.names = element("div", "loratorio-places-names");
             this.canvas = element("div", "loratorio-places-canvas");
-            this.canvas.title = HELP;
-            this.help = element("p", "loratorio-places-help", HELP);
-            this.fold.append(this.summary, this.names, this.canvas, this.help);
+            // The names beside or below the picture: it stays where it is when they change.
+            const side = element("div", "loratorio-places-side");
+            side.append(this.names, element("p", "loratorio-places-help", HELP));
+            const body = element("div", "loratorio-places-body");
+            body.append(this.canvas, side);
+            this.fold.append(this.summary, body);
             root.replaceChildren(this.fold);
             this.canvas.addEventListener("pointerdown", event => this.draw(event));
             this.fold.addEventListener("toggle", () => this.underlay());
+            this.fold.addEventListener("pointerenter", () => this.underlay());
+            this.fold.addEventListener("keydown", event => loratorioTags.undoKey(event, this.textarea));
         }
 
         /** Bring the canvas up to date with the prompt's LoRAs; only those that can have a place. */
@@ -96,7 +115,6 @@ const loratorioPlaces = (function() {
             this.all = loras;
             this.loras = loras.filter(lora => lora.role !== "always" || lora.options.at).map(lora => ({...lora}));
             this.root.hidden = !this.loras.length;
-            this.chosen = clamped(this.chosen, 0, Math.max(0, this.loras.length - 1));
             const colours = JSON.parse(this.root.dataset.colours);
             this.loras.forEach((lora, i) => {
                 lora.colour = `rgb(${colours[i % colours.length].join(",")})`;
@@ -104,7 +122,7 @@ const loratorioPlaces = (function() {
             });
             const placed = this.loras.filter(lora => lora.options.at !== undefined);
             this.summary.textContent = "Places: " + (placed.length
-                ? placed.map(lora => `${lora.name} ${lora.options.at}`).join(" · ")
+                ? placed.map(lora => `${lora.name} ${described(lora)}`).join(" · ")
                 : "every LoRA everywhere");
             if (placed.length && !this.opened) {
                 this.opened = this.fold.open = true; // once: who folds it away wants it so
@@ -122,14 +140,13 @@ const loratorioPlaces = (function() {
                 return;
             }
             this.drawn = state;
-            const focused = this.canvas.querySelector(":focus")?.dataset.key;
-            this.names.replaceChildren(...this.loras.map((lora, i) => this.name(lora, i)));
-            this.canvas.replaceChildren(...this.loras.flatMap((lora, i) => (lora.place?.boxes ?? []).map(
-                (box, number) => this.box(lora, i, box, number),
-            )));
-            if (focused) {
-                this.canvas.querySelector(`[data-key="${focused}"]`)?.focus();
-            }
+            loratorioTags.keepingFocus(() => {
+                this.names.replaceChildren(...this.loras.map((lora, i) => this.name(lora, i)));
+                this.canvas.replaceChildren(...this.loras.flatMap((lora, i) => (lora.place?.boxes ?? []).map(
+                    (box, number) => this.box(lora, i, box, number),
+                )));
+            });
+            this.mark();
         }
 
         /** The picture's own aspect. */
@@ -140,57 +157,70 @@ const loratorioPlaces = (function() {
             this.canvas.style.width = `min(100%, ${Math.round(ratio >= 1 ? 320 : Math.max(140, 320 * ratio))}px)`;
         }
 
-        /** The last picture lies under the boxes. */
+        /** The picture that img2img works on, or else the last one, lies under the boxes. */
         underlay() {
-            const picture = gradioApp().querySelector(`#${this.tab}_gallery img`);
-            this.canvas.style.backgroundImage = picture?.src ? `url("${picture.src.replace(/["\\]/g, "\\$&")}")` : "";
-        }
-
-        name(lora, i) {
-            const made = element("button", "loratorio-places-name", "");
-            made.type = "button";
-            made.setAttribute("aria-pressed", String(i === this.chosen));
-            const swatch = element("span", "loratorio-places-swatch");
-            swatch.style.background = lora.colour;
-            const unreadable = lora.options.at !== undefined && !lora.place;
-            const where = unreadable ? `at=${lora.options.at} cannot be read` : lora.options.at ?? EVERYWHERE;
-            made.append(swatch, (lora.pool ? "pool " : "") + lora.name + " ", element("span", "loratorio-places-where", where));
-            made.title = lora.place ? "Choose it; double click: everywhere" : "Give it a place";
-            made.addEventListener("click", () => {
-                this.choose(i);
-                if (!lora.place) {
-                    this.write(lora, {boxes: [this.free()], edge: ""});
-                }
-            });
-            made.addEventListener("dblclick", () => lora.place && this.write(lora, null));
-            return made;
-        }
-
-        /** What is drawn next is for this LoRA. */
-        choose(i) {
-            this.chosen = i;
-            this.names.childNodes.forEach((each, at) => each.setAttribute("aria-pressed", String(at === i)));
-            for (const box of this.canvas.children) {
-                box.classList.toggle("chosen", box.dataset.key?.startsWith(`${i}-`));
+            const inputs = this.tab === "img2img" ? INPUTS.map(id => gradioApp().querySelector(`#${id}`)) : [];
+            const input = inputs.find(each => each?.offsetParent)?.querySelector("img");
+            const picture = input?.naturalWidth ? input : gradioApp().querySelector(`#${this.tab}_gallery img`);
+            const source = picture?.src ?? "";
+            if (this.source !== source) {
+                this.source = source;
+                this.canvas.style.backgroundImage = source ? `url("${source.replace(/["\\]/g, "\\$&")}")` : "";
             }
         }
 
-        /** Half of the picture that no other LoRA has yet. */
-        free() {
-            const taken = this.loras.flatMap(lora => lora.place?.boxes ?? []);
-            const overlaps = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
-            const halves = ["left", "right", "top", "bottom", "top-left", "top-right", "bottom-left", "bottom-right"];
-            const name = halves.find(each => !taken.some(box => overlaps(box, NAMED[each])));
-            return [...NAMED[name ?? "centre"]];
+        /** A LoRA's row: its name, which a click marks for drawing, and its place to choose. */
+        name(lora, i) {
+            const made = element("div", "loratorio-places-row");
+            const button = element("button", "loratorio-places-name", "");
+            button.type = "button";
+            button.id = `loratorio_${this.tab}_place_name_${i}`;
+            button.title = "Draw the next place for this LoRA";
+            const swatch = element("span", "loratorio-places-swatch");
+            swatch.style.background = lora.colour;
+            button.append(swatch, (lora.pool ? "pool " : "") + lora.name);
+            button.addEventListener("click", () => {
+                this.picked = i;
+                this.mark();
+            });
+            made.append(button, this.placeMenu(lora, i));
+            return made;
+        }
+
+        placeMenu(lora, i) {
+            const menu = element("select", "loratorio-places-where");
+            menu.id = `loratorio_${this.tab}_place_menu_${i}`;
+            menu.setAttribute("aria-label", "Place of " + lora.name);
+            menu.classList.toggle("loratorio-wrong", lora.options.at !== undefined && !lora.place);
+            const now = described(lora);
+            for (const each of new Set([EVERYWHERE, ...Object.keys(NAMED), now])) {
+                menu.append(new Option(each, each, false, each === now));
+            }
+            menu.addEventListener("change", () => this.write(
+                lora, NAMED[menu.value] ? {boxes: [NAMED[menu.value]], edge: lora.place?.edge ?? ""} : null,
+            ));
+            return menu;
+        }
+
+        /** For which LoRA the next place is drawn: the one picked, else the next that has none; a style has none by its nature. */
+        get target() {
+            const waiting = this.loras.findIndex(lora => lora.options.at === undefined && lora.role === "content");
+            const chosen = this.picked ?? (waiting < 0 ? this.last : waiting);
+            return clamped(chosen, 0, this.loras.length - 1);
+        }
+
+        /** Show for which LoRA the next place is drawn. */
+        mark() {
+            const target = this.target;
+            this.names.querySelectorAll("button").forEach((each, i) => each.setAttribute("aria-pressed", String(i === target)));
         }
 
         box(lora, i, box, number) {
             const made = element("div", "loratorio-places-box");
-            made.dataset.key = `${i}-${number}`;
+            made.id = `loratorio_${this.tab}_box_${i}_${number}`;
             made.tabIndex = 0;
             made.setAttribute("role", "group");
             made.style.setProperty("--colour", lora.colour);
-            made.classList.toggle("chosen", i === this.chosen);
             made.append(element("span", "loratorio-places-label", lora.name));
             for (const sides of ["n", "e", "s", "w", "ne", "se", "sw", "nw"]) {
                 const handle = element("span", `loratorio-places-handle ${sides}`);
@@ -201,7 +231,6 @@ const loratorioPlaces = (function() {
             made.addEventListener("pointerdown", event => this.drag(event, made, lora, i, number));
             made.addEventListener("dblclick", () => this.remove(lora, number));
             made.addEventListener("keydown", event => this.key(event, lora, number));
-            made.addEventListener("focus", () => this.choose(i));
             return made;
         }
 
@@ -255,7 +284,7 @@ const loratorioPlaces = (function() {
             }
             event.stopPropagation();
             made.focus({preventScroll: true});
-            this.choose(i);
+            this.last = i;
             const sides = event.target.dataset?.sides;
             const before = lora.place.boxes[number];
             let now = before;
@@ -265,13 +294,14 @@ const loratorioPlaces = (function() {
             }, () => this.change(lora, number, now));
         }
 
-        /** A new box on the free picture, for the chosen LoRA. */
+        /** A new box on the free picture, for the marked LoRA. */
         draw(event) {
-            const lora = this.loras[this.chosen];
+            const {target} = this;
+            const lora = this.loras[target];
             if (event.button || event.target !== this.canvas || !lora) {
                 return;
             }
-            const made = element("div", "loratorio-places-box chosen");
+            const made = element("div", "loratorio-places-box drawn");
             made.style.setProperty("--colour", lora.colour);
             let box = null;
             this.follow(event, (dx, dy, start, now) => {
@@ -282,6 +312,8 @@ const loratorioPlaces = (function() {
             }, () => {
                 if (box && box[2] - box[0] >= LEAST && box[3] - box[1] >= LEAST) {
                     const place = lora.place ?? {boxes: [], edge: ""};
+                    this.last = target;
+                    this.picked = null;
                     this.write(lora, {...place, boxes: [...place.boxes, box]});
                 }
             });
@@ -313,7 +345,7 @@ const loratorioPlaces = (function() {
 
         /** Into the tag; the prompt's change brings the canvas up to date. */
         write(lora, place) {
-            loratorioTags.write(this.textarea, lora.numbers, "at", place ? written(place) : undefined);
+            loratorioTags.write(this.textarea, lora.numbers, "at", place ? written(place) : undefined, this.canvas);
         }
     }
 
@@ -331,7 +363,7 @@ const loratorioPlaces = (function() {
         canvases[tab].show(textarea, loras);
     }
 
-    /** The picture's size or the last picture may be others. */
+    /** The picture's size, or the picture below the boxes, may be another. */
     function update() {
         for (const canvas of Object.values(canvases)) {
             if (!canvas.dragging) {
@@ -342,6 +374,8 @@ const loratorioPlaces = (function() {
     }
 
     onAfterUiUpdate(update);
+    // A picture is loaded after it is put into the page.
+    document.addEventListener("load", event => INPUTS.some(id => event.target.closest?.(`#${id}`)) && update(), true);
 
-    return {show};
+    return {show, update};
 })();

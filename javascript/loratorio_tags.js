@@ -75,15 +75,18 @@ const loratorioTags = (function() {
     /**
      * Write an option of the LoRA whose tags are those of the textarea with these numbers; undefined takes it out.
      *
-     * Options stand before the strength: the WebUI's Ctrl+Up and Ctrl+Down change the number at a tag's end.
+     * Options stand before the strength: the WebUI's Ctrl+Up and Ctrl+Down change the number at a tag's end. `anchor` is what the user
+     * is looking at.
      */
-    function write(textarea, numbers, option, value) {
+    function write(textarea, numbers, option, value, anchor) {
         const written = read(textarea.value);
         // From the last to the first, each of which stays where it is meanwhile.
         const tags = numbers.map(number => written[number]).filter(Boolean).sort((a, b) => b.start - a.start);
         const prompt = tags.reduce((text, lora) => text.slice(0, lora.start) + changed(lora.tag, option, value) + text.slice(lora.end),
             textarea.value);
-        replace(textarea, 0, textarea.value.length, prompt);
+        if (prompt !== textarea.value) {
+            replace(textarea, 0, textarea.value.length, prompt, anchor);
+        }
     }
 
     /** A tag with another value of an option. */
@@ -100,10 +103,58 @@ const loratorioTags = (function() {
         return `<${[kind, name, ...options, ...numbers].join(":")}>`;
     }
 
-    /** Put `text` in the place of a part of the textarea's, as if it were typed. */
-    function replace(textarea, start, end, text) {
-        textarea.value = textarea.value.slice(0, start) + text + textarea.value.slice(end);
-        textarea.dispatchEvent(new Event("input", {bubbles: true}));
+    /** Put `text` in the place of a part of the textarea's, as if it were typed: the browser can undo it. */
+    function replace(textarea, start, end, text, anchor = textarea) {
+        const done = edited(textarea, anchor, () => {
+            textarea.setSelectionRange(start, end);
+            return document.execCommand(text ? "insertText" : "delete", false, text);
+        });
+        if (!done) { // a textarea that is hidden
+            textarea.value = textarea.value.slice(0, start) + text + textarea.value.slice(end);
+            textarea.dispatchEvent(new Event("input", {bubbles: true}));
+        }
+    }
+
+    /**
+     * Edit the textarea with it in focus; what `edit` returns, false where it cannot have the focus.
+     *
+     * The browser scrolls to the textarea, and Gradio makes it as high as its text: the anchor stays where it is all the same.
+     */
+    function edited(textarea, anchor, edit) {
+        const before = anchor.getBoundingClientRect();
+        const stay = () => {
+            const now = anchor.getBoundingClientRect();
+            window.scrollBy(now.left - before.left, now.top - before.top);
+        };
+        const done = keepingFocus(() => {
+            textarea.focus({preventScroll: true});
+            return document.activeElement === textarea && edit();
+        });
+        stay();
+        requestAnimationFrame(stay);
+        return done;
+    }
+
+    /** Do what may take the focus, or may replace the element that has it by another one with its id; what `action` returns. */
+    function keepingFocus(action) {
+        const before = document.activeElement;
+        const result = action();
+        const after = before?.isConnected ? before : document.getElementById(before?.id);
+        if (after === document.body) {
+            document.activeElement?.blur();
+        } else if (after !== document.activeElement) {
+            after?.focus({preventScroll: true});
+        }
+        return result;
+    }
+
+    /** Ctrl+Z and the like outside of the textarea: undo, or do again, what was written into it. */
+    function undoKey(event, textarea) {
+        const key = (event.ctrlKey || event.metaKey) && !event.altKey ? event.key.toLowerCase() : "";
+        if (key === "z" || key === "y") {
+            event.preventDefault();
+            edited(textarea, event.currentTarget, () => document.execCommand(key === "z" && !event.shiftKey ? "undo" : "redo"));
+        }
     }
 
     // -- the WebUI's own editing --------------------------------------------------------------------------------------
@@ -164,5 +215,5 @@ const loratorioTags = (function() {
     window.addEventListener("keydown", changeStrength, true);
     onUiLoaded(removeOnCardClick);
 
-    return {read, write};
+    return {read, write, keepingFocus, undoKey};
 })();

@@ -291,9 +291,10 @@ def check_places(settings: Settings, participants: Participants) -> None:
             f"{', '.join(able[:-1])} or {able[-1]}, not {method.entry.label}. Choose one of those, or take them out of the prompt."
         )
     if settings.start > 0 or settings.end < 1:
+        start, end = settings.called("start"), settings.called("end")
         raise LoratorioError(
-            "Places and own words hold in every step, but start and end leave some to merging, which knows none. "
-            "Set start to 0 and end to 1, or take at=… and words=… out of the prompt."
+            f"Places and own words hold in every step, but {start} and {end} leave some steps to merging, which has none. "
+            f"Set {start} to 0 and {end} to 1, or take at=… and words=… out of the prompt."
         )
 
 

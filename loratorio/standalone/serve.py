@@ -244,12 +244,8 @@ def _knobs(gr: Any) -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Row(elem_id="presets"):
         presets = {name: gr.Button(preset.label, size="sm") for name, preset in PRESETS.items()}
-    with gr.Group():
-        for row in panel_rows(folded=False):
-            with gr.Row():
-                made |= {knob.name: _component(gr, knob) for knob in row if knob.name not in _HIDDEN}
-    with gr.Accordion("More knobs", open=False):
-        for row in panel_rows(folded=True):
+    with gr.Accordion("All settings", open=False):
+        for row in panel_rows()[1:]:
             with gr.Row():
                 made |= {knob.name: _component(gr, knob) for knob in row}
     for name, button in presets.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -17,15 +18,17 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
 
     Args:
         args: one value per knob in the order of `KNOBS`, or one mapping of knob names first, after which nothing else counts: the WebUI
-            fills the rest with the panel's defaults. Missing ones and None: the settings page's defaults.
+            fills the rest with the panel's defaults. Missing ones and None: the settings page's defaults. Sentences name the knobs
+            as the caller does: by name after a mapping, else by the panel's labels.
 
     Raises:
         LoratorioError: an unknown knob, a bad value, too many values. Not where the panel's box is unticked: what is typed into a panel
             that is off is nobody's matter.
     """
     values = {**_values(args), **xyz.chosen(p)}
+    by_name = bool(args) and isinstance(args[0], Mapping)
     try:
-        return options.defaults().with_values(values)
+        return replace(options.defaults(), naming="name" if by_name else "label").with_values(values)
     except LoratorioError:
         if args and args[0] is False and len(args) == len(KNOBS) and not xyz.chosen(p):
             return Settings()

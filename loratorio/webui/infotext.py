@@ -73,7 +73,7 @@ def value_from(knob: Knob, params: Params) -> Any:
         return None
     try:
         unsaid = knob.default_in(str(params.get(VERSION_KEY, "")))
-        value = knob.check(params.get(knob.infotext_key, unsaid))
+        value = knob.check(params.get(knob.infotext_key, unsaid), "label")
     except LoratorioError as problem:
         print(f"LoRAtorio: pasting: {problem}")
         return None

@@ -20,17 +20,16 @@ def option_name(knob: Knob) -> str:
 
 def defaults() -> Settings:
     """What the panel starts with: the settings page's values, `Settings`' own outside a WebUI or where a stored value is bad."""
-    shared = sys.modules.get("modules.shared")
-    stored = getattr(getattr(shared, "opts", None), "data", None) or {}
+    stored = _stored()
     values: dict[str, Any] = {}
     for knob in _offered():
         if option_name(knob) in stored:
             try:
-                values[knob.name] = knob.check(stored[option_name(knob)])
+                values[knob.name] = knob.check(stored[option_name(knob)], "label")
             except LoratorioError as problem:
                 print(f"LoRAtorio: the settings page's default is not used: {problem}")
     try:
-        return Settings.from_mapping(values)
+        return Settings(naming="label").with_values(values)
     except LoratorioError as problem:
         print(f"LoRAtorio: the settings page's defaults are not used: {problem}")
         return Settings()
@@ -53,11 +52,18 @@ def register() -> None:
         shared.opts.add_option(option_name(knob), info.info(knob.help).needs_reload_ui())
     ticked = shared.OptionInfo(False, "Ticked when the page is opened", section=SECTION)
     shared.opts.add_option(TICKED, ticked.info("API calls are not affected.").needs_reload_ui())
+    research = shared.OptionInfo(False, "Show research methods", section=SECTION)
+    shared.opts.add_option(RESEARCH, research.info(RESEARCH_HELP).needs_reload_ui())
 
 
 TICKED = "loratorio_ticked"
 """The option to have the box ticked when the page is opened. javascript/loratorio.js does it: were the box ticked from the start, API
 calls that never heard of this extension would be composed."""
+
+RESEARCH = "loratorio_research"
+"""The option to have the panel list the methods that are there to compare with, too."""
+
+RESEARCH_HELP = "The panel's list of methods then has those of other papers too. X/Y/Z plots and API calls can use them in any case."
 
 VERSION = "loratorio_version"
 """Under this name the version whose defaults were last in force stands in the WebUI's config.json."""
@@ -74,6 +80,17 @@ def _follow_new_defaults(stored: dict[str, Any]) -> None:
         except LoratorioError:
             continue  # said when it is used
     stored[VERSION] = __version__
+
+
+def shows_research() -> bool:
+    """Whether the panel lists every method."""
+    return bool(_stored().get(RESEARCH, False))
+
+
+def _stored() -> dict[str, Any]:
+    """What the WebUI's config.json has; nothing outside a WebUI."""
+    shared = sys.modules.get("modules.shared")
+    return getattr(getattr(shared, "opts", None), "data", None) or {}
 
 
 def _offered() -> tuple[Knob, ...]:

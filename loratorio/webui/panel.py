@@ -6,26 +6,25 @@ import json
 import sys
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ..colours import COLOURS
-from ..compose.methods import METHODS
+from ..compose.methods import FOR_PICTURES, METHODS
 from ..errors import LoratorioError
 from ..roles import looks_like_speed_lora
-from ..settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings, panel_rows
+from ..settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings, panel_rows
+from . import docs, options
 from . import gradio_compat as compat
-from . import options
 from .components import component, shown
 
 TITLE = "LoRAtorio"
 
-RESET, RESET_HELP = "reset", "All knobs as they are when the page is loaded."
-
 NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
 """What the line says before javascript/loratorio.js has read the prompt; the same sentence is there."""
+
+CUSTOM, CUSTOM_HELP = "Custom", "What you set under All settings."
 
 
 def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
@@ -38,20 +37,28 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
     settings = options.defaults() if defaults is None else defaults
     box, inside = compat.ticked_accordion(settings.enabled, TITLE, f"loratorio_{tab}")
     components: dict[str, Any] = {"enabled": box}
+    (method,), *rows = panel_rows()[1:]
     with inside:
         gr.HTML(_line(tab), elem_id=f"loratorio_{tab}_line")
-        presets = _Presets(tab, settings)
-        rows = panel_rows(folded=False)
-        components |= _row(rows[0], settings, tab)
-        about = gr.HTML(_about(settings), elem_id=f"loratorio_{tab}_about")
-        for row in rows[1:]:
-            components |= _row(row, settings, tab)
-        with gr.Accordion("More", open=False, elem_id=f"loratorio_{tab}_more"):
-            for row in panel_rows(folded=True):
+        preset = _preset(tab, settings)
+        cost = gr.HTML(_cost(settings), elem_id=f"loratorio_{tab}_cost")
+        components |= _row(panel_rows()[0], settings, tab)
+        with gr.Accordion("All settings", open=False, elem_id=f"loratorio_{tab}_more"):
+            with gr.Row(elem_classes="loratorio-row loratorio-method"):
+                components[method.name] = _component(method, settings, tab)
+                about = gr.HTML(_about(settings.method), elem_id=f"loratorio_{tab}_about")
+            for row in rows:
                 components |= _row(row, settings, tab)
-        presets.connect(components)
-        _follow_method(components, about)
-    for each in components.values():
+            reset = gr.Button(
+                "Reset all settings",
+                elem_id=f"loratorio_{tab}_reset",
+                elem_classes="loratorio-small",
+                size="sm",
+            )
+        _connect_preset(preset, components, tab)
+        _connect_reset(reset, components, settings)
+        _follow_knobs(components, cost, about)
+    for each in (preset, *components.values()):
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
         each.do_not_save_to_config = True
     return [components[knob.name] for knob in KNOBS]
@@ -59,46 +66,58 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
 
 def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
     with gr.Row(elem_classes="loratorio-row"):
-        return {
-            knob.name: _component(knob, getattr(settings, knob.name), tab, settings.method) for knob in knobs
-        }
+        return {knob.name: _component(knob, settings, tab) for knob in knobs}
 
 
-class _Presets:
-    """A button for each preset, and one for the defaults. It sets knobs in the page and is nothing else: no value of its own is sent
-    or kept."""
-
-    def __init__(self, tab: str, defaults: Settings) -> None:
-        every = {knob.name: getattr(defaults, knob.name) for knob in KNOBS if knob.name != "enabled"}
-        self._values = {name: dict(preset.values) for name, preset in PRESETS.items()} | {RESET: every}
-        labels = {name: preset.label for name, preset in PRESETS.items()} | {RESET: "Reset"}
-        with gr.Row(elem_classes="loratorio-presets", elem_id=f"loratorio_{tab}_presets"):
-            self._buttons = {
-                name: gr.Button(label, elem_id=f"loratorio_{tab}_preset_{name}", size="sm")
-                for name, label in labels.items()
-            }
-            gr.HTML(
-                f'<a href="{escape(docs_link())}" target="_blank" rel="noopener">Documentation</a>',
-                elem_classes="loratorio-docs",
-            )
-
-    def connect(self, components: dict[str, Any]) -> None:
-        for name, button in self._buttons.items():
-            values = {knob: shown(KNOB_BY_NAME[knob], value) for knob, value in self._values[name].items()}
-            outputs = [components[knob] for knob in values]
-            function = f"() => {json.dumps(list(values.values()))}"
-            button.click(None, [], outputs, **compat.javascript(function))
+def _preset(tab: str, settings: Settings) -> Any:
+    """The preset in force. It follows the knobs and sets them, and is nothing else: its own value is neither sent nor kept."""
+    in_force = next(
+        (each.label for each in PRESETS.values() if settings.with_values(each.values) == settings), CUSTOM
+    )
+    choices = [*(each.label for each in PRESETS.values()), CUSTOM]
+    return gr.Radio(
+        choices,
+        value=in_force,
+        label="Preset",
+        elem_id=f"loratorio_{tab}_preset",
+        elem_classes="loratorio-preset",
+    )
 
 
-def docs_link() -> str:
-    """Where the documentation is: the page that the extension was installed from, or the file that came with it."""
-    root = Path(__file__).resolve().parents[2]
-    extensions = getattr(sys.modules.get("modules.extensions"), "extensions", ())
-    for extension in extensions:
-        remote = str(getattr(extension, "remote", None) or "")
-        if Path(extension.path).resolve() == root and remote.startswith("https://"):
-            return f"{remote.removesuffix('.git')}#readme"
-    return f"file={root / 'README.md'}"
+def _connect_preset(preset: Any, components: dict[str, Any], tab: str) -> None:
+    """All in the page: a choice is there at once, and no answer comes late over a newer one."""
+    knobs = [KNOB_BY_NAME[name] for name in PRESET_KNOBS]
+    outputs = [components[knob.name] for knob in knobs]
+    wanted = json.dumps(
+        {each.label: [shown(knob, each.values[knob.name]) for knob in knobs] for each in PRESETS.values()}
+    )
+    in_force = (
+        f"const in_force = (values) => Object.entries({wanted}).find(([, wanted]) => "
+        f"wanted.every((each, i) => each === values[i]))?.[0] ?? '{CUSTOM}';"
+    )
+    for each in outputs:
+        each.change(
+            None,
+            outputs,
+            [preset],
+            **compat.javascript(f"(...values) => {{ {in_force} return in_force(values); }}"),
+        )
+    # To choose one's own is to open the fold where they are.
+    choose = f"""(chosen, ...values) => {{
+        const wanted = {wanted}[chosen];
+        if (wanted) return [chosen, ...wanted];
+        gradioApp().querySelector('#loratorio_{tab}_more > .label-wrap:not(.open)')?.click();
+        {in_force}
+        return [in_force(values), ...values.slice(0, {len(outputs)})];
+    }}"""
+    preset.input(None, [preset, *outputs], [preset, *outputs], **compat.javascript(choose))
+
+
+def _connect_reset(button: Any, components: dict[str, Any], settings: Settings) -> None:
+    knobs = [knob for knob in KNOBS if knob.name != "enabled"]
+    values = [shown(knob, getattr(settings, knob.name)) for knob in knobs]
+    outputs = [components[knob.name] for knob in knobs]
+    button.click(None, [], outputs, **compat.javascript(f"() => {json.dumps(values)}"))
 
 
 _MOST_LORAS = 8
@@ -106,44 +125,46 @@ _COST_KNOBS = ("method", "recentre", "share", "reuse", "start", "end")
 """The knobs that change how many model rows are run."""
 
 
-def _follow_method(components: dict[str, Any], about: Any) -> None:
-    """What the method does and costs, and which knobs it looks at, whenever that changes."""
+def _follow_knobs(components: dict[str, Any], cost: Any, about: Any) -> None:
+    """What a step costs, what the method does, and which knobs it looks at, whenever that changes."""
     asked = [components[name] for name in _COST_KNOBS]
     of_methods = [knob for knob in KNOBS if any(knob.ignored_by(method) for method in METHODS)]
 
-    def update_about(*values: Any) -> Any:
+    def update_cost(*values: Any) -> Any:
         try:
             settings = Settings.from_mapping({"enabled": True, **dict(zip(_COST_KNOBS, values, strict=True))})
         except LoratorioError:
             return gr.update()  # a number that is being typed
-        return _about(settings)
+        return _cost(settings)
 
-    def update_knobs(label: Any) -> list[Any]:
+    def update_method(label: Any) -> list[Any]:
         try:
             method = str(KNOB_BY_NAME["method"].check(label))
         except LoratorioError:
-            return [gr.update() for _ in of_methods]
-        return [gr.update(interactive=not knob.ignored_by(method)) for knob in of_methods]
+            return [gr.update() for _ in (about, *of_methods)]
+        return [_about(method), *(gr.update(interactive=not knob.ignored_by(method)) for knob in of_methods)]
 
     for each in asked:
-        each.change(update_about, asked, [about], queue=False, show_progress=False)
+        each.change(update_cost, asked, [cost], queue=False, show_progress=False)
     components["method"].change(
-        update_knobs,
+        update_method,
         [components["method"]],
-        [components[knob.name] for knob in of_methods],
+        [about, *(components[knob.name] for knob in of_methods)],
         queue=False,
         show_progress=False,
     )
 
 
-def _about(settings: Settings) -> str:
-    """The chosen method in a sentence, and what a step with one LoRA, two, … costs, of which JavaScript shows the prompt's."""
-    entry = METHODS[settings.method].entry
+def _about(method: str) -> str:
+    """The method in a sentence."""
+    entry = METHODS[method].entry
     source = f" ({entry.source})" if entry.source else ""
-    return (
-        f'<p class="loratorio-about">{escape(entry.summary + source)} '
-        f'<span class="loratorio-cost" data-costs="{escape(json.dumps(_costs(settings)))}"></span></p>'
-    )
+    return f'<p class="loratorio-about">{escape(entry.summary + source)}</p>'
+
+
+def _cost(settings: Settings) -> str:
+    """What a step with one LoRA, two, … costs, of which JavaScript shows the prompt's."""
+    return f'<p class="loratorio-cost" data-costs="{escape(json.dumps(_costs(settings)))}"></p>'
 
 
 def _costs(settings: Settings) -> list[float]:
@@ -160,16 +181,20 @@ def _costs(settings: Settings) -> list[float]:
 
 def _line(tab: str) -> str:
     """What the tick box does, the line about the prompt's LoRAs, and their places, which JavaScript keeps true."""
-    help_text = escape(KNOB_BY_NAME["enabled"].help)
-    speed = escape(json.dumps(speed_loras()))
-    helps = {name: preset.help for name, preset in PRESETS.items()} | {RESET: RESET_HELP}
-    presets = escape(json.dumps(helps))
+    helps = {preset.label: preset.help for preset in PRESETS.values()} | {CUSTOM: CUSTOM_HELP}
     repeats = "each" if "modules_forge" in sys.modules else "last"  # see hosts/a1111/loras.py
     methods = escape(json.dumps([method.entry.label for method in METHODS.values() if method.takes_places]))
+    hidden = [each.entry.label for name, each in METHODS.items() if name not in FOR_PICTURES]
+    # Hidden, but there: a picture's infotext may bring any of them.
+    style = "" if options.shows_research() else (
+        f"<style>#loratorio_{tab}_method li:is({', '.join(f'[aria-label={json.dumps(each)}]' for each in hidden)})"
+        " { display: none; }</style>"
+    )  # fmt: skip
     return (
-        f'<p class="loratorio-help">{help_text}</p>'
-        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{speed}" data-presets="{presets}" '
-        f'data-repeats="{repeats}" aria-live="polite">{escape(NONE_YET)}</p>'
+        f'{style}<p class="loratorio-help">{escape(KNOB_BY_NAME["enabled"].help)} '
+        f'<a href="{escape(docs.link())}" target="_blank" rel="noopener">Documentation</a></p>'
+        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{escape(json.dumps(speed_loras()))}" '
+        f'data-presets="{escape(json.dumps(helps))}" data-repeats="{repeats}" aria-live="polite">{escape(NONE_YET)}</p>'
         f'<div class="loratorio-places" id="loratorio_{tab}_places" data-colours="{escape(json.dumps(COLOURS))}" '
         f'data-methods="{methods}" hidden></div>'
     )
@@ -185,12 +210,12 @@ def speed_loras() -> list[str]:
     )
 
 
-def _component(knob: Knob, value: Any, tab: str, method: str) -> Any:
+def _component(knob: Knob, settings: Settings, tab: str) -> Any:
     shared = {
         "label": knob.label,
         "elem_id": f"loratorio_{tab}_{knob.name}",
-        "interactive": not knob.ignored_by(method),
+        "interactive": not knob.ignored_by(settings.method),
         **compat.tooltip(knob.help),
     }
     name, values = component(knob)
-    return getattr(gr, name)(value=shown(knob, value), **values, **shared)
+    return getattr(gr, name)(value=shown(knob, getattr(settings, knob.name)), **values, **shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -48,23 +49,12 @@ def _loaded_script() -> ModuleType | None:
 
 def _axis(script: ModuleType, knob: Knob) -> Any:
     label = PREFIX + knob.label
-    if knob.kind == "bool":
-        return script.AxisOption(
-            label,
-            str,
-            _apply(knob),
-            confirm=_confirm(knob.label, knob.check),
-            choices=lambda: ["True", "False"],
-        )
-    if knob.kind == "choice":
-        labels = [label for _, label in knob.choices]
-        return script.AxisOption(
-            label, str, _apply(knob), confirm=_confirm(knob.label, knob.check), choices=lambda: labels
-        )
+    confirm = _confirm(knob.label, partial(knob.check, naming="label"))
+    if knob.kind in ("bool", "choice"):
+        choices = ["True", "False"] if knob.kind == "bool" else [label for _, label in knob.choices]
+        return script.AxisOption(label, str, _apply(knob), confirm=confirm, choices=lambda: choices)
     # Not int or float: of text the plot would make an error of its own, before it asks `confirm`.
-    return script.AxisOption(
-        label, _number(knob), _apply(knob), confirm=_confirm(knob.label, knob.check), prepare=_expand(script)
-    )
+    return script.AxisOption(label, _number(knob), _apply(knob), confirm=confirm, prepare=_expand(script))
 
 
 def _number(knob: Knob) -> Callable[[Any], Any]:

@@ -20,7 +20,8 @@ import gradio.routes
 
 from loratorio.errors import LoratorioError
 from loratorio.infotext import params
-from loratorio.webui import api, found, gradio_compat, infotext, panel
+from loratorio.settings import KNOB_BY_NAME
+from loratorio.webui import api, docs, found, gradio_compat, infotext, panel
 
 from .host_infotext import read, written
 
@@ -69,14 +70,17 @@ def generate(prompt: str, *args: Any) -> tuple[str, str]:
         return f"error: {problem}", written(prompt, {})
     found = re.findall(r"<lora:([^:>]+):([\d.]+)>", prompt)
     fields = params(settings, [(name, float(strength), "") for name, strength in found])
-    return json.dumps({name: getattr(settings, name) for name in settings.__dataclass_fields__}), written(
-        prompt, fields
-    )
+    return json.dumps({name: getattr(settings, name) for name in KNOB_BY_NAME}), written(prompt, fields)
 
 
 def tab(name: str) -> dict[str, Any]:
     """One tab: prompt, panel, Generate, its result and its infotext, a box to paste from."""
     prompt = gr.Textbox("", label="Prompt", elem_id=f"{name}_prompt", lines=3)
+    with gr.Row():
+        width = gr.Slider(64, 2048, 512, step=8, label="Width", elem_id=f"{name}_width")
+        height = gr.Slider(64, 2048, 512, step=8, label="Height", elem_id=f"{name}_height")
+        switch = gr.Button("⇅", elem_id=f"{name}_switch")
+    switch.click(lambda w, h: (h, w), [width, height], [width, height])
     components = panel.build(name == "img2img")
     button = gr.Button("Generate", elem_id=f"{name}_generate")
     result = gr.Textbox(label="Knobs", elem_id=f"{name}_result")
@@ -159,4 +163,5 @@ if __name__ == "__main__":
     app, _, _ = demo.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]), prevent_thread_lock=True)
     found.pools.count, found.pools.is_new = count, lambda name: False
     found.add_route(demo, app)
+    docs.add_route(demo, app)
     demo.block_thread()

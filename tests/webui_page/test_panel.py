@@ -68,6 +68,19 @@ class Tab:
         self.find(f"_{knob} input").first.click()
         self.find(f"_{knob} li[aria-label='{label}']").click()
 
+    def preset(self, label: str) -> Any:
+        return self.find(f"_preset label:has-text('{label}')")
+
+    def in_force(self) -> str:
+        """The preset that is chosen."""
+        return str(self.find("_preset input:checked").input_value())
+
+    def wait_for_preset(self, label: str) -> None:
+        self.page.wait_for_function(
+            "([id, label]) => document.querySelector(id)?.value === label",
+            arg=[f"#loratorio_{self.name}_preset input:checked", label],
+        )
+
     def as_published(self) -> None:
         """The method that has a temperature."""
         self.choose("method", "LoRAtorio")
@@ -110,10 +123,10 @@ def test_tick_move_generate(page: Any) -> None:
     tab.number("temperature", 0.0123)
     tab.number("recentre", 0.35)
     tab.find("_weight_maps input").check()
-    tab.choose("method", "Composite")
+    tab.choose("method", "Merge")
     chosen = Settings(
         enabled=True,
-        method="composite",
+        method="merge",
         patch_size=Settings().patch_size + 1,
         temperature=0.0123,
         recentre=0.35,
@@ -129,17 +142,47 @@ def test_presets_set_their_knobs_in_this_tab_alone(page: Any) -> None:
     tab.tick()
     tab.as_published()
     tab.number("temperature", 0.5)
-    for name, preset in PRESETS.items():
-        assert tab.find(f"_preset_{name}").get_attribute("title") == preset.help
-        tab.find(f"_preset_{name}").click()
+    for preset in PRESETS.values():
+        assert tab.preset(preset.label).get_attribute("title") == preset.help
+        tab.preset(preset.label).click()
         expected = Settings(enabled=True, temperature=0.5).with_values(preset.values)
         arrived, infotext = tab.generate()
         assert arrived == as_dict(expected)
         assert (f"LoRAtorio reuse: {expected.reuse}" in infotext) is (expected.reuse != Settings().reuse)
+        assert tab.in_force() == preset.label
     # What is moved afterwards counts.
     tab.number("reuse", 7)
     assert tab.generate()[0]["reuse"] == 7
     assert Tab(page, "img2img").open().generate()[0] == as_dict(Settings())
+
+
+def test_the_preset_in_force_follows_the_knobs(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    assert tab.in_force() == "Balanced"
+    tab.number("reuse", 7)
+    tab.wait_for_preset("Custom")
+    tab.number("reuse", 3)
+    tab.wait_for_preset("Balanced")
+    # A knob that no preset has leaves it as it is; all that one has make it that one.
+    tab.number("patch_size", 5)
+    tab.number("recentre", 1)
+    tab.wait_for_preset("Fast")
+    tab.tick()
+    picture = written("a fox", params(Settings.from_mapping({"enabled": True, "preset": "paper"}), []))
+    tab.paste(picture)
+    tab.wait_for_preset("Paper")
+    tab.find("_reset").click()
+    tab.wait_for_preset("Balanced")
+
+
+def test_custom_opens_the_settings_and_is_none_by_itself(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.find("_more > .label-wrap").click()
+    page.wait_for_function("!document.querySelector('#loratorio_txt2img_rescale')?.offsetParent")
+    tab.preset("Custom").click()
+    page.wait_for_function("document.querySelector('#loratorio_txt2img_rescale').offsetParent")
+    tab.wait_for_preset("Balanced")
+    assert tab.generate()[0] == as_dict(Settings())
 
 
 def test_reset_brings_back_what_the_page_began_with(page: Any) -> None:
@@ -149,11 +192,66 @@ def test_reset_brings_back_what_the_page_began_with(page: Any) -> None:
     tab.number("temperature", 0.5)
     tab.number("rescale", 0.3)
     tab.find("_weight_maps input").check()
-    tab.choose("method", "Switch")
-    tab.find("_preset_reset").click()
+    tab.choose("method", "Merge")
+    tab.find("_reset").click()
     page.wait_for_function("!document.querySelector('#loratorio_txt2img_top_k input').disabled")
     assert tab.generate()[0] == as_dict(Settings(enabled=True))
-    assert tab.find("_preset_reset").get_attribute("title")
+
+
+def test_the_list_has_loratorio_s_methods_and_any_can_be_pasted_and_sent(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.find("_method input").first.click()
+    shown = [each for each in tab.find("_method li").all() if each.is_visible()]
+    assert [each.get_attribute("aria-label") for each in shown] == [
+        "LoRAtorio, relative", "LoRAtorio", "LoRAtorio by divergence", "Merge",
+    ]  # fmt: skip
+    page.keyboard.press("Escape")
+    tab.paste(written("<lora:fox:1>", params(Settings(enabled=True, method="klora"), [])))
+    page.wait_for_function("document.querySelector('#loratorio_txt2img_method input').value === 'K-LoRA'")
+    assert tab.generate()[0]["method"] == "klora"
+    page.click("#send")
+    other = Tab(page, "img2img").open()
+    page.wait_for_function("document.querySelector('#loratorio_img2img_method input').value === 'K-LoRA'")
+    assert other.generate()[0]["method"] == "klora"
+
+
+def test_greyed_knobs_look_greyed(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+
+    def opacity(knob: str) -> float:
+        script = """each => {
+            let seen = 1;
+            for (; each; each = each.parentElement) seen *= Number(getComputedStyle(each).opacity);
+            return seen;
+        }"""
+        return float(tab.find(f"_{knob} input").first.evaluate(script))
+
+    assert opacity("temperature") <= 0.5
+    assert opacity("adaptive") <= 0.5
+    assert opacity("patch_size") == opacity("reuse") == 1
+    tab.as_published()
+    assert opacity("temperature") == 1
+
+
+def test_the_documentation_is_a_page_to_read(page: Any, server: str) -> None:
+    tab = Tab(page, "txt2img").open()
+    link = tab.find("_line a").get_attribute("href")
+    page.goto(f"{server}/{link}")
+    assert page.locator("h1").first.inner_text() == "LoRAtorio"
+    assert page.locator("table tr").count() > 5
+    page.locator("a[href='docs/WEBUI.md']").first.click()
+    page.get_by_text("Weight maps").first.wait_for()
+    picture = page.locator("img").first
+    page.wait_for_function("each => each.naturalWidth > 0", arg=picture.element_handle())
+    assert "**" not in page.locator("body").inner_text()
+    for hostile in (
+        "..%2f..%2fpyproject.toml",
+        "pyproject.toml",
+        "loratorio/errors.py",
+        "docs/../pyproject.toml",
+    ):
+        assert page.request.get(f"{server}/loratorio/docs/{hostile}").status == 404
 
 
 def test_the_method_says_what_it_does_and_greys_what_it_ignores(page: Any) -> None:
@@ -162,7 +260,7 @@ def test_the_method_says_what_it_does_and_greys_what_it_ignores(page: Any) -> No
     def disabled(knob: str) -> bool:
         return bool(tab.find(f"_{knob} input").first.is_disabled())
 
-    for method in METHODS.values():
+    for method in map(METHODS.__getitem__, ("loratorio", "merge", "divergence", "relative")):
         tab.choose("method", method.entry.label)
         page.wait_for_function(
             "text => document.querySelector('#loratorio_txt2img_about').textContent.includes(text)",
@@ -175,7 +273,6 @@ def test_the_method_says_what_it_does_and_greys_what_it_ignores(page: Any) -> No
                 arg=[f"#loratorio_txt2img_{knob.name} input", ignored],
             )
             assert disabled(knob.name) is ignored, knob.name
-    tab.choose("method", "LoRAtorio, relative")
 
 
 def test_unticked_the_line_promises_nothing(page: Any) -> None:
@@ -351,7 +448,9 @@ def test_paste_of_a_plain_picture_unticks(page: Any) -> None:
     page.wait_for_function(
         "document.querySelector('#txt2img_result :is(textarea, input)').value.startsWith('error')"
     )
-    assert "start (0.8) is after end (0.2)" in page.input_value("#txt2img_result :is(textarea, input)")
+    assert "Active from (0.8) is after Active to (0.2)" in page.input_value(
+        "#txt2img_result :is(textarea, input)"
+    )
 
 
 def test_a_number_out_of_range_is_our_own_sentence(page: Any) -> None:
@@ -363,7 +462,7 @@ def test_a_number_out_of_range_is_our_own_sentence(page: Any) -> None:
     tab.tick()
     page.click("#txt2img_generate")
     page.wait_for_function(
-        "document.querySelector('#txt2img_result :is(textarea, input)').value.includes('temperature must be from 0.0001 to 10')"
+        "document.querySelector('#txt2img_result :is(textarea, input)').value.includes('Temperature must be from 0.0001 to 10')"
     )
     tab.number("temperature", 0.2)
     assert tab.generate()[0]["temperature"] == 0.2
@@ -373,12 +472,12 @@ def test_send_to_img2img(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.tick()
     tab.number("top_k", 2)
-    tab.choose("method", "Switch")
+    tab.choose("method", "Merge")
     tab.prompt("<lora:fox:1> <lora:ink:1>")
     page.click("#send")
     page.wait_for_function("document.querySelector('#img2img_prompt textarea').value.includes('ink')")
     other = Tab(page, "img2img").open()
-    assert other.generate()[0] == as_dict(Settings(enabled=True, method="switch", top_k=2))
+    assert other.generate()[0] == as_dict(Settings(enabled=True, method="merge", top_k=2))
     assert other.line() == "Will compose fox 1 ink 1"
 
 
@@ -401,7 +500,48 @@ def test_nothing_is_cut_off(page: Any) -> None:
             assert box["width"] > 100, knob.name
         line = tab.find("_loras")
         assert line.evaluate("each => each.scrollWidth <= each.clientWidth")
-        assert line.bounding_box()["height"] < 200
+        assert line.bounding_box()["height"] < 500
+
+
+def test_twelve_loras_are_all_in_sight(page: Any) -> None:
+    """On a narrow page, each with its role."""
+    page.set_viewport_size({"width": 420, "height": 900})
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    tab.prompt(" ".join(f"<lora:character number {i}:0.{i}5>" for i in range(12)))
+    line = tab.find("_loras").bounding_box()
+    for i in range(12):
+        menu = tab.role(f"character number {i}").bounding_box()
+        assert line["y"] <= menu["y"]
+        assert menu["y"] + menu["height"] <= line["y"] + line["height"]
+        assert menu["x"] + menu["width"] <= 420
+
+
+def test_a_role_that_there_is_not_is_marked(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.prompt("<lora:fox:role=stile:1> <lora:ink:role=style:1>")
+    assert tab.role("fox").locator("option:checked").inner_text() == "stile: no such role"
+    assert tab.role("fox").get_attribute("aria-invalid") == "true"
+    assert tab.role("ink").get_attribute("aria-invalid") == "false"
+    assert tab.find("_loras .loratorio-wrong").count() == 1
+    tab.role("fox").select_option("style")
+    assert page.input_value("#txt2img_prompt textarea") == "<lora:fox:role=style:1> <lora:ink:role=style:1>"
+
+
+def test_the_cost_counts_loras_that_will_be_composed(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.find("_cost .loratorio-cost").evaluate("each => { each.dataset.costs = '[2, 3, 4, 5]'; }")
+    for prompt, said in (
+        ("<lora:fox:1> <lora:ink:1>", "With 2 LoRAs a step takes about 3.0 times the work of a plain one."),
+        ("<lora:fox:1> <lora:ink:0> <lora:dog:te=1:unet=0>", "With 1 LoRA a step takes about 2.0 times the work of a plain one."),
+        ("<lora:fox:1> <lora:gone:1> <lora:dog:1>", "With 2 LoRAs a step takes about 3.0 times the work of a plain one."),
+        ("<lora:gone:1>", ""),
+    ):  # fmt: skip
+        tab.prompt(prompt)
+        page.wait_for_function(
+            "said => document.querySelector('#loratorio_txt2img_cost .loratorio-cost').textContent === said",
+            arg=said,
+        )
 
 
 def elsewhere(knob: Any) -> Any:

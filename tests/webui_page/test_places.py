@@ -23,6 +23,13 @@ class Places(Tab):
     def lora(self, lora: str) -> Any:
         return self.find(f"_places .loratorio-places-name:has-text('{lora}')")
 
+    def menu(self, lora: str) -> Any:
+        return self.find(f"_places select[aria-label='Place of {lora}']")
+
+    def marked(self) -> list[str]:
+        """For which LoRA the next place is drawn."""
+        return self.find("_places [aria-pressed=true]").all_inner_texts()
+
     def unfold(self) -> Places:
         if not self.canvas().is_visible():
             self.find("_places summary").click()
@@ -51,11 +58,11 @@ def places(page: Any) -> Places:
     return tab.unfold()
 
 
-def test_a_place_is_given_moved_resized_and_taken(places: Places) -> None:
+def test_a_place_is_chosen_moved_resized_and_taken(places: Places) -> None:
     assert places.boxes().count() == 0
-    places.lora("fox").click()
+    places.menu("fox").select_option("left")
     assert places.written() == "two friends <lora:fox:at=left:0.8> <lora:ink:1>"
-    places.lora("ink").click()
+    places.menu("ink").select_option("right")
     assert places.written() == "two friends <lora:fox:at=left:0.8> <lora:ink:at=right:1>"
     assert places.boxes().count() == 2
     places.drag((0.75, 0.02), (0.75, 0.5))  # ink's upper edge
@@ -64,20 +71,84 @@ def test_a_place_is_given_moved_resized_and_taken(places: Places) -> None:
     assert "<lora:ink:at=0.5,0.05,1,0.55:1>" in places.written()
     places.boxes().nth(1).dblclick()
     assert places.written() == "two friends <lora:fox:at=left:0.8> <lora:ink:1>"
-    places.lora("fox").dblclick()
+    places.menu("fox").select_option("everywhere")
     assert places.written() == "two friends <lora:fox:0.8> <lora:ink:1>"
 
 
-def test_a_place_is_drawn_for_the_chosen_lora(places: Places) -> None:
-    places.lora("ink").click()
-    places.lora("ink").click()
+def test_two_drags_draw_a_place_for_each_of_two_loras(places: Places) -> None:
+    """And a click on a name, which alone changes nothing, draws for that one."""
+    assert places.marked() == ["fox"]
+    places.drag((0.1, 0.1), (0.4, 0.9))
+    assert places.written() == "two friends <lora:fox:at=0.1,0.1,0.4,0.9:0.8> <lora:ink:1>"
+    assert places.marked() == ["ink"]
+    # To set the first one right is not to draw for it again.
+    places.drag((0.2, 0.5), (0.3, 0.5))
+    assert places.marked() == ["ink"]
     places.drag((0.6, 0.1), (0.9, 0.4))
-    assert places.written() == "two friends <lora:fox:0.8> <lora:ink:at=left+0.6,0.1,0.9,0.4:1>"
-    assert places.boxes().count() == 2
+    assert places.written() == "two friends <lora:fox:at=0.2,0.1,0.5,0.9:0.8> <lora:ink:at=0.6,0.1,0.9,0.4:1>"
+    before = places.written()
+    places.lora("fox").click()
+    assert (places.written(), places.marked()) == (before, ["fox"])
+    places.drag((0.6, 0.6), (0.9, 0.9))
+    assert "<lora:fox:at=0.2,0.1,0.5,0.9+0.6,0.6,0.9,0.9:0.8>" in places.written()
+    assert [places.menu(name).input_value() for name in ("fox", "ink")] == ["2 places", "drawn"]
+    assert places.find("_places summary").inner_text() == "Places: fox 2 places · ink drawn"
+
+
+def test_the_canvas_stays_where_it_is(places: Places) -> None:
+    """Whatever is drawn, and however long that makes what is written beside it."""
+    for width in (1280, 420):
+        places.page.set_viewport_size({"width": width, "height": 900})
+        places.prompt(" ".join(f"<lora:a long name {i}:1>" for i in range(4)))
+        places.canvas().scroll_into_view_if_needed()
+        before = places.canvas().bounding_box()
+        for i in range(4):
+            places.drag((0.03 + 0.25 * i, 0.13), (0.22 + 0.25 * i, 0.91))
+            assert places.canvas().bounding_box() == before
+        assert places.written().count("at=0.") == 4
+
+
+def test_ctrl_z_undoes_what_was_drawn_and_chosen(places: Places) -> None:
+    page = places.page
+    area = page.locator("#txt2img_prompt textarea")
+    area.press("End")
+    area.press_sequentially(", here")
+    typed = places.written()
+    places.drag((0.1, 0.1), (0.4, 0.9))
+    places.drag((0.6, 0.1), (0.9, 0.4))
+    both = places.written()
+    places.boxes().first.press("Control+z")
+    assert places.written() == typed.replace("<lora:fox:", "<lora:fox:at=0.1,0.1,0.4,0.9:")
+    assert places.boxes().count() == 1
+    places.boxes().first.press("Control+Shift+z")
+    assert places.written() == both
+    places.role("fox").select_option("style")
+    assert "role=style" in places.written()
+    places.role("fox").press("Control+z")
+    assert places.written() == both
+    # In the prompt itself the same steps go back, down to what was typed; Gradio has what is shown.
+    area.press("Control+z")
+    area.press("Control+z")
+    assert places.written() == typed
+    assert places.generate()[1].startswith(typed)
+    area.press("Control+z")
+    assert places.written() != typed
+
+
+def test_writing_neither_scrolls_the_page_nor_takes_the_focus(places: Places) -> None:
+    page = places.page
+    page.set_viewport_size({"width": 420, "height": 400})
+    places.menu("fox").scroll_into_view_if_needed()
+    before = page.evaluate("window.scrollY")
+    assert before > 0
+    places.menu("fox").focus()
+    places.menu("fox").select_option("left")
+    assert page.evaluate("window.scrollY") == before
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Place of fox"
 
 
 def test_the_keyboard_moves_resizes_and_deletes(places: Places) -> None:
-    places.lora("fox").click()
+    places.menu("fox").select_option("left")
     box = places.boxes().first
     box.focus()
     for _ in range(2):
@@ -90,6 +161,20 @@ def test_the_keyboard_moves_resizes_and_deletes(places: Places) -> None:
     assert places.written() == "two friends <lora:fox:0.8> <lora:ink:1>"
 
 
+def test_the_canvas_turns_with_the_picture_s_sides(places: Places) -> None:
+    page = places.page
+
+    def ratio() -> float:
+        box = places.canvas().bounding_box()
+        return float(box["width"] / box["height"])
+
+    page.fill("#txt2img_width input[type=number]", "768")
+    assert ratio() == pytest.approx(1.5, abs=0.02)
+    page.click("#txt2img_switch")
+    page.wait_for_function("document.querySelector('#txt2img_height input[type=number]').value === '768'")
+    assert ratio() == pytest.approx(1 / 1.5, abs=0.02)
+
+
 def test_what_is_typed_is_shown(places: Places) -> None:
     places.prompt(
         "<lora:fox:at=0.25,0.5,0.75,1~0.05:0.8> <pool:anime/*:at=top+left> <lora:ink:1:at=somewhere>"
@@ -98,7 +183,9 @@ def test_what_is_typed_is_shown(places: Places) -> None:
     assert box["x"] - area["x"] == pytest.approx(area["width"] / 4, abs=3)
     assert box["height"] == pytest.approx(area["height"] / 2, abs=3)
     assert places.boxes().count() == 3
-    assert "cannot be read" in places.lora("ink").inner_text()
+    assert places.menu("ink").input_value() == "at=somewhere cannot be read"
+    summary = places.find("_places summary").inner_text()
+    assert summary == "Places: fox drawn, soft · anime/* 2 places · ink at=somewhere cannot be read"
     # What the canvas writes keeps the soft edge that was typed.
     places.boxes().first.focus()
     places.page.keyboard.press("ArrowUp")
@@ -145,7 +232,9 @@ def test_touch(page: Any, browser: Any, server: str) -> None:
         places.open()
         places.prompt("<lora:fox:0.8> <lora:ink:1>")
         places.unfold()
+        places.lora("ink").tap()
         places.lora("fox").tap()
+        places.menu("fox").select_option("left")
         assert "<lora:fox:at=left:0.8>" in places.written()
         area = places.canvas().bounding_box()
         assert area["x"] >= 0

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 
 from loratorio import __version__
 from loratorio.compose.methods import METHODS
+from loratorio.compose.mixes import Participants
 from loratorio.errors import LoratorioError
 from loratorio.infotext import HIRES_LORAS_KEY, LORAS_KEY, VERSION_KEY, LoraUse, number, params
 from loratorio.job import Job, PassRecord
-from loratorio.sampling.engine import WeightHistory
-from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings
-from loratorio.webui import api, found, infotext, options, xyz
+from loratorio.places import read_place
+from loratorio.sampling.engine import check_places
+from loratorio.sampling.history import WeightHistory
+from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings
+from loratorio.webui import api, docs, found, infotext, options, xyz
 from loratorio.webui.components import component
 
 from .host_infotext import read, written
@@ -305,11 +309,16 @@ def test_a_call_that_forgets_to_switch_it_on(args: list[Any], mistaken: bool) ->
 def test_what_is_typed_into_a_panel_that_is_off_is_nobodys_matter() -> None:
     panel = [knob.default for knob in KNOBS]
     bad = {knob.name: i for i, knob in enumerate(KNOBS)}
-    for name, value in (("temperature", 20.0), ("temperature", 0), ("patch_size", 1e9), ("start", 2)):
+    for name, label, value in (
+        ("temperature", "Temperature", 20.0),
+        ("temperature", "Temperature", 0),
+        ("patch_size", "Patch size", 1e9),
+        ("start", "Active from", 2),
+    ):
         values = list(panel)
         values[bad[name]] = value
         assert api.settings_from_args(values) == Settings()
-        with pytest.raises(LoratorioError, match=f"{name} must be"):
+        with pytest.raises(LoratorioError, match=f"{label} must be"):
             api.settings_from_args([True, *values[1:]])
 
 
@@ -330,14 +339,39 @@ def test_gradio_refuses_no_number_before_we_do() -> None:
         ([{"patch_size": 1.5}], "patch_size must be a whole number"),
         ([{"temperature": 99}], "temperature must be from"),
         ([{"start": 0.9, "end": 0.1}], "start"),
-        ([True, "loratorio", "big"], "patch_size"),
+        ([True, "loratorio", "big"], "Patch size"),
         ([True] * 99, "arguments"),
-        ([[1, 2]], "enabled must be true or false"),
+        ([[1, 2]], "Enable must be true or false"),
     ],
 )
 def test_bad_arguments_are_sentences(args: list[Any], sentence: str) -> None:
     with pytest.raises(LoratorioError, match=sentence):
         api.settings_from_args(args)
+
+
+def test_sentences_name_the_knobs_as_the_caller_does() -> None:
+    """The panel's labels to the panel, the names to a call with names: when they are read, and later, of a job or a plot."""
+    placed = Participants.of(2, places={0: read_place("left", "fox")})
+
+    def said(args: list[Any], p: Any = None) -> str:
+        settings = api.settings_from_args(args, p)
+        try:
+            check_places(settings, placed)
+        except LoratorioError as problem:
+            return str(problem)
+        return " ".join(api.without_effect(settings, args, p))
+
+    panel = [{"enabled": True, "start": 0.5}.get(knob.name, knob.default) for knob in KNOBS]
+    assert "Set Active from to 0 and Active to to 1" in said(panel)
+    assert "Set start to 0 and end to 1" in said([{"enabled": True, "start": 0.5}])
+    assert said([{"enabled": True, "temperature": 0.5}]).startswith("temperature = 0.5 changes nothing")
+    plot = SimpleNamespace(loratorio_xyz={"temperature": 0.5})
+    defaults = [knob.default for knob in KNOBS]
+    assert said(defaults, plot).startswith("Temperature = 0.5 changes nothing")
+
+
+def test_what_a_preset_sets_every_preset_sets() -> None:
+    assert all(set(preset.values) == set(PRESET_KNOBS) for preset in PRESETS.values())
 
 
 @pytest.fixture
@@ -426,7 +460,7 @@ def test_axes_set_knobs_for_their_picture_only(webui: SimpleNamespace) -> None:
 def test_axes_refuse_bad_values_before_the_first_picture(webui: SimpleNamespace) -> None:
     xyz.add_axes()
     axis(webui, "temperature").confirm(None, [0.1, 0.2])
-    with pytest.raises(LoratorioError, match="temperature must be from"):
+    with pytest.raises(LoratorioError, match="Temperature must be from"):
         axis(webui, "temperature").confirm(None, [0.1, 20.0])
     with pytest.raises(LoratorioError, match="did you mean composite"):
         axis(webui, "method").confirm(None, ["composit"])
@@ -455,7 +489,7 @@ def test_text_in_an_axis_of_numbers_is_a_sentence_with_the_knob(webui: SimpleNam
         own = axis(webui, knob.name)
         values = [own.type(each) for each in (own.prepare or str.split)("warm")]
         with pytest.raises(
-            LoratorioError, match=rf"X/Y/Z plot, .*{re.escape(knob.label)}: {knob.name} must be"
+            LoratorioError, match=rf"X/Y/Z plot, .*{re.escape(knob.label)}: {re.escape(knob.label)} must be"
         ):
             own.confirm(None, values)
 
@@ -476,7 +510,7 @@ def test_no_xyz_script_is_no_error(webui: SimpleNamespace) -> None:
 def test_settings_page_gives_the_defaults(webui: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     webui.stored |= {"loratorio_method": "Composite", "loratorio_temperature": 0.2, "loratorio_top_k": -3}
     assert options.defaults() == Settings(method="composite", temperature=0.2)
-    assert "top_k" in capsys.readouterr().out
+    assert "Top-k must be from" in capsys.readouterr().out
     assert api.settings_from_args([{"enabled": True}]).method == "composite"
     webui.stored |= {"loratorio_start": 0.9, "loratorio_end": 0.1}
     assert options.defaults() == Settings()
@@ -497,6 +531,41 @@ def test_what_the_line_asks_of_the_webui(monkeypatch: pytest.MonkeyPatch) -> Non
     # Without the WebUI's extension nothing is known to be missing.
     monkeypatch.delitem(sys.modules, "networks")
     assert found.found(["dog"], [], count, "fresh".__eq__) == {"missing": [], "pools": {}}
+
+
+@pytest.mark.parametrize(
+    ("config", "link"),
+    [
+        ('[core]\n\tbare = false\n[remote "origin"]\n\turl = https://host/me/it.git\n\tfetch = +x\n', "https://host/me/it#readme"),
+        ('[remote "origin"]\n\tfetch = +x\n\turl = https://host/me/it\n[branch "main"]\n', "https://host/me/it#readme"),
+        ('[remote "origin"]\n\tfetch = +x\n[remote "other"]\n\turl = https://host/me/it\n', "./loratorio/docs/README.md"),
+        ('[remote "origin"]\n\turl = git@host:me/it.git\n', "./loratorio/docs/README.md"),
+        # What is secret is not put into a page.
+        ('[remote "origin"]\n\turl = https://me:secret@host/me/it.git\n', "./loratorio/docs/README.md"),
+        (None, "./loratorio/docs/README.md"),
+    ],
+)  # fmt: skip
+def test_the_documentation_is_where_the_extension_came_from(
+    config: str | None, link: str, tmp_path: Path
+) -> None:
+    if config is not None:
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "config").write_text(config)
+    assert docs.link(tmp_path) == link
+
+
+def test_the_documentation_renders_what_it_uses_of_markdown() -> None:
+    text = (
+        "# A <b>\n\nOne\n*two* **three** `<lora:a*b*>` [x](y.md#z)\n- an item\n  goes on\n\n"
+        "| a | b\\|c |\n| --- | --- |\n| 1 | 2 |\n\n```sh\n# <x>\n```\n"
+    )
+    assert docs.page(text).partition("</style>")[2] == (
+        '<h1 id="a-b">A &lt;b&gt;</h1>'
+        '<p>One <em>two</em> <b>three</b> <code>&lt;lora:a*b*&gt;</code> <a href="y.md#z">x</a></p>'
+        '<li style="margin-left: 1em">an item goes on</li>'
+        "<table><tr><td>a</td><td>b|c</td></tr><tr><td>1</td><td>2</td></tr></table>"
+        "<pre><code># &lt;x&gt;</code></pre>"
+    )
 
 
 def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,4 +38,16 @@ METHODS: dict[str, Method] = {
 }
 """Every way to compose, by its name, in the order in which a user sees them."""
 
-__all__ = ["METHODS", "Composition", "Entry", "Method", "Predictions", "StepContext", "Weights"]
+FOR_PICTURES = ("relative", "loratorio", "divergence", "merge")
+"""The methods that a WebUI's panel lists. The others are there to compare with."""
+
+__all__ = [
+    "FOR_PICTURES",
+    "METHODS",
+    "Composition",
+    "Entry",
+    "Method",
+    "Predictions",
+    "StepContext",
+    "Weights",
+]
