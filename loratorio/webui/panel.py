@@ -17,7 +17,7 @@ from ..errors import LoratorioError
 from ..roles import looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings, panel_rows
 from . import gradio_compat as compat
-from . import options
+from . import options, self_check
 from .components import component, shown
 
 TITLE = "LoRAtorio"
@@ -49,12 +49,24 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
         with gr.Accordion("More", open=False, elem_id=f"loratorio_{tab}_more"):
             for row in panel_rows(folded=True):
                 components |= _row(row, settings, tab)
+            _self_check(tab)
         presets.connect(components)
         _follow_method(components, about)
     for each in components.values():
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
         each.do_not_save_to_config = True
     return [components[knob.name] for knob in KNOBS]
+
+
+def _self_check(tab: str) -> None:
+    """The button of the self-check, and the place for its table. javascript/loratorio_check.js reads what it runs with off the page."""
+    button = gr.Button("Self-check", elem_id=f"loratorio_{tab}_check", size="sm")
+    asked = gr.Textbox(visible=False, elem_id=f"loratorio_{tab}_check_asked")
+    asked.do_not_save_to_config = True
+    table = gr.HTML(elem_id=f"loratorio_{tab}_check_table")
+    button.click(
+        self_check.answer_page, [asked], [table], **compat.javascript(f"() => loratorioCheck('{tab}')")
+    )
 
 
 def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
