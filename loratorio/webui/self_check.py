@@ -28,7 +28,10 @@ _TAG = re.compile(r"<(lora|lyco|pool):([^<>]*)>", re.IGNORECASE)
 _OF_STRENGTH = ("te", "unet", "dyn")
 """The WebUI's own named arguments; all others (roles, places, own words, other extensions') are left out for the check."""
 
-SEED, LARGEST = 1, 2048
+_STOPPED = ("interrupted", "skipped", "stopping_generation")
+"""What the WebUI's state says when the user has ended a picture."""
+
+SEED, LARGEST, MOST_CFG = 1, 2048, 7.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def run(asked: Mapping[str, Any]) -> Report:
         finally:
             shared.state.end()
             shared.total_tqdm.clear()
-            shared.state.skipped = shared.state.interrupted = False
+            for name in _STOPPED:
+                setattr(shared.state, name, False)
 
 
 class _Maker:
@@ -163,13 +167,11 @@ class _Maker:
                 return samples
 
             p.sample = watched
-            processed = processing.process_images(p)
-        if (
-            shared.state.interrupted
-            or shared.state.skipped
-            or getattr(shared.state, "stopping_generation", False)
-        ):
-            raise Stopped
+            try:
+                processed = processing.process_images(p)
+            finally:  # a picture that is stopped may end in an error: of that, this is what counts
+                if any(getattr(shared.state, name, False) for name in _STOPPED):
+                    raise Stopped
         job = getattr(p, "loratorio_job", None)
         composed = len(job.passes[0].uses) if job and job.passes else 0
         return Made(latents[0], processed.images[0].tobytes(), calls, composed, job.notes if job else ())
@@ -224,9 +226,12 @@ def _facts(wanted: Wanted) -> dict[str, str]:
 
 
 def _webui_version() -> str:
+    found = ["", ""]
     with suppress(Exception):  # git may be missing, or the folder no checkout
-        return str(importlib.import_module("modules.launch_utils").git_tag())
-    return "(version not known)"
+        launch = importlib.import_module("modules.launch_utils")
+        found[0] = str(launch.git_tag())
+        found[1] = f"({launch.commit_hash()[:10]})"
+    return " ".join(filter(None, found)) or "(version not known)"
 
 
 def _version(module: str) -> str:
