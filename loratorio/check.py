@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from .compose.lazy_torch import torch
 from .errors import LoratorioError
 from .settings import PRESETS, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 STEPS = 4
 """How many steps the pictures have, but for those of single steps."""
@@ -99,7 +100,7 @@ class Calls:
             began.append(_now(rows.device))
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            answer: Tensor = output if isinstance(output, Tensor) else output[0]
+            answer: Tensor = output if isinstance(output, torch.Tensor) else output[0]
             self.times.append((began.pop(), _now(answer.device)))
             self.computed = _name(answer.dtype)
             self.finite = self.finite and bool(torch.isfinite(answer).all())

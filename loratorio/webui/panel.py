@@ -24,6 +24,8 @@ TITLE = "LoRAtorio"
 
 RESET, RESET_HELP = "reset", "All knobs as they are when the page is loaded."
 
+CHECKING = "Checking: about a dozen pictures of one to four steps. None of them is kept."
+
 NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
 """What the line says before javascript/loratorio.js has read the prompt; the same sentence is there."""
 
@@ -63,10 +65,14 @@ def _self_check(tab: str) -> None:
     button = gr.Button("Self-check", elem_id=f"loratorio_{tab}_check", size="sm")
     asked = gr.Textbox(visible=False, elem_id=f"loratorio_{tab}_check_asked")
     asked.do_not_save_to_config = True
-    table = gr.HTML(elem_id=f"loratorio_{tab}_check_table")
-    button.click(
-        self_check.answer_page, [asked], [table], **compat.javascript(f"() => loratorioCheck('{tab}')")
+    gr.HTML(
+        f'<p class="loratorio-checking" data-tab="{tab}" hidden>{escape(CHECKING)} <button type="button">Stop</button></p>'
     )
+    table = gr.HTML("", elem_classes="loratorio-check")
+    running = button.click(
+        self_check.answer_page, [asked], [table], **compat.javascript(f"() => loratorioCheck.begin('{tab}')")
+    )
+    running.then(None, [], [], **compat.javascript(f"() => loratorioCheck.end('{tab}')"))
 
 
 def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:

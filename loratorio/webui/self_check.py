@@ -13,13 +13,11 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
+from ..check import ABOUT_DB, Asked, Calls, Made, Report, Stopped, check
 from ..errors import LoratorioError
-
-if TYPE_CHECKING:  # a WebUI's start-up need not wait for torch
-    from ..check import Asked, Made, Report
 
 PATH = "/loratorio/check"
 HOST = "the WebUI's own merging"
@@ -103,8 +101,6 @@ def run(asked: Mapping[str, Any]) -> Report:
     """
     from modules import call_queue, shared
 
-    from ..check import check
-
     wanted = Wanted.of(asked)
     with call_queue.queue_lock, _history_kept():
         shared.state.begin(job="LoRAtorio self-check")
@@ -133,8 +129,6 @@ class _Maker:
     def made(self, asked: Asked) -> Made:
         """See `loratorio.check.Make`."""
         from modules import processing, shared
-
-        from ..check import Calls, Made, Stopped
 
         wanted, calls, latents = self._wanted, Calls(), []
         knobs = {"enabled": False} if asked.settings is None else asdict(asked.settings)
@@ -250,8 +244,6 @@ def answer_page(asked: str) -> str:
 
 
 def _html(report: Report) -> str:
-    from ..check import ABOUT_DB
-
     rows = "".join(
         f'<tr class="loratorio-{each.verdict.replace(" ", "-").lower()}">'
         f"<td>{escape(each.what)}</td><td>{escape(each.verdict)}</td><td>{escape(each.found)}</td></tr>"

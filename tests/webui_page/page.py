@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import gradio as gr
 import gradio.routes
 
+from loratorio.check import FAIL, PASS, Finding, Report
 from loratorio.errors import LoratorioError
 from loratorio.infotext import params
-from loratorio.webui import api, found, gradio_compat, infotext, panel
+from loratorio.webui import api, found, gradio_compat, infotext, panel, self_check
 
 from .host_infotext import read, written
 
@@ -77,6 +79,7 @@ def generate(prompt: str, *args: Any) -> tuple[str, str]:
 def tab(name: str) -> dict[str, Any]:
     """One tab: prompt, panel, Generate, its result and its infotext, a box to paste from."""
     prompt = gr.Textbox("", label="Prompt", elem_id=f"{name}_prompt", lines=3)
+    gr.Slider(64, 2048, 96, step=8, label="Width", elem_id=f"{name}_width")
     components = panel.build(name == "img2img")
     button = gr.Button("Generate", elem_id=f"{name}_generate")
     result = gr.Textbox(label="Knobs", elem_id=f"{name}_result")
@@ -152,7 +155,15 @@ def count(pattern: str) -> int:
     return 12 if pattern == "*" else 1
 
 
+def checked(asked: dict[str, Any]) -> Report:
+    """Stands in for the self-check: its table has what it was asked with."""
+    time.sleep(2)
+    findings = (Finding("One", PASS, json.dumps(asked)), Finding("Two", FAIL, "<i>wrong</i> | bad"))
+    return Report(findings, {"device": "none"})
+
+
 if __name__ == "__main__":
+    self_check.run = checked
     add_javascript()
     add_networks()
     demo = build().queue()
