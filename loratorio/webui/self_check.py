@@ -18,6 +18,7 @@ from typing import Any
 from .. import __version__
 from ..check import ABOUT_DB, Asked, Calls, Made, Report, Stopped, check
 from ..errors import LoratorioError
+from ..refusal import refusals
 
 PATH = "/loratorio/check"
 HOST = "the WebUI's own merging"
@@ -268,7 +269,8 @@ def add_route(_: Any, app: Any) -> None:
         return
 
     def answer(asked: dict[str, Any]) -> dict[str, Any]:
-        report = run(asked)
+        with refusals():
+            report = run(asked)
         findings = [asdict(each) for each in report.findings]
         return {
             "summary": report.summary,
