@@ -46,7 +46,10 @@ STOPPED = "The check was stopped."
 CLEARLY = 10.0
 """So many dB closer to each other than to the picture without the LoRA must they be, or the comparison proves nothing."""
 
-ABOUT_DB = "dB say how close two results are: the more, the closer. Above 35 dB the eye sees no difference."
+ABOUT_DB = (
+    "dB say how close two results are: the more, the closer. They compare the latents, before the VAE. "
+    "Above 35 dB the eye sees no difference."
+)
 
 
 class Stopped(Exception):
@@ -113,7 +116,7 @@ class Calls:
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after),
         ]
-        on_cuda = torch.cuda.is_available()
+        on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call, unused-ignore]
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -180,12 +183,10 @@ class Report:
         failed = sum(finding.verdict == FAIL for finding in self.findings)
         passed = sum(finding.verdict == PASS for finding in self.findings)
         if failed:
-            return f"{failed} of {failed + passed} checks failed. Please copy this table into a report."
+            return f"{failed} of {failed + passed} checks failed. Please copy this table into a bug report."
         skipped = " Some were not checked: the table says why." if self._skipped else ""
         return (
-            f"All {passed} checks passed.{skipped}"
-            if passed
-            else "Nothing could be checked: the table says why."
+            f"All {passed} checks passed.{skipped}" if passed else "Nothing was checked: the table says why."
         )
 
     @property
@@ -245,18 +246,17 @@ class _Check:
     def findings(self) -> Iterator[Finding]:
         """The table's rows, as they are found."""
         begun = _outcome(self._begin)
+        if begun is not None and begun[0] == FAIL:  # before LoRAtorio has done anything
+            begun = NOT_CHECKED, f"No picture without LoRAtorio could be made. {begun[1]}"
         for what, run in (
-            (f"One LoRA: LoRAtorio against {self._host}", self._single),
-            (f"All LoRAs merged by LoRAtorio against {self._host}", self._merged),
-            (
-                f"Each LoRA in rows of its own, first step: against {self._host} of that LoRA alone",
-                self._rows,
-            ),
-            ("No NaN and no infinite number", self._numbers),
+            (f"One LoRA gives the same picture as {self._host}", self._single),
+            (f"All LoRAs merged by LoRAtorio give the same picture as {self._host}", self._merged),
+            (f"Each LoRA acts on its own rows, as {self._host} has it alone (first step)", self._rows),
+            ("The model gives finite numbers", self._numbers),
             ("Model rows per step", self._counted),
             ("Seconds per step", self._seconds),
             ("Memory", self._memory),
-            ("Without LoRAtorio: the same picture before and after", self._after),
+            ("Pictures without LoRAtorio are the same before and after", self._after),
         ):
             outcome = _outcome(run) if begun is None else begun
             assert outcome is not None
@@ -395,7 +395,7 @@ class _Check:
         made = self._make(asked)
         if not made.calls.rows:
             raise _NotChecked(
-                "The model could not be watched: another one, such as a compiled engine, takes its place."
+                "The model could not be watched: something else, such as a compiled engine, takes its place."
             )
         self._every.append(made.calls)
         return made
@@ -418,7 +418,7 @@ def _outcome(run: Callable[[], tuple[str, str] | None]) -> tuple[str, str] | Non
 def _compared(name: str, ours: Tensor, host: Tensor, other: Tensor, limit: float) -> tuple[str, str]:
     """Verdict and sentence for ours against the host's; `other`: the nearest one that it must not be."""
     near, far = _db(ours, host), _db(other, host)
-    found = f"{name}: {_in_words(near)}, at least {limit:g} needed (another LoRA or none: {_in_words(far)})."
+    found = f"{name}: {_in_words(near)} ({limit:g} dB or more is a pass; another LoRA or none gives {_in_words(far)})."
     if near < limit or math.isnan(near):
         return FAIL, found
     if far == math.inf or near < far + CLEARLY:

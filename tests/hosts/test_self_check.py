@@ -196,7 +196,7 @@ def test_shifted_rows_fail(webui: Webui, monkeypatch: Any) -> None:
     )
     report = webui.check()
     assert report.findings[2].verdict == FAIL, report.text
-    assert "checks failed. Please copy this table into a report." in report.summary
+    assert "checks failed. Please copy this table into a bug report." in report.summary
     # Nothing of it stays.
     assert report.findings[-1].verdict == PASS
 
@@ -236,7 +236,11 @@ def test_an_error_in_the_middle_is_a_row_of_the_table(webui: Webui) -> None:
     assert "An error ended the picture: ZeroDivisionError: theirs \\| ours" in report.text
     webui.before = lambda p: 1 / 0
     report = webui.check()
-    assert verdicts(report) == [FAIL] * 8
+    assert verdicts(report) == [NOT_CHECKED] * 8
+    assert (
+        "No picture without LoRAtorio could be made. An error ended the picture: ZeroDivisionError"
+        in report.text
+    )
     assert not webui.shared.state.job
 
 

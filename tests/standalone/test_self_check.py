@@ -76,7 +76,7 @@ def test_the_command(
     typed = ["check", "a <lora:rose>", "--checkpoint", str(model.lora_dir / "model"), "--size", "64"]
     typed += ["--lora-dir", str(model.lora_dir), "--device", "cpu"]
     assert cli.main(typed) == 0
-    assert "| One LoRA: LoRAtorio against merging into the weights | pass |" in capsys.readouterr().out
+    assert "| One LoRA gives the same picture as merging into the weights | pass |" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     routed = Bank.routed
     monkeypatch.setattr(

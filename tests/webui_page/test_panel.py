@@ -431,7 +431,7 @@ def test_self_check(page: Any) -> None:
     checking.wait_for()
     table.locator("table").wait_for()
     checking.wait_for(state="hidden")
-    assert "1 of 2 checks failed. Please copy this table into a report." in table.inner_text()
+    assert "1 of 2 checks failed. Please copy this table into a bug report." in table.inner_text()
     assert json.loads(table.locator(".loratorio-pass td").nth(2).inner_text()) == {
         "prompt": "a <lora:fox:0.8>",
         "width": 96,
