@@ -17,11 +17,12 @@ if ROOT not in sys.path:
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.shared.host import refuse  # noqa: E402
 from loratorio.job import Job  # noqa: E402
-from loratorio.webui import api, docs, found, infotext, options, panel, pools, xyz  # noqa: E402
+from loratorio.webui import api, docs, found, infotext, options, panel, pools, self_check, xyz  # noqa: E402
 
 options.register()
 script_callbacks.on_app_started(found.add_route)
 script_callbacks.on_app_started(docs.add_route)
+script_callbacks.on_app_started(self_check.add_route)
 
 
 class LoratorioScript(scripts.Script):

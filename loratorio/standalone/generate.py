@@ -46,7 +46,7 @@ class Outcome:
 
     Attributes:
         request: with the model's own values where it left them out.
-        images: one per image of the batch; `seeds` theirs.
+        images: one per image of the batch; `seeds` theirs, and `latents` what they were decoded from, (B, C, H/8, W/8) float32.
         loras: of the prompt, in order.
         history: Ω over the sampling if the weight maps were asked for; N of it are `composed`.
         composed: names of the composed LoRAs, a pool's candidates among them.
@@ -57,6 +57,7 @@ class Outcome:
     request: WholeRequest
     images: list[Image.Image]
     seeds: list[int]
+    latents: Tensor
     loras: list[PromptLora]
     composed: list[str]
     history: WeightHistory
@@ -134,6 +135,7 @@ def _generate(
         request,
         images,
         [request.seed + i for i in range(request.batch)],
+        latents,
         list(loras.tags),
         loras.composed,
         engine.history if engine else WeightHistory(),

@@ -15,11 +15,13 @@ from ..compose.methods import FOR_PICTURES, METHODS
 from ..errors import LoratorioError
 from ..roles import looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings, panel_rows
-from . import docs, options
+from . import docs, options, self_check
 from . import gradio_compat as compat
 from .components import component, shown
 
 TITLE = "LoRAtorio"
+
+CHECKING = "Checking: about a dozen pictures of one to four steps. None of them is kept."
 
 NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
 """What the line says before javascript/loratorio.js has read the prompt; the same sentence is there."""
@@ -55,6 +57,7 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
                 elem_classes="loratorio-small",
                 size="sm",
             )
+            _self_check(tab)
         _connect_preset(preset, components, tab)
         _connect_reset(reset, components, settings)
         _follow_knobs(components, cost, about)
@@ -62,6 +65,21 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
         each.do_not_save_to_config = True
     return [components[knob.name] for knob in KNOBS]
+
+
+def _self_check(tab: str) -> None:
+    """The button of the self-check, and the place for its table. javascript/loratorio_check.js reads what it runs with off the page."""
+    button = gr.Button("Self-check", elem_id=f"loratorio_{tab}_check", size="sm")
+    asked = gr.Textbox(visible=False, elem_id=f"loratorio_{tab}_check_asked")
+    asked.do_not_save_to_config = True
+    gr.HTML(
+        f'<p class="loratorio-checking" data-tab="{tab}" hidden>{escape(CHECKING)} <button type="button">Stop</button></p>'
+    )
+    table = gr.HTML("", elem_classes="loratorio-check")
+    running = button.click(
+        self_check.answer_page, [asked], [table], **compat.javascript(f"() => loratorioCheck.begin('{tab}')")
+    )
+    running.then(None, [], [], **compat.javascript(f"() => loratorioCheck.end('{tab}')"))
 
 
 def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:

@@ -49,10 +49,13 @@ class WebUI:
         self.url = url.rstrip("/")
 
     def call(self, path: str, body: Any = None, timeout: float = 900) -> Any:
-        """GET, or POST where there is a body. Raises Refused for any status but 2xx."""
+        """GET, or POST where there is a body; of the WebUI's own API unless `path` begins with a slash. Raises Refused for any status
+        but 2xx."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            f"{self.url}/sdapi/v1/{path}", data, {"Content-Type": "application/json"}
+            self.url + (path if path.startswith("/") else f"/sdapi/v1/{path}"),
+            data,
+            {"Content-Type": "application/json"},
         )
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:

@@ -605,3 +605,26 @@ def test_the_hires_button_sends_what_it_would_where_nothing_is_known(page: Any) 
     for info in ("", "null", "[]", "{", "3", '{"infotexts": 4}'):
         sent = page.evaluate("given => window.submit_txt2img_upscale(...given)", ["id", [0, 1], 1, info])
         assert sent == ["id", [0, 1], 1, info]
+
+
+def test_self_check(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.prompt("a <lora:fox:0.8>")
+    checking = page.locator(".loratorio-checking[data-tab=txt2img]")
+    assert not checking.is_visible()
+    tab.find("_check").click()
+    table = page.locator("#tab_txt2img .loratorio-check").first
+    checking.wait_for()
+    table.locator("table").wait_for()
+    checking.wait_for(state="hidden")
+    assert "1 of 2 checks failed. Please copy this table into a bug report." in table.inner_text()
+    assert json.loads(table.locator(".loratorio-pass td").nth(2).inner_text()) == {
+        "prompt": "a <lora:fox:0.8>",
+        "width": 96,
+    }
+    assert table.locator(".loratorio-fail td").nth(2).inner_text() == "<i>wrong</i> | bad"
+    page.evaluate("navigator.clipboard.writeText = async text => { window.copied = text; }")
+    table.locator(".loratorio-copy").click()
+    page.wait_for_function("window.copied")
+    assert "| Two | FAIL | <i>wrong</i> \\| bad |" in page.evaluate("window.copied")
+    assert table.locator(".loratorio-copy").inner_text() == "Copied"

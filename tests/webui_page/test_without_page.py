@@ -603,10 +603,10 @@ def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamesp
 
 
 AT_START = (
-    "compose errors hosts infotext job lora_folder places pool refusal roles settings tags trigger_words webui "
+    "check compose errors hosts infotext job lora_folder places pool refusal roles settings tags trigger_words webui "
     "compose.candidates compose.guidance compose.importance compose.lazy_torch compose.methods compose.mixes compose.regions "
-    "compose.weights hosts.shared hosts.shared.host "
-    "webui.api webui.components webui.found webui.infotext webui.options webui.pools webui.xyz"
+    "compose.patches hosts.shared hosts.shared.host "
+    "webui.api webui.components webui.found webui.infotext webui.options webui.pools webui.self_check webui.xyz"
 )
 """What `scripts/loratorio_script.py` imports but for the page's part (`webui.panel`), and below `compose.methods` every method."""
 
@@ -614,7 +614,8 @@ AT_START = (
 def test_start_imports_a_short_list_and_nothing_heavy() -> None:
     code = (
         "import sys; import loratorio.hosts, loratorio.hosts.shared.host, loratorio.job, loratorio.webui.api, loratorio.webui.found, "
-        "loratorio.webui.infotext, loratorio.webui.options, loratorio.webui.pools, loratorio.webui.xyz; "
+        "loratorio.webui.infotext, loratorio.webui.options, loratorio.webui.pools, "
+        "loratorio.webui.self_check, loratorio.webui.xyz; "
         "print([name for name in ('torch', 'numpy', 'gradio', 'PIL') if name in sys.modules]); "
         "print(*sorted(name for name in sys.modules if name.startswith('loratorio.') and '.methods.' not in name))"
     )

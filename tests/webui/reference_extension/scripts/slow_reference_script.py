@@ -66,7 +66,21 @@ def held():
     )
 
 
+def shift_rows(on: bool = Body(..., embed=True)):
+    """From now on every row gets the LoRAs of the next one, or again its own: what the self-check must see."""
+    from loratorio.adapters.bank import Bank
+
+    own = getattr(Bank.routed, "own", Bank.routed)
+
+    def shifted(self, mixes, *args):
+        return own(self, [*mixes[1:], mixes[0]], *args)
+
+    shifted.own = own
+    Bank.routed = shifted if on else own
+
+
 def add_routes(demo, app):
+    app.add_api_route("/sdapi/v1/slow-reference-shift-rows", shift_rows, methods=["POST"])
     app.add_api_route("/sdapi/v1/slow-reference-held", held, methods=["GET"])
     app.add_api_route("/sdapi/v1/slow-reference-layers", layers, methods=["GET"])
     app.add_api_route("/sdapi/v1/slow-reference-change", change, methods=["POST"])

@@ -1,0 +1,136 @@
+"""The self-check on the command line: the bank's rows against LoRAs that are merged into the checkpoint's weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..adapters.delta import Adapter
+from ..check import Asked, Calls, Made, Report, check
+from ..lora_folder import LoraFolder
+from .checkpoint import Checkpoint
+from .lora_files import LoadedLora, load_lora
+from .lora_lookup import find_lora
+from .model import LoadedModel
+from .prompt import PromptLora, split_loras
+from .request import Request, whole
+
+HOST = "merging into the weights"
+
+
+def run_check(model: LoadedModel, request: Request) -> Report:
+    """Check with this model and the LoRAs of the request's prompt; of the request its texts, seed, size and guidance count.
+
+    Raises:
+        LoratorioError: the prompt or a LoRA cannot be used.
+    """
+    text, tags = split_loras(request.prompt)
+    loras = [_load(model, tag) for tag in tags if not tag.pool]
+    # What a word that a file brings along does to the text is not in any weight.
+    skipped = [lora.name for lora in loras if lora.embeddings]
+    usable = [(tag, lora) for tag, lora in zip(tags, loras, strict=True) if not lora.embeddings]
+    request = whole(replace(request, prompt=text), model.checkpoint)
+    maker = _Maker(model, request, usable)
+
+    def facts() -> dict[str, str]:
+        found = _facts(model.checkpoint, request)
+        return found | ({"LoRAs with words of their own, not checked": ", ".join(skipped)} if skipped else {})
+
+    return check([tag.name for tag, _ in usable], HOST, maker.made, facts)
+
+
+def _load(model: LoadedModel, tag: PromptLora) -> LoadedLora:
+    assert model.lora_dir is not None
+    file, _ = find_lora(LoraFolder(model.lora_dir), tag.name)
+    return load_lora(file, tag.name, model.checkpoint, tag.te, tag.unet)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the check's pictures.
+
+    Attributes:
+        request: with a prompt without tags. loras: of the prompt.
+    """
+
+    model: LoadedModel
+    request: Request
+    loras: Sequence[tuple[PromptLora, LoadedLora]]
+
+    def made(self, asked: Asked) -> Made:
+        """See `loratorio.check.Make`."""
+        own = [self.loras[number] for number in asked.loras]
+        request, calls = replace(self.request, steps=asked.steps), Calls()
+        unet = self.model.checkpoint.unet
+        if asked.settings is None:
+            with merged(self.model.checkpoint, [lora for _, lora in own]), calls.watched(unet):
+                outcome = self.model.run(request)
+        else:
+            places = asked.places or ("",) * len(own)
+            tags = "".join(_tag(tag, place) for (tag, _), place in zip(own, places, strict=True))
+            with calls.watched(unet):
+                outcome = self.model.run(
+                    replace(request, prompt=request.prompt + tags, settings=asked.settings)
+                )
+        latents = outcome.latents.float().cpu()
+        return Made(latents, outcome.images[0].tobytes(), calls, len(outcome.composed), outcome.notes)
+
+
+def _tag(tag: PromptLora, place: str) -> str:
+    # A LoRA that is recognised as a speed LoRA is weighed for once, too.
+    at = f":at={place}" if place else ""
+    return f"<lora:{tag.name}:role=content{at}:te={tag.te}:unet={tag.unet}>"
+
+
+@contextmanager
+def merged(checkpoint: Checkpoint, loras: Sequence[LoadedLora]) -> Iterator[None]:
+    """While this lasts the LoRAs are merged into the checkpoint's weights, the sum rounded to their dtype; afterwards every weight is
+    what it was, bit for bit."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for lora in loras:
+            for module, adapter in zip(
+                (checkpoint.unet, *checkpoint.text_encoders), (lora.unet, *lora.text), strict=True
+            ):
+                for parameter, change in _changes(module, adapter):
+                    before.append((parameter, parameter.detach().to("cpu", copy=True)))
+                    parameter.copy_(parameter.float() + change.to(parameter.device))
+        yield
+    finally:
+        for parameter, value in reversed(before):
+            parameter.copy_(value)
+
+
+def _changes(module: nn.Module, adapter: Adapter) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every tensor of `module` that the LoRA changes, and by how much, float32."""
+    layers = dict(module.named_modules())
+    for name, fitted in adapter.fitted(layers).items():
+        weight, bias = layers[name].weight, layers[name].bias
+        if fitted.low_rank is not None:
+            yield weight.detach(), fitted.low_rank.dense().reshape(weight.shape) * adapter.strength
+        if fitted.dense is not None and fitted.dense.weight is not None:
+            yield weight.detach(), fitted.dense.weight.float() * adapter.strength
+        if fitted.dense is not None and fitted.dense.bias is not None:
+            yield bias.detach(), fitted.dense.bias.float() * adapter.strength
+
+
+def _facts(checkpoint: Checkpoint, request: Request) -> dict[str, str]:
+    device = str(checkpoint.device)
+    if checkpoint.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(checkpoint.device)})"
+    return {
+        "LoRAtorio": f"{__version__}, command line",
+        "Python, torch, diffusers": ", ".join(
+            (sys.version.split()[0], torch.__version__, diffusers.__version__)
+        ),
+        "device": device,
+        "checkpoint": checkpoint.name,
+        "picture": f"{request.width}×{request.height}, Euler, CFG {request.cfg:g}, seed {request.seed}",
+    }
