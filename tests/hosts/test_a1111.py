@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
 from loratorio.settings import Settings
@@ -250,6 +251,33 @@ def test_leaves_no_trace(a1111: Any, standin: Any) -> None:
         assert trace(a1111, standin) == before
     again = [standin.run(standin.job()), standin.run(standin.job(a)), standin.run(standin.job(a, b))]
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["", "with another extension around the loop"])
+def test_a_sampler_that_lasts_for_all_batches(standin: Any, method: str, is_wrapped: bool) -> None:
+    """img2img makes one: every batch is composed once, as it is alone."""
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+
+    def batches(seed: int, count: int) -> tuple[torch.Tensor, Job]:
+        p = standin.img2img(a, b, prompts=("a red circle", "a blue square"), seed=seed, n_iter=count)
+        job = Job(p, paper(enabled=True, method=method), tell=p.comment)
+        p.events = [("process_before_every_sampling", lambda p: HOST.before_sampling(job))]
+        if is_wrapped:
+            p.events.append(("process_before_every_sampling", wrapped))
+        samples = standin.run(p)
+        assert is_wrapped or "launch_sampling" not in vars(p.sampler)
+        return samples, job
+
+    def wrapped(p: Any) -> None:
+        launch = p.sampler.launch_sampling
+        p.sampler.launch_sampling = lambda steps, func: launch(steps, func)
+
+    from loratorio.hosts.a1111 import HOST
+
+    found, job = batches(1, 3)
+    assert [(each.batch, each.loras) for each in job.passes] == [(i, ("a", "b")) for i in range(3)]
+    assert torch.equal(found, torch.cat([batches(seed, 1)[0] for seed in (1, 2, 3)]))
 
 
 def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratorio.compose.methods import METHODS
 from loratorio.compose.weights import spatial_weights
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
@@ -270,6 +271,23 @@ def test_one_lora_is_the_hosts_own_picture_for_any_prompt(standin: Any, prompts:
     own = standin.run(standin.job("a", prompts=prompts))
     composed, _ = compose(standin, standin.job("a", prompts=prompts), recentre=0, **KNOBS)
     assert close(composed, own)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sampler_that_lasts_for_all_batches(standin: Any, method: str) -> None:
+    """img2img makes one: every batch is composed once, as it is alone, also where another extension has wrapped the loop meanwhile."""
+
+    def wrap(p: Any) -> None:
+        launch = p.sampler.launch_sampling
+        p.sampler.launch_sampling = lambda steps, func: launch(steps, func)
+
+    def batches(seed: int, count: int) -> tuple[torch.Tensor, Job]:
+        p = standin.img2img("a", "b", prompts=("a red circle", "a blue square"), seed=seed, n_iter=count)
+        return compose(standin, p, after=wrap, method=method)
+
+    found, job = batches(1, 3)
+    assert [(each.batch, each.loras) for each in job.passes] == [(i, ("a", "b")) for i in range(3)]
+    assert torch.equal(found, torch.cat([batches(seed, 1)[0] for seed in (1, 2, 3)]))
 
 
 def test_batches_compose_each_picture_alone(standin: Any) -> None:

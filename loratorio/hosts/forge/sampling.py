@@ -19,10 +19,10 @@ from ...compose.methods import Composition
 from ...engine import Engine, Row, Step
 from ...errors import LoratorioError
 from ...job import Job
-from ...refusal import refusals
 from ...roles import TaggedLora
+from ..shared.enclosure import enclose
 from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
-from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, Result, SamplingPass
+from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, text_encoder
 from .flavours import Flavour, Patcher
@@ -79,7 +79,7 @@ class ForgePass(SamplingPass):
             self.engine = Engine(self.job.settings, self.bank(), participants, region=self.region)
             self._make_texts()
             self._replace_unet()
-            self._enclose()
+            enclose(self.job, self.run)
 
     # -- what is asked before the first step --------------------------------------------------------------------------
 
@@ -197,24 +197,6 @@ class ForgePass(SamplingPass):
         self._attach()
 
     # -- the sampling loop --------------------------------------------------------------------------------------------
-
-    def _enclose(self) -> None:
-        sampler = self.p.sampler
-        # When called twice for one pass, the second enclosure replaces the first.
-        launch = getattr(sampler.launch_sampling, "enclosed", sampler.launch_sampling)
-
-        def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
-            try:
-                with refusals(), self.job.ended_by_errors():
-                    result: Result = launch(steps, lambda: self.run(func))
-                    return result
-            finally:
-                # The sampler may last for long, and what it refers to with it.
-                if getattr(sampler.launch_sampling, "enclosed", None) == launch:
-                    sampler.launch_sampling = launch
-
-        launch_composed.enclosed = launch  # type: ignore[attr-defined]
-        sampler.launch_sampling = launch_composed
 
     @contextmanager
     def enclosed(self) -> Iterator[None]:
