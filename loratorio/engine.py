@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adapters.bank import Bank, Change, Merged
+from .adapters.bank import Bank, Change, Merged, Regrouped
 from .compose.candidates import branches_for_reactions, called, reactions
 from .compose.guidance import rescaled_cond
 from .compose.methods import METHODS, Composition, Method, Predictions, Product, StepContext
@@ -138,6 +139,8 @@ class Engine:
 
     Attributes:
         memory: says how many rows fit into a call; None where that shows only when memory runs out.
+        one_mix_per_call: whether a call has rows of one mix only, and of all pictures. Then others may repeat, regroup, add or join rows
+            within it. Set by the host, or where a layer is seen to get other entries than the call's rows.
         words: by mix, the own words that its conditional rows have; mixes without any are left out.
         reactions: by number of a pool's candidates, how much the prompt moves each (`compose.candidates.reactions`); None where that
             was not looked at. left_out: those that it does not call, where it calls others.
@@ -166,6 +169,7 @@ class Engine:
             raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
         self.history = WeightHistory()
         self.memory: RowMemory | None = None
+        self.one_mix_per_call = False
         self._row_limit = row_limit or (POOL_ROWS if any(self.participants.pooled) else 0)
         self._settled_limit = row_limit
         self._sessions: dict[str, Method] = {}
@@ -349,8 +353,13 @@ class Engine:
         done: list[Tensor] = []
         start = 0
         while start < len(rows):
-            part = rows[start : start + self._most(len(rows) - start)]
-            predicted = self._predicted(part, by_layer, predict)
+            left = self._own_call(rows[start:])
+            part = left[: self._most(left)]
+            try:
+                predicted = self._predicted(part, by_layer, predict)
+            except Regrouped:
+                self.one_mix_per_call = True
+                continue
             if predicted is None:
                 # Only here, where nothing holds the failed call's tensors any more, can their memory be given back.
                 _empty_cache()
@@ -362,10 +371,20 @@ class Engine:
             start += len(part)
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _most(self, wanted: int) -> int:
-        """How many of `wanted` rows the next call has."""
+    def _own_call(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """As many of the first rows as may share a call."""
+        if not self.one_mix_per_call:
+            return rows
+        return [*takewhile(lambda row: row.mix == rows[0].mix, rows)]
+
+    def _most(self, rows: Sequence[Row]) -> int:
+        """How many of these rows the next call has."""
+        wanted = len(rows)
         most = min(wanted, self._row_limit or wanted)
-        return most if self.memory is None else max(1, min(most, self.memory.fitting(most)))
+        most = most if self.memory is None else max(1, min(most, self.memory.fitting(most)))
+        if self.one_mix_per_call and most < wanted:
+            return _first_block(rows)
+        return most
 
     def _predicted(self, rows: Sequence[Row], by_layer: _ByLayer, predict: Predict) -> Tensor | None:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
@@ -378,9 +397,10 @@ class Engine:
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
                 raise
-            if len(rows) == 1:
+            if len(rows) == 1 or (self.one_mix_per_call and len(rows) == _first_block(rows)):
                 raise LoratorioError(
-                    "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
+                    "Out of memory even with as few rows at a time as possible. Make the picture or the batch smaller, or close what "
+                    "else uses the GPU."
                 ) from problem
             return None
 
@@ -470,6 +490,11 @@ def _rows(branches: Sequence[Branch], cond_count: int, uncond_count: int) -> Ite
         for cond, count in ((True, cond_count), (False, uncond_count)):
             if Branch(mix, cond) in branches:
                 yield from (Row(mix, cond, slot) for slot in range(count))
+
+
+def _first_block(rows: Sequence[Row]) -> int:
+    """How many rows all of the step's pictures have of the first row's branch, of rows under one mix."""
+    return sum(row.cond == rows[0].cond for row in rows)
 
 
 def _predictions(step: Step, branches: Sequence[Branch], predicted: Tensor) -> Predictions:

@@ -230,7 +230,7 @@ def test_too_many_rows_for_the_memory_are_halved(most: int) -> None:
 
 def test_one_row_too_many_is_said_in_a_sentence() -> None:
     latents = torch.randn(1, 4, 4, 4)
-    with pytest.raises(LoratorioError, match="even with a single row"):
+    with pytest.raises(LoratorioError, match="as few rows at a time as possible"):
         Engine(paper(), loras(2)).step(step_of(latents), fake(latents, most=0))
 
 

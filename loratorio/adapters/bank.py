@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoratorioError
 from .delta import Adapter, Fitted, LowRank
 from .plan import Coefficients, Job, Segment, planned, segments
 from .stacks import Stacks, Where
@@ -28,6 +27,10 @@ class Change(NamedTuple):
 
     weight: Tensor
     rank: int
+
+
+class Regrouped(Exception):
+    """A layer was given other entries than the rows of the call, so nobody knows which of them are of which row."""
 
 
 class Merged(NamedTuple):
@@ -67,6 +70,11 @@ class _Routing:
     merged: Merged | None = None
     stacks: Stacks | None = None
     plan: _Plan = field(default_factory=dict)
+
+    @property
+    def one_mix(self) -> bool:
+        """Whether all rows are under one mix."""
+        return self.mixes.count(self.mixes[0]) == len(self.mixes)
 
 
 class Bank:
@@ -132,7 +140,8 @@ class Bank:
     ) -> Iterator[None]:
         """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
-        A model that folds more into its batch dimension (frames, crops) gives every row the same number of entries.
+        Where all mixes are equal a layer may be given any entries: rows repeated, regrouped, folded (frames, crops) or added. Else a
+        call raises `Regrouped` where a layer is given another number of them than there are rows.
 
         Args:
             by_layer: by a layer's name, the mix that every row with any LoRA gets there instead.
@@ -255,17 +264,13 @@ class Bank:
         if not self._routing.segments:
             return
         rows: Tensor = args[0] if args else next(iter(kwargs.values()))
-        count = len(self._routing.mixes)
-        per_row, rest = divmod(rows.shape[0], count)
-        if rest:
-            raise LoratorioError(
-                f"The layer {name} was given {rows.shape[0]} entries for {count} rows: this model, or another "
-                "extension, regroups the batch in a way that LoRAtorio cannot follow."
-            )
+        one_mix = self._routing.one_mix
+        if not one_mix and len(rows) != len(self._routing.mixes):
+            raise Regrouped(f"{name}: {len(rows)} entries for {len(self._routing.mixes)} rows")
         # Under autocast a layer's output is in the dtype that it computed in.
         rows = rows.to(output.dtype)
         for job in self._jobs(name, output):
-            part = slice(job.start * per_row, job.stop * per_row)
+            part = slice(None) if one_mix else slice(job.start, job.stop)
             job.add(layer, rows[part], output[part])
 
     def _jobs(self, name: str, like: Tensor) -> list[Job]:

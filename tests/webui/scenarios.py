@@ -148,12 +148,12 @@ def _in_batches(once: list[Scenario]) -> Iterator[Scenario]:
     batches = {"batch_size": 2, "n_iter": 2}
     for scenario in once:
         if scenario.kind != "txt2img" or "enable_hr" in scenario.fields:
-            yield replace(scenario, name=f"{scenario.name}; 2 x 2", fields={**scenario.fields, **batches})
+            yield replace(scenario, name=f"{scenario.name}; 2x2", fields={**scenario.fields, **batches})
             continue
         for name, start in KINDS.items():
             yield replace(
                 scenario,
-                name=f"{scenario.name}; {name} 2 x 2",
+                name=f"{scenario.name}; {name} 2x2",
                 kind="img2img" if start else "txt2img",
                 fields={**start, **scenario.fields, **batches},
             )

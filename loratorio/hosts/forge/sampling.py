@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -263,6 +263,7 @@ class ForgePass(SamplingPass):
         rows = evaluation.rows
         if evaluation.composition is None:
             self.engine.memory = DeclaredRows(self._flavour, model, rows)
+            self.engine.one_mix_per_call |= inner is not None or _has_functions(c["transformer_options"])
 
             def run(call: Call) -> Tensor:
                 if inner is None:
@@ -286,6 +287,15 @@ class ForgePass(SamplingPass):
         """The host's model on any rows of the step; conditions that cannot share a batch go in calls of their own."""
         calls = [ModelCall(call.numbers, partial(run, call)) for call in rows.calls(wanted, options)]
         return predicted_by(calls, self.engine.bank)
+
+
+def _has_functions(options: Any) -> bool:
+    """Whether the host's transformer options hold functions, which are others' and run inside the model."""
+    if isinstance(options, Mapping):
+        options = options.values()
+    elif not isinstance(options, (list, tuple)):
+        return callable(options)
+    return any(map(_has_functions, options))
 
 
 class DeclaredRows:
