@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,14 +22,12 @@ def either(a1111: Any, request: Any) -> Any:
     return a1111.run.Standin(xl=request.param)
 
 
-def compose(p: Any, **knobs: Any) -> tuple[torch.Tensor, Job]:
-    """The job's samples with LoRAtorio ticked."""
+def compose(p: Any, before: Sequence[Any] = (), **knobs: Any) -> tuple[torch.Tensor, Job]:
+    """The job's samples with LoRAtorio ticked; `before` are other extensions' events."""
     from loratorio.hosts.a1111 import HOST
 
     job = Job(p, paper(enabled=True, **knobs), tell=p.comment)
-    p.events = [
-        ("process_before_every_sampling", lambda p: HOST.before_sampling(job)),
-    ]
+    p.events = [*before, ("process_before_every_sampling", lambda p: HOST.before_sampling(job))]
     from modules import processing
 
     return processing.process_images(p), job
