@@ -96,6 +96,11 @@ class Job:
         for sentence in self.standing:
             self.note(sentence)
 
+    def end_batch(self) -> None:
+        """A batch's pictures are made."""
+        if not any(batch == self.batch for batch, _ in self.begun):
+            self.note(SAMPLED_BY_OTHERS)
+
     def note(self, sentence: str) -> None:
         """Tell the user `sentence`, of the pass that is being made."""
         note = Note(sentence, self.batch, self.is_hires)
@@ -141,4 +146,8 @@ class Job:
         return sentences
 
 
+SAMPLED_BY_OTHERS = (
+    "Another extension samples in its own way, past LoRAtorio (Tiled Diffusion's DemoFusion does). Nothing was composed: the LoRAs are "
+    "merged."
+)
 FIRST_PASS, HIRES_PASS = "First pass: ", "Hires pass: "

@@ -69,6 +69,7 @@ class LoratorioScript(scripts.Script):
 
     def postprocess_batch(self, p, *args, **kwargs):
         if job_of(p):
+            job_of(p).end_batch()
             write_infotext(p)
             p.loratorio_comments.update(job_of(p))
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loratorio.adapters.bank import Bank
+from loratorio.adapters.bank import Bank, Regrouped
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.mixes import Branch, Mix, Participants
 from loratorio.engine import Engine, Predict, Row, Step, is_out_of_memory
@@ -226,6 +226,46 @@ def test_too_many_rows_for_the_memory_are_halved(most: int) -> None:
     assert engine.row_limit <= most
     assert sum(size for size in sizes if size <= most) == 2 * 8  # every row once a step
     assert all(size <= most for size in sizes[sizes.index(engine.row_limit) :])  # and it does not try again
+
+
+def mixes_by_call(calls: list[list[Row]]) -> list[set[tuple[float, ...]]]:
+    return [{row.mix for row in rows} for rows in calls]
+
+
+def test_where_a_layer_gets_other_entries_each_call_has_one_mix() -> None:
+    """From then on, so that one call is lost and no more."""
+    latents = torch.randn(2, 4, 4, 4)
+    expected = Engine(paper(), loras(3)).step(step_of(latents), fake(latents))
+    calls: list[list[Row]] = []
+    run = fake(latents, calls)
+
+    def regrouped(rows: Sequence[Row]) -> Tensor:
+        predicted = run(rows)
+        if len({row.mix for row in rows}) > 1:
+            raise Regrouped
+        return predicted
+
+    engine = Engine(paper(), loras(3))
+    for first in (True, False):
+        calls.clear()
+        found = engine.step(step_of(latents), regrouped)
+        assert torch.equal(found.cond, expected.cond)
+        of_calls = mixes_by_call(calls[1:] if first else calls)
+        assert [len(each) for each in of_calls] == [1] * 4
+        assert len(set().union(*of_calls)) == 4
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [2] * 8), (2, [2] * 8), (8, [4] * 4)])
+def test_one_mix_per_call_keeps_all_pictures_together(most: int, sizes: list[int]) -> None:
+    """Others may join them, so they are cut between conditional and unconditional rows only."""
+    latents = torch.randn(2, 4, 4, 4)
+    calls: list[list[Row]] = []
+    engine = Engine(paper(), loras(3))
+    engine.one_mix_per_call = True
+    engine.step(step_of(latents), fake(latents, calls, most))
+    assert [len(rows) for rows in calls if len(rows) <= most] == sizes
+    with pytest.raises(LoratorioError, match="as few rows at a time as possible"):
+        engine.step(step_of(latents), fake(latents, most=1))
 
 
 def test_one_row_too_many_is_said_in_a_sentence() -> None:

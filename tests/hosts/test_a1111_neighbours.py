@@ -217,3 +217,17 @@ def test_tiles(a1111: Any, where: str, at_once: int, job: str, is_xl: bool) -> N
     if where == "the model":
         del standin.model.apply_model
     assert not close(own, standin.run(standin.job(one, **fields)))
+
+
+@pytest.mark.parametrize(
+    "info", [{"Region control": {}}, '{"Region control": {}}', {"Method": "MultiDiffusion"}]
+)
+def test_tiled_diffusions_regions_are_left_to_the_webui(standin: Any, info: Any) -> None:
+    """They count on the WebUI's own rows, and activate LoRAs in the middle of a step."""
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    p = standin.job(a, b)
+    p.extra_generation_params["Tiled Diffusion"] = info
+    found, job = compose(p)
+    merges = "Region control" in info
+    assert torch.equal(found, standin.run(standin.job(a, b))) == merges
+    assert ["Region Prompt Control" in note for note in job.notes] == [True] * merges
