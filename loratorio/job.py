@@ -146,6 +146,8 @@ class Job:
         return sentences
 
 
-NOT_COMPOSED = "LoRAtorio composed nothing: the WebUI sampled no step of this picture."
-
+NOT_COMPOSED = (
+    "LoRAtorio composed nothing in this picture: the WebUI sampled no step of it, or another extension samples in its own way, with the "
+    "LoRAs merged (Tiled Diffusion's DemoFusion does)."
+)
 FIRST_PASS, HIRES_PASS = "First pass: ", "Hires pass: "

@@ -45,10 +45,8 @@ def add_low_rank_by_row(
     Args:
         layer, rows, output: as in `add_low_rank`.
         down: (r, in) or (r, in, kh, kw). up: (r, out).
-        factors: by row and rank, (R, r); where a model folds frames into its batch, R of them for R·frames entries.
+        factors: by row and rank, (R, r).
     """
-    if len(factors) < len(rows):
-        factors = factors.repeat_interleave(len(rows) // len(factors), dim=0)
     if isinstance(layer, nn.Conv2d):
         lowered = layer._conv_forward(rows, down, None) * factors[:, :, None, None]
         _add_to_pictures(output, lowered, up, 1.0)

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoratorioError
 from .delta import Adapter, Fitted, LowRank
 from .plan import Coefficients, Job, Segment, planned, segments
 from .stacks import Stacks, Where
+
+
+class Regrouped(Exception):
+    """A layer was given other entries than the rows of the call, so it is unknown which row an entry belongs to."""
+
 
 PLANS = 64
 """So many ways to route rows are remembered, and so many dense sums of several LoRAs."""
@@ -43,6 +47,11 @@ class _Routing:
     segments: tuple[Segment, ...] = ()
     by_layer: Mapping[str, Coefficients] = field(default_factory=dict)
     plan: _Plan = field(default_factory=dict)
+
+    @property
+    def one_mix(self) -> bool:
+        """Whether all rows are under one mix."""
+        return self.mixes.count(self.mixes[0]) == len(self.mixes)
 
 
 class Bank:
@@ -107,7 +116,8 @@ class Bank:
     ) -> Iterator[None]:
         """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
-        A model that folds more into its batch dimension (frames, crops) gives every row the same number of entries.
+        Where all mixes are equal a layer may be given any entries: rows repeated, regrouped, folded (frames, crops) or added. Else a
+        call raises `Regrouped` where a layer is given another number of them than there are rows.
 
         Args:
             by_layer: by a layer's name, the mix that every row with any LoRA gets there instead.
@@ -219,17 +229,13 @@ class Bank:
         if not self._routing.segments:
             return
         rows: Tensor = args[0] if args else next(iter(kwargs.values()))
-        count = len(self._routing.mixes)
-        per_row, rest = divmod(rows.shape[0], count)
-        if rest:
-            raise LoratorioError(
-                f"The layer {name} was given {rows.shape[0]} entries for {count} rows: this model, or another "
-                "extension, regroups the batch in a way that LoRAtorio cannot follow."
-            )
+        one_mix = self._routing.one_mix
+        if not one_mix and len(rows) != len(self._routing.mixes):
+            raise Regrouped(f"{name}: {len(rows)} entries for {len(self._routing.mixes)} rows")
         # Under autocast a layer's output is in the dtype that it computed in.
         rows = rows.to(output.dtype)
         for job in self._jobs(name, output):
-            part = slice(job.start * per_row, job.stop * per_row)
+            part = slice(None) if one_mix else slice(job.start, job.stop)
             job.add(layer, rows[part], output[part])
 
     def _jobs(self, name: str, like: Tensor) -> list[Job]:

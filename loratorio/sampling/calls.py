@@ -6,16 +6,32 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapters.bank import Bank
+from ..adapters.bank import Bank, Regrouped
 from ..errors import LoratorioError
 from .memory import RowMemory
 
-Row = TypeVar("Row")
+
+class Row(NamedTuple):
+    """One row of a model call.
+
+    Attributes:
+        mix: which LoRAs act on it; the host gives it the text conditioning of the same mix.
+        cond: whether it is a conditional row.
+        slot: its number among the step's conditional rows, or among its unconditional rows.
+        words: what its prompt has in addition to the common one: the own words of its LoRA.
+    """
+
+    mix: tuple[float, ...]
+    cond: bool
+    slot: int
+    words: str = ""
+
 
 POOL_ROWS = 8
 """How many rows a model call has at most while a pool's candidates are scored."""
@@ -27,12 +43,15 @@ class RowCalls:
     Attributes:
         limit: how many rows a call may have; 0 for no limit. Halved when memory runs out.
         scores_pool: whether many LoRAs are run only to be scored, which is limited to `POOL_ROWS` per call.
+        one_mix: whether a call has rows of one mix only, and of all pictures, so that other extensions may repeat, regroup, add or
+            join rows within it. Set by the host, or when a layer gets other entries than the call's rows.
         memory: says how many rows fit into a call; None where that shows only when memory runs out.
     """
 
     def __init__(self, limit: int = 0, scores_pool: bool = False) -> None:
         self.limit = limit
         self.scores_pool = scores_pool
+        self.one_mix = False
         self.memory: RowMemory | None = None
 
     def run(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor:
@@ -44,8 +63,12 @@ class RowCalls:
         done: list[Tensor] = []
         start = 0
         while start < len(rows):
-            part = rows[start : start + self._most(len(rows) - start)]
-            predicted = self._predicted(part, call)
+            part = self._next(rows[start:])
+            try:
+                predicted = self._predicted(part, call)
+            except Regrouped:
+                self.one_mix = True
+                continue
             if predicted is None:
                 # Only here, where nothing holds the failed call's tensors any more, can their memory be given back.
                 _empty_cache()
@@ -57,10 +80,15 @@ class RowCalls:
             start += len(part)
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _most(self, wanted: int) -> int:
-        """How many of `wanted` rows the next call has."""
+    def _next(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The first of these rows, those of the next call."""
+        if self.one_mix:
+            rows = [*takewhile(lambda row: row.mix == rows[0].mix, rows)]
+        wanted = len(rows)
         most = min(wanted, self.limit or wanted, POOL_ROWS if self.scores_pool else wanted)
-        return most if self.memory is None else max(1, min(most, self.memory.fitting(most)))
+        if self.memory is not None:
+            most = max(1, min(most, self.memory.fitting(most)))
+        return rows[: _first_block(rows) if self.one_mix and most < wanted else most]
 
     def _predicted(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor | None:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
@@ -70,11 +98,17 @@ class RowCalls:
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
                 raise
-            if len(rows) == 1:
+            if len(rows) == (_first_block(rows) if self.one_mix else 1):
                 raise LoratorioError(
-                    "Out of memory even with a single row at a time. Make the picture smaller, or close what else uses the GPU."
+                    "Out of memory even with as few rows at a time as possible. Make the picture or the batch smaller, or close what "
+                    "else uses the GPU."
                 ) from problem
             return None
+
+
+def _first_block(rows: Sequence[Row]) -> int:
+    """How many rows all of the step's pictures have of the first row's branch, of rows under one mix."""
+    return sum(row.cond == rows[0].cond for row in rows)
 
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not allocate", "alloc_failed")

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..adapters.bank import Bank
 from ..adapters.delta import Adapter
 from ..settings import Settings
-from .engine import Engine, Row, Step
+from .calls import Row
+from .engine import Engine, Step
 
 ROWS_OF_A_PLAIN_STEP = 2
 

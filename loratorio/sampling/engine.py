@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +20,9 @@ from ..compose.mixes import Branch, Mix, Participants
 from ..compose.regions import WHOLE, Box, Canvas
 from ..errors import LoratorioError
 from ..settings import Settings
-from .calls import RowCalls
+from .calls import Row, RowCalls
 from .history import WeightHistory
 from .pool_calls import PoolCalls
-
-
-class Row(NamedTuple):
-    """One row of a model call.
-
-    Attributes:
-        mix: which LoRAs act on it; the host gives it the text conditioning of the same mix.
-        cond: whether it is a conditional row.
-        slot: its number among the step's conditional rows, or among its unconditional rows.
-        words: what its prompt has beside everybody's: the own words of the LoRA that it is of.
-    """
-
-    mix: Mix
-    cond: bool
-    slot: int
-    words: str = ""
-
 
 Predict = Callable[[Sequence[Row]], Tensor]
 """Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order:

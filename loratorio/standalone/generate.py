@@ -20,8 +20,8 @@ from ..compose.mixes import Mix
 from ..errors import LoratorioError
 from ..places import with_words
 from ..roles import no_room_note, reactions_note
-from ..sampling.calls import by_kind, is_out_of_memory, predicted_by
-from ..sampling.engine import Engine, Predict, Row, Step
+from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
+from ..sampling.engine import Engine, Predict, Step
 from ..sampling.history import WeightHistory
 from ..sampling.memory import measured_rows
 from ..settings import Settings

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..compose.guidance import guide
 from ..compose.methods import Composition
-from ..sampling.engine import Predict, Row, Step
+from ..sampling.calls import Row
+from ..sampling.engine import Predict, Step
 from .samplers import Sampler
 
 Compose = Callable[[Step, Predict], Composition]

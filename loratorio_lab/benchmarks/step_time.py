@@ -33,7 +33,8 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.guidance import compose, guide, recentre
 from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
-from loratorio.sampling.engine import Engine, Row, Step
+from loratorio.sampling.calls import Row
+from loratorio.sampling.engine import Engine, Step
 from loratorio.settings import PRESET, PRESETS, Settings
 from loratorio_lab.knobs import measured, said
 

@@ -21,7 +21,8 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, Dense, LowRank
 from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import Participants
-from loratorio.sampling.engine import Engine, Row, Step
+from loratorio.sampling.calls import Row
+from loratorio.sampling.engine import Engine, Step
 from loratorio.settings import Settings
 
 DEVICE = "gpu:0"

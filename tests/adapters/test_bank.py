@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loratorio.adapters.bank import PLANS, Bank
+from loratorio.adapters.bank import PLANS, Bank, Regrouped
 from loratorio.adapters.delta import Adapter, Dense, LowRank
 from loratorio.compose.mixes import Mix
 from loratorio.errors import LoratorioError
@@ -43,7 +43,6 @@ MIXES = st.sampled_from([(0.0, 0.0, 0.0), *SOLOS, (1.0, 1.0, 1.0), (0.5, 0.0, -2
     st.tuples(*[st.sampled_from([*KINDS, "absent"])] * 3),
     st.tuples(*[st.sampled_from([1.0, 0.8, 0.0, -0.5])] * 3),
     st.lists(MIXES, min_size=1, max_size=7),
-    st.integers(1, 2),
     st.booleans(),
     st.integers(0, 1000),
 )
@@ -52,7 +51,6 @@ def test_rows_equal_merged_weights(
     kinds: tuple[str, ...],
     strengths: tuple[float, ...],
     mixes: list[Mix],
-    per_row: int,
     channels_last: bool,
     seed: int,
 ) -> None:
@@ -63,7 +61,7 @@ def test_rows_equal_merged_weights(
         Adapter(f"lora{i}", {"layer": deltas_for(layer, kind, random)} if kind != "absent" else {}, strength)
         for i, (kind, strength) in enumerate(zip(kinds, strengths, strict=True))
     ]
-    rows = rows_for(layer, per_row * len(mixes), random)
+    rows = rows_for(layer, len(mixes), random)
     if channels_last and rows.ndim == 4:
         rows = rows.contiguous(memory_format=torch.channels_last)
     expected = row_by_row(layer, adapters, mixes, rows)
@@ -71,8 +69,7 @@ def test_rows_equal_merged_weights(
     assert relative_error(found, expected) < 1e-5
     for number, mix in enumerate(mixes):
         if not any(mix):  # the base's rows are not merely near: they are the base's
-            part = slice(number * per_row, (number + 1) * per_row)
-            assert torch.equal(found[part], layer(rows)[part])
+            assert torch.equal(found[number], layer(rows)[number])
 
 
 @pytest.mark.parametrize("layer_name", LAYERS)
@@ -305,14 +302,36 @@ def test_wrong_mixes_are_refused() -> None:
         pytest.fail("routed")
 
 
-def test_a_batch_that_does_not_divide_into_rows_is_refused() -> None:
+@pytest.mark.parametrize("entries", [1, 3, 4])
+def test_other_entries_than_rows_are_noticed(entries: int) -> None:
     model, layers, bank = model_and_bank()
     with (
         bank.attached(layers),
         bank.routed([(1.0, 0.0), (0.0, 1.0)]),
-        pytest.raises(LoratorioError, match="The layer conv was given 3 entries for 2 rows"),
+        pytest.raises(Regrouped, match=f"conv: {entries} entries for 2 rows"),
     ):
-        model(torch.randn(3, 6, 4, 4))
+        model(torch.randn(entries, 6, 4, 4))
+
+
+@given(
+    st.sampled_from(sorted(LAYERS)),
+    st.tuples(*[st.sampled_from([*KINDS, "absent"])] * 3),
+    MIXES,
+    st.integers(1, 4),
+    st.integers(1, 9),
+)
+def test_under_one_mix_a_layer_may_be_given_any_entries(
+    layer_name: str, kinds: tuple[str, ...], mix: Mix, rows: int, entries: int
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    layer = LAYERS[layer_name]()
+    adapters = [
+        Adapter(f"lora{i}", {"layer": deltas_for(layer, kind, random)} if kind != "absent" else {})
+        for i, kind in enumerate(kinds)
+    ]
+    given_to_it = rows_for(layer, entries, random)
+    found = routed(Bank(adapters), layer, [mix] * rows, given_to_it)
+    assert relative_error(found, row_by_row(layer, adapters, [mix], given_to_it)) < 1e-5
 
 
 def test_the_source_tensors_stay_as_they_were() -> None:

@@ -14,7 +14,8 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.compose.mixes import STYLE_SHARE, Mix, Participants
 from loratorio.compose.regions import Box, Place
-from loratorio.sampling.engine import Composition, Engine, Row, Step
+from loratorio.sampling.calls import Row
+from loratorio.sampling.engine import Composition, Engine, Step
 from tests.published import paper
 
 SHAPE = (4, 6, 9)

@@ -17,7 +17,8 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.methods.reuse import DAMPING, LATE, SHORT, TURN, UNCOND, UncondResidual
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.compose.regions import Box, Place
-from loratorio.sampling.engine import Engine, Row, Step
+from loratorio.sampling.calls import Row
+from loratorio.sampling.engine import Engine, Step
 from tests.published import paper
 
 LEFT = Place((Box(0, 0, 0.5, 1),))

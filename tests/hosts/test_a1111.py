@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
 from loratorio.settings import Settings
@@ -21,14 +23,12 @@ def either(a1111: Any, request: Any) -> Any:
     return a1111.run.Standin(xl=request.param)
 
 
-def compose(p: Any, **knobs: Any) -> tuple[torch.Tensor, Job]:
-    """The job's samples with LoRAtorio ticked."""
+def compose(p: Any, before: Sequence[Any] = (), **knobs: Any) -> tuple[torch.Tensor, Job]:
+    """The job's samples with LoRAtorio ticked; `before` are other extensions' events."""
     from loratorio.hosts.a1111 import HOST
 
     job = Job(p, paper(enabled=True, **knobs), tell=p.comment)
-    p.events = [
-        ("process_before_every_sampling", lambda p: HOST.before_sampling(job)),
-    ]
+    p.events = [*before, ("process_before_every_sampling", lambda p: HOST.before_sampling(job))]
     from modules import processing
 
     return processing.process_images(p), job
@@ -333,6 +333,33 @@ def test_leaves_no_trace(a1111: Any, standin: Any) -> None:
         assert trace(a1111, standin) == before
     again = [standin.run(standin.job()), standin.run(standin.job(a)), standin.run(standin.job(a, b))]
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["", "with another extension around the loop"])
+def test_a_sampler_that_lasts_for_all_batches(standin: Any, method: str, is_wrapped: bool) -> None:
+    """img2img makes one: every batch is composed once, as it is alone."""
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+
+    def batches(seed: int, count: int) -> tuple[torch.Tensor, Job]:
+        p = standin.img2img(a, b, prompts=("a red circle", "a blue square"), seed=seed, n_iter=count)
+        job = Job(p, paper(enabled=True, method=method), tell=p.comment)
+        p.events = [("process_before_every_sampling", lambda p: HOST.before_sampling(job))]
+        if is_wrapped:
+            p.events.append(("process_before_every_sampling", wrapped))
+        samples = standin.run(p)
+        assert is_wrapped or "launch_sampling" not in vars(p.sampler)
+        return samples, job
+
+    def wrapped(p: Any) -> None:
+        launch = p.sampler.launch_sampling
+        p.sampler.launch_sampling = lambda steps, func: launch(steps, func)
+
+    from loratorio.hosts.a1111 import HOST
+
+    found, job = batches(1, 3)
+    assert [(each.batch, each.loras) for each in job.passes] == [(i, ("a", "b")) for i in range(3)]
+    assert torch.equal(found, torch.cat([batches(seed, 1)[0] for seed in (1, 2, 3)]))
 
 
 def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hosts.test_a1111 import close, compose, slowly, trace
+from tests.hosts.test_a1111 import JOBS, close, compose, slowly, trace
 from tests.published import paper
 
 
@@ -161,3 +161,73 @@ def test_arguments_that_nobody_reads_are_said(a1111: Any, standin: Any) -> None:
     block_weight = SimpleNamespace(filename="/webui/extensions/x/scripts/lora_block_weight.py")
     _, job = compose(standin.job(a, b, scripts=SimpleNamespace(alwayson_scripts=[block_weight])))
     assert job.notes == ["Unknown in a LoRA tag, and without effect: rolle= of LoRA b (did you mean role?)."]
+
+
+def tiled(forward: Callable[..., torch.Tensor], at_once: int) -> Callable[..., torch.Tensor]:
+    """Halves of the picture that overlap, so many in a call, the whole batch repeated for each: as Tiled Diffusion does."""
+
+    def tile_by_tile(x: torch.Tensor, sigma: torch.Tensor, cond: dict[str, Any]) -> torch.Tensor:
+        total, count = torch.zeros_like(x), torch.zeros_like(x)
+        places = [(0, 4), (2, 6), (4, 8)]
+        for start in range(0, len(places), at_once):
+            some = places[start : start + at_once]
+
+            def repeated(value: Any, times: int = len(some)) -> Any:
+                if isinstance(value, list):
+                    return [repeated(each) for each in value]
+                return value.repeat(times, *[1] * (value.ndim - 1))
+
+            answer = forward(
+                torch.cat([x[..., a:b] for a, b in some]),
+                repeated(sigma),
+                cond={key: repeated(value) for key, value in cond.items()},
+            )
+            for (a, b), part in zip(some, answer.split(len(x)), strict=True):
+                total[..., a:b] += part
+                count[..., a:b] += 1
+        return total / count
+
+    return tile_by_tile
+
+
+@pytest.mark.parametrize("where", ["the sampler's wrapper", "the model"])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("job", ["plain", "batch", "AND in a batch", "long prompt", "timestep sampler"])
+@pytest.mark.parametrize("is_xl", [False, True], ids=["SD 1", "SDXL"])
+def test_tiles(a1111: Any, where: str, at_once: int, job: str, is_xl: bool) -> None:
+    """The same LoRA as two files is the WebUI with it once."""
+    standin = a1111.run.Standin(xl=is_xl)
+    one, twin = standin.lora("a", 1), standin.lora("twin", 1)
+    fields = JOBS[job]
+
+    def install(p: Any) -> None:
+        model = p.sampler.model_wrap_cfg.inner_model
+        model.forward = tiled(model.forward, at_once)
+
+    if where == "the model":
+        standin.model.apply_model = tiled(standin.model.apply_model, at_once)
+    events = [("process_before_every_sampling", install)] if where != "the model" else []
+    p = standin.job(one, **fields)
+    p.events = events
+    own = standin.run(p)
+    p = standin.job(one, twin, **fields)
+    found, done = compose(p, before=events, recentre=0.0)
+    assert done.notes == []
+    assert close(found, own)
+    if where == "the model":
+        del standin.model.apply_model
+    assert not close(own, standin.run(standin.job(one, **fields)))
+
+
+@pytest.mark.parametrize(
+    "info", [{"Region control": {}}, '{"Region control": {}}', {"Method": "MultiDiffusion"}]
+)
+def test_tiled_diffusions_regions_are_left_to_the_webui(standin: Any, info: Any) -> None:
+    """They count on the WebUI's own rows, and activate LoRAs in the middle of a step."""
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    p = standin.job(a, b)
+    p.extra_generation_params["Tiled Diffusion"] = info
+    found, job = compose(p)
+    merges = "Region control" in info
+    assert torch.equal(found, standin.run(standin.job(a, b))) == merges
+    assert ["Region Prompt Control" in note for note in job.notes] == [True] * merges

@@ -199,6 +199,24 @@ def test_without_a_lora_it_says_so(standin: Any, script: Any) -> None:
     assert "names no LoRA" in p.processed.infotexts[0]
 
 
+def test_a_pass_that_another_extension_makes_by_itself_is_said(standin: Any, script: Any) -> None:
+    """Tiled Diffusion's DemoFusion puts a function of its own in the place of the job's `sample`, which fires no event of ours."""
+    loras = standin.lora("a", 1), standin.lora("b", 2)
+    p = standin.job(*loras)
+    sample, p.script, p.script_args = p.sample, script, [{"enabled": True}]
+
+    def sample_past_us(**conditioning: Any) -> torch.Tensor:
+        p.script = None
+        result: torch.Tensor = sample(**conditioning)
+        p.script = script
+        return result
+
+    p.sample = sample_past_us
+    samples = standin.run(p)
+    assert torch.equal(samples, standin.run(standin.job(*loras)))
+    assert "LoRAtorio note: Another extension samples in its own way" in p.processed.infotexts[0]
+
+
 def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     prompts = ("a red circle AND sea", "a blue square")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratorio.compose.methods import METHODS
 from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
@@ -305,6 +306,23 @@ def test_one_lora_is_the_hosts_own_picture_for_any_prompt(standin: Any, prompts:
     assert close(composed, own)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sampler_that_lasts_for_all_batches(standin: Any, method: str) -> None:
+    """img2img makes one: every batch is composed once, as it is alone, also where another extension has wrapped the loop meanwhile."""
+
+    def wrap(p: Any) -> None:
+        launch = p.sampler.launch_sampling
+        p.sampler.launch_sampling = lambda steps, func: launch(steps, func)
+
+    def batches(seed: int, count: int) -> tuple[torch.Tensor, Job]:
+        p = standin.img2img("a", "b", prompts=("a red circle", "a blue square"), seed=seed, n_iter=count)
+        return compose(standin, p, after=wrap, method=method)
+
+    found, job = batches(1, 3)
+    assert [(each.batch, each.loras) for each in job.passes] == [(i, ("a", "b")) for i in range(3)]
+    assert torch.equal(found, torch.cat([batches(seed, 1)[0] for seed in (1, 2, 3)]))
+
+
 def test_batches_compose_each_picture_alone(standin: Any) -> None:
     names, prompts = ["a", "b"], ("one", "quite another")
     both, _ = compose(standin, standin.job(*names, prompts=prompts, shape=(4, 8, 8)), **KNOBS)
@@ -472,6 +490,121 @@ def test_another_extensions_wrapper_is_chained(standin: Any, when: str) -> None:
     seen.clear()
     composed, _ = compose(standin, standin.job("a"), **{when: install}, recentre=0, **KNOBS)
     assert seen
+    assert close(composed, own)
+
+
+def tiles(at_once: int) -> Callable[..., torch.Tensor]:
+    """Halves of the picture that overlap, so many in a call, the whole batch repeated for each: as MultiDiffusion does."""
+
+    def wrapper(apply_model: Any, args: Any) -> torch.Tensor:
+        x, sigma, c = args["input"], args["timestep"], args["c"]
+        total, count = torch.zeros_like(x), torch.zeros_like(x)
+        places = [(0, 4), (2, 6), (4, 8)]
+        for start in range(0, len(places), at_once):
+            some = places[start : start + at_once]
+            tile = torch.cat([x[..., a:b] for a, b in some])
+            text = c["c_crossattn"].repeat(len(some), 1, 1)
+            answer = apply_model(tile, sigma.repeat(len(some)), **{**c, "c_crossattn": text})
+            for (a, b), part in zip(some, answer.split(len(x)), strict=True):
+                total[..., a:b] += part
+                count[..., a:b] += 1
+        return total / count
+
+    return wrapper
+
+
+def row_by_row(apply_model: Any, args: Any) -> torch.Tensor:
+    c = args["c"]
+    return torch.cat([
+        apply_model(x[None], sigma[None], **{**c, "c_crossattn": text[None]})
+        for x, sigma, text in zip(args["input"], args["timestep"], c["c_crossattn"], strict=True)
+    ])  # fmt: skip
+
+
+class Patched:
+    """The stand-in's UNet with two places for others' functions within it, as Forge's transformer blocks have them."""
+
+    def __new__(cls, unet: type[torch.nn.Module]) -> Any:
+        def forward(
+            self: Any, x: Any, t: Any, context: Any, control: Any = None, transformer_options: Any = None
+        ) -> Any:
+            patches = transformer_options.get("patches", {})
+            for patch in patches.get("attn2_patch", ()):
+                context = patch(context, transformer_options)
+            k, v = self.kv(context).chunk(2, dim=-1)
+            text = (torch.softmax(k, dim=1) * v).sum(dim=1)
+            for patch in patches.get("attn2_output_patch", ()):
+                text = patch(text, transformer_options)
+            h = torch.tanh(self.conv_in(x)) + (text + t[:, None] / 20)[..., None, None]
+            for replace in transformer_options.get("patches_replace", {}).values():
+                h = replace(h, transformer_options)
+            return self.conv_out(h + torch.nn.functional.interpolate(self.down(h), scale_factor=2.0))
+
+        return type("PatchedUNet", (unet,), {"forward": forward})
+
+
+def regions(text: torch.Tensor, options: Any) -> torch.Tensor:
+    """Conditional rows once more with the region's text, and an entry to make their number even: as sd-forge-couple does."""
+    parts = []
+    for kind, part in zip(options["cond_or_uncond"], text.chunk(len(options["cond_or_uncond"])), strict=True):
+        parts += [part] if kind else [part, torch.ones_like(part)]
+    together = torch.cat(parts)
+    return torch.cat([together, torch.zeros_like(together[:1])]) if len(together) % 2 else together
+
+
+def joined(text: torch.Tensor, options: Any) -> torch.Tensor:
+    kinds = options["cond_or_uncond"]
+    images = len(text) // sum(1 if kind else 2 for kind in kinds)
+    parts, start = [], 0
+    for kind in kinds:
+        own = text[start : start + images]
+        parts.append(own if kind else own * 0.3 + text[start + images : start + 2 * images] * 0.7)
+        start += images * (1 if kind else 2)
+    return torch.cat(parts)
+
+
+def aligned(h: torch.Tensor, options: Any) -> torch.Tensor:
+    """All pictures of a batch see each other: as StyleAlign does."""
+    indices = {0: options["cond_indices"], 1: options["uncond_indices"]}
+    parts = [h[indices[kind]] for kind in options["cond_or_uncond"]]
+    return torch.cat([part + part.mean(dim=0, keepdim=True) for part in parts])
+
+
+REGROUPED: dict[str, Any] = {
+    **{f"{count} tiles a call": {"model_function_wrapper": tiles(count)} for count in (1, 2, 3)},
+    "row by row": {"model_function_wrapper": row_by_row},
+    "regions": {"patches": {"attn2_patch": [regions], "attn2_output_patch": [joined]}},
+    "pictures see each other": {"patches_replace": {"attn1": aligned}},
+}
+
+
+@pytest.mark.parametrize("name", REGROUPED)
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("free", [1e12, 3.5], ids=["", "little memory"])
+def test_rows_that_others_regroup(webui: Any, standin: Any, name: str, pictures: int, free: float) -> None:
+    """The same LoRA as two files is the host with it once, whatever others do to the rows of a call."""
+    standin.model = webui.run.Model(standin.model.flavour, unet=Patched(webui.run.UNet))
+    standin.lora("twin", 1)
+
+    def install(p: Any) -> None:
+        unet = p.sd_model.forge_objects.unet.clone()
+        own = dict(REGROUPED[name])
+        wrapper = own.pop("model_function_wrapper", None)
+        unet.model_options = {**unet.model_options, "transformer_options": own}
+        if wrapper is not None:
+            unet.model_options["model_function_wrapper"] = wrapper
+        p.sd_model.forge_objects.unet = unet
+
+    def job(*loras: str) -> Any:
+        return standin.job(*loras, prompts=("a red circle", "a blue square")[:pictures])
+
+    p = job("a")
+    p.events = [("process_before_every_sampling", install)]
+    own = standin.run(p)
+    assert close(own, standin.run(job("a"))) == (name == "row by row")
+    webui.memory.free = free
+    composed, done = compose(standin, job("a", "twin"), before=install, recentre=0, **KNOBS)
+    assert done.notes == []
     assert close(composed, own)
 
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loratorio.adapters.bank import Bank
+from loratorio.adapters.bank import Bank, Regrouped
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.errors import LoratorioError
-from loratorio.sampling.calls import is_out_of_memory
-from loratorio.sampling.engine import Engine, Predict, Row, Step
+from loratorio.sampling.calls import Row, is_out_of_memory
+from loratorio.sampling.engine import Engine, Predict, Step
 from loratorio.settings import Settings
 from tests import reference
 from tests.published import paper
@@ -226,9 +226,49 @@ def test_too_many_rows_for_the_memory_are_halved(most: int) -> None:
     assert all(size <= most for size in sizes[sizes.index(engine.calls.limit) :])  # and it does not try again
 
 
+def mixes_by_call(calls: list[list[Row]]) -> list[set[tuple[float, ...]]]:
+    return [{row.mix for row in rows} for rows in calls]
+
+
+def test_where_a_layer_gets_other_entries_each_call_has_one_mix() -> None:
+    """From then on, so that one call is lost and no more."""
+    latents = torch.randn(2, 4, 4, 4)
+    expected = Engine(paper(), loras(3)).step(step_of(latents), fake(latents))
+    calls: list[list[Row]] = []
+    run = fake(latents, calls)
+
+    def regrouped(rows: Sequence[Row]) -> Tensor:
+        predicted = run(rows)
+        if len({row.mix for row in rows}) > 1:
+            raise Regrouped
+        return predicted
+
+    engine = Engine(paper(), loras(3))
+    for first in (True, False):
+        calls.clear()
+        found = engine.step(step_of(latents), regrouped)
+        assert torch.equal(found.cond, expected.cond)
+        of_calls = mixes_by_call(calls[1:] if first else calls)
+        assert [len(each) for each in of_calls] == [1] * 4
+        assert len(set().union(*of_calls)) == 4
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [2] * 8), (2, [2] * 8), (8, [4] * 4)])
+def test_one_mix_per_call_keeps_all_pictures_together(most: int, sizes: list[int]) -> None:
+    """Others may join them, so they are cut between conditional and unconditional rows only."""
+    latents = torch.randn(2, 4, 4, 4)
+    calls: list[list[Row]] = []
+    engine = Engine(paper(), loras(3))
+    engine.calls.one_mix = True
+    engine.step(step_of(latents), fake(latents, calls, most))
+    assert [len(rows) for rows in calls if len(rows) <= most] == sizes
+    with pytest.raises(LoratorioError, match="as few rows at a time as possible"):
+        engine.step(step_of(latents), fake(latents, most=1))
+
+
 def test_one_row_too_many_is_said_in_a_sentence() -> None:
     latents = torch.randn(1, 4, 4, 4)
-    with pytest.raises(LoratorioError, match="even with a single row"):
+    with pytest.raises(LoratorioError, match="as few rows at a time as possible"):
         Engine(paper(), loras(2)).step(step_of(latents), fake(latents, most=0))
 
 

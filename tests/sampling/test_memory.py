@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
-from loratorio.sampling.engine import Engine, Row, Step
+from loratorio.sampling.calls import Row
+from loratorio.sampling.engine import Engine, Step
 from loratorio.sampling.memory import MARGIN, MeasuredRows, measured_rows
 from tests.published import paper
 

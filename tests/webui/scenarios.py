@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,13 @@ HIRES = {
     "hr_second_pass_steps": 3,
     "hr_additional_modules": ["Use same choices"],  # Forge's own API call fails without
 }
+KINDS: dict[str, dict[str, Any]] = {"txt2img": {}, "img2img": INIT, "inpainting": INPAINT}
+"""What a picture is made of, and the fields that it takes."""
+
 LONG = "a red circle on a wide green field under a deep blue sky, " * 8
 CALLS = {"batch_cond_uncond": False}
 
-SCENARIOS = [
+ONCE = [
     Scenario("txt2img"),
     Scenario("another size", fields={"width": SIZE * 3 // 2, "height": SIZE}),
     Scenario("batch size and count", fields={"batch_size": 2, "n_iter": 2}),
@@ -138,3 +141,22 @@ SCENARIOS = [
     Scenario("SDXL, img2img, batch", "img2img", fields={**INIT, "batch_size": 2}, checkpoint="xl"),
     Scenario("SDXL, inpainting", "img2img", fields=INPAINT, checkpoint="xl"),
 ]  # fmt: skip
+
+
+def _in_batches(once: list[Scenario]) -> Iterator[Scenario]:
+    """Each with two batches of two pictures; what txt2img makes also in img2img and in inpainting, but for hires fix."""
+    batches = {"batch_size": 2, "n_iter": 2}
+    for scenario in once:
+        if scenario.kind != "txt2img" or "enable_hr" in scenario.fields:
+            yield replace(scenario, name=f"{scenario.name}; 2x2", fields={**scenario.fields, **batches})
+            continue
+        for name, start in KINDS.items():
+            yield replace(
+                scenario,
+                name=f"{scenario.name}; {name} 2x2",
+                kind="img2img" if start else "txt2img",
+                fields={**start, **scenario.fields, **batches},
+            )
+
+
+SCENARIOS = [*ONCE, *_in_batches(ONCE)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from .client import PLAIN, SIZE, Pictures, WebUI, psnr
-from .scenarios import HIRES, SCENARIOS, Scenario
+from .scenarios import HIRES, KINDS, SCENARIOS, Scenario
 
 ALONE = {"recentre": 0.0}
 """One LoRA, no re-centring: exactly the picture that the WebUI makes with that LoRA."""
@@ -124,6 +124,48 @@ def test_composes(
 
     again = play(2)
     assert all((a == b).all() for a, b in zip(merged.images, again.images, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        *({"preset": preset} for preset in ("paper", "balanced", "fast")),
+        *({"method": method} for method in ("merge", "switch", "klora", "lego")),
+    ],
+    ids=lambda knobs: next(iter(knobs.values())),
+)
+def test_a_batch_is_the_one_made_alone(
+    webui: WebUI, loras: list[str], kind: str, knobs: dict[str, Any], record_property: Record
+) -> None:
+    """The second of two batches, by its seed, is the picture that a job of one batch gives."""
+    make = webui.img2img if KINDS[kind] else webui.txt2img
+    fields = {**KINDS[kind], "prompt": tagged("a red circle", loras[:2]), "batch_size": 2}
+    make(knobs, **fields)
+    both = make(knobs, **fields, n_iter=2)
+    alone = make(knobs, **fields, seed=PLAIN["seed"] + 2)
+    assert is_composed(both)
+    assert is_composed(alone)
+    near = [psnr(one, other) for one, other in zip(both.images[2:], alone.images, strict=True)]
+    record_property("dB", min(near))
+    assert min(near) >= 50
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_matrix(webui: WebUI, loras: list[str], kind: str, record_property: Record) -> None:
+    make = webui.img2img if KINDS[kind] else webui.txt2img
+    matrix = {"script_name": "prompt matrix", "script_args": [False, False, "positive", "comma", 0]}
+    fields = {**KINDS[kind], **matrix}
+
+    def play(count: int, composed: Any = None) -> Pictures:
+        made = make(composed, **fields, prompt=tagged("", loras[:count]) + " a red circle|blue|in the rain")
+        return Pictures(made.images[1:], made.infotexts[1:], made.seconds)  # the first is the grid
+
+    play(1)
+    one, two = worst(play(1), play(1, ALONE)), worst(play(2), play(2, {"method": "merge"}))
+    record_property("one LoRA, two merged, dB", f"{one:.1f} {two:.1f}")
+    assert one >= 50
+    assert two >= 45
 
 
 def test_samplers(webui: WebUI, loras: list[str], record_property: Record) -> None:

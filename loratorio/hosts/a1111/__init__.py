@@ -7,11 +7,8 @@ sampler's model wrapper answers with composed rows. One `finally` puts everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from ...job import Job
-from ...refusal import refusals
+from ..shared.enclosure import enclose
 from .sampling import A1111Pass
 
 
@@ -21,14 +18,7 @@ class A1111:
     name = "AUTOMATIC1111"
 
     def before_sampling(self, job: Job) -> None:
-        sampler = job.p.sampler
-        launch = sampler.launch_sampling
-
-        def launch_composed(steps: int, func: Callable[[], Any]) -> Any:
-            with refusals(), job.ended_by_errors():
-                return launch(steps, lambda: A1111Pass(job).sample(func))
-
-        sampler.launch_sampling = launch_composed
+        enclose(job, lambda sample: A1111Pass(job).sample(sample))
 
 
 HOST = A1111()

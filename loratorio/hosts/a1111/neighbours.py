@@ -25,6 +25,10 @@ def obstacle(p: Any) -> str | None:
         return merged_because("ControlNet is active, which takes the model's rows apart by itself")
     if p.extra_generation_params.get("RP Active"):
         return merged_because("Regional Prompter is active, which gives LoRAs to regions by itself")
+    if "Region control" in (p.extra_generation_params.get("Tiled Diffusion") or ()):
+        return merged_because(
+            "Tiled Diffusion's Region Prompt Control is on, which gives prompts and LoRAs to regions by itself"
+        )
     if _unet_is_replaced():
         return merged_because("another UNet (such as TensorRT) is selected in the settings")
     return replaced_attention(model.model.diffusion_model)

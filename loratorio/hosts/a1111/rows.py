@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...compose.mixes import Mix
-from ...sampling.engine import Row, Step
+from ...sampling.calls import Row
+from ...sampling.engine import Step
 from ..shared.text import Prompts, TextConditioning
 
 Text = Any

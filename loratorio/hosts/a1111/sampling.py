@@ -20,8 +20,8 @@ from torch import Tensor
 from ...compose.mixes import Participants
 from ...errors import LoratorioError
 from ...job import Job
-from ...sampling.calls import by_kind, predicted_by
-from ...sampling.engine import Engine, Row, Step
+from ...sampling.calls import Row, by_kind, predicted_by
+from ...sampling.engine import Engine, Step
 from ...sampling.memory import measured_rows
 from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...compose.methods import Composition
 from ...compose.mixes import Branch, Mix
 from ...errors import LoratorioError
-from ...sampling.engine import Row, Step
+from ...sampling.calls import Row
+from ...sampling.engine import Step
 from ..shared.text import TextConditioning
 from .flavours import Sampling
 

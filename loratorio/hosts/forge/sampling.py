@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,12 +17,12 @@ from ...adapters.delta import Adapter
 from ...compose.methods import Composition
 from ...errors import LoratorioError
 from ...job import Job
-from ...refusal import refusals
 from ...roles import TaggedLora
-from ...sampling.calls import ModelCall, predicted_by
-from ...sampling.engine import Engine, Row, Step
+from ...sampling.calls import ModelCall, Row, predicted_by
+from ...sampling.engine import Engine, Step
+from ..shared.enclosure import enclose
 from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
-from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, Result, SamplingPass
+from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, text_encoder
 from .flavours import Flavour, Patcher
@@ -79,7 +79,7 @@ class ForgePass(SamplingPass):
             self.engine = Engine(self.job.settings, self.bank(), participants, region=self.region)
             self._make_texts()
             self._replace_unet()
-            self._enclose()
+            enclose(self.job, self.run)
 
     # -- what is asked before the first step --------------------------------------------------------------------------
 
@@ -208,24 +208,6 @@ class ForgePass(SamplingPass):
 
     # -- the sampling loop --------------------------------------------------------------------------------------------
 
-    def _enclose(self) -> None:
-        sampler = self.p.sampler
-        # When called twice for one pass, the second enclosure replaces the first.
-        launch = getattr(sampler.launch_sampling, "enclosed", sampler.launch_sampling)
-
-        def launch_composed(steps: int, func: Callable[[], Result]) -> Result:
-            try:
-                with refusals(), self.job.ended_by_errors():
-                    result: Result = launch(steps, lambda: self.run(func))
-                    return result
-            finally:
-                # The sampler may last for long, and what it refers to with it.
-                if getattr(sampler.launch_sampling, "enclosed", None) == launch:
-                    sampler.launch_sampling = launch
-
-        launch_composed.enclosed = launch  # type: ignore[attr-defined]
-        sampler.launch_sampling = launch_composed
-
     @contextmanager
     def enclosed(self) -> Iterator[None]:
         denoiser, objects = self.p.sampler.model_wrap_cfg, self.p.sd_model.forge_objects
@@ -291,6 +273,7 @@ class ForgePass(SamplingPass):
         rows = evaluation.rows
         if evaluation.composition is None:
             self.engine.calls.memory = DeclaredRows(self._flavour, model, rows)
+            self.engine.calls.one_mix |= inner is not None or _has_functions(c["transformer_options"])
 
             def run(call: Call) -> Tensor:
                 if inner is None:
@@ -314,6 +297,15 @@ class ForgePass(SamplingPass):
         """The host's model on any rows of the step; conditions that cannot share a batch go in calls of their own."""
         calls = [ModelCall(call.numbers, partial(run, call)) for call in rows.calls(wanted, options)]
         return predicted_by(calls, self.engine.bank)
+
+
+def _has_functions(options: Any) -> bool:
+    """Whether the host's transformer options hold functions, which are others' and run inside the model."""
+    if isinstance(options, Mapping):
+        options = options.values()
+    elif not isinstance(options, (list, tuple)):
+        return callable(options)
+    return any(map(_has_functions, options))
 
 
 class DeclaredRows:

@@ -151,6 +151,13 @@ class Standin:
             prompts, negative, extra_network_data=data, **fields
         )
 
+    def img2img(self, *tags, prompts=("a red circle",), negative="blurry", **fields):
+        data = {"lora": [tag if isinstance(tag, Tag) else Tag(tag) for tag in tags]}
+        shared.sd_model = self.model
+        return processing.StableDiffusionProcessingImg2Img(
+            prompts, negative, extra_network_data=data, **fields
+        )
+
     @staticmethod
     def run(p):
         return processing.process_images(p)

@@ -187,6 +187,12 @@ class Standin:
         data = {"lora": tags} if tags else {}
         return processing.StableDiffusionProcessing(prompts, negative, extra_network_data=data, **fields)
 
+    def img2img(self, *tags, prompts=("a red circle",), negative="blurry", **fields):
+        data = {"lora": [tag(each) if isinstance(each, str) else each for each in tags]}
+        return processing.StableDiffusionProcessingImg2Img(
+            prompts, negative, extra_network_data=data, **fields
+        )
+
     def run(self, p):
         shared.sd_model = self.model
         return processing.process_images(p)

@@ -27,6 +27,7 @@ class Sampler:
             return self.last_latent
 
     def sample(self, p, x, cond, uncond):
+        self.model_wrap_cfg.step = 0
         self.sampler_extra_args = {
             "cond": cond,
             "image_cond": x.new_zeros(len(x), 1, 1, 1),
@@ -60,7 +61,7 @@ class StableDiffusionProcessing:
         self.extra_generation_params, self.comments = {}, {}
         self.width = self.height = 64
         self.hr_upscale_to_x = self.hr_upscale_to_y = 128
-        self.events, self.script, self.script_args = [], None, ()
+        self.events, self.script, self.script_args, self.n_iter = [], None, (), 1
         self.all_hr_prompts, self.paste_to = None, None
         self.batch_size, self.do_not_save_grid = len(self.prompts), True
         for name, value in fields.items():
@@ -96,6 +97,26 @@ class StableDiffusionProcessing:
 
     def get_conds(self):
         return (self.hr_c, self.hr_uc) if self.is_hr_pass else (self.c, self.uc)
+
+    def init(self):
+        pass
+
+    def fire(self, event, *args, **kwargs):
+        scripts = [script for own, script in self.events if own == event]
+        if self.script is not None:
+            scripts.append(lambda p: getattr(self.script, event)(p, *args, *self.script_args, **kwargs))
+        for script in scripts:
+            try:
+                script(self)
+            except Exception as problem:
+                print("Error running", event, repr(problem))
+
+    def activate(self, data):
+        """`data`: {"lora": [tag, …]}, a tag with `net`, `te`, `unet`, `positional`, `named`."""
+        networks.loaded_networks.clear()
+        for tag in (data or {}).get("lora", ()):
+            tag.net.te_multiplier, tag.net.unet_multiplier = tag.te, tag.unet
+            networks.loaded_networks.append(tag.net)
 
 
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
@@ -153,36 +174,37 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         self.is_hr_pass = False
         return samples
 
-    def fire(self, event, *args, **kwargs):
-        scripts = [script for own, script in self.events if own == event]
-        if self.script is not None:
-            scripts.append(lambda p: getattr(self.script, event)(p, *args, *self.script_args, **kwargs))
-        for script in scripts:
-            try:
-                script(self)
-            except Exception as problem:
-                print("Error running", event, repr(problem))
 
-    def activate(self, data):
-        """`data`: {"lora": [tag, …]}, a tag with `net`, `te`, `unet`, `positional`, `named`."""
-        networks.loaded_networks.clear()
-        for tag in (data or {}).get("lora", ()):
-            tag.net.te_multiplier, tag.net.unet_multiplier = tag.te, tag.unet
-            networks.loaded_networks.append(tag.net)
+class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
+    """One sampler for all batches."""
+
+    def init(self):
+        self.sampler = Sampler(self.sampler_name, self)
+
+    def sample(self, conditioning, unconditional_conditioning):
+        generator = torch.Generator().manual_seed(self.seed + self.iteration)
+        x = torch.randn(len(self.prompts), 4, *self.size, generator=generator)
+        self.fire("process_before_every_sampling")
+        return self.sampler.sample(self, x, conditioning, unconditional_conditioning)
 
 
 def process_images(p):
-    """The samples of one batch."""
+    """The samples of all batches."""
     with torch.no_grad():
         p.fire("before_process")
         p.fire("process")
-        p.fire("before_process_batch", prompts=p.prompts)
-        p.parse_extra_network_prompts()
-        p.activate(p.extra_network_data)
-        p.fire("process_batch")
-        p.setup_conds()
-        samples = p.sample(conditioning=p.c, unconditional_conditioning=p.uc)
-        p.fire("postprocess_batch")
+        p.init()
+        batches = []
+        for iteration in range(p.n_iter):
+            p.iteration = iteration
+            p.fire("before_process_batch", prompts=p.prompts)
+            p.parse_extra_network_prompts()
+            p.activate(p.extra_network_data)
+            p.fire("process_batch")
+            p.setup_conds()
+            batches.append(p.sample(conditioning=p.c, unconditional_conditioning=p.uc))
+            p.fire("postprocess_batch")
+        samples = torch.cat(batches)
         infotext = ", ".join(f"{key}: {value}" for key, value in p.extra_generation_params.items())
         pictures = [
             Image.fromarray((sample[:3].sigmoid() * 255).byte().permute(1, 2, 0).numpy().copy())

@@ -62,6 +62,7 @@ class Sampler:
             return self.last_latent
 
     def sample(self, p, x, cond, uncond):
+        self.model_wrap_cfg.step = 0
         sampling_prepare(p.sd_model.forge_objects.unet)
         return self.launch_sampling(p.steps, lambda: self.loop(x * 10, p.steps, cond, uncond))
 
@@ -93,7 +94,7 @@ class StableDiffusionProcessing:
         self.is_hr_pass, self.iteration = False, 0
         self.c = self.uc = self.hr_c = self.hr_uc = self.sampler = None
         self.extra_generation_params, self.comments = {}, {}
-        self.events = []
+        self.events, self.n_iter = [], 1
         for name, value in fields.items():
             setattr(self, name, value)
 
@@ -158,6 +159,9 @@ class StableDiffusionProcessing:
         self.is_hr_pass = False
         return samples
 
+    def init(self):
+        pass
+
     def fire(self, event):
         for own, script in self.events:
             if own == event:
@@ -167,15 +171,33 @@ class StableDiffusionProcessing:
                     print("Error running", event, problem)
 
 
+class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
+    """One sampler for all batches."""
+
+    def init(self):
+        self.sampler = Sampler(self, self.second_order)
+
+    def sample(self):
+        generator = torch.Generator().manual_seed(self.seed + self.iteration)
+        self.reset_to_loras()
+        x = torch.randn(len(self.prompts), *self.shape, generator=generator)
+        self.fire("process_before_every_sampling")
+        return self.sampler.sample(self, x, self.c, self.uc)
+
+
 def process_images(p):
-    """The samples of one batch."""
+    """The samples of all batches."""
     with torch.no_grad():
         p.fire("process")
-        p.sd_model.forge_objects = p.sd_model.forge_objects_original.shallow_copy()
-        networks.activate(p.extra_network_data)
-        p.reset_to_loras()
-        p.fire("process_batch")
-        p.setup_conds()
-        samples = p.sample()
-        p.fire("postprocess_batch")
-        return samples
+        p.init()
+        batches = []
+        for iteration in range(p.n_iter):
+            p.iteration = iteration
+            p.sd_model.forge_objects = p.sd_model.forge_objects_original.shallow_copy()
+            networks.activate(p.extra_network_data)
+            p.reset_to_loras()
+            p.fire("process_batch")
+            p.setup_conds()
+            batches.append(p.sample())
+            p.fire("postprocess_batch")
+        return torch.cat(batches)

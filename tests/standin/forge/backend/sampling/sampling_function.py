@@ -75,10 +75,14 @@ def calc_cond_uncond_batch(
         x = torch.cat([block.input_x for block, _ in blocks])
         sigma = torch.cat([timestep] * len(blocks))
         c = cond_cat([block.conditioning for block, _ in blocks])
+        cond_indices, uncond_indices = compute_cond_indices(kinds, timestep)
         c["transformer_options"] = {
             **model_options["transformer_options"],
             "cond_or_uncond": kinds,
             "sigmas": timestep,
+            "cond_mark": compute_cond_mark(kinds, timestep),
+            "cond_indices": cond_indices,
+            "uncond_indices": uncond_indices,
         }
         control = blocks[0][0].control
         if control is not None:
