@@ -170,6 +170,7 @@ class Engine:
         self._settled_limit = row_limit
         self._sessions: dict[str, Method] = {}
         self._merged: Merged | None = None  # what the method made of the LoRAs that act
+        self._last: _Evaluated
         self.bank = bank
         self.rebind(bank)
 
@@ -220,12 +221,34 @@ class Engine:
         if self._looks_at_reactions(method, now):
             self._settle_pool(step, reactions(predictions, _shared(now)))
             now, session = replace(now, participants=self._acting), self._session(method)
-        composition = self._rescaled(session.compose(now, predictions), predictions, step)
+        composed = session.compose(now, predictions)
+        composition = self._rescaled(composed, predictions, step)
+        self._last = _Evaluated(step, session, now, by_layer, predictions, composed, composition)
         # Where LoRAs are only added in their places, the weights are those of the reference, which is no LoRA's.
         if composition.weights is not None and self._acting.numbers:
             self.history.count(self._acting.numbers, composition.weights)
             if self.settings.weight_maps:
                 self.history.record(step.index, self._of_all(composition.weights))
+        return _unfolded(composition, step)
+
+    def again(self, predict: Predict, cond: bool, uncond: bool) -> Composition:
+        """Compose the last step's rows once more, run otherwise: on other latents, or with a layer replaced, as guidance extensions do.
+
+        Weights are that step's, and so is what guidance rescale added: what such an extension takes is the difference.
+
+        Args:
+            cond, uncond: which rows are run; the others count as they were.
+        """
+        step, session, now, by_layer, own, composed, rescaled = self._last
+        branches = [
+            branch
+            for branch in own.by_branch
+            if (cond if branch.cond else uncond) and not any(branch.mix[number] for number in self.left_out)
+        ]
+        run = self._predictions(step, branches, by_layer, predict)
+        composition = session.again(now, replace(own.with_branches(run.by_branch), measured=own))
+        if rescaled is not composed:
+            composition = replace(composition, cond=composition.cond + (rescaled.cond - composed.cond))
         return _unfolded(composition, step)
 
     def _by_layer(self, session: Method, now: StepContext) -> _ByLayer:
@@ -390,6 +413,18 @@ class _ByLayer(NamedTuple):
 
     mixes: Mapping[str, Mix]
     merged: Merged | None = None
+
+
+class _Evaluated(NamedTuple):
+    """The step that was composed last, as `Engine.again` needs it; `composed` without guidance rescale, `rescaled` with it."""
+
+    step: Step
+    session: Method
+    now: StepContext
+    by_layer: _ByLayer
+    predictions: Predictions
+    composed: Composition
+    rescaled: Composition
 
 
 class _ChangesNow:

@@ -6,7 +6,7 @@ Letters in shapes: Bc conditional and Bu unconditional rows of a branch, C chann
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
@@ -104,6 +104,7 @@ class Reuse(Method):
         self._kept: dict[int, list[Residual]] = {}  # by place, the last two
         self._unconds: dict[int, UncondResidual] = {}
         self._until_uncond: dict[int, int] = {}  # by place, runs without the unconditional rows that are left
+        self._carried: dict[Branch, Tensor] = {}  # what was not run for the last step, as it was taken to be
         self._shape: Hashable = None
         self._shares: Tensor | None = None
         self._listed: list[float] = []
@@ -122,17 +123,29 @@ class Reuse(Method):
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         shared = now.with_shared_parts()
+        self._carried = {}
         if not self._reuses(shared):
             return self._method.compose(now, predictions)
         unit = _unit(shared, predictions)
         self._remember(shared, predictions, unit)
-        carried_on = self._carried_on(shared, predictions, unit)
-        composed = self._method.compose(now, predictions.with_branches(carried_on))
+        self._carried = self._carried_on(shared, predictions, unit)
+        composed = self._method.compose(now, predictions.with_branches(self._carried))
         if any(now.participants.pooled):
             assert composed.weights is not None
             self._shares, self._listed = composed.weights.mean(dim=(1, 2, 3)), []
         self._time += 1
         return composed
+
+    def again(self, now: StepContext, predictions: Predictions) -> Composition:
+        own, participants = predictions.measured, now.with_shared_parts().participants
+        assert own is not None
+        # What was not run then is not run now: it is taken to change as what it was compared with.
+        changed = {}
+        for branch, carried in self._carried.items():
+            reference = Branch(participants.compared if branch.cond else participants.base, branch.cond)
+            changed[branch] = carried + (predictions.by_branch[reference] - own.by_branch[reference])
+        measured = own.with_branches(self._carried)
+        return self._method.compose(now, replace(predictions.with_branches(changed), measured=measured))
 
     # -- which LoRAs are run --------------------------------------------------------------------------------------------
 
