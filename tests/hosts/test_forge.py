@@ -977,3 +977,63 @@ def test_what_runs_the_model_past_us_is_refused(standin: Any, past: str) -> None
     with pytest.raises(LoratorioError, match="past LoRAtorio"):
         compose(standin, p, after=with_options(sampler_post_cfg_function=[after]), **KNOBS)
     assert same(before, trace(standin))
+
+
+# -- a LoRA's file that is replaced -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["all", "text", "unet"])
+@pytest.mark.parametrize("names", [("a",), ("a", "c")])
+def test_a_replaced_file_is_read_whole(webui: Any, standin: Any, names: tuple[str, ...], part: str) -> None:
+    old = dict(webui.networks.files["/loras/a"])
+
+    def new_model() -> Any:
+        """Another WebUI, which has never read the old file."""
+        made = webui.run.Standin(standin.model.flavour)
+        made.lora("c", 3, full=True)
+        made.lora("a", 77)
+        new = webui.networks.files["/loras/a"]
+        kept = {"all": "-", "text": "diffusion_model.", "unet": "text."}[part]
+        new.update({key: value for key, value in old.items() if key.startswith(kept)})
+        return made
+
+    ticked = {**KNOBS, "recentre": 0.5}
+    standin.run(standin.job(*names))
+    compose(standin, standin.job(*names), **ticked)
+    fresh = new_model()
+    expected, told = compose(fresh, fresh.job(*names), **ticked)
+    own = fresh.run(fresh.job(*names))
+    assert not told.notes
+    composed, job = compose(standin, standin.job(*names), **ticked)
+    assert close(composed, expected)
+    assert job.notes == [
+        "The file of LoRA a was replaced on disk since the WebUI read it. The new contents are used from now on."
+    ]
+    # And from now on, ticked or not.
+    assert torch.equal(standin.run(standin.job(*names)), own)
+    composed, job = compose(standin, standin.job(*names), **ticked)
+    assert close(composed, expected)
+    assert not job.notes
+
+
+def test_a_file_replaced_between_two_batches_is_read_whole(
+    webui: Any, standin: Any, monkeypatch: Any
+) -> None:
+    from loratorio.hosts.forge import flavours
+
+    written = [(1, 1)]
+    monkeypatch.setattr(flavours, "_written", lambda path: written[0])
+    job = Job(standin.job("a"), paper(enabled=True, recentre=0, **KNOBS))
+
+    def batch() -> torch.Tensor:
+        job.p.events = [("process_before_every_sampling", lambda p: host(standin).before_sampling(job))]
+        result: torch.Tensor = standin.run(job.p)
+        return result
+
+    before = batch()
+    standin.lora("a", 77)
+    written[0] = (2, 1)
+    composed = batch()
+    own = standin.run(standin.job("a"))
+    assert close(composed, own)
+    assert not close(composed, before, 1e-2)

@@ -33,6 +33,7 @@ class LoraFile:
         unet, text: its strengths.
         options: the named arguments of its tag; the host passes over those that it does not know.
         metadata: of its file.
+        written: when it was, in nanoseconds, and how many bytes it has.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LoraFile:
     text: float
     options: Mapping[str, str] = field(default_factory=dict, compare=False)
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+    written: tuple[int, int] = (0, 0)
 
 
 class Sampling(NamedTuple):
@@ -71,8 +73,20 @@ class Flavour:
             network = known.get(path)
             name = network.mentioned_name if network else Path(path).stem
             metadata = network.network_on_disk.metadata if network else {}
-            files.append(LoraFile(name, path, float(unet), float(text), options.take(name), metadata or {}))
+            tag = options.take(name)
+            files.append(LoraFile(name, path, float(unet), float(text), tag, metadata or {}, _written(path)))
         return files
+
+    def forget_files(self) -> None:
+        """The next time that the host reads a LoRA's file, it reads the disk. Some keep the last ones, whatever became of them."""
+        import networks
+
+        if hasattr(networks.load_lora_state_dict, "cache_clear"):
+            networks.load_lora_state_dict.cache_clear()
+
+    def forget_loras(self, sd_model: Any) -> None:
+        """With the next prompt the host puts its LoRAs onto the model anew, be they the same as now."""
+        sd_model.current_lora_hash = ""
 
     def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
         """Clones of `unet` and `clip` with this LoRA's patches; what it does not touch is returned as it is."""
@@ -346,6 +360,14 @@ def _targets(text: str) -> list[Any]:
             "A strength in a LoRA tag of the prompt is not a number: write it as in <lora:name:0.8>."
         ) from None
     return targets
+
+
+def _written(path: str) -> tuple[int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:  # reading it says more
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
 
 
 def _patch_count(patcher: Patcher) -> int:

@@ -24,13 +24,22 @@ from ...roles import TaggedLora
 from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
 from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
-from .conditioning import conditioning_under, text_encoder
+from .conditioning import conditioning_under, forget_conditioning, text_encoder
 from .flavours import Flavour, Patcher
 from .loras import layers_of, read
 from .rows import MARK, Call, ForgeRows
 
 MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
 REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
+
+
+def replaced_note(names: Sequence[str]) -> str:
+    """The note on LoRAs whose files are others than those that the host has put onto its model."""
+    one = len(names) == 1
+    return (
+        f"The {'file of LoRA' if one else 'files of LoRAs'} {', '.join(names)} {'was' if one else 'were'} replaced on disk since "
+        f"the WebUI read {'it' if one else 'them'}. The new contents are used from now on."
+    )
 
 
 class Hook:
@@ -74,6 +83,7 @@ class ForgePass(SamplingPass):
         self._unet_before: Patcher
         self._evaluation: ForgeEvaluation | None = None
         self._evaluated_at = -1  # the denoiser's step
+        self._replaced: list[str] = []  # LoRAs whose file was
         self._refiner_note = REFINER_MERGED
 
     def install(self) -> None:
@@ -81,8 +91,12 @@ class ForgePass(SamplingPass):
 
         Where the LoRAs cannot be composed, nothing is changed and the job is told why.
         """
+        self._flavour.forget_files()
         participants = self.admit()
         if participants is not None:
+            self._replaced = [lora.active.tagged.name for lora in self.loras if lora.was_replaced]
+            if self._replaced:
+                self.job.note(replaced_note(self._replaced))
             self.engine = Engine(self.job.settings, self.bank(), participants, region=self.region)
             self._make_texts()
             self._replace_unet()
@@ -155,7 +169,7 @@ class ForgePass(SamplingPass):
         self._texts = TextConditioning(
             changes_text,
             partial(conditioning_under, self.p, self.loras, self._flavour),
-            host_has_merged=self.all_take_part or merged_text,
+            host_has_merged=(self.all_take_part and not self._replaced) or merged_text,
         )
         self._texts.prepare(self.engine.participants.mixes(self.job.settings.share), self.engine.words)
 
@@ -239,7 +253,8 @@ class ForgePass(SamplingPass):
 
     @contextmanager
     def enclosed(self) -> Iterator[None]:
-        denoiser, objects = self.p.sampler.model_wrap_cfg, self.p.sd_model.forge_objects
+        denoiser, sd_model = self.p.sampler.model_wrap_cfg, self.p.sd_model
+        objects = sd_model.forge_objects
         update = denoiser.update_inner_model
         is_own = "update_inner_model" in vars(denoiser)
 
@@ -257,6 +272,9 @@ class ForgePass(SamplingPass):
             if is_own:
                 denoiser.update_inner_model = update
             self._give_back_unet(self.p.sd_model.forge_objects)
+            if self._replaced:
+                self._flavour.forget_loras(sd_model)
+                forget_conditioning(self.p)
 
     def missed(self) -> None:
         came_in = self.p.sd_model.forge_objects.unet.model is not self._unet.model

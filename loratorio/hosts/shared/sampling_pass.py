@@ -83,12 +83,14 @@ class ReadLora:
         adapter: what it adds to the UNet: at its strength, or at strength 1 where the host says the strength at every step.
         text: what the host makes text conditioning with it from; None if it leaves text as it is.
         remark: what the user should know of it, or nothing.
+        was_replaced: whether its file is another by now than the WebUI has put onto its model.
     """
 
     active: ActiveLora
     adapter: Adapter
     text: Any = None
     remark: str = ""
+    was_replaced: bool = False
 
 
 class SamplingPass(ABC):

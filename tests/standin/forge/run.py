@@ -1,5 +1,6 @@
 """A stand-in WebUI to put jobs to: `Standin("neo")`, `Standin("forge")` or `Standin("reforge")`, its LoRAs and its jobs."""
 
+import functools
 import zlib
 from types import SimpleNamespace
 
@@ -149,6 +150,10 @@ class Standin:
         memory_management.free = 1e12
         networks.loaded_networks.clear()
         networks.files.clear()
+        keeps = flavour != "neo"
+        networks.load_lora_state_dict = (
+            functools.lru_cache(5)(networks.read_file) if keeps else networks.read_file
+        )
         for cache in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
             setattr(processing.StableDiffusionProcessing, cache, [None, None, None])
         self.model = shared.sd_model = Model(flavour)
