@@ -784,6 +784,10 @@ def test_strengths_by_step_are_left_to_the_host(webui: Any, standin: Any, option
         webui.run.tag("a", **{option: "2"}), "b", scripts=SimpleNamespace(alwayson_scripts=[script])
     )
     composed, done = compose(standin, job, **KNOBS)
+    if standin.model.flavour == "neo":  # where the extension does nothing
+        assert close(composed, compose(standin, standin.job("a", "b"), **KNOBS)[0])
+        assert done.notes == [f"Unknown in a LoRA tag, and without effect: {option}= of LoRA a."]
+        return
     assert torch.equal(composed, standin.run(standin.job("a", "b")))
     assert "LoRA Block Weight changes a LoRA's strength" in done.notes[0]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...adapters.delta import LowRank
 from ...errors import LoratorioError
+from ..shared.neighbours import BLOCK_WEIGHT
 from ..shared.tags import TagOptions
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
@@ -61,6 +62,8 @@ class Flavour:
     """A member of the family that has the `backend` package: what Forge (2025) and Forge Neo share."""
 
     name = "Forge"
+    idle_extensions: tuple[str, ...] = ()
+    """See `SamplingPass.idle_extensions`."""
 
     def applied(self, p: Any) -> list[LoraFile]:
         """The LoRAs that the host has put onto the model, in the prompt's order."""
@@ -237,6 +240,7 @@ class Neo(Comfy):
     """Forge Neo, with the `backend` package."""
 
     name = "Forge Neo"
+    idle_extensions = (BLOCK_WEIGHT,)  # knows Forge and reForge by their versions, and takes this for A1111
 
     def _renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         from backend.state_dict import state_dict_prefix_replace

@@ -21,7 +21,7 @@ from ...errors import LoratorioError
 from ...job import Job
 from ...refusal import refusals
 from ...roles import TaggedLora
-from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
+from ..shared.neighbours import BLOCK_WEIGHT, merged_because, replaced_attention, strengths_by_step
 from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, Result, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, forget_conditioning, text_encoder
@@ -76,6 +76,7 @@ class ForgePass(SamplingPass):
     def __init__(self, job: Job, flavour: Flavour) -> None:
         super().__init__(job)
         self._flavour = flavour
+        self.idle_extensions = flavour.idle_extensions
         self._functions = flavour.sampling()
         self._texts: TextConditioning
         self._hook: Hook
@@ -114,10 +115,11 @@ class ForgePass(SamplingPass):
 
     def obstacle(self) -> str | None:
         loras = self.active_loras()
+        by_step = BLOCK_WEIGHT not in self.idle_extensions
         return (
             self._flavour.obstacle(self.p)
             or replaced_attention(self.p.sd_model.forge_objects.unet.model)
-            or strengths_by_step(self.p, [lora.tagged for lora in loras])
+            or (strengths_by_step(self.p, [lora.tagged for lora in loras]) if by_step else None)
             or self._changed_strengths(loras)
         )
 

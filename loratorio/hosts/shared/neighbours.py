@@ -6,7 +6,7 @@ Read from the sources of LoRA Block Weight (June 2025), NegPiP (November 2025) a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -16,9 +16,9 @@ from torch import nn
 from ...roles import TaggedLora
 
 _WEBUI_OPTIONS = ("te", "unet", "dyn")
-_BLOCK_WEIGHT = "lora_block_weight"
+BLOCK_WEIGHT = "lora_block_weight"
 _OPTIONS_OF = {
-    _BLOCK_WEIGHT: ("lbw", "lbwe", "w", "x", "start", "stop", "step"),
+    BLOCK_WEIGHT: ("lbw", "lbwe", "w", "x", "start", "stop", "step"),
     "loractl": ("hr", "hrunet", "hrte"),
 }
 """By a word in the path of an extension's script, the arguments of a LoRA tag that it reads."""
@@ -32,11 +32,14 @@ def merged_because(why: str) -> str:
     return f"LoRAtorio merged the LoRAs as the WebUI does without it: {why}."
 
 
-def known_options(p: Any) -> list[str]:
-    """Named arguments of LoRA tags that the WebUI, or an extension that is installed, reads."""
+def known_options(p: Any, idle: Collection[str] = ()) -> list[str]:
+    """Named arguments of LoRA tags that the WebUI, or an extension that is installed, reads.
+
+    idle: words in the paths of extensions that do nothing in this WebUI.
+    """
     known = list(_WEBUI_OPTIONS)
     for word, options in _OPTIONS_OF.items():
-        if _has_script(p, word):
+        if word not in idle and _has_script(p, word):
             known += options
     return known
 
@@ -44,7 +47,7 @@ def known_options(p: Any) -> list[str]:
 def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
     """A reason not to compose, where LoRA Block Weight was asked to change a LoRA's strength while sampling."""
     asked = any(option in lora.options for lora in loras for option in _BY_STEP)
-    if asked and _has_script(p, _BLOCK_WEIGHT):
+    if asked and _has_script(p, BLOCK_WEIGHT):
         return merged_because(
             "the extension LoRA Block Weight changes a LoRA's strength from step to step (start=, stop= or step= in its tag), "
             "which cannot be followed in this WebUI"

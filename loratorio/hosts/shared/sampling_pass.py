@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -106,6 +106,9 @@ class SamplingPass(ABC):
         owners: image of each conditional row of the last evaluation.
     """
 
+    idle_extensions: Collection[str] = ()
+    """Of the extensions that read options of LoRA tags (`neighbours`), those that do nothing in this WebUI."""
+
     def __init__(self, job: Job) -> None:
         self.job = job
         self.p = job.p
@@ -189,7 +192,7 @@ class SamplingPass(ABC):
         own_remarks = [lora.remark for lora in self.loras]
         of_tags = (
             recognised_note(assigned_roles(tagged)),
-            unknown_options_note(tagged, known_options(self.p)),
+            unknown_options_note(tagged, known_options(self.p, self.idle_extensions)),
         )
         for remark in (*own_remarks, *self.remarks(), *of_tags):
             if remark:
