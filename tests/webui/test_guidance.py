@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from .client import Pictures, WebUI, psnr
+from .client import Pictures, Refused, WebUI, encoded, psnr
+from .scenarios import INPAINT
 
 KNOBS = {"recentre": 0.0, "share": 0.0, "reuse": 1, "top_k": 0}
 FIELDS = {"steps": 3, "cfg_scale": 4.0, "width": 128, "height": 128}
@@ -28,7 +30,7 @@ class Guide:
     Attributes:
         script: its name in the API, in small letters; empty: it is a setting. args: of that script.
         settings: of the WebUI.
-        fields: of the job.
+        fields: of the job; with a mask it is one of img2img.
         acts: whether the host's picture is another with it.
     """
 
@@ -84,6 +86,7 @@ GUIDES = {
     "Epsilon scaling": Guide(settings={"scaling_factor": 1.05}),
     "Token merging": Guide(settings={"token_merging_ratio": 0.5}),
     "Skip early guidance": Guide(settings={"skip_early_cond": 0.3}),
+    "Soft inpainting": Guide("soft inpainting", (True, 1.0, 0.5, 4.0, 0.0, 0.5, 2.0), fields=INPAINT),
     "Perturbed and self-attention together, FreeU": Guide(PAG, (True, 3.0, 0.0, 0.0, 1.0)),
 }  # fmt: skip
 TOGETHER = {
@@ -109,7 +112,8 @@ def twin(webui: WebUI, loras: list[str]) -> Iterator[str]:
 @pytest.mark.parametrize("name", GUIDES)
 def test_guidance(webui: WebUI, loras: list[str], twin: str, name: str, record_property: Any) -> None:
     guide = GUIDES[name]
-    listed, known = webui.call("scripts")["txt2img"], webui.call("options")
+    make = webui.img2img if "mask" in guide.fields else webui.txt2img
+    listed, known = webui.call("scripts")[make.__name__], webui.call("options")
     scripts: dict[str, Any] = {guide.script: list(guide.args)} if guide.script else {}
     if "together" in name:
         scripts |= {script: list(args) for script, args in TOGETHER.items()}
@@ -122,8 +126,9 @@ def test_guidance(webui: WebUI, loras: list[str], twin: str, name: str, record_p
         fields["prompt"] = str(fields.get("prompt", "a red circle {}")).format(tags)
         if on and guide.settings:
             fields["override_settings"] = guide.settings
-        return webui.txt2img(knobs, scripts=scripts if on else {}, **fields)
+        return make(knobs, scripts=scripts if on else {}, **fields)
 
+    run(None, False, loras[0])  # inpainting's first picture after another differs from its next
     before = run(None, False, loras[0])
     own = run(None, True, loras[0])
     one, two = run(KNOBS, True, loras[0]), run(KNOBS, True, loras[0], twin)
@@ -148,3 +153,18 @@ def test_guidance(webui: WebUI, loras: list[str], twin: str, name: str, record_p
 def likeness(one: Pictures, other: Pictures) -> float:
     """The least of the pictures', in dB."""
     return min(psnr(*pair) for pair in zip(one.images, other.images, strict=True))
+
+
+def test_an_evaluation_inside_another_is_refused(webui: WebUI, loras: list[str]) -> None:
+    """ControlNet's reference_only has the model look at its picture first, in every step."""
+    if "controlnet" not in webui.call("scripts")["txt2img"]:
+        pytest.skip("the WebUI has no controlnet")
+    seen = np.random.default_rng(1).integers(0, 256, (128, 128, 3), np.uint8)
+    unit = {"enabled": True, "module": "reference_only", "model": "None", "image": encoded(seen)}
+    fields = {**FIELDS, "prompt": f"a red circle <lora:{loras[0]}:1>"}
+    before = webui.txt2img(**fields)
+    assert likeness(before, webui.txt2img(scripts={"controlnet": [unit]}, **fields)) < 65
+    with pytest.raises(Refused, match="past LoRAtorio") as caught:
+        webui.txt2img(KNOBS, scripts={"controlnet": [unit]}, **fields)
+    assert caught.value.status == 422
+    assert likeness(before, webui.txt2img(**fields)) == float("inf")
