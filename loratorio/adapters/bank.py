@@ -70,6 +70,11 @@ class Bank:
         self._stacks: Stacks
         self._use({})
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether model calls are those of rows that were routed."""
+        return bool(self._routing.mixes)
+
     def keep_apart(self, numbers: Iterable[int], most: int) -> None:
         """Of these LoRAs, the candidates of a pool, only the `most` last used ones stay on the model's device. Before attaching."""
         self._apart, self._most_apart = frozenset(numbers), most

@@ -44,7 +44,7 @@ class RowCalls:
         limit: how many rows a call may have; 0 for no limit. Halved when memory runs out.
         scores_pool: whether many LoRAs are run only to be scored, which is limited to `POOL_ROWS` per call.
         one_mix: whether a call has rows of one mix only, and of all pictures, so that other extensions may repeat, regroup, add or
-            join rows within it. Set by the host, or when a layer gets other entries than the call's rows.
+            join rows within it. Said by the host. Once a layer has got other entries than the call's rows, every call is so.
         memory: says how many rows fit into a call; None where that shows only when memory runs out.
     """
 
@@ -52,6 +52,7 @@ class RowCalls:
         self.limit = limit
         self.scores_pool = scores_pool
         self.one_mix = False
+        self._were_regrouped = False
         self.memory: RowMemory | None = None
 
     def run(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor:
@@ -67,7 +68,7 @@ class RowCalls:
             try:
                 predicted = self._predicted(part, call)
             except Regrouped:
-                self.one_mix = True
+                self._were_regrouped = True
                 continue
             if predicted is None:
                 # Only here, where nothing holds the failed call's tensors any more, can their memory be given back.
@@ -82,13 +83,14 @@ class RowCalls:
 
     def _next(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The first of these rows, those of the next call."""
-        if self.one_mix:
+        apart = self.one_mix or self._were_regrouped
+        if apart:
             rows = [*takewhile(lambda row: row.mix == rows[0].mix, rows)]
         wanted = len(rows)
         most = min(wanted, self.limit or wanted, POOL_ROWS if self.scores_pool else wanted)
         if self.memory is not None:
             most = max(1, min(most, self.memory.fitting(most)))
-        return rows[: _first_block(rows) if self.one_mix and most < wanted else most]
+        return rows[: _first_block(rows) if apart and most < wanted else most]
 
     def _predicted(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor | None:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
@@ -98,7 +100,7 @@ class RowCalls:
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
                 raise
-            if len(rows) == (_first_block(rows) if self.one_mix else 1):
+            if len(rows) == (_first_block(rows) if self.one_mix or self._were_regrouped else 1):
                 raise LoratorioError(
                     "Out of memory even with as few rows at a time as possible. Make the picture or the batch smaller, or close what "
                     "else uses the GPU."

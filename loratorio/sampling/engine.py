@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ class Engine:
         )  # at the present step: with, and without, candidates that were left out
         self._strengths: tuple[float, ...] = ()
         self._sessions: dict[str, Method] = {}
+        self._last: _Evaluated
         self._assembled: frozenset[int] = frozenset()  # the LoRAs that the bank has one LoRA in place of
         self.bank = bank
         self.rebind(bank)
@@ -127,10 +129,10 @@ class Engine:
             LoratorioError: not even a single row fits into memory.
         """
         self._follow_strengths(step)
-        composed = self.settings.active_at(step.index, step.total) and self._acting.are_composed
-        method = METHODS[self.settings.method] if composed else NAMED
+        active = self.settings.active_at(step.index, step.total) and self._acting.are_composed
+        method = METHODS[self.settings.method] if active else NAMED
         # Merging leaves a pool's candidates out by itself, and must know of them.
-        participants = self._acting if composed else self._present
+        participants = self._acting if active else self._present
         now = self._context(method, participants, step)
         session = self._session(method, participants)
         branches = session.branches(now)
@@ -142,11 +144,35 @@ class Engine:
         if settles and self.pool.settle(reactions(predictions, now.participants)):
             self._use_settled_pool(step)
             now, session = self._context(method, self._acting, step), self._session(method, self._acting)
-        composition = self._rescaled(session.compose(now, predictions), predictions, step)
+        composed = session.compose(now, predictions)
+        composition = self._rescaled(composed, predictions, step)
+        self._last = _Evaluated(step, session, now, predictions, composed, composition)
         if composition.weights is not None and self._acting.loras:
             weights = self._with_styles(composition.weights, now)
             composition = replace(composition, weights=weights)
             self._remember(weights, step.index)
+        return _unfolded(composition, step)
+
+    def again(self, predict: Predict, cond: bool, uncond: bool) -> Composition:
+        """Compose the last step's rows, run once more: on other latents, or with a layer replaced, as guidance extensions do.
+
+        The weights are that step's, and so is what guidance rescale added: such an extension uses the difference.
+
+        Args:
+            cond, uncond: which rows are run; the others count as they were.
+        """
+        step, session, now, own, composed, rescaled = self._last
+        branches = [
+            branch
+            for branch in own.by_branch
+            if (cond if branch.cond else uncond)
+            and not any(branch.mix[number] for number in self.pool.left_out)
+        ]
+        rows = list(_rows(branches, now.rows))
+        run = _predictions(step, rows, self._predict(rows, session, now, predict))
+        composition = session.again(now, replace(own.with_branches(run.by_branch), measured=own))
+        if rescaled is not composed:
+            composition = replace(composition, cond=composition.cond + (rescaled.cond - composed.cond))
         return _unfolded(composition, step)
 
     def _context(self, method: Method, participants: Participants, step: Step) -> StepContext:
@@ -242,6 +268,17 @@ class Engine:
                 return predict(part)
 
         return self.calls.run(rows, run)
+
+
+class _Evaluated(NamedTuple):
+    """The step that was composed last, as `Engine.again` needs it; `composed` without guidance rescale, `rescaled` with it."""
+
+    step: Step
+    session: Method
+    now: StepContext
+    predictions: Predictions
+    composed: Composition
+    rescaled: Composition
 
 
 class _WeightsNow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from loratorio.adapters.bank import Bank, Regrouped
 from loratorio.adapters.delta import Adapter, LowRank
+from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.errors import LoratorioError
 from loratorio.sampling.calls import Row, is_out_of_memory
@@ -489,3 +491,51 @@ def test_guidance_rescale_looks_at_a_clip_as_a_whole() -> None:
         wanted = guided * (0.7 * cond.std() / guided.std() + 0.3)
         found = uncond + 5 * (rescaled - uncond)
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+EVERY_WAY = [*METHODS, "relative, reused", "a pool"]
+
+
+def last_step(way: str, changes: Callable[[Row], Tensor | float]) -> tuple[Any, Any, Any]:
+    """The last of three steps, and the same run once more with every row changed by `changes`: conditional rows, and unconditional."""
+    latents = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    name, _, rest = way.partition(", ")
+    knobs: dict[str, Any] = {"method": name if name in METHODS else "relative", "rescale": 0.5}
+    if rest:
+        knobs["reuse"] = 2
+    pooled = (True,) * 4 if way == "a pool" else ()
+    engine = Engine(paper(**knobs), loras(4), replace(Participants.of(4), pooled=pooled))
+    for index in range(3):
+        step = Step(index, 30, latents, 2, guidance=4.0)
+        composed = engine.step(step, fake(latents))
+
+    def changed(rows: Sequence[Row]) -> Tensor:
+        return torch.stack([answer(row, latents) + changes(row) for row in rows])
+
+    return composed, engine.again(changed, True, False), engine.again(changed, False, True)
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_rows_run_once_more_are_composed_as_they_were(way: str) -> None:
+    composed, *same = last_step(way, lambda row: 0)
+    for each in same:
+        torch.testing.assert_close(each.cond, composed.cond)
+        torch.testing.assert_close(each.uncond, composed.uncond)
+    # Whatever the weights are, they sum to 1.
+    composed, cond, uncond = last_step(way, lambda row: 0.25)
+    torch.testing.assert_close(cond.cond, composed.cond + 0.25)
+    torch.testing.assert_close(cond.uncond, composed.uncond)
+    torch.testing.assert_close(uncond.uncond, composed.uncond + 0.25)
+    torch.testing.assert_close(uncond.cond, composed.cond)
+
+
+def test_rows_run_once_more_have_the_weights_of_the_step() -> None:
+    change = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+
+    def changes(row: Row) -> Tensor:
+        numbers = [number for number, part in enumerate(row.mix) if part]
+        return change[numbers[0]] if len(numbers) == 1 else torch.zeros(4, 6, 6)
+
+    composed, cond, _ = last_step("loratorio", changes)
+    expected = composed.cond + torch.einsum("nbhw,nchw->bchw", composed.weights, change)
+    torch.testing.assert_close(cond.cond, expected)

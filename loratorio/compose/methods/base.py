@@ -80,12 +80,14 @@ class Predictions:
         owners: image of each conditional row: with prompt AND an image has several.
         latents: the noisy latents z of the conditional rows, (Bc, C, H, W), where predictions are denoised; None where they are noise.
         sigma: where they are noise, the σ of z ∝ x₀ + σ·e, a number or a tensor that broadcasts; None where it is unknown.
+        measured: the step's own predictions, where these are of rows run once more (`Method.again`): the noise is theirs.
     """
 
     by_branch: Mapping[Branch, Tensor]
     owners: tuple[int, ...]
     latents: Tensor | None = None
     sigma: float | Tensor | None = None
+    measured: Predictions | None = None
     _noise: dict[Mix, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def cond(self, mix: Mix) -> Tensor:
@@ -99,6 +101,8 @@ class Predictions:
 
         For denoised latents it is z − D, σ times the noise and float32: its size does not matter to a cosine.
         """
+        if self.measured is not None:
+            return self.measured.noise(mix)
         if self.latents is None:
             return self.cond(mix)
         if mix not in self._noise:
@@ -190,6 +194,12 @@ class Method(ABC):
     @abstractmethod
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         """One conditional and one unconditional prediction out of those rows."""
+
+    def again(self, now: StepContext, predictions: Predictions) -> Composition:
+        """The same out of rows that were run once more for the step that was composed last, with other attention or on other latents.
+
+        Weighed as then (`Predictions.measured`). What is remembered between steps stays as it is."""
+        return self.compose(now, predictions)
 
 
 def both(mixes: Sequence[Mix], now: StepContext) -> list[Branch]:

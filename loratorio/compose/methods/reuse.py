@@ -6,7 +6,7 @@ Letters in shapes: Bc conditional and Bu unconditional rows of a branch, C chann
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
@@ -101,9 +101,8 @@ class Reuse(Method):
         self._time = 0
         self._kept: dict[int, list[Residual]] = {}  # by a LoRA's number, the last two
         self._unconds: dict[int, UncondResidual] = {}
-        self._until_uncond: dict[
-            int, int
-        ] = {}  # by number, runs without the unconditional rows that are left
+        self._until_uncond: dict[int, int] = {}  # by number, runs left without the unconditional rows
+        self._carried: dict[Branch, Tensor] = {}  # what the last step's missing rows were taken to be
         self._shape: Hashable = None
         self._shares: Tensor | None = None
         self._listed: list[float] = []
@@ -120,17 +119,29 @@ class Reuse(Method):
         return list(dict.fromkeys(branches))
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
+        self._carried = {}
         if not self._reuses(now):
             return self._method.compose(now, predictions)
         unit = _unit(now, predictions)
         self._remember(now, predictions, unit)
-        carried_on = self._carried_on(now, predictions, unit)
-        composed = self._method.compose(now, predictions.with_branches(carried_on))
+        self._carried = self._carried_on(now, predictions, unit)
+        composed = self._method.compose(now, predictions.with_branches(self._carried))
         if now.participants.has_pool:
             assert composed.weights is not None
             self._shares, self._listed = composed.weights.mean(dim=(1, 2, 3)), []
         self._time += 1
         return composed
+
+    def again(self, now: StepContext, predictions: Predictions) -> Composition:
+        own, participants = predictions.measured, now.participants
+        assert own is not None
+        # A row that was not run then is not run now: it is taken to change as the row that it was compared with.
+        changed = {}
+        for branch, carried in self._carried.items():
+            reference = Branch(participants.reference if branch.cond else participants.base, branch.cond)
+            changed[branch] = carried + (predictions.by_branch[reference] - own.by_branch[reference])
+        measured = own.with_branches(self._carried)
+        return self._method.compose(now, replace(predictions.with_branches(changed), measured=measured))
 
     # -- which LoRAs are run --------------------------------------------------------------------------------------------
 

@@ -47,6 +47,13 @@ _TOUCHED = ("c", "uc", "hr_c", "hr_uc", "step_multiplier", "firstpass_steps")
 _CACHES = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")
 
 
+def forget_conditioning(p: Any) -> None:
+    """Empty the host's caches of text conditioning: they don't know that a LoRA's file was replaced."""
+    for name in _CACHES:
+        cache = getattr(p, name, [])
+        cache[:] = [None] * len(cache)
+
+
 @contextmanager
 def _undisturbed(p: Any) -> Iterator[None]:
     """Conditioning made inside neither comes from the host's caches nor stays in them, and `p` is as before afterwards.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...adapters.delta import LowRank
 from ...errors import LoratorioError
+from ...tags import BLOCK_WEIGHT
 from ..shared.tags import WrittenTags
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
@@ -33,6 +34,7 @@ class LoraFile:
         unet, text: its strengths.
         options: the named arguments of its tag; the host passes over those that it does not know.
         metadata: of its file.
+        written: when it was, in nanoseconds, and how many bytes it has.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LoraFile:
     text: float
     options: Mapping[str, str] = field(default_factory=dict, compare=False)
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+    written: tuple[int, int] = (0, 0)
 
 
 class Sampling(NamedTuple):
@@ -59,6 +62,8 @@ class Flavour:
     """A member of the family that has the `backend` package: what Forge (2025) and Forge Neo share."""
 
     name = "Forge"
+    idle_extensions: tuple[str, ...] = ()
+    """See `SamplingPass.idle_extensions`."""
 
     def applied(self, p: Any) -> list[LoraFile]:
         """The LoRAs that the host has put onto the model, in the prompt's order."""
@@ -71,15 +76,25 @@ class Flavour:
             network = known.get(path)
             name = network.mentioned_name if network else Path(path).stem
             metadata = network.network_on_disk.metadata if network else {}
-            files.append(
-                LoraFile(name, path, float(unet), float(text), tags.take(name).options, metadata or {})
-            )
+            tag = tags.take(name).options
+            files.append(LoraFile(name, path, float(unet), float(text), tag, metadata or {}, _written(path)))
         return files
 
     def added(self, strengths: Sequence[float]) -> float:
-        """What tags of one LoRA with these strengths come to."""
+        """The strength of several tags of one LoRA."""
         # This host's patches have the strength in their key: a second tag of the same strength changes nothing.
         return sum(set(strengths))
+
+    def forget_files(self) -> None:
+        """The next time that the host reads a LoRA's file, it reads the disk. Some keep the last ones, whatever became of them."""
+        import networks
+
+        if hasattr(networks.load_lora_state_dict, "cache_clear"):
+            networks.load_lora_state_dict.cache_clear()
+
+    def forget_loras(self, sd_model: Any) -> None:
+        """With the next prompt the host puts its LoRAs onto the model again, even where they are the same as now."""
+        sd_model.current_lora_hash = ""
 
     def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
         """Clones of `unet` and `clip` with this LoRA's patches; what it does not touch is returned as it is."""
@@ -233,6 +248,7 @@ class Neo(Comfy):
     """Forge Neo, with the `backend` package."""
 
     name = "Forge Neo"
+    idle_extensions = (BLOCK_WEIGHT,)  # knows Forge and reForge by their versions, and takes this for A1111
 
     def _renamed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         from backend.state_dict import state_dict_prefix_replace
@@ -356,6 +372,14 @@ def _targets(text: str) -> list[Any]:
             "A strength in a LoRA tag of the prompt is not a number: write it as in <lora:name:0.8>."
         ) from None
     return targets
+
+
+def _written(path: str) -> tuple[int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError:  # reading it says more
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
 
 
 def _patch_count(patcher: Patcher) -> int:

@@ -58,7 +58,30 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
         remark = partly_used_note(file.name, used, len(layers(names)))
     remark = f"{remark} {unread_magnitudes_note(file.name, names)}".strip()
     has_text = clip is not original.clip and file.text != 0
-    return ReadLora(lora, adapter, clip if has_text else None, remark)
+    applied = sd_model.forge_objects_after_applying_lora
+    pairs = ((unet, applied.unet), (clip.patcher, applied.clip.patcher))
+    was_replaced = not all(_is_applied(own, theirs, flavour) for own, theirs in pairs)
+    return ReadLora(lora, adapter, clip if has_text else None, remark, was_replaced)
+
+
+def _is_applied(own: Patcher, applied: Patcher, flavour: Flavour) -> bool:
+    """Whether the host has made of the LoRA, when it read it, what it makes of it now."""
+    of_host: dict[str, list[Patch]] = {}
+    for key, patches in flavour.patches(applied):
+        of_host.setdefault(key, []).extend(patches)
+    return all(
+        any(_is_same(patch[1], other[1]) for other in of_host.get(key, ()))
+        for key, patches in flavour.patches(own)
+        for patch in patches
+    )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two patches hold the same numbers. The host may have moved its own, and rounded them."""
+    ours, theirs = list(_tensors_in(one)), list(_tensors_in(other))
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and torch.equal(a.to(b), b) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _is_of_unet(name: str) -> bool:

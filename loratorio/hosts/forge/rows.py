@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Piece:
     """
 
     numbers: tuple[int, ...]
+    mix: Mix
     kind: int
     input_x: Tensor
     sigma: Tensor
@@ -72,7 +74,11 @@ class ForgeRows:
         self._functions = functions
         self._texts = texts
         self._denoiser_step = denoiser_step
-        self._host = {True: list(cond), False: list(uncond or ())}
+        self._marked = {True: list(cond), False: list(uncond or ())}
+        self._host = {
+            kind: [self._with(entry, {}) for entry in entries] for kind, entries in self._marked.items()
+        }
+        self._kinds: Mapping[bool, int] = {True: COND, False: UNCOND}
         self.x = x
         self.sigma = sigma
         self._active = {kind: self._now(entries) for kind, entries in self._host.items()}
@@ -111,27 +117,44 @@ class ForgeRows:
 
     # -- the host's side ------------------------------------------------------------------------------------------
 
-    def marked(self) -> tuple[list[Any], list[Any] | None]:
-        """The host's conditions, each with its number."""
-        cond = [self._with(entry, self._mark(number)) for number, entry in enumerate(self._host[True])]
-        uncond = [
-            self._with(entry, self._mark(-1 - number)) for number, entry in enumerate(self._host[False])
-        ]
-        return cond, uncond or None
+    def mark(self) -> set[int]:
+        """Give each of the host's conditions its number, until `unmark`; the numbers of those that hold now.
 
-    def _mark(self, number: int) -> dict[str, Any]:
-        # Filled on the device: a copy from here would be waited for.
-        mark = torch.full((1,), number, device=self.x.device)
-        return {MARK: self._functions.Condition(mark)}
+        In the host's own objects: a guidance extension gets those, not what we hand on, and may run the model on them once more.
+        """
+        for kind, entries in self._marked.items():
+            for number, entry in enumerate(entries):
+                # Filled on the device: a copy from here would be waited for.
+                mark = torch.full((1,), _mark(kind, number), device=self.x.device)
+                entry["model_conds"][MARK] = self._functions.Condition(mark)
+        return {_mark(kind, number) for kind, numbers in self._active.items() for number in numbers}
+
+    def unmark(self) -> None:
+        for entries in self._marked.values():
+            for entry in entries:
+                entry["model_conds"].pop(MARK, None)
+
+    def blocks_in(self, marks: Tensor | None, x: Tensor) -> list[int] | None:
+        """The numbers of the conditions whose blocks `x` (rows, C, H, W) has; None where its rows are not of this evaluation."""
+        images = len(self.x)
+        if marks is None or len(x) != len(marks) or len(x) % images or x.shape[1:] != self.x.shape[1:]:
+            return None
+        return [int(mark) for mark in marks[::images].tolist()]
+
+    def on(self, x: Tensor, sigma: Tensor, kinds: Mapping[bool, int]) -> ForgeRows:
+        """The same rows on other latents; `kinds`: what they are to the host, by whether they are conditional."""
+        other = copy.copy(self)
+        other.x, other.sigma, other._blocks = x[: len(self.x)], sigma[: len(self.x)], {}
+        other._kinds = {**self._kinds, **kinds}
+        return other
 
     @staticmethod
     def _with(entry: Any, conditions: dict[str, Any]) -> Any:
         return {**entry, "model_conds": {**entry["model_conds"], **conditions}}
 
-    def pick(self, composition: Composition, marks: Tensor) -> Tensor:
+    def pick(self, composition: Composition, marks: Sequence[int]) -> Tensor:
         """The composed rows of the blocks with these marks."""
-        images = len(self.x)
-        return torch.cat([self._picked(composition, int(mark)) for mark in marks[::images].tolist()])
+        return torch.cat([self._picked(composition, mark) for mark in marks])
 
     def _picked(self, composition: Composition, mark: int) -> Tensor:
         source = composition.cond if mark >= 0 else composition.uncond
@@ -144,9 +167,11 @@ class ForgeRows:
     def calls(self, wanted: Sequence[Row], options: dict[str, Any]) -> list[Call]:
         """Model calls for these rows: as few as the host's rules for batching conditions allow."""
         batches: list[list[Piece]] = []
+        apart = _attention_sees_batches(options)
         for piece in self._pieces(wanted):
             for batch in batches:
-                if self._functions.can_concat_cond(piece, batch[0]):
+                fits = not apart or piece.mix == batch[0].mix
+                if fits and self._functions.can_concat_cond(piece, batch[0]):
                     batch.append(piece)
                     break
             else:
@@ -175,7 +200,8 @@ class ForgeRows:
             conditioning = {name: _sliced(condition, images) for name, condition in conditioning.items()}
         return Piece(
             numbers=tuple(range(number, number + count)),
-            kind=COND if row.cond else UNCOND,
+            mix=row.mix,
+            kind=self._kinds[row.cond],
             input_x=block.input_x[images],
             sigma=self.sigma[images],
             conditioning=conditioning,
@@ -235,6 +261,15 @@ class ForgeRows:
             "uncond_indices": [row for row, kind in enumerate(by_row) if kind == UNCOND],
         }
         return {**options, **{name: value for name, value in own.items() if name in options}}
+
+
+def _mark(cond: bool, number: int) -> int:
+    return number if cond else -1 - number
+
+
+def _attention_sees_batches(options: Mapping[str, Any]) -> bool:
+    """Whether attention is replaced: such a function may look at all rows of a call, and reckon with the host's own, of one mix."""
+    return any(options.get("patches_replace", {}).values())
 
 
 def _sliced(condition: Any, images: slice) -> Any:

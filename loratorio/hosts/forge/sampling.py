@@ -20,17 +20,27 @@ from ...job import Job
 from ...roles import TaggedLora
 from ...sampling.calls import ModelCall, Row, predicted_by
 from ...sampling.engine import Engine, Step
+from ...tags import BLOCK_WEIGHT
 from ..shared.enclosure import enclose
 from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
 from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, SamplingPass
 from ..shared.text import TextConditioning, encoded
-from .conditioning import conditioning_under, text_encoder
+from .conditioning import conditioning_under, forget_conditioning, text_encoder
 from .flavours import Flavour, Patcher
 from .loras import layers_of, read
 from .rows import MARK, Call, ForgeRows
 
 MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
 REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
+
+
+def replaced_note(names: Sequence[str]) -> str:
+    """The note on LoRAs whose files are others than those that the host has put onto its model."""
+    one = len(names) == 1
+    return (
+        f"The {'file of LoRA' if one else 'files of LoRAs'} {', '.join(names)} {'was' if one else 'were'} replaced on disk since "
+        f"the WebUI read {'it' if one else 'them'}. The new contents are used from now on."
+    )
 
 
 class Hook:
@@ -48,10 +58,16 @@ class Hook:
 
 @dataclass
 class ForgeEvaluation:
-    """What lasts for one evaluation of the model: the host's rows, the step they stand for, and the composed predictions of it."""
+    """What lasts for one evaluation of the model.
+
+    Attributes:
+        rows: the host's. step: what they stand for. composition: the composed predictions of it.
+        waiting: marks of the blocks that the host has not asked for yet. Whoever asks for one again runs the model once more.
+    """
 
     rows: ForgeRows
     step: Step
+    waiting: set[int]
     composition: Composition | None = None
 
 
@@ -61,12 +77,15 @@ class ForgePass(SamplingPass):
     def __init__(self, job: Job, flavour: Flavour) -> None:
         super().__init__(job)
         self._flavour = flavour
+        self.idle_extensions = flavour.idle_extensions
         self._functions = flavour.sampling()
         self._texts: TextConditioning
         self._hook: Hook
         self._unet: Patcher  # the clone without LoRAs, and what stood in its place
         self._unet_before: Patcher
         self._evaluation: ForgeEvaluation | None = None
+        self._evaluated_at = -1  # the denoiser's step
+        self._replaced: list[str] = []  # LoRAs whose file was
         self._refiner_note = REFINER_MERGED
 
     def install(self) -> None:
@@ -74,8 +93,12 @@ class ForgePass(SamplingPass):
 
         Where the LoRAs cannot be composed, nothing is changed and the job is told why.
         """
+        self._flavour.forget_files()
         participants = self.admit()
         if participants is not None:
+            self._replaced = [lora.active.tagged.name for lora in self.loras if lora.was_replaced]
+            if self._replaced:
+                self.job.note(replaced_note(self._replaced))
             self.engine = Engine(self.job.settings, self.bank(), participants, region=self.region)
             self._make_texts()
             self._replace_unet()
@@ -103,10 +126,11 @@ class ForgePass(SamplingPass):
 
     def obstacle(self) -> str | None:
         loras = self.activated()
+        by_step = BLOCK_WEIGHT not in self.idle_extensions
         return (
             self._flavour.obstacle(self.p)
             or replaced_attention(self.p.sd_model.forge_objects.unet.model)
-            or strengths_by_step(self.p, [lora.tagged for lora in loras])
+            or (strengths_by_step(self.p, [lora.tagged for lora in loras]) if by_step else None)
             or self._changed_strengths(loras)
         )
 
@@ -158,7 +182,7 @@ class ForgePass(SamplingPass):
         self._texts = TextConditioning(
             changes_text,
             partial(conditioning_under, self.p, self.loras, self._flavour),
-            host_has_merged=self.all_take_part or merged_text,
+            host_has_merged=(self.all_take_part and not self._replaced) or merged_text,
         )
         self._texts.prepare(self.engine.participants.every_mix(self.job.settings.share), self.engine.words)
 
@@ -179,14 +203,28 @@ class ForgePass(SamplingPass):
         self._unet_before = before
 
     def _give_back_unet(self, objects: Any) -> None:
-        self._hook.function = self._evaluation = None
+        self._hook.function = None
+        self._end_evaluation()
         if objects.unet is self._unet:
             objects.unet = self._unet_before
 
     def _attach(self) -> None:
         bank = self.engine.bank
         self.attachment.enter_context(bank.attached(layers_of(bank.adapters, self._unet)))
+        guard = self._unet.model.diffusion_model.register_forward_pre_hook(self._refuse_unrouted)
+        self.attachment.callback(guard.remove)
+        # What another extension's function does to the rows must be done before we look at them.
+        options = self.p.sd_model.forge_objects.unet.model_options
+        hooks = options.get(self._flavour.hook_option, [])
+        if self._hook in hooks:
+            others = [hook for hook in hooks if hook is not self._hook]
+            options[self._flavour.hook_option] = [*others, self._hook]
         bank.prepare(self._unet.load_device, self._flavour.computation_dtype(self._unet))
+
+    def _refuse_unrouted(self, *args: Any) -> None:
+        """Before each call of the model: one that did not come to us would be the base's, without any LoRA."""
+        if not self.engine.bank.is_routed:
+            raise LoratorioError(BYPASSED)
 
     def _follow_refiner(self, objects: Any) -> None:
         """Compose on the model that is the host's now. LoRAs that do not fit it do nothing there, as without us."""
@@ -210,7 +248,8 @@ class ForgePass(SamplingPass):
 
     @contextmanager
     def enclosed(self) -> Iterator[None]:
-        denoiser, objects = self.p.sampler.model_wrap_cfg, self.p.sd_model.forge_objects
+        denoiser, sd_model = self.p.sampler.model_wrap_cfg, self.p.sd_model
+        objects = sd_model.forge_objects
         update = denoiser.update_inner_model
         is_own = "update_inner_model" in vars(denoiser)
 
@@ -228,6 +267,9 @@ class ForgePass(SamplingPass):
             if is_own:
                 denoiser.update_inner_model = update
             self._give_back_unet(self.p.sd_model.forge_objects)
+            if self._replaced:
+                self._flavour.forget_loras(sd_model)
+                forget_conditioning(self.p)
 
     def missed(self) -> None:
         came_in = self.p.sd_model.forge_objects.unet.model is not self._unet.model
@@ -246,12 +288,22 @@ class ForgePass(SamplingPass):
     ) -> tuple[Any, ...]:
         """The host is about to run these conditions on `x` (B, C, H, W): mark them, and answer in the place of the model."""
         denoiser = self.p.sampler.model_wrap_cfg
+        self._end_evaluation()
+        if self._evaluated_at == denoiser.step:  # an evaluation inside another extension's function
+            raise LoratorioError(BYPASSED)
+        self._evaluated_at = denoiser.step
         rows = ForgeRows(self._functions, self._texts, denoiser.step, cond, uncond, x, sigma)
-        self._evaluation = ForgeEvaluation(rows, rows.step(self.place_in_sampling(), self._guidance()))
+        step = rows.step(self.place_in_sampling(), self._guidance())
+        self._evaluation = ForgeEvaluation(rows, step, rows.mark())
         self.evaluations += 1
         inner = options.get("model_function_wrapper")
         answer = partial(self._answer, model, inner)
-        return model, *rows.marked(), x, sigma, {**options, "model_function_wrapper": answer}
+        return model, cond, uncond, x, sigma, {**options, "model_function_wrapper": answer}
+
+    def _end_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.rows.unmark()
+        self._evaluation = None
 
     def _guidance(self) -> float:
         """The CFG scale of this pass."""
@@ -259,37 +311,38 @@ class ForgePass(SamplingPass):
         return float(self.p.cfg_scale if own is None else own)
 
     def _answer(self, model: Any, inner: Any, apply_model: Any, args: dict[str, Any]) -> Tensor:
-        """The composed denoised rows (R, C, H, W) of the blocks that the host asks for; all of the step's at its first call."""
+        """The composed denoised rows (R, C, H, W) of the blocks that the host asks for; all of the step's at its first call.
+
+        A guidance extension that runs the model once more gets the same blocks, run as it says and composed as they were.
+        """
         c = dict(args["c"])
-        marks = c.pop(MARK, None)
-        evaluation = self._evaluation
-        if (
-            evaluation is None
-            or marks is None
-            or args["input"].shape[0] != len(marks)
-            or args["input"].shape[1:] != evaluation.rows.x.shape[1:]
-        ):
+        marks, evaluation = c.pop(MARK, None), self._evaluation
+        asked = None if evaluation is None else evaluation.rows.blocks_in(marks, args["input"])
+        if evaluation is None or asked is None:
             raise LoratorioError(BYPASSED)
-        rows = evaluation.rows
+
+        def run(call: Call) -> Tensor:
+            if inner is None:
+                return apply_model(call.x, call.sigma, **call.c)  # type: ignore[no-any-return]
+            kinds = call.cond_or_uncond
+            own = {"input": call.x, "timestep": call.sigma, "c": call.c, "cond_or_uncond": kinds}
+            return inner(apply_model, own)  # type: ignore[no-any-return]
+
+        rows, options = evaluation.rows, c["transformer_options"]
+        self.engine.calls.one_mix = inner is not None or _has_functions(options)
         if evaluation.composition is None:
             self.engine.calls.memory = DeclaredRows(self._flavour, model, rows)
-            self.engine.calls.one_mix |= inner is not None or _has_functions(c["transformer_options"])
-
-            def run(call: Call) -> Tensor:
-                if inner is None:
-                    return apply_model(call.x, call.sigma, **call.c)  # type: ignore[no-any-return]
-                asked = {
-                    "input": call.x,
-                    "timestep": call.sigma,
-                    "c": call.c,
-                    "cond_or_uncond": call.cond_or_uncond,
-                }
-                return inner(apply_model, asked)  # type: ignore[no-any-return]
-
-            predict = partial(self._predict, rows, c["transformer_options"], run)
+            predict = partial(self._predict, rows, options, run)
             evaluation.composition = self.engine.step(evaluation.step, predict)
             self.owners = evaluation.step.owners
-        return rows.pick(evaluation.composition, marks).to(args["input"].dtype)
+        composition = evaluation.composition
+        if evaluation.waiting.issuperset(asked):
+            evaluation.waiting.difference_update(asked)
+        else:
+            kinds = {mark >= 0: kind for mark, kind in zip(asked, args["cond_or_uncond"], strict=True)}
+            predict = partial(self._predict, rows.on(args["input"], args["timestep"], kinds), options, run)
+            composition = self.engine.again(predict, cond=True in kinds, uncond=False in kinds)
+        return rows.pick(composition, asked).to(args["input"].dtype)
 
     def _predict(
         self, rows: ForgeRows, options: dict[str, Any], run: Callable[[Call], Tensor], wanted: Sequence[Row]

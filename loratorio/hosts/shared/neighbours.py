@@ -6,7 +6,7 @@ Read from the sources of LoRA Block Weight (June 2025), NegPiP (November 2025) a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -32,11 +32,14 @@ def merged_because(why: str) -> str:
     return f"LoRAtorio merged the LoRAs as the WebUI does without it: {why}."
 
 
-def known_options(p: Any) -> list[str]:
-    """Named arguments of LoRA tags that the WebUI, or an extension that is installed, reads."""
+def known_options(p: Any, idle: Collection[str] = ()) -> list[str]:
+    """Named arguments of LoRA tags that the WebUI, or an extension that is installed, reads.
+
+    idle: words in the paths of extensions that do nothing in this WebUI.
+    """
     known = list(_WEBUI_OPTIONS)
     for word, options in _OPTIONS_OF.items():
-        if _has_script(p, word):
+        if word not in idle and _has_script(p, word):
             known += options
     return known
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -99,12 +99,14 @@ class ReadLora:
         adapter: what it adds to the UNet: at its strength, or at strength 1 where the host says the strength at every step.
         text: what the host makes text conditioning with it from; None if it leaves text as it is.
         remark: what the user should know of it, or nothing.
+        was_replaced: whether its file is another by now than the WebUI has put onto its model.
     """
 
     active: ActiveLora
     adapter: Adapter
     text: Any = None
     remark: str = ""
+    was_replaced: bool = False
 
 
 class SamplingPass(ABC):
@@ -119,6 +121,9 @@ class SamplingPass(ABC):
         evaluations: how often the model was composed so far.
         owners: image of each conditional row of the last evaluation.
     """
+
+    idle_extensions: Collection[str] = ()
+    """Of the extensions that read options of LoRA tags (`neighbours`), those that do nothing in this WebUI."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -222,7 +227,7 @@ class SamplingPass(ABC):
         own_remarks = [lora.remark for lora in self.loras]
         of_tags = (
             recognised_note(assigned_roles(tagged)),
-            unknown_options_note(tagged, known_options(self.p)),
+            unknown_options_note(tagged, known_options(self.p, self.idle_extensions)),
             no_room_note(tagged, *self._latent_size(), self.region),
         )
         for remark in (*own_remarks, *self.remarks(), *of_tags):

@@ -9,8 +9,12 @@ loaded_networks = []
 files = {}
 
 
-def load_lora_state_dict(path):
+def read_file(path):
     return files[path]
+
+
+load_lora_state_dict = read_file
+"""Forge's and reForge's keep the last five files, whatever becomes of them."""
 
 
 def load_lora_for_models(model, clip, lora, strength_model, strength_clip, filename="default", **online_mode):

@@ -1,5 +1,6 @@
 """A stand-in WebUI to put jobs to: `Standin("neo")`, `Standin("forge")` or `Standin("reforge")`, its LoRAs and its jobs."""
 
+import functools
 import zlib
 from types import SimpleNamespace
 
@@ -44,7 +45,13 @@ class UNet(torch.nn.Module):
         h = h + text.repeat_interleave(frames, 0)[..., None, None]
         if control is not None:
             h = h + control
-        h = h + torch.nn.functional.interpolate(torch.tanh(self.down(h)), scale_factor=2.0)
+        middle = torch.tanh(self.down(h))
+        replaced = (transformer_options or {}).get("patches_replace", {}).get("attn1", {})
+        if ("middle", 0) in replaced:
+            tokens = middle.flatten(2).transpose(1, 2)
+            tokens = replaced["middle", 0](tokens, tokens, tokens, transformer_options)
+            middle = tokens.transpose(1, 2).reshape(middle.shape)
+        h = h + torch.nn.functional.interpolate(middle, scale_factor=2.0)
         h = self.conv_out(h)
         return h.reshape(-1, frames, *h.shape[1:]).movedim(1, 2) if x.ndim == 5 else h
 
@@ -143,6 +150,10 @@ class Standin:
         memory_management.free = 1e12
         networks.loaded_networks.clear()
         networks.files.clear()
+        keeps = flavour != "neo"
+        networks.load_lora_state_dict = (
+            functools.lru_cache(5)(networks.read_file) if keeps else networks.read_file
+        )
         for cache in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
             setattr(processing.StableDiffusionProcessing, cache, [None, None, None])
         self.model = shared.sd_model = Model(flavour)

@@ -106,12 +106,28 @@ def sampling_function(denoiser, x, sigma, text_cond, weights, text_uncond, cond_
         if unet.controlnet_linked_list is not None:
             entry["control"] = unet.controlnet_linked_list
     strength = sum(entry["strength"] for entry in cond)
+    own_uncond = uncond  # what functions after the guidance are given, changed or not
     if cond_scale == 1:
         uncond = None
     for function in options.get("sampler_pre_cfg_function", []):
         model, cond, uncond, x, sigma, options = function(model, cond, uncond, x, sigma, options)
     cond_pred, uncond_pred = calc_cond_uncond_batch(model, cond, uncond, x, sigma, options)
-    return uncond_pred + (cond_pred - uncond_pred) * cond_scale * strength
+    return guided(
+        model, x, sigma, cond, own_uncond, cond_pred, uncond_pred, cond_scale, cond_scale * strength, options
+    )
+
+
+def guided(model, x, sigma, cond, uncond, cond_pred, uncond_pred, cond_scale, scale, options):
+    args = {"input": x, "sigma": sigma, "model": model, "model_options": options, "cond_scale": cond_scale}
+    args.update(cond_denoised=cond_pred, uncond_denoised=uncond_pred)
+    if "sampler_cfg_function" in options:
+        differences = {"cond": x - cond_pred, "uncond": x - uncond_pred}
+        result = x - options["sampler_cfg_function"]({**args, **differences})
+    else:
+        result = uncond_pred + (cond_pred - uncond_pred) * scale
+    for function in options.get("sampler_post_cfg_function", []):
+        result = function({**args, "denoised": result, "cond": cond, "uncond": uncond})
+    return result
 
 
 def sampling_prepare(unet):

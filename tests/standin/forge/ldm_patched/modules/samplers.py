@@ -7,6 +7,7 @@ from backend.sampling.sampling_function import (
     can_concat_cond,
     cond_cat,
     get_area_and_mult,
+    guided,
 )
 
 __all__ = ["can_concat_cond", "cond_cat", "get_area_and_mult", "sampling_function"]
@@ -21,9 +22,11 @@ def needed_memory(model, shape):
 
 
 def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options, seed=None):
-    guided = not math.isclose(cond_scale, 1.0) or model_options.get("disable_cfg1_optimization", False)
+    has_guidance = not math.isclose(cond_scale, 1.0) or model_options.get("disable_cfg1_optimization", False)
     strength = sum(entry["strength"] for entry in cond)
+    uncond = uncond if has_guidance else None
     cond_pred, uncond_pred = calc_cond_uncond_batch(
-        model, cond, uncond if guided else None, x, timestep, model_options, needed_memory, add_control
+        model, cond, uncond, x, timestep, model_options, needed_memory, add_control
     )
-    return uncond_pred + (cond_pred - uncond_pred) * cond_scale * strength
+    scale = cond_scale * strength
+    return guided(model, x, timestep, cond, uncond, cond_pred, uncond_pred, cond_scale, scale, model_options)
