@@ -3,12 +3,18 @@
 // taken out of what it sends. Python marks their infotexts (loratorio/webui/gallery.py).
 "use strict";
 
-(function() {
+const loratorioMaps = (function() {
     const MARK = ", LoRAtorio map: True";
 
     /** The infotext of the picture that a map belongs to; nothing where the text is no map's. */
     function pictureOf(text) {
         return text?.endsWith(MARK) ? text.slice(0, -MARK.length) : undefined;
+    }
+
+    /** Number of the chosen picture, or of the one that a chosen map belongs to; -1 where that is not known. */
+    function pictureIndex(info, chosen) {
+        const own = pictureOf(info.infotexts[chosen]);
+        return own === undefined ? chosen : info.infotexts.indexOf(own, info.index_of_first_image ?? 0);
     }
 
     /**
@@ -18,8 +24,7 @@
      */
     function withoutItsMaps(gallery, chosen, info, stays) {
         const texts = info.infotexts;
-        const own = pictureOf(texts[chosen]);
-        const index = own === undefined ? chosen : texts.indexOf(own, info.index_of_first_image ?? 0);
+        const index = pictureIndex(info, chosen);
         if (!(index >= (info.index_of_first_image ?? 0)) || !texts[index]) {
             return {gallery, index: chosen, info};
         }
@@ -56,4 +61,6 @@
     }
 
     onUiLoaded(wrap);
+
+    return {pictureIndex};
 })();

@@ -1,5 +1,5 @@
 // Places of the prompt's LoRAs: a small picture with a box for each, dragged, resized and drawn; what is drawn is written into the tags,
-// what is typed is shown. One for each tab, made by JavaScript alone. Uses loratorioTags (loratorio_tags.js).
+// what is typed is shown. One for each tab, made by JavaScript alone. Uses loratorioTags (loratorio_tags.js) and loratorioMaps (loratorio_maps.js).
 "use strict";
 
 const loratorioPlaces = (function() {
@@ -157,15 +157,31 @@ const loratorioPlaces = (function() {
             this.canvas.style.width = `min(100%, ${Math.round(ratio >= 1 ? 320 : Math.max(140, 320 * ratio))}px)`;
         }
 
-        /** The picture that img2img works on, or else the last one, lies under the boxes. */
+        /** The picture that img2img works on, or else the gallery's, lies under the boxes. */
         underlay() {
             const inputs = this.tab === "img2img" ? INPUTS.map(id => gradioApp().querySelector(`#${id}`)) : [];
             const input = inputs.find(each => each?.offsetParent)?.querySelector("img");
-            const picture = input?.naturalWidth ? input : gradioApp().querySelector(`#${this.tab}_gallery img`);
+            const picture = input?.naturalWidth ? input : this.ofGallery();
             const source = picture?.src ?? "";
             if (this.source !== source) {
                 this.source = source;
                 this.canvas.style.backgroundImage = source ? `url("${source.replace(/["\\]/g, "\\$&")}")` : "";
+            }
+        }
+
+        /** The gallery's picture: the chosen one, that of a chosen map, or the first, not the grid. */
+        ofGallery() {
+            const gallery = gradioApp().querySelector(`#${this.tab}_gallery`);
+            const listed = gallery?.querySelectorAll(".thumbnails > .thumbnail-item") ?? [];
+            const items = [...listed.length ? listed : gallery?.querySelectorAll(".thumbnail-item") ?? []];
+            let index = Math.max(0, items.findIndex(each => each.classList.contains("selected")));
+            try {
+                const info = JSON.parse(gradioApp().querySelector(`#generation_info_${this.tab} textarea`).value);
+                index = Math.max(loratorioMaps.pictureIndex(info, index), info.index_of_first_image ?? 0);
+            } catch {
+                // Nothing is known of the pictures.
+            }
+            return items[index]?.querySelector("img") ?? gallery?.querySelector("img");
             }
         }
 

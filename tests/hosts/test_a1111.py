@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,26 @@ def test_a_place_smaller_than_a_latent_pixel_is_said(a1111: Any, standin: Any) -
     whole = Image.new("RGB", (64, 64))
     assert notes("0.4,0.4,0.5,0.5~0", paste_to=(16, 16, 32, 32), overlay_images=[whole]) == []
     assert len(notes("left~0", paste_to=(32, 0, 32, 64), overlay_images=[whole])) == 1
+
+
+@pytest.mark.parametrize("title", ["SD upscale", "Outpainting mk2", "Poor man's outpainting"])
+def test_places_are_refused_where_a_script_samples_parts_of_the_picture(
+    a1111: Any, standin: Any, title: str
+) -> None:
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    scripts = [SimpleNamespace(title=lambda: "Loopback"), SimpleNamespace(title=lambda: title)]
+    runner = SimpleNamespace(selectable_scripts=scripts, alwayson_scripts=[])
+
+    def made(*tags: Any, chosen: Any) -> Any:
+        return compose(standin.job(*tags, scripts=runner, script_args=[chosen, 1.0]))[0]
+
+    placed = Tag(a, named={"at": "left"})
+    with pytest.raises(LoratorioError, match=f"{title} samples the picture in parts"):
+        made(placed, b, chosen=2)
+    for chosen in (0, 1, None, 3, "x"):
+        assert torch.equal(made(placed, b, chosen=chosen), compose(standin.job(placed, b))[0])
+    assert torch.equal(made(a, b, chosen=2), compose(standin.job(a, b))[0])
 
 
 def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:

@@ -213,6 +213,35 @@ def test_an_answer_about_the_names_leaves_the_boxes(places: Places) -> None:
     assert label.startswith("Place of ink: from 50 to 100 % across, 0 to 50 %")
 
 
+def test_the_picture_lies_under_the_boxes_and_not_its_map(page: Any, places: Places) -> None:
+    """Of two pictures with their maps, behind a grid."""
+    places.prompt("<lora:fox:at=left:1>")
+    info = {
+        "index_of_first_image": 1,
+        "infotexts": ["one", "one", "two", *(f"{each}, LoRAtorio map: True" for each in ("one", "two"))],
+    }
+    page.evaluate(
+        """info => {
+            const made = document.createElement("div");
+            const thumbnails = info.infotexts.map((_, i) => `<button class="thumbnail-item"><img src="data:,${i}"></button>`);
+            made.innerHTML = `<div id="txt2img_gallery"><img src="data:,chosen"><div class="thumbnails">${thumbnails.join("")}</div></div>
+                <div id="generation_info_txt2img"><textarea></textarea></div>`;
+            document.body.append(made);
+            made.querySelector("textarea").value = JSON.stringify(info);
+        }""",
+        info,
+    )
+    for chosen, shown in ((0, 1), (1, 1), (2, 2), (3, 1), (4, 2), (None, 1)):
+        page.evaluate(
+            """chosen => document.querySelectorAll("#txt2img_gallery .thumbnail-item").forEach(
+                (each, i) => { each.classList.toggle("selected", i === chosen); each.title = chosen; })""",
+            chosen,
+        )
+        page.evaluate("updated.forEach(each => each())")
+        canvas = page.locator("#loratorio_txt2img_places .loratorio-places-canvas")
+        assert canvas.evaluate("each => each.style.backgroundImage") == f'url("data:,{shown}")'
+
+
 def test_names_are_text_and_colours_those_of_the_maps(places: Places) -> None:
     places.prompt("<lora:<img src=x onerror=window.hit=1:at=left:1> <lora:fast:1> <lora:ink:at=right:1>")
     assert places.page.evaluate("window.hit") is None

@@ -55,6 +55,18 @@ def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
     return None
 
 
+_SAMPLES_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
+"""Scripts of the WebUIs that hand parts of a picture over as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
+
+
+def sampling_in_parts(p: Any) -> str:
+    """The script that was chosen from the WebUI's list, where it samples parts of a picture, or nothing."""
+    scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", None) or ()
+    number = next(iter(getattr(p, "script_args", None) or ()), 0)
+    title = scripts[number - 1].title() if isinstance(number, int) and 0 < number <= len(scripts) else ""
+    return title if title in _SAMPLES_PARTS else ""
+
+
 def replaced_attention(unet: nn.Module) -> str | None:
     """A reason not to compose, where an extension has put a function of its own in the place of an attention layer's.
 

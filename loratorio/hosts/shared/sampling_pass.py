@@ -40,7 +40,7 @@ from ...roles import (
     without_effect_note,
 )
 from ...sampling.engine import Engine
-from .neighbours import known_options
+from .neighbours import known_options, sampling_in_parts
 from .tags import WrittenTags
 
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
@@ -224,6 +224,12 @@ class SamplingPass(ABC):
         self.all_take_part = len(self.loras) == len(active)
         tagged = [lora.active.tagged for lora in self.loras]
         participants = participants_of(tagged, self._importance(tagged))
+        script = sampling_in_parts(self.p) if participants.has_places else ""
+        if script:
+            raise LoratorioError(
+                f"The script {script} samples the picture in parts, each of which would have the LoRAs' places anew. "
+                "Take at=… out of the prompt, or use hires fix or Ultimate SD upscale."
+            )
         own_remarks = [lora.remark for lora in self.loras]
         of_tags = (
             recognised_note(assigned_roles(tagged)),
