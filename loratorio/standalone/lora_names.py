@@ -135,16 +135,16 @@ def by_layer(name: str, tensors: Mapping[str, Tensor], file: Path, parts: Mappin
         raise LoratorioError(f"LoRA {name} is empty: the file holds no weights. Get it again.")
     config = _Config.beside(file, name)
     embeddings, others = _bundled(tensors)
-    plain: dict[str, Tensor] = {}
-    for key, tensor in others.items():
-        common = _common(key)
-        if common in plain:
+    plain = [(_common(key), tensor) for key, tensor in others.items()]
+    own_layers = {key[: found.start()] for key, _ in plain if (found := _OWN_TAIL.search(key))}
+    unified: dict[str, Tensor] = {}
+    for key, tensor in plain:
+        whole = _unified(key, own_layers)
+        if whole in unified:
             raise LoratorioError(
-                f"LoRA {name} holds {common[:120]} twice: several adapters are in one file. Save each to a file of its own."
+                f"LoRA {name} holds {whole[:120]} twice: several adapters are in one file. Save each to a file of its own."
             )
-        plain[common] = tensor
-    own_layers = {key[: found.start()] for key in plain if (found := _OWN_TAIL.search(key))}
-    unified = {_unified(key, own_layers): tensor for key, tensor in plain.items()}
+        unified[whole] = tensor
     kohyas = {key: tensor for key, tensor in unified.items() if key.startswith(tuple(_KOHYA_PARTS))}
     pefts = {
         key: each
@@ -269,15 +269,17 @@ def _unified(key: str, own_layers: Collection[str]) -> str:
     for own_prefix in ("lycoris_", "oft_unet_"):
         if key.startswith(own_prefix):
             return "lora_unet_" + key.removeprefix(own_prefix)
-    prefix = next((each for each in _DOTTED if key.startswith(each)), None)
+    prefix = next((each for each in _DOTTED if key.startswith(each)), "")
     tail = _OWN_TAIL.search(key) or _SHARED_TAIL.search(key)
-    if prefix is None or tail is None:
+    if tail is None or key.startswith(tuple(_KOHYA_PARTS)):
         return key
     layer = key[: tail.start()]
     # An alpha or a magnitude goes with the rest of its layer.
     if prefix not in _COMFY and layer not in own_layers:
         return key
-    return _DOTTED[prefix] + layer.removeprefix(prefix).replace(".", "_") + key[tail.start() :]
+    return (
+        _DOTTED.get(prefix, "lora_unet_") + layer.removeprefix(prefix).replace(".", "_") + key[tail.start() :]
+    )
 
 
 _Tensor = tuple[str, str, str, str, Tensor]

@@ -360,8 +360,6 @@ def test_blocks_of_another_layer_are_a_sentence(
 def test_adapters_of_any_name_under_every_prefix(
     model: Checkpoint, tmp_path: Path, adapter: str, prefix: str, kind: str
 ) -> None:
-    if not prefix and kind in ("loha", "lokr"):
-        pytest.skip("without a prefix they are nobody's names")
     before = weight_of(model, LINEAR)
     own = weights_of(kind, (32, 32), 3, None, torch.float32)
     named = {
@@ -382,6 +380,9 @@ def test_several_adapters_in_one_file_are_a_sentence(model: Checkpoint, tmp_path
     }
     with pytest.raises(LoratorioError, match="several adapters"):
         read(model, tensors, tmp_path)
+    # And one layer under two prefixes that mean the same, of which one would be lost.
+    with pytest.raises(LoratorioError, match="several adapters"):
+        read(model, kohya(LINEAR, own) | kohya(LINEAR, copy.deepcopy(own), "lycoris_"), tmp_path)
 
 
 TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
