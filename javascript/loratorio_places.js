@@ -182,7 +182,6 @@ const loratorioPlaces = (function() {
                 // Nothing is known of the pictures.
             }
             return items[index]?.querySelector("img") ?? gallery?.querySelector("img");
-            }
         }
 
         /** A LoRA's row: its name, which a click marks for drawing, and its place to choose. */
