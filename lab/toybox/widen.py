@@ -30,7 +30,7 @@ from lab.toybox.ldm import to_ldm
 from lab.toybox.models import HEADS, LATENT_CHANNELS, UNET_CHANNELS
 from lab.toybox.models import VAE_CHANNELS as SMALL_VAE_CHANNELS
 from lab.toybox.pipeline import load_pipeline
-from lab.toybox.tokens import words
+from lab.toybox.world import words
 from loratorio import toybox
 from loratorio.errors import LoratorioError
 

@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 
 from lab.toybox import widen
 from lab.toybox.pipeline import load_pipeline
-from lab.toybox.tokens import words
+from lab.toybox.world import words
 from loratorio import toybox
 from loratorio.errors import LoratorioError
 

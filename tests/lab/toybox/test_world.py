@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from lab.toybox.shapes import PIXELS
-from lab.toybox.tokens import byte_symbols, merges_for, words
+from lab.toybox.tokens import byte_symbols, merges_for
 from lab.toybox.world import (
     Scene,
     caption,
     random_elements,
     random_scene,
     render,
+    words,
 )
 from loratorio.toybox.elements import BY_NAME, CATEGORIES, ELEMENTS
 
