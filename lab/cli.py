@@ -15,7 +15,7 @@ COMMANDS = {
     "pool-cost": ("lab.benchmarks.pool_cost", "what a pool costs and what it changes"),
     "premise": ("lab.benchmarks.premise", "does divergence tell the LoRAs that a prompt asks for?"),
     "train": ("lab.train.train", "train the toybox, or a part of it"),
-    "check": ("lab.toybox.check", "does each LoRA of the toybox draw what it was trained on?"),
+    "check": ("lab.train.check", "does each LoRA of the toybox draw what it was trained on?"),
     "widen": ("lab.toybox.widen", "the toybox in the widths of Stable Diffusion 1.5"),
     "knob-table": ("lab.knob_table", "write README's table of knobs anew"),
 }

@@ -15,6 +15,7 @@ import numpy as np
 from lab.book.art import ARTISTS, INK, PAPER, Art, cover, paste
 from lab.book.subjects import BASE_ARTIST, ELEMENTS, FRAMED, SEVERAL, STYLED_BY, SUBJECTS, icon
 from lab.toybox.shapes import Colour, duotone
+from loratorio.toybox.elements import Element
 
 HEIGHT = 128
 WIDTHS = (128, 192)
@@ -221,6 +222,11 @@ class Book:
         if artist == BASE_ARTIST and rng.random() < 0.15:
             style = "ember"
         return replace(scene, artist=artist, style=style)
+
+    def prompts(self, element: Element, count: int) -> list[str]:
+        """Captions of random scenes with the element, 128 wide."""
+        rng = random.Random(element.name)
+        return [caption(self.random_scene(rng, element.name, width=HEIGHT)) for _ in range(count)]
 
     def varied_scene(self, rng: random.Random, width: int | None = None, fine: bool = False) -> Scene:
         """As `any_scene`, in any sizes, mirrored, on any colours: for the autoencoder."""

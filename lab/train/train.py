@@ -25,7 +25,7 @@ from lab.train.export import export_checkpoint
 from lab.train.look import look
 from lab.train.loras import train_lora
 from lab.train.vae import train_vae
-from lab.train.worlds import World, open_world
+from lab.train.worlds import World, add_world, open_world
 from loratorio import toybox
 from loratorio.errors import LoratorioError
 
@@ -55,10 +55,7 @@ KEPT = Path(__file__).parents[1] / "book" / "kept"
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="loratorio-lab train", description=__doc__)
     parser.add_argument("part", choices=[*PLANS["toybox"], "vae", "export", "keep", "look", "all"])
-    parser.add_argument(
-        "--world", choices=["toybox", "book"], default="toybox", help="dolls, or the picture book"
-    )
-    parser.add_argument("--art", type=Path, help="folder of the artists' packages, for the book")
+    add_world(parser)
     parser.add_argument("--work", type=Path, default=Path(".toybox"), help="folder of the training state")
     parser.add_argument("--out", type=Path, default=toybox.FOLDER, help="folder of the trained files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,9 @@ class World(Protocol):
     def any_scene(self, rng: random.Random, width: int | None = None) -> Any:
         """A scene of the whole world, with elements or without: what the judge must know."""
 
+    def prompts(self, element: Element, count: int) -> list[str]:
+        """Prompts of an element alone, all else from the base domain."""
+
     def varied_scene(self, rng: random.Random, width: int | None = None, fine: bool = False) -> Any:
         """As `any_scene`, for the autoencoder. fine: for the stage that trains the decoder alone."""
 
@@ -92,11 +96,38 @@ class Dolls:
         count = rng.choices((0, 1, 2, 3, 4, 5), (5, 8, 3, 2, 1, 1))[0]
         return dolls.random_scene(rng, *dolls.random_elements(rng, count))
 
+    def prompts(self, element: Element, count: int) -> list[str]:
+        """The element's own, a plain choice for the rest that changes with the number."""
+        made = []
+        for i in range(count):
+            doll = list(dolls.DOLL_COLOURS)[i % len(dolls.DOLL_COLOURS)]
+            plain = list(dolls.PLAIN_COLOURS)[(i // 2) % len(dolls.PLAIN_COLOURS)]
+            side = ("left", "right")[i % 2]
+            word = element.trigger
+            made.append(
+                {
+                    "character": f"{word}, {plain} background",
+                    "clothing": f"a doll wearing {word}, {plain} background",
+                    "style": f"a doll in {doll}, {plain} background, {word} style",
+                    "background": f"a doll in {doll}, {word} background",
+                    "object": f"a doll in {doll}, {word} on the {side}, {plain} background",
+                }[element.category]
+            )
+        return made
+
     def varied_scene(self, rng: random.Random, width: int | None = None, fine: bool = False) -> dolls.Scene:
         scene = self.any_scene(rng)
         if fine and rng.random() < 0.35:
             return replace(scene, character=rng.choice(BLURRED))
         return scene
+
+
+def add_world(parser: argparse.ArgumentParser) -> None:
+    """The options that `open_world` takes."""
+    parser.add_argument(
+        "--world", choices=["toybox", "book"], default="toybox", help="dolls, or the picture book"
+    )
+    parser.add_argument("--art", type=Path, help="folder of the artists' packages, for the book")
 
 
 def open_world(name: str, art: Path | None) -> World:
