@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +52,7 @@ class Art:
     """The packages in a folder, one folder each under its name: `npm pack @iconify-json/NAME`, unpacked."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._sets: dict[str, dict[str, Any]] = {}
         for name in ARTISTS:
             file = folder / name / "icons.json"
@@ -58,8 +61,12 @@ class Art:
                     f"{file} is missing. Unpack npm's @iconify-json/{name} there; docs/TOYBOX.md says how."
                 )
             self._sets[name] = json.loads(file.read_text())
-        self.drawing = lru_cache(maxsize=None)(self._drawing)
-        self.scene = lru_cache(maxsize=None)(self._scene)
+        self.drawing = lru_cache(maxsize=None)(
+            lambda artist, icon: self._once(self._drawing, artist, icon).convert("RGBa")
+        )
+        """The figure of an artist and an icon, cut out, in the middle of a square of its longer side; premultiplied."""
+        self.scene = lru_cache(maxsize=None)(lambda artist, icon: self._once(self._scene, artist, icon))
+        """A whole-frame scene of an artist and an icon without its rounded corners and frame, RGB."""
 
     def has(self, artist: str, icon: str) -> bool:
         return icon in self._sets[artist]["icons"] or icon in self._sets[artist].get("aliases", {})
@@ -85,18 +92,27 @@ class Art:
         whole = Image.open(io.BytesIO(png)).convert("RGBA")
         return whole.crop(whole.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox())
 
+    def _once(self, draw: Callable[[str, str], Image.Image], artist: str, icon: str) -> Image.Image:
+        """What `draw` draws. It takes tens of milliseconds, so the package's folder keeps it."""
+        file = self._folder / artist / f"drawn{DETAIL}{draw.__name__}" / f"{icon}.png"
+        if file.exists():
+            with Image.open(file) as kept:
+                return kept.copy()
+        made = draw(artist, icon)
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.png")
+        made.save(part)
+        part.replace(file)
+        return made
+
     def _drawing(self, artist: str, icon: str) -> Image.Image:
-        """The figure, cut out, in the middle of a square of its longer side; premultiplied."""
         cut = self._whole(artist, icon)
         side = max(cut.size)
         square = Image.new("RGBA", (side, side))
         square.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
-        if artist == INK:
-            square = on_paper(square)
-        return square.convert("RGBa")
+        return on_paper(square) if artist == INK else square
 
     def _scene(self, artist: str, icon: str) -> Image.Image:
-        """A whole-frame scene without its rounded corners and frame, RGB."""
         cut = self._whole(artist, icon)
         inset = 0.12 if artist == INK else 0.085
         across, down = round(cut.width * inset), round(cut.height * inset)

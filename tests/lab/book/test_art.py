@@ -37,6 +37,7 @@ def test_a_drawing_is_cut_out_and_square(folder) -> None:
     art = Art(folder)
     assert art.has("noto", "stick")
     assert not art.has("noto", "ball")
+    assert np.array_equal(art.drawing("noto", "stick"), Art(folder).drawing("noto", "stick"))  # drawn; kept
     drawing = art.drawing("noto", "stick")
     assert drawing.mode == "RGBa"
     assert drawing.width == drawing.height == pytest.approx(96, abs=2)
