@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.knob_table import with_table
 from loratorio.standalone import cli
+from loratorio_lab.knob_table import with_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from lab.cli import COMMANDS, main
+from loratorio_lab.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -41,5 +41,5 @@ def test_nothing_of_the_package_imports_it() -> None:
     assert len(files) > 50
     for file in files:
         text = file.read_text(encoding="utf-8")
-        assert "import lab" not in text
-        assert "from lab" not in text
+        assert "import loratorio_lab" not in text
+        assert "from loratorio_lab" not in text

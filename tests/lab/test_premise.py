@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.benchmarks.premise import EARLY, auc, divergence_auc
 from loratorio import toybox
 from loratorio.standalone.checkpoint import load_checkpoint
+from loratorio_lab.benchmarks.premise import EARLY, auc, divergence_auc
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=12))

@@ -14,12 +14,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lab.toybox.ldm import TEXT_NAME, config_yaml, to_ldm, unet_key, vae_key
-from lab.toybox.models import new_unet, new_vae
-from lab.train.base import new_base
-from lab.train.diffusion import new_schedule
 from loratorio.errors import LoratorioError
 from loratorio.standalone.checkpoint import load_checkpoint
+from loratorio_lab.toybox.ldm import TEXT_NAME, config_yaml, to_ldm, unet_key, vae_key
+from loratorio_lab.toybox.models import new_unet, new_vae
+from loratorio_lab.train.base import new_base
+from loratorio_lab.train.diffusion import new_schedule
 from tests import tiny
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lab.bench.plan import Cell
+from loratorio_lab.bench.plan import Cell
 
 
 class FakeBackend:

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab.bench import cli, measures, presets, report
-from lab.bench.plan import (
+from loratorio.errors import LoratorioError
+from loratorio_lab.bench import cli, measures, presets, report
+from loratorio_lab.bench.plan import (
     MAIN_ROWS,
     METHOD_ROWS,
     PRESET_ROWS,
@@ -30,9 +31,8 @@ from lab.bench.plan import (
     combinations,
     sample,
 )
-from lab.bench.runner import run
-from lab.bench.store import ImageResult, Result, Store
-from loratorio.errors import LoratorioError
+from loratorio_lab.bench.runner import run
+from loratorio_lab.bench.store import ImageResult, Result, Store
 
 BACKEND = "tests.lab.bench.fake_backend:make"
 CATEGORIES = {

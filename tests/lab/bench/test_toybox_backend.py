@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lab.bench.backend import ToyboxBackend, do_cell
-from lab.bench.plan import METHOD_ROWS, ROLE_ROWS, TRUTH, cells
-from lab.toybox import classifier
 from loratorio import toybox
+from loratorio_lab.bench.backend import ToyboxBackend, do_cell
+from loratorio_lab.bench.plan import METHOD_ROWS, ROLE_ROWS, TRUTH, cells
+from loratorio_lab.toybox import classifier
 
 whole = all(file.exists() for file in (toybox.CHECKPOINT, toybox.LORA_DIR, classifier.FILE))
 pytestmark = pytest.mark.skipif(not whole, reason="the toybox's model, LoRAs or classifier are not there")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from lab.book.art import ARTISTS
-from lab.book.subjects import BASE_ARTIST, ELEMENTS, SUBJECTS
-from lab.book.world import Book
+from loratorio_lab.book.art import ARTISTS
+from loratorio_lab.book.subjects import BASE_ARTIST, ELEMENTS, SUBJECTS
+from loratorio_lab.book.world import Book
 
 
 class PlainArt:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lab.book.art import ARTISTS, HALO, PAPER, Art, cover, on_paper, paste
 from loratorio.errors import LoratorioError
+from loratorio_lab.book.art import ARTISTS, HALO, PAPER, Art, cover, on_paper, paste
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from lab.book.subjects import ELEMENTS, SUBJECTS
-from lab.toybox.classifier import classify, load_classifier
-from lab.train import classifier, look, train
 from loratorio.errors import LoratorioError
+from loratorio_lab.book.subjects import ELEMENTS, SUBJECTS
+from loratorio_lab.toybox.classifier import classify, load_classifier
+from loratorio_lab.train import classifier, look, train
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def options(folder: Path, work: str = "work", steps: int = 1) -> list[str]:
 
 
 def test_checkpoint_is_read_as_any_and_says_its_size(trained) -> None:
-    from lab.toybox.pipeline import load_pipeline
+    from loratorio_lab.toybox.pipeline import load_pipeline
 
     model = trained / "model"
     pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")

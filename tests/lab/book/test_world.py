@@ -9,10 +9,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lab.book.art import ARTISTS, PAPER
-from lab.book.subjects import ELEMENTS, STYLED_BY, SUBJECTS
-from lab.book.world import GROUNDS, Figure, Scene, caption, words
-from lab.toybox.tokens import byte_symbols, merges_for
+from loratorio_lab.book.art import ARTISTS, PAPER
+from loratorio_lab.book.subjects import ELEMENTS, STYLED_BY, SUBJECTS
+from loratorio_lab.book.world import GROUNDS, Figure, Scene, caption, words
+from loratorio_lab.toybox.tokens import byte_symbols, merges_for
 
 BY_CATEGORY = {
     category: [e.name for e in ELEMENTS if e.category == category]

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lab.toybox.classifier import classify, features, probabilities
-from lab.toybox.world import random_beside, random_elements, random_scene, render, render_beside
 from loratorio import toybox
+from loratorio_lab.toybox.classifier import classify, features, probabilities
+from loratorio_lab.toybox.world import random_beside, random_elements, random_scene, render, render_beside
 
 MEGABYTE = 1_000_000
 
@@ -76,8 +76,8 @@ def test_text_encoder_output_has_a_mean() -> None:
     pytest.importorskip("diffusers")
     from transformers import CLIPTokenizer
 
-    from lab.toybox.pipeline import load_text_encoder
-    from lab.train.diffusion import tokenise
+    from loratorio_lab.toybox.pipeline import load_text_encoder
+    from loratorio_lab.train.diffusion import tokenise
 
     tokenizer = CLIPTokenizer.from_pretrained(str(toybox.TEXT_DIR))
     with torch.no_grad():

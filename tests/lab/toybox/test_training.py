@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from lab.toybox.ldm import unet_key, vae_key
-from lab.toybox.models import new_unet, new_vae
-from lab.train import classifier, loras, train, worlds
+from loratorio_lab.toybox.ldm import unet_key, vae_key
+from loratorio_lab.toybox.models import new_unet, new_vae
+from loratorio_lab.train import classifier, loras, train, worlds
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_names_are_ldm_s_and_distinct() -> None:
 
 
 def test_checkpoint_reads_back_as_the_same_networks(trained) -> None:
-    from lab.toybox.pipeline import load_pipeline
+    from loratorio_lab.toybox.pipeline import load_pipeline
 
     model = trained / "model"
     pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
@@ -81,7 +81,7 @@ def test_lora_has_kohya_s_names_and_says_its_trigger(trained) -> None:
 
 
 def test_diffusers_reads_the_lora(trained) -> None:
-    from lab.toybox.pipeline import load_pipeline
+    from loratorio_lab.toybox.pipeline import load_pipeline
 
     model = trained / "model"
     pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")

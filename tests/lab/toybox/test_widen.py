@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from lab.toybox import widen
-from lab.toybox.pipeline import load_pipeline
-from lab.toybox.world import words
 from loratorio import toybox
 from loratorio.errors import LoratorioError
+from loratorio_lab.toybox import widen
+from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.toybox.world import words
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lab.toybox.shapes import PIXELS
-from lab.toybox.tokens import byte_symbols, merges_for
-from lab.toybox.world import (
+from loratorio.toybox.elements import BY_NAME, CATEGORIES, ELEMENTS
+from loratorio_lab.toybox.shapes import PIXELS
+from loratorio_lab.toybox.tokens import byte_symbols, merges_for
+from loratorio_lab.toybox.world import (
     Scene,
     caption,
     random_elements,
@@ -19,7 +20,6 @@ from lab.toybox.world import (
     render,
     words,
 )
-from loratorio.toybox.elements import BY_NAME, CATEGORIES, ELEMENTS
 
 
 def test_every_category_has_elements() -> None:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lab.book.art import Art
-from lab.book.world import Book
-from lab.toybox import world as dolls
-from lab.toybox.shapes import PIXELS
 from loratorio.toybox.elements import ELEMENTS, Element
+from loratorio_lab.book.art import Art
+from loratorio_lab.book.world import Book
+from loratorio_lab.toybox import world as dolls
+from loratorio_lab.toybox.shapes import PIXELS
 
 
 class World(Protocol):

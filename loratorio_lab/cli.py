@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from loratorio.errors import LoratorioError
 
 COMMANDS = {
-    "bench": ("lab.bench.cli", "combinations × methods × seeds on the toybox, measured"),
-    "step-time": ("lab.benchmarks.step_time", "what one denoising step costs"),
-    "reuse-cost": ("lab.benchmarks.reuse_cost", "what reuse saves and what it changes"),
-    "pool-cost": ("lab.benchmarks.pool_cost", "what a pool costs and what it changes"),
-    "premise": ("lab.benchmarks.premise", "does divergence tell the LoRAs that a prompt asks for?"),
-    "train": ("lab.train.train", "train the toybox, or a part of it"),
-    "check": ("lab.train.check", "does each LoRA of the toybox draw what it was trained on?"),
-    "widen": ("lab.toybox.widen", "the toybox in the widths of Stable Diffusion 1.5"),
-    "knob-table": ("lab.knob_table", "write README's table of knobs anew"),
+    "bench": ("loratorio_lab.bench.cli", "combinations × methods × seeds on the toybox, measured"),
+    "step-time": ("loratorio_lab.benchmarks.step_time", "what one denoising step costs"),
+    "reuse-cost": ("loratorio_lab.benchmarks.reuse_cost", "what reuse saves and what it changes"),
+    "pool-cost": ("loratorio_lab.benchmarks.pool_cost", "what a pool costs and what it changes"),
+    "premise": ("loratorio_lab.benchmarks.premise", "does divergence tell the LoRAs that a prompt asks for?"),
+    "train": ("loratorio_lab.train.train", "train the toybox, or a part of it"),
+    "check": ("loratorio_lab.train.check", "does each LoRA of the toybox draw what it was trained on?"),
+    "widen": ("loratorio_lab.toybox.widen", "the toybox in the widths of Stable Diffusion 1.5"),
+    "knob-table": ("loratorio_lab.knob_table", "write README's table of knobs anew"),
 }
 """Module, whose `main` takes the arguments and gives an exit code or None, and what it is for."""
 

@@ -15,11 +15,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from lab.toybox.classifier import classifier_file, classify, load_classifier
-from lab.toybox.pipeline import load_pipeline
-from lab.train.worlds import add_world, open_world
 from loratorio import toybox
 from loratorio.toybox.elements import Element
+from loratorio_lab.toybox.classifier import classifier_file, classify, load_classifier
+from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.train.worlds import add_world, open_world
 
 FOUND, ABSENT = 0.90, 0.15
 STEPS, GUIDANCE = 20, 3.0

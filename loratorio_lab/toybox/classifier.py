@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lab.toybox.shapes import PIXELS
 from loratorio import toybox
 from loratorio.toybox.elements import ELEMENTS
+from loratorio_lab.toybox.shapes import PIXELS
 
 NAMES = tuple(element.name for element in ELEMENTS)
 WIDTH = 128

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lab.toybox.models import (
+from loratorio.standalone.ldm_names import ALONE, IN_RESNET
+from loratorio_lab.toybox.models import (
     FACTOR,
     HEADS,
     LATENT_CHANNELS,
@@ -19,7 +20,6 @@ from lab.toybox.models import (
     UNET_CHANNELS,
     VAE_CHANNELS,
 )
-from loratorio.standalone.ldm_names import ALONE, IN_RESNET
 
 TEXT_NAME = "toybox_text"
 """Folder of the tokenizer and text configuration, as the configuration file names it."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lab.book.art import ARTISTS, INK, PAPER, Art, cover, paste
-from lab.book.subjects import BASE_ARTIST, ELEMENTS, FRAMED, SEVERAL, STYLED_BY, SUBJECTS, icon
-from lab.toybox.shapes import Colour, duotone
 from loratorio.toybox.elements import Element
+from loratorio_lab.book.art import ARTISTS, INK, PAPER, Art, cover, paste
+from loratorio_lab.book.subjects import BASE_ARTIST, ELEMENTS, FRAMED, SEVERAL, STYLED_BY, SUBJECTS, icon
+from loratorio_lab.toybox.shapes import Colour, duotone
 
 HEIGHT = 128
 WIDTHS = (128, 192)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lab.toybox.shapes import SIZE, Colour, Point, Shape, box, ellipse, polygon, star
+from loratorio_lab.toybox.shapes import SIZE, Colour, Point, Shape, box, ellipse, polygon, star
 
 SKIN: Colour = (250, 214, 180)
 DARK: Colour = (28, 26, 36)

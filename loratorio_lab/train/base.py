@@ -10,11 +10,19 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lab.toybox.models import new_text_encoder, new_unet, new_vae, text_config
-from lab.toybox.tokens import write_tokenizer
-from lab.train.common import Average, Optimisers, Run, averaged, is_trained, run_steps, seed_everything
-from lab.train.diffusion import Data, encode_domain, encode_scenes, noise_losses
-from lab.train.worlds import World
+from loratorio_lab.toybox.models import new_text_encoder, new_unet, new_vae, text_config
+from loratorio_lab.toybox.tokens import write_tokenizer
+from loratorio_lab.train.common import (
+    Average,
+    Optimisers,
+    Run,
+    averaged,
+    is_trained,
+    run_steps,
+    seed_everything,
+)
+from loratorio_lab.train.diffusion import Data, encode_domain, encode_scenes, noise_losses
+from loratorio_lab.train.worlds import World
 
 
 def start_quietly(unet: UNet2DConditionModel) -> None:

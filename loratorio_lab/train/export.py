@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lab.toybox.ldm import TEXT_NAME, save_checkpoint, to_ldm
-from lab.train.base import load_vae, new_base
-from lab.train.common import Run, averaged
-from lab.train.diffusion import new_schedule
-from lab.train.worlds import World
+from loratorio_lab.toybox.ldm import TEXT_NAME, save_checkpoint, to_ldm
+from loratorio_lab.train.base import load_vae, new_base
+from loratorio_lab.train.common import Run, averaged
+from loratorio_lab.train.diffusion import new_schedule
+from loratorio_lab.train.worlds import World
 
 
 def export_checkpoint(run: Run, world: World, out: Path) -> None:

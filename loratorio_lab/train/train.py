@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 
-from lab.toybox import UNREGULARISED
-from lab.toybox.classifier import classifier_file
-from lab.toybox.pipeline import load_pipeline
-from lab.train.base import load_vae, train_base
-from lab.train.classifier import train_classifier
-from lab.train.common import Run, is_trained, keep
-from lab.train.export import export_checkpoint
-from lab.train.look import look
-from lab.train.loras import train_lora
-from lab.train.vae import train_vae
-from lab.train.worlds import World, add_world, open_world
 from loratorio import toybox
 from loratorio.errors import LoratorioError
+from loratorio_lab.toybox import UNREGULARISED
+from loratorio_lab.toybox.classifier import classifier_file
+from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.train.base import load_vae, train_base
+from loratorio_lab.train.classifier import train_classifier
+from loratorio_lab.train.common import Run, is_trained, keep
+from loratorio_lab.train.export import export_checkpoint
+from loratorio_lab.train.look import look
+from loratorio_lab.train.loras import train_lora
+from loratorio_lab.train.vae import train_vae
+from loratorio_lab.train.worlds import World, add_world, open_world
 
 # steps, batch, learning rate: what the shipped files were trained with (docs/TOYBOX.md says where it differed).
 PLANS: dict[str, dict[str, tuple[int, int, float]]] = {

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lab.toybox import drawing
-from lab.toybox.shapes import Colour, duotone, paint
 from loratorio.toybox.elements import BY_NAME, CATEGORIES, ELEMENTS
+from loratorio_lab.toybox import drawing
+from loratorio_lab.toybox.shapes import Colour, duotone, paint
 
 DOLL_COLOURS: dict[str, Colour] = {
     "red": (214, 48, 49),

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lab.bench.backend import Pixels, ToyboxBackend
-from lab.bench.cli import toybox_categories
-from lab.bench.plan import Cell, combinations, sample
-from lab.benchmarks.pool_cost import psnr
 from loratorio.settings import PRESETS
+from loratorio_lab.bench.backend import Pixels, ToyboxBackend
+from loratorio_lab.bench.cli import toybox_categories
+from loratorio_lab.bench.plan import Cell, combinations, sample
+from loratorio_lab.benchmarks.pool_cost import psnr
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lab.train.worlds import World
 from loratorio.errors import LoratorioError
+from loratorio_lab.train.worlds import World
 
 
 @dataclass

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from lab.toybox.models import TOKENS
+from loratorio_lab.toybox.models import TOKENS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lab.toybox.pipeline import load_pipeline
-from lab.toybox.world import Scene, caption, random_scene, with_elements
-from lab.train.common import Average, Optimisers, Run, run_steps, seed_everything
-from lab.train.diffusion import Lesson, encode_domain, encode_scenes, imitation_losses, noise_losses
-from lab.train.worlds import Dolls, World
 from loratorio.toybox.elements import ELEMENTS, Element
+from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.toybox.world import Scene, caption, random_scene, with_elements
+from loratorio_lab.train.common import Average, Optimisers, Run, run_steps, seed_everything
+from loratorio_lab.train.diffusion import Lesson, encode_domain, encode_scenes, imitation_losses, noise_losses
+from loratorio_lab.train.worlds import Dolls, World
 
 RANK = 8
 ALPHA = 8

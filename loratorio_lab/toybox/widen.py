@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lab.toybox.ldm import to_ldm
-from lab.toybox.models import HEADS, LATENT_CHANNELS, UNET_CHANNELS
-from lab.toybox.models import VAE_CHANNELS as SMALL_VAE_CHANNELS
-from lab.toybox.pipeline import load_pipeline
-from lab.toybox.world import words
 from loratorio import toybox
 from loratorio.errors import LoratorioError
+from loratorio_lab.toybox.ldm import to_ldm
+from loratorio_lab.toybox.models import HEADS, LATENT_CHANNELS, UNET_CHANNELS
+from loratorio_lab.toybox.models import VAE_CHANNELS as SMALL_VAE_CHANNELS
+from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.toybox.world import words
 
 UNET_WIDTH, UNET_HEADS = 320, 8
 TEXT_WIDTH, TEXT_HEADS, TEXT_LAYERS = 768, 12, 12

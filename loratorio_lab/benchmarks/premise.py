@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lab.bench.cli import toybox_categories
-from lab.bench.plan import combinations, sample
-from lab.toybox import UNREGULARISED, shapes, world
-from lab.toybox.unlabelled import without_metadata
 from loratorio import toybox
 from loratorio.compose.candidates import CALLED
 from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
 from loratorio.toybox.elements import ELEMENTS
+from loratorio_lab.bench.cli import toybox_categories
+from loratorio_lab.bench.plan import combinations, sample
+from loratorio_lab.toybox import UNREGULARISED, shapes, world
+from loratorio_lab.toybox.unlabelled import without_metadata
 
 STEPS, CFG, SEEDS = 12, 2.0, 2
 EARLY = 3

@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lab.toybox.models import TOKENS
-from lab.train.common import Run, pictures
-from lab.train.worlds import World
+from loratorio_lab.toybox.models import TOKENS
+from loratorio_lab.train.common import Run, pictures
+from loratorio_lab.train.worlds import World
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from lab.toybox.classifier import Classifier, save_classifier
-from lab.train.common import Average, Optimisers, Run, pictures, run_steps, seed_everything
-from lab.train.worlds import World
+from loratorio_lab.toybox.classifier import Classifier, save_classifier
+from loratorio_lab.train.common import Average, Optimisers, Run, pictures, run_steps, seed_everything
+from loratorio_lab.train.worlds import World
 
 POOL = 5000
 REBUILT = 2000

@@ -76,9 +76,9 @@ class ToyboxBackend:
     """The toybox that ships: its world, model and classifier, and its LoRAs or those in another folder."""
 
     def __init__(self, loras: Path | None = None) -> None:
-        from lab.toybox import classifier, shapes, world
         from loratorio import toybox
         from loratorio.standalone.checkpoint import load_checkpoint
+        from loratorio_lab.toybox import classifier, shapes, world
 
         missing = [
             file for file in (toybox.CHECKPOINT, toybox.LORA_DIR, classifier.FILE) if not file.exists()
@@ -120,9 +120,9 @@ class ToyboxBackend:
                 return [self._world.render_beside(*pair) for pair in pairs], 0
             scenes = [self._world.random_scene(rng, *cell.elements) for _ in range(cell.count)]
             return [self._world.render(scene) for scene in scenes], 0
-        from lab.toybox.unlabelled import without_metadata
         from loratorio.settings import KNOB_BY_NAME, Settings
         from loratorio.standalone.generate import Request, generate
+        from loratorio_lab.toybox.unlabelled import without_metadata
 
         settings = Settings(enabled=True).with_values(
             {k: v for k, v in cell.knobs.items() if k in KNOB_BY_NAME}
@@ -195,6 +195,6 @@ def toybox() -> Backend:
 
 def unregularised() -> Backend:
     """The same with the LoRAs that draw their elements whatever the prompt says."""
-    from lab.toybox import UNREGULARISED
+    from loratorio_lab.toybox import UNREGULARISED
 
     return ToyboxBackend(UNREGULARISED)

@@ -14,9 +14,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from lab.toybox.models import new_vae
-from lab.train.common import Average, Optimisers, Run, averaged, pictures, run_steps, seed_everything
-from lab.train.worlds import World
+from loratorio_lab.toybox.models import new_vae
+from loratorio_lab.train.common import (
+    Average,
+    Optimisers,
+    Run,
+    averaged,
+    pictures,
+    run_steps,
+    seed_everything,
+)
+from loratorio_lab.train.worlds import World
 
 LATENT_NOISE = 0.06
 """Spread of the noise on a latent, in units of the latents' own: the decoder must bear a sampler's small errors."""

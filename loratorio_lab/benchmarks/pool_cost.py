@@ -3,7 +3,7 @@
 Where the prompt calls none of the candidates, that is scoring all of them at every step.
 
 loratorio-lab pool-cost                 the toybox; its LoRAs over again at other strengths, up to a pool of 20
-loratorio-lab pool-cost --lora-dir lab/toybox/lora_unregularised       LoRAs that no prompt calls
+loratorio-lab pool-cost --lora-dir loratorio_lab/toybox/lora_unregularised       LoRAs that no prompt calls
 loratorio-lab pool-cost --pool 100 --seeds 1 --no-reference        does a pool of 100 run to the end, and at what cost?
 loratorio-lab pool-cost --checkpoint model --lora-dir folder --prompt "a cat" --size 512
 """
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from lab.bench.backend import RowCount
 from loratorio.compose.candidates import called
 from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
+from loratorio_lab.bench.backend import RowCount
 
 PROMPTS = (
     "zorbo wearing strypo, lunara background",

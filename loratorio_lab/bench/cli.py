@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with the toybox's LoRAs as trained without regularisation, which draw their elements whatever the prompt says",
     )
-    parser.add_argument("--backend", default="lab.bench.backend:toybox", help=argparse.SUPPRESS)
+    parser.add_argument("--backend", default="loratorio_lab.bench.backend:toybox", help=argparse.SUPPRESS)
     parser.add_argument(
         "--webui",
         metavar="URL",
@@ -151,7 +151,7 @@ def bench(options: argparse.Namespace) -> None:
     check(options)
     grid = the_grid(options)
     if options.unregularised:
-        options.backend = "lab.bench.backend:unregularised"
+        options.backend = "loratorio_lab.bench.backend:unregularised"
     store = Store(options.out / ("unregularised" if options.unregularised else "cells"))
     if not options.report_only:
         minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
