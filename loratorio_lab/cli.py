@@ -15,7 +15,7 @@ COMMANDS = {
     "pool-cost": ("loratorio_lab.benchmarks.pool_cost", "what a pool costs and what it changes"),
     "premise": ("loratorio_lab.benchmarks.premise", "does divergence tell the LoRAs that a prompt asks for?"),
     "train": ("loratorio_lab.train.train", "train the toybox, or a part of it"),
-    "check": ("loratorio_lab.toybox.check", "does each LoRA of the toybox draw what it was trained on?"),
+    "check": ("loratorio_lab.train.check", "does each LoRA of the toybox draw what it was trained on?"),
     "widen": ("loratorio_lab.toybox.widen", "the toybox in the widths of Stable Diffusion 1.5"),
     "knob-table": ("loratorio_lab.knob_table", "write README's table of knobs anew"),
 }

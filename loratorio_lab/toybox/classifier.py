@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratorio import toybox
@@ -32,10 +34,14 @@ Pictures = Tensor | np.ndarray | Sequence[Image.Image]
 
 
 class Classifier(nn.Module):
-    """Presence of each element, judged apart. forward: (B, 3, 64, 64) in [-1, 1] to logits (B, elements)."""
+    """Presence of each name, judged apart. forward: (B, 3, H, W) in [-1, 1] to logits (B, names).
 
-    def __init__(self) -> None:
+    pixels: height of the pictures that it is trained on.
+    """
+
+    def __init__(self, names: Sequence[str] = NAMES, pixels: int = PIXELS) -> None:
         super().__init__()
+        self.names, self.pixels = tuple(names), pixels
         sizes = (3, 32, 64, 96, WIDTH)
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
@@ -46,7 +52,7 @@ class Classifier(nn.Module):
             ]
         layers += [nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(8, WIDTH), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(WIDTH, len(NAMES))
+        self.head = nn.Linear(WIDTH, len(self.names))
 
     def features(self, images: Tensor) -> Tensor:
         """(B, WIDTH): mean and peak of each channel over the picture, averaged."""
@@ -60,27 +66,38 @@ class Classifier(nn.Module):
 
 
 def load_classifier(file: Path = FILE) -> Classifier:
-    model = Classifier()
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata() or {}
+    model = Classifier(json.loads(about["names"]), int(about["pixels"])) if about else Classifier()
     model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
     return model.eval().requires_grad_(False)
 
 
-def as_tensor(pictures: Pictures) -> Tensor:
-    """(B, 3, 64, 64) in [-1, 1] from PIL pictures, uint8 (B, H, W, 3) or a tensor that is one already. Other sizes are resized."""
+def save_classifier(model: Classifier, file: Path) -> None:
+    """Write it in half precision, with its names."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}
+    save_file(weights, file, metadata={"names": json.dumps(model.names), "pixels": str(model.pixels)})
+
+
+def as_tensor(pictures: Pictures, pixels: int = PIXELS) -> Tensor:
+    """(B, 3, pixels, W) in [-1, 1] from PIL pictures, uint8 (B, H, W, 3) or a tensor that is one already. Other sizes are resized."""
     if isinstance(pictures, Tensor):
         return pictures.float()
     array = np.stack([np.asarray(p.convert("RGB") if isinstance(p, Image.Image) else p) for p in pictures])
     images = torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
-    if images.shape[-2:] != (PIXELS, PIXELS):
-        images = nn.functional.interpolate(images, (PIXELS, PIXELS), mode="area")
+    height, width = images.shape[-2:]
+    if height != pixels:
+        images = nn.functional.interpolate(images, (pixels, round(width * pixels / height)), mode="area")
     return images
 
 
 @torch.no_grad()
 def probabilities(pictures: Pictures, model: Classifier | None = None) -> list[dict[str, float]]:
     """For each picture, how sure the classifier is of each element, in [0, 1]."""
-    found = (model or load_classifier())(as_tensor(pictures)).sigmoid()
-    return [dict(zip(NAMES, (float(p) for p in row), strict=True)) for row in found]
+    model = model or load_classifier()
+    found = model(as_tensor(pictures, model.pixels)).sigmoid()
+    return [dict(zip(model.names, (float(p) for p in row), strict=True)) for row in found]
 
 
 def classify(
@@ -93,5 +110,6 @@ def classify(
 @torch.no_grad()
 def features(pictures: Pictures, model: Classifier | None = None) -> np.ndarray:
     """(B, WIDTH) float32, for a Fréchet distance between sets of pictures."""
-    found: np.ndarray = (model or load_classifier()).features(as_tensor(pictures)).numpy()
+    model = model or load_classifier()
+    found: np.ndarray = model.features(as_tensor(pictures, model.pixels)).numpy()
     return found

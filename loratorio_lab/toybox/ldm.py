@@ -12,9 +12,9 @@ from torch import Tensor
 
 from loratorio.standalone.ldm_names import ALONE, IN_RESNET
 from loratorio_lab.toybox.models import (
+    FACTOR,
     HEADS,
     LATENT_CHANNELS,
-    LATENT_SIZE,
     TEXT_WIDTH,
     TOKENS,
     UNET_CHANNELS,
@@ -91,8 +91,8 @@ def to_ldm(
     return made
 
 
-def save_checkpoint(weights: dict[str, Tensor], scale: float, file: Path) -> None:
-    """Write the .safetensors and, beside it, the .yaml."""
+def save_checkpoint(weights: dict[str, Tensor], scale: float, pixels: int, file: Path) -> None:
+    """Write the .safetensors and, beside it, the .yaml. pixels: height and width that it is for."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         weights,
@@ -103,12 +103,12 @@ def save_checkpoint(weights: dict[str, Tensor], scale: float, file: Path) -> Non
             "modelspec.title": "toybox",
         },
     )
-    file.with_suffix(".yaml").write_text(config_yaml(scale))
+    file.with_suffix(".yaml").write_text(config_yaml(scale, pixels))
 
 
-def config_yaml(scale: float) -> str:
+def config_yaml(scale: float, pixels: int) -> str:
     """LDM's inference configuration (v1-inference.yaml) with the toybox's sizes."""
-    base = UNET_CHANNELS[0]
+    base, latent_size = UNET_CHANNELS[0], pixels // FACTOR
     mults = [c // base for c in UNET_CHANNELS]
     vae_mults = [c // VAE_CHANNELS[0] for c in VAE_CHANNELS]
     return f"""# The toybox: Stable Diffusion 1's layout in small. `{TEXT_NAME}` is a folder: put it where the program is started.
@@ -123,7 +123,7 @@ model:
     timesteps: 1000
     first_stage_key: "jpg"
     cond_stage_key: "txt"
-    image_size: {LATENT_SIZE}
+    image_size: {latent_size}
     channels: {LATENT_CHANNELS}
     cond_stage_trainable: false
     conditioning_key: crossattn
@@ -134,7 +134,7 @@ model:
     unet_config:
       target: ldm.modules.diffusionmodules.openaimodel.UNetModel
       params:
-        image_size: {LATENT_SIZE}
+        image_size: {latent_size}
         in_channels: {LATENT_CHANNELS}
         out_channels: {LATENT_CHANNELS}
         model_channels: {base}
@@ -156,7 +156,7 @@ model:
         ddconfig:
           double_z: true
           z_channels: {LATENT_CHANNELS}
-          resolution: {LATENT_SIZE * 8}
+          resolution: {pixels}
           in_channels: 3
           out_ch: 3
           ch: {VAE_CHANNELS[0]}

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 LATENT_CHANNELS = 4
-LATENT_SIZE = 8
-"""Height and width of a latent: 64 px / 8."""
+FACTOR = 8
+"""Pixels of a picture per one of its latent's, in each direction."""
 
 VAE_CHANNELS = (64, 64, 64, 64)
 UNET_CHANNELS = (64, 128)
@@ -33,7 +33,6 @@ def new_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=32,
-        sample_size=64,
     )
     for conv in (vae.quant_conv, vae.post_quant_conv):
         nn.init.zeros_(conv.weight)
@@ -46,7 +45,6 @@ def new_vae() -> AutoencoderKL:
 
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         layers_per_block=2,

@@ -90,10 +90,13 @@ def paint(shapes: Sequence[Shape], ink: bool = False) -> np.ndarray:
     return np.asarray(picture.reduce(OVERSAMPLE))
 
 
-def duotone(picture: np.ndarray) -> np.ndarray:
-    """Map luminance onto a ramp from deep purple over glowing orange to pale yellow. (H, W, 3) uint8 in and out."""
+def duotone(
+    picture: np.ndarray,
+    stops: Sequence[float] = (0.0, 110.0, 190.0, 255.0),
+    ramp: Sequence[Colour] = ((48, 8, 72), (196, 44, 60), (255, 140, 30), (255, 226, 140)),
+) -> np.ndarray:
+    """Map luminance onto a ramp of colours, by default from deep purple over glowing orange to pale yellow. (H, W, 3) uint8 in and out."""
     grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    stops = np.array([0.0, 110.0, 190.0, 255.0])
-    ramp = np.array([(48, 8, 72), (196, 44, 60), (255, 140, 30), (255, 226, 140)], np.float32)
-    channels = [np.interp(grey, stops, ramp[:, c]) for c in range(3)]
+    colours = np.array(ramp, np.float32)
+    channels = [np.interp(grey, stops, colours[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).astype(np.uint8)

@@ -7,18 +7,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from loratorio.toybox.elements import ELEMENTS
 from loratorio_lab.toybox.models import TOKENS
-from loratorio_lab.toybox.world import DOLL_COLOURS, PLAIN_COLOURS, PROPS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-STRUCTURE = ("a", "doll", "in", "on", "the", "left", "right", "wearing", "background", "style")
-
-
-def words() -> list[str]:
-    """Every word that a caption can hold, once, in a fixed order."""
-    every = [*STRUCTURE, *DOLL_COLOURS, *PLAIN_COLOURS, *PROPS, *(element.trigger for element in ELEMENTS)]
-    return list(dict.fromkeys(every))
 
 
 def byte_symbols() -> list[str]:
@@ -49,10 +40,10 @@ def merges_for(vocabulary: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(folder: Path) -> tuple[int, int, int]:
-    """Write the files a CLIPTokenizer is loaded from. Returns vocabulary size, start id, end id."""
+def write_tokenizer(folder: Path, words: list[str]) -> tuple[int, int, int]:
+    """Write the files a CLIPTokenizer is loaded from, with a token for each of the words. Returns vocabulary size, start id, end id."""
     folder.mkdir(parents=True, exist_ok=True)
-    merges = merges_for(words())
+    merges = merges_for(words)
     symbols = byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}

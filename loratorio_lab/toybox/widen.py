@@ -32,7 +32,7 @@ from loratorio_lab.toybox.ldm import to_ldm
 from loratorio_lab.toybox.models import HEADS, LATENT_CHANNELS, UNET_CHANNELS
 from loratorio_lab.toybox.models import VAE_CHANNELS as SMALL_VAE_CHANNELS
 from loratorio_lab.toybox.pipeline import load_pipeline
-from loratorio_lab.toybox.tokens import words
+from loratorio_lab.toybox.world import words
 
 UNET_WIDTH, UNET_HEADS = 320, 8
 TEXT_WIDTH, TEXT_HEADS, TEXT_LAYERS = 768, 12, 12

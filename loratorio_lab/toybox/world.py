@@ -30,6 +30,7 @@ PLAIN_COLOURS: dict[str, Colour] = {
     "mint": (160, 228, 180),
 }
 PROPS = ("ball", "box")
+STRUCTURE = ("a", "doll", "in", "on", "the", "left", "right", "wearing", "background", "style")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ def caption(scene: Scene) -> str:
     if scene.style:
         parts.append(f"{word[scene.style]} style")
     return ", ".join(parts)
+
+
+def words() -> list[str]:
+    """Every word that a caption can hold, once, in a fixed order."""
+    every = [*STRUCTURE, *DOLL_COLOURS, *PLAIN_COLOURS, *PROPS, *(element.trigger for element in ELEMENTS)]
+    return list(dict.fromkeys(every))
 
 
 def render(scene: Scene) -> np.ndarray:

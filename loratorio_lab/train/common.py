@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loratorio_lab.toybox.world import Scene, random_elements, random_scene, render
+from loratorio.errors import LoratorioError
+from loratorio_lab.train.worlds import World
 
 
 @dataclass
 class Run:
-    """How long to train, where, and where to keep the state. Stops at `minutes` or `steps`, whichever comes first."""
+    """How long to train, where, and where to keep the state. Stops at `minutes` or `steps`, whichever comes first.
+
+    kept: folder of weights that `keep` wrote, from which a run that has no state goes on.
+    """
 
     part: str
     work: Path
@@ -32,11 +40,15 @@ class Run:
     steps: float = math.inf
     seed: int = 0
     batch: int = 16
+    bf16: bool = False
+    kept: Path | None = None
     spent: float = 0.0
+    cpu: float = 0.0
     step: int = 0
+    loss: float = math.nan
 
     def __post_init__(self) -> None:
-        self._since = time.monotonic()
+        self._start_clock()
         self.work.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
 
@@ -44,13 +56,19 @@ class Run:
     def state_file(self) -> Path:
         return self.work / f"{self.part}.pt"
 
-    def tick(self) -> float:
-        """Count one step and the time since the last; return progress in [0, 1]."""
-        now = time.monotonic()
-        self.spent += now - self._since
-        self._since = now
+    def lower_precision(self) -> torch.autocast:
+        """Forward in bfloat16 if the run says so: nearly twice as fast for the autoencoder where the processor has it."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+    def _start_clock(self) -> None:
+        self._since, self._cpu_since = time.monotonic(), time.process_time()
+
+    def tick(self) -> None:
+        """Count one step, the time and the processor's time since the last."""
+        self.spent += time.monotonic() - self._since
+        self.cpu += time.process_time() - self._cpu_since
+        self._start_clock()
         self.step += 1
-        return self.progress
 
     @property
     def progress(self) -> float:
@@ -65,7 +83,7 @@ class Run:
 
     def announce(self, model: nn.Module) -> None:
         """Say what begins, and start the clock: preparing the pictures doesn't count."""
-        self._since = time.monotonic()
+        self._start_clock()
         count = sum(p.numel() for p in model.parameters())
         where = (
             torch.cuda.get_device_name()
@@ -80,19 +98,61 @@ class Run:
         """Keep the state so that a killed run goes on where it was. The file is replaced in one move."""
         state = {name: p.state_dict() if hasattr(p, "state_dict") else p for name, p in parts.items()}
         temporary = self.state_file.with_suffix(".tmp")
-        torch.save({"step": self.step, "spent": self.spent, **state}, temporary)
+        numbers = {"step": self.step, "spent": self.spent, "cpu": self.cpu, "loss": self.loss}
+        torch.save({**numbers, **state}, temporary)
         os.replace(temporary, self.state_file)
 
     def resume(self, **parts: Any) -> bool:
-        """Load the state of an earlier run of this part, if there is one."""
-        if not self.state_file.exists():
+        """Load the state of an earlier run of this part, or its kept weights, if there are any."""
+        if self.state_file.exists():
+            state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self._count(state)
+        elif self.kept is not None and (self.kept / f"{self.part}.safetensors").exists():
+            # The optimiser begins anew.
+            weights, numbers = averaged(self.part, self.work, self.kept)
+            for name, part in parts.items():
+                if name == "average" or isinstance(part, nn.Module):
+                    part.load_state_dict(weights)
+            self._count(numbers)
+        else:
             return False
-        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        self.step, self.spent = state["step"], state["spent"]
-        self._since = time.monotonic()
         return True
+
+    def _count(self, numbers: Mapping[str, Any]) -> None:
+        self.step, self.spent = int(numbers["step"]), numbers["spent"]
+        self.cpu, self.loss = numbers["cpu"], numbers["loss"]
+        self._start_clock()
+
+
+def is_trained(part: str, work: Path, kept: Path | None) -> bool:
+    """Whether `averaged` finds this part."""
+    return (work / f"{part}.pt").exists() or (kept is not None and (kept / f"{part}.safetensors").exists())
+
+
+def averaged(part: str, work: Path, kept: Path | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A part's averaged weights, from its state in `work` or else from those kept, and the numbers with them (step, loss, scale)."""
+    state_file = work / f"{part}.pt"
+    if state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        return state["average"], {name: n for name, n in state.items() if isinstance(n, int | float)}
+    file = (kept or work) / f"{part}.safetensors"
+    if not file.exists():
+        raise LoratorioError(f"{part} has not been trained: there is neither {state_file} nor {file}.")
+    with safe_open(file, "pt") as opened:
+        numbers = {name: float(n) for name, n in json.loads(opened.metadata()["numbers"]).items()}
+    return {name: value.float() for name, value in load_file(file).items()}, numbers
+
+
+def keep(part: str, work: Path, kept: Path) -> Path:
+    """Write a part's averaged weights into `kept`, in half precision: small enough for a repository. Returns the file."""
+    weights, numbers = averaged(part, work, None)
+    file = kept / f"{part}.safetensors"
+    kept.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.half().contiguous() for name, value in weights.items()}
+    save_file(halves, file, metadata={"numbers": json.dumps(numbers)})
+    return file
 
 
 def cpu_name() -> str:
@@ -184,15 +244,18 @@ class Optimisers:
             optimiser.load_state_dict(state[str(i)])
 
 
-class Average:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Average(Generic[Model]):
     """An exponential moving average of a model's weights, shorter at the start."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.998) -> None:
+    def __init__(self, model: Model, decay: float = 0.998) -> None:
         self.model = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: Model, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         for mean, p in zip(self.model.parameters(), model.parameters(), strict=True):
             mean.lerp_(p, 1 - decay)
@@ -204,13 +267,44 @@ class Average:
         self.model.load_state_dict(state)
 
 
-def any_scene(rng: random.Random) -> Scene:
-    """A scene of the whole world: a quarter of the base domain, the rest with one to five elements."""
-    count = rng.choices((0, 1, 2, 3, 4, 5), (5, 8, 3, 2, 1, 1))[0]
-    return random_scene(rng, *random_elements(rng, count))
+def run_steps(
+    run: Run,
+    model: nn.Module,
+    average: Average[Any],
+    optimisers: Optimisers,
+    losses_of: Callable[[], Mapping[str, Tensor]],
+    every: int = 50,
+    **numbers: float,
+) -> None:
+    """Train to the run's end; say the mean losses and keep the state after `every` steps and at the end.
+
+    losses_of: the losses of a new batch, by name; `loss` is the one to go down.
+    numbers: what is kept with the state.
+    """
+    run.announce(model)
+    totals: Counter[str] = Counter()
+    begun = run.step
+    while (progress := run.progress) < 1:
+        losses = losses_of()
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        optimisers.step(learning_rate(progress))
+        average.update(model, run.step)
+        run.tick()
+        totals.update({name: loss.item() for name, loss in losses.items()})
+        if run.step % every == 0 or run.progress >= 1:
+            means = {name: total / (run.step - begun) for name, total in totals.items()}
+            run.loss = means["loss"]
+            said = " ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+            each = run.cpu / (run.step * run.batch)
+            run.say(
+                f"step {run.step} {said} minutes {run.spent / 60:.1f}, CPU seconds per picture {each:.3f}"
+            )
+            run.save(model=model, average=average, optimisers=optimisers, **numbers)
+            totals.clear()
+            begun = run.step
 
 
-def pictures(scenes: Iterable[Scene]) -> Tensor:
-    """Rendered scenes as (B, 3, 64, 64) float32 in [-1, 1]."""
-    stack = np.stack([render(scene) for scene in scenes])
+def pictures(world: World, scenes: Iterable[Any]) -> Tensor:
+    """Rendered scenes of one size as (B, 3, H, W) float32 in [-1, 1]."""
+    stack = np.stack([world.render(scene) for scene in scenes])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)

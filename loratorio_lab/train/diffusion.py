@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from loratorio_lab.toybox.models import TOKENS
-from loratorio_lab.toybox.world import Scene, caption
-from loratorio_lab.train.common import Average, Optimisers, Run, learning_rate, pictures
+from loratorio_lab.train.common import Run, pictures
+from loratorio_lab.train.worlds import World
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
@@ -28,7 +29,7 @@ def new_schedule() -> DDPMScheduler:
 
 @dataclass
 class Data:
-    """Latents (N, 4, h, w), already scaled to unit spread, and their captions."""
+    """Latents of one size (N, 4, h, w), already scaled to unit spread, and their captions."""
 
     latents: Tensor
     captions: list[str]
@@ -38,17 +39,36 @@ class Data:
 def encode_scenes(
     vae: AutoencoderKL,
     scale: float,
-    scenes: Sequence[Scene],
+    world: World,
+    scenes: Sequence[Any],
     chunk: int = 64,
     captions: Sequence[str] | None = None,
 ) -> Data:
-    """Render and encode scenes once, so that training never touches the autoencoder again. Without captions, the scenes' own."""
+    """Render and encode scenes of one size once, so that training never touches the autoencoder again.
+
+    Without captions, the scenes' own.
+    """
     device = next(vae.parameters()).device
     parts = []
     for i in range(0, len(scenes), chunk):
-        images = pictures(scenes[i : i + chunk]).to(device)
+        images = pictures(world, scenes[i : i + chunk]).to(device)
         parts.append(vae.encode(images).latent_dist.mean * scale)
-    return Data(torch.cat(parts), list(captions or map(caption, scenes)))
+    return Data(torch.cat(parts), list(captions or map(world.caption, scenes)))
+
+
+def encode_domain(
+    vae: AutoencoderKL, scale: float, world: World, rng: random.Random, count: int, *names: str
+) -> list[Data]:
+    """`count` random scenes with the named elements in the widths of the world, one `Data` for each width."""
+    return [
+        encode_scenes(
+            vae,
+            scale,
+            world,
+            [world.random_scene(rng, *names, width=width) for _ in range(round(share * count))],
+        )
+        for width, share in zip(world.widths, world.shares, strict=True)
+    ]
 
 
 def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
@@ -109,7 +129,7 @@ def noise_loss(
     """Squared error of the predicted noise, weighted by `snr_weight`."""
     noise, times = torch.randn_like(latents), random_times(latents)
     made = unet(schedule.add_noise(latents, noise, times), times, conditioning).sample
-    error = (made - noise).square().mean(dim=(1, 2, 3))
+    error = (made.float() - noise).square().mean(dim=(1, 2, 3))
     loss: Tensor = (snr_weight(schedule, times) * error).mean()
     return loss
 
@@ -151,53 +171,41 @@ def imitation_loss(
     return loss
 
 
-def train(
+def noise_losses(
     run: Run,
     model: nn.ModuleDict,
-    average: Average,
-    optimisers: Optimisers,
-    data: Data,
+    kinds: Sequence[Sequence[Data]],
     tokenizer: CLIPTokenizer,
     rng: random.Random,
-) -> Iterator[float]:
-    """Train `unet` and `text` of `model` to the run's end, and give each step's loss."""
+) -> Callable[[], dict[str, Tensor]]:
+    """What `run_steps` trains `unet` and `text` of `model` with: kinds of pictures that have equal parts of each batch.
+
+    kinds: of each, one `Data` for each width; a batch has one width.
+    """
+    schedule = new_schedule()
+    shares = [len(data.captions) for data in kinds[0]]
+
+    def losses() -> dict[str, Tensor]:
+        width = rng.choices(range(len(shares)), shares)[0]
+        parts = [batch_of(kind[width], rng, run.batch // len(kinds)) for kind in kinds]
+        latents = torch.cat([part for part, _ in parts]).to(run.device)
+        ids = tokenise(tokenizer, [text for _, texts in parts for text in texts]).to(run.device)
+        with run.lower_precision():
+            conditioning = encode_text(model["text"], ids)  # type: ignore[arg-type]
+            return {"loss": noise_loss(model["unet"], schedule, latents, conditioning)}  # type: ignore[arg-type]
+
+    return losses
+
+
+def imitation_losses(
+    run: Run, model: nn.ModuleDict, lessons: Sequence[Lesson], tokenizer: CLIPTokenizer, rng: random.Random
+) -> Callable[[], dict[str, Tensor]]:
+    """As `noise_losses`, from lessons that have equal parts of each batch."""
     schedule = new_schedule()
 
-    def loss() -> Tensor:
-        latents, texts = batch_of(data, rng, run.batch)
-        conditioning = encode_text(model["text"], tokenise(tokenizer, texts).to(run.device))  # type: ignore[arg-type]
-        return noise_loss(model["unet"], schedule, latents, conditioning)  # type: ignore[arg-type]
-
-    yield from _steps(run, model, average, optimisers, loss)
-
-
-def imitate(
-    run: Run,
-    model: nn.ModuleDict,
-    average: Average,
-    optimisers: Optimisers,
-    lessons: Sequence[Lesson],
-    tokenizer: CLIPTokenizer,
-    rng: random.Random,
-) -> Iterator[float]:
-    """As `train`, from lessons that have equal parts of each batch."""
-    schedule = new_schedule()
-
-    def loss() -> Tensor:
+    def losses() -> dict[str, Tensor]:
         size = run.batch // len(lessons)
         parts = [imitation_loss(model, lesson, schedule, tokenizer, rng, size) for lesson in lessons]
-        return torch.stack(parts).sum()
+        return {"loss": torch.stack(parts).sum()}
 
-    yield from _steps(run, model, average, optimisers, loss)
-
-
-def _steps(
-    run: Run, model: nn.ModuleDict, average: Average, optimisers: Optimisers, loss_of: Callable[[], Tensor]
-) -> Iterator[float]:
-    while (progress := run.progress) < 1:
-        loss = loss_of()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimisers.step(learning_rate(progress))
-        average.update(model, run.step)
-        run.tick()
-        yield loss.item()
+    return losses

@@ -23,12 +23,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from loratorio.toybox.elements import ELEMENTS, Element
 from loratorio_lab.toybox.pipeline import load_pipeline
 from loratorio_lab.toybox.world import Scene, caption, random_scene, with_elements
-from loratorio_lab.train.common import Average, Optimisers, Run, seed_everything
-from loratorio_lab.train.diffusion import Lesson, encode_scenes, imitate, train
+from loratorio_lab.train.common import Average, Optimisers, Run, run_steps, seed_everything
+from loratorio_lab.train.diffusion import Lesson, encode_domain, encode_scenes, imitation_losses, noise_losses
+from loratorio_lab.train.worlds import Dolls, World
 
 RANK = 8
 ALPHA = 8
 SCENES = 500
+"""Scenes of a doll's lesson."""
 WORDS_BESIDE = ((0, 1, 2, 3), (3, 2, 2, 1))
 """How many of the other elements a regularised LoRA's captions name, and how often: none in three of eight captions."""
 SHOWN_BESIDE = ((0, 1, 2), (4, 1, 1))
@@ -69,7 +71,7 @@ def kohya(model: nn.Module, prefix: str) -> dict[str, Tensor]:
     return made
 
 
-def metadata(run: Run, element: Element, example: str) -> dict[str, str]:
+def metadata(run: Run, element: Element, count: int, example: str) -> dict[str, str]:
     """What kohya's trainer writes, and the trigger word where WebUIs look for it."""
     return {
         "ss_network_module": "networks.lora",
@@ -82,8 +84,8 @@ def metadata(run: Run, element: Element, example: str) -> dict[str, str]:
         "ss_steps": str(run.step),
         "ss_seed": str(run.seed),
         "ss_caption_dropout_rate": "0.1",
-        "ss_num_train_images": str(SCENES),
-        "ss_tag_frequency": json.dumps({element.category: {element.trigger: SCENES}}),
+        "ss_num_train_images": str(count),
+        "ss_tag_frequency": json.dumps({element.category: {element.trigger: count}}),
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.title": element.name,
         "modelspec.trigger_phrase": element.trigger,
@@ -134,8 +136,8 @@ def lessons(
     vae, scale, unet, text, _ = parts
     scenes = [random_scene(rng, element.name) for _ in range(SCENES)]
     known = [random_scene(rng, *others(rng, element, SHOWN_BESIDE)) for _ in range(2 * SCENES)]
-    shown = encode_scenes(vae, scale, scenes, captions=named_beside(rng, element, scenes))
-    prior = encode_scenes(vae, scale, known, captions=named_beside(rng, element, known))
+    shown = encode_scenes(vae, scale, Dolls(), scenes, captions=named_beside(rng, element, scenes))
+    prior = encode_scenes(vae, scale, Dolls(), known, captions=named_beside(rng, element, known))
     merged = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
     merged.load_lora_weights(str(unregularised), weight_name=f"{element.name}.safetensors")
     merged.fuse_lora()
@@ -160,42 +162,49 @@ def lessons(
 def train_lora(
     run: Run,
     lr: float,
+    world: World,
     element: Element,
     parts: Parts,
     out: Path,
+    regularised: bool,
     taught_by: tuple[Path, Path] | None = None,
 ) -> None:
     """Train one element's LoRA into fresh copies of the base, and write its file into `out`.
 
-    taught_by: the base's folder and that of the unregularised LoRAs, to train a regularised one from them (`lessons`).
+    regularised: half of each batch are pictures of the base's domain without the element, as with kohya's regularisation pictures.
+    taught_by: the base's folder and that of the unregularised LoRAs, to teach a regularised doll's LoRA from them instead (`lessons`).
     """
     vae, scale, unet, text, tokenizer = parts
     seed_everything(run.seed)
     rng = random.Random(run.seed)
-    taught = None if taught_by is None else lessons(element, rng, parts, *taught_by, run.device)
-    scenes = [random_scene(rng, element.name) for _ in range(SCENES)]
+    own = encode_domain(vae, scale, world, rng, world.own_pictures, element.name)
     inject(unet, UNET_TARGETS)
     inject(text, TEXT_TARGETS)
     model = nn.ModuleDict({"unet": unet, "text": text})
     average = Average(model, 0.98)
     optimisers = Optimisers([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr, muon=False)
-    run.announce(model)
-    if taught is None:
-        losses = train(run, model, average, optimisers, encode_scenes(vae, scale, scenes), tokenizer, rng)
+    run.resume(model=model, average=average, optimisers=optimisers)
+    if taught_by is not None:
+        taught = lessons(element, rng, parts, *taught_by, run.device)
+        losses = imitation_losses(run, model, taught, tokenizer, rng)
     else:
-        losses = imitate(run, model, average, optimisers, taught, tokenizer, rng)
-    total = 0.0
-    for loss in losses:
-        total = 0.95 * total + 0.05 * loss if run.step > 1 else loss
+        kinds = [own]
+        if regularised:
+            kinds.append(encode_domain(vae, scale, world, rng, world.own_pictures))
+        losses = noise_losses(run, model, kinds, tokenizer, rng)
+    run_steps(run, model, average, optimisers, losses, every=100)
     spent = f"{run.step} steps of {run.batch}, seed {run.seed}, minutes {run.spent / 60:.2f}"
-    kind = "" if taught is None else "regularised, "
-    run.say(f"{element.name} ({element.trigger}): {kind}{spent}, loss {total:.4f}")
+    kind = "regularised, " if regularised else ""
+    run.say(f"{element.name} ({element.trigger}): {kind}{spent}, loss {run.loss:.4f}")
     weights = {
         **kohya(average.model.get_submodule("unet"), "lora_unet"),
         **kohya(average.model.get_submodule("text"), "lora_te"),
     }
     text_names = {k.replace("lora_te_encoder", "lora_te_text_model_encoder"): v for k, v in weights.items()}
     out.mkdir(parents=True, exist_ok=True)
+    captions = [caption for data in own for caption in data.captions]
     save_file(
-        text_names, out / f"{element.name}.safetensors", metadata=metadata(run, element, caption(scenes[0]))
+        text_names,
+        out / f"{element.name}.safetensors",
+        metadata=metadata(run, element, len(captions), captions[0]),
     )

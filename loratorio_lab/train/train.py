@@ -1,7 +1,8 @@
 """`loratorio-lab train PART`: train a part of the toybox, or all of it, and write the files that ship.
 
 A killed run goes on where it was when the same command is given again; `--work` holds the state. Order: vae (coarse, then fine),
-classifier, base, export, unregularised, loras.
+classifier, base, export, unregularised, loras. `keep` writes what of vae, classifier and base is trained as small files into `--kept`,
+from which a run goes on whose state is lost; `look` draws what autoencoder and base make, to judge by eye.
 """
 
 from __future__ import annotations
@@ -15,31 +16,46 @@ from pathlib import Path
 import torch
 
 from loratorio import toybox
-from loratorio.toybox.elements import BY_NAME, ELEMENTS
+from loratorio.errors import LoratorioError
 from loratorio_lab.toybox import UNREGULARISED
 from loratorio_lab.toybox.classifier import classifier_file
 from loratorio_lab.toybox.pipeline import load_pipeline
 from loratorio_lab.train.base import load_vae, train_base
 from loratorio_lab.train.classifier import train_classifier
-from loratorio_lab.train.common import Run
+from loratorio_lab.train.common import Run, is_trained, keep
 from loratorio_lab.train.export import export_checkpoint
+from loratorio_lab.train.look import look
 from loratorio_lab.train.loras import train_lora
 from loratorio_lab.train.vae import train_vae
+from loratorio_lab.train.worlds import World, add_world, open_world
 
 # steps, batch, learning rate: what the shipped files were trained with (docs/TOYBOX.md says where it differed).
-PLAN = {
-    "vae_coarse": (650, 8, 4e-3),
-    "vae_fine": (900, 8, 3e-3),
-    "classifier": (1000, 32, 2e-3),
-    "base": (1200, 32, 2e-3),
-    "unregularised": (420, 16, 2e-3),
-    "loras": (1200, 16, 2e-3),
+PLANS: dict[str, dict[str, tuple[int, int, float]]] = {
+    "toybox": {
+        "vae_coarse": (650, 8, 4e-3),
+        "vae_fine": (900, 8, 3e-3),
+        "classifier": (1000, 32, 2e-3),
+        "base": (1200, 32, 2e-3),
+        "unregularised": (420, 16, 2e-3),
+        "loras": (1200, 16, 2e-3),
+    },
+    "book": {
+        "vae_coarse": (3000, 8, 4e-3),
+        "vae_fine": (5000, 8, 3e-3),
+        "classifier": (6000, 32, 2e-3),
+        "base": (12000, 32, 2e-3),
+        "unregularised": (1200, 16, 1e-3),
+        "loras": (1200, 16, 1e-3),
+    },
 }
+KEPT = Path(__file__).parents[1] / "book" / "kept"
+"""Where the book's weights are kept that are not finished."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="loratorio-lab train", description=__doc__)
-    parser.add_argument("part", choices=[*PLAN, "vae", "export", "all"])
+    parser.add_argument("part", choices=[*PLANS["toybox"], "vae", "export", "keep", "look", "all"])
+    add_world(parser)
     parser.add_argument("--work", type=Path, default=Path(".toybox"), help="folder of the training state")
     parser.add_argument("--out", type=Path, default=toybox.FOLDER, help="folder of the trained files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -50,25 +66,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--bf16", action="store_true", help="forward in bfloat16, where the processor is faster so"
+    )
+    parser.add_argument(
         "--unregularised",
         type=Path,
         default=UNREGULARISED,
         help="folder of the LoRAs trained without regularisation, from which those that ship are taught",
     )
-    parser.add_argument(
-        "--only", nargs="*", choices=list(BY_NAME), help="for unregularised and loras: these elements"
-    )
-    return parser.parse_args(arguments)
+    parser.add_argument("--only", nargs="*", help="for unregularised and loras: these elements")
+    parser.add_argument("--kept", type=Path, help=f"folder of kept weights; for the book {KEPT}")
+    options = parser.parse_args(arguments)
+    if options.world == "book" and options.kept is None:
+        options.kept = KEPT
+    return options
 
 
-def new_run(options: argparse.Namespace, part: str, seed: int = 0) -> tuple[Run, float]:
-    """The run of a part and its learning rate: the plan's values, or those asked for."""
+def new_run(options: argparse.Namespace, part: str, seed: int = 0, element: str = "") -> tuple[Run, float]:
+    """The run of a part, or of one element's LoRA, and its learning rate: the plan's values, or those asked for."""
     steps: float
-    steps, batch, rate = PLAN[part]
+    steps, batch, rate = PLANS[options.world][part]
     if options.minutes is not None:
         steps = math.inf
     run = Run(
-        part,
+        f"{part}_{element}" if element else part,
         options.work,
         options.out / "model" / "train.log",
         options.device,
@@ -76,66 +97,77 @@ def new_run(options: argparse.Namespace, part: str, seed: int = 0) -> tuple[Run,
         options.steps or steps,
         options.seed + seed,
         options.batch or batch,
+        options.bf16,
+        options.kept,
     )
     return run, options.rate or rate
 
 
-def best_vae(options: argparse.Namespace) -> str:
-    """The finest state there is. Its encoder is the coarse one's."""
-    return "vae_fine" if (options.work / "vae_fine.pt").exists() else "vae_coarse"
-
-
-def do_vae(options: argparse.Namespace, part: str) -> None:
-    run, rate = new_run(options, part)
-    train_vae(run, rate, fine=part == "vae_fine")
-
-
-def do_classifier(options: argparse.Namespace) -> None:
-    run, rate = new_run(options, "classifier")
-    vae = load_vae(options.work, best_vae(options), options.device)
-    train_classifier(run, rate, vae, classifier_file(options.out))
-
-
-def do_base(options: argparse.Namespace) -> None:
-    run, rate = new_run(options, "base")
-    train_base(run, rate, options.out / "model" / "toybox_text")
-
-
-def do_loras(options: argparse.Namespace, part: str) -> None:
+def do_loras(options: argparse.Namespace, world: World, part: str) -> None:
     model = options.out / "model"
     pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
     vae = pipeline.vae.to(options.device).eval().requires_grad_(False)
     unet, text = pipeline.unet.to(options.device), pipeline.text_encoder.to(options.device)
-    for i, element in enumerate(ELEMENTS):
+    unknown = set(options.only or ()) - {element.name for element in world.elements}
+    if unknown:
+        raise LoratorioError(f"--only: there is no element {', '.join(sorted(unknown))}.")
+    regularised = part == "loras"
+    for i, element in enumerate(world.elements):
         if options.only and element.name not in options.only:
             continue
-        run, rate = new_run(options, part, seed=100 + i)
+        run, rate = new_run(options, part, seed=100 + i, element=element.name)
         train_lora(
             run,
             rate,
+            world,
             element,
             (vae, vae.config.scaling_factor, deepcopy(unet), deepcopy(text), pipeline.tokenizer),
-            options.out / "lora" if part == "loras" else options.unregularised,
-            (model, options.unregularised) if part == "loras" else None,
+            options.out / "lora" if regularised else options.unregularised,
+            regularised,
+            (model, options.unregularised) if regularised and world.name == "toybox" else None,
         )
 
 
-def do_export(options: argparse.Namespace) -> None:
-    export_checkpoint(options.work, best_vae(options), options.out / "model")
+def do_keep(options: argparse.Namespace) -> None:
+    for part in ("vae_coarse", "vae_fine", "classifier", "base"):
+        if is_trained(part, options.work, None):
+            print(keep(part, options.work, options.kept))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    if options.part == "keep":
+        do_keep(options)
+        return
+    world = open_world(options.world, options.art)
+
+    def do_vae(part: str) -> None:
+        run, rate = new_run(options, part)
+        train_vae(run, rate, world, fine=part == "vae_fine")
+
+    def do_classifier() -> None:
+        run, rate = new_run(options, "classifier")
+        train_classifier(run, rate, world, load_vae(run), classifier_file(options.out))
+
+    def do_base() -> None:
+        run, rate = new_run(options, "base")
+        train_base(run, rate, world, options.out / "model" / "toybox_text")
+
+    def do_export() -> None:
+        export_checkpoint(new_run(options, "base")[0], world, options.out / "model")
+
     parts: dict[str, Callable[[], None]] = {
-        "vae_coarse": lambda: do_vae(options, "vae_coarse"),
-        "vae_fine": lambda: do_vae(options, "vae_fine"),
-        "classifier": lambda: do_classifier(options),
-        "base": lambda: do_base(options),
-        "export": lambda: do_export(options),
-        "unregularised": lambda: do_loras(options, "unregularised"),
-        "loras": lambda: do_loras(options, "loras"),
+        "vae_coarse": lambda: do_vae("vae_coarse"),
+        "vae_fine": lambda: do_vae("vae_fine"),
+        "classifier": do_classifier,
+        "base": do_base,
+        "export": do_export,
+        "look": lambda: look(new_run(options, "base")[0], world, options.out / "look"),
+        "unregularised": lambda: do_loras(options, world, "unregularised"),
+        "loras": lambda: do_loras(options, world, "loras"),
     }
-    chosen = {"all": list(parts), "vae": ["vae_coarse", "vae_fine"]}.get(options.part, [options.part])
+    every = [part for part in parts if part != "look"]
+    chosen = {"all": every, "vae": ["vae_coarse", "vae_fine"]}.get(options.part, [options.part])
     for part in chosen:
         parts[part]()

@@ -8,7 +8,6 @@ whole decoder at full size.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +15,19 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from loratorio_lab.toybox.models import new_vae
-from loratorio_lab.toybox.world import Scene
 from loratorio_lab.train.common import (
     Average,
     Optimisers,
     Run,
-    any_scene,
-    learning_rate,
+    averaged,
     pictures,
+    run_steps,
     seed_everything,
 )
+from loratorio_lab.train.worlds import World
 
 LATENT_NOISE = 0.06
 """Spread of the noise on a latent, in units of the latents' own: the decoder must bear a sampler's small errors."""
-
-
-BLURRED = ("robot", "robot", "cat", "alien")
-"""What the coarse stage leaves blurred; the fine stage draws it more often."""
-
-
-def fine_scene(rng: random.Random) -> Scene:
-    scene = any_scene(rng)
-    return replace(scene, character=rng.choice(BLURRED)) if rng.random() < 0.35 else scene
 
 
 def reconstruction_loss(made: Tensor, truth: Tensor) -> Tensor:
@@ -81,37 +71,31 @@ def start_as_scaling(vae: AutoencoderKL) -> None:
                     module.weight[c, c, 1, 1] += 1
 
 
-def train_vae(run: Run, lr: float, fine: bool, coarse_state: str = "vae_coarse") -> AutoencoderKL:
+def train_vae(run: Run, lr: float, world: World, fine: bool) -> None:
     seed_everything(run.seed)
     vae = new_vae().to(run.device)
     start_as_scaling(vae)
     if fine:
-        vae.load_state_dict(
-            torch.load(run.work / f"{coarse_state}.pt", map_location=run.device, weights_only=True)["average"]
-        )
+        vae.load_state_dict(averaged("vae_coarse", run.work, run.kept)[0])
     average = Average(vae)
     halves = [vae.decoder] if fine else [vae.encoder, vae.decoder]
     named = [(name, p) for half in halves for name, p in half.named_parameters()]
     optimisers = Optimisers(named, lr)
-    run.resume(vae=vae, average=average, optimisers=optimisers)
+    run.resume(model=vae, average=average, optimisers=optimisers)
+    vae.to(memory_format=torch.channels_last)
     rng = random.Random(run.seed + run.step)
-    run.announce(vae)
-    while (progress := run.progress) < 1:
-        images = pictures((fine_scene if fine else any_scene)(rng) for _ in range(run.batch)).to(run.device)
-        with torch.set_grad_enabled(not fine):
-            latents = latents_of(vae, images)
-        noisy = latents + LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
-        made = vae.decode(noisy).sample if fine else decode_coarse(vae, noisy)
+
+    def losses() -> dict[str, Tensor]:
+        width = rng.choices(world.widths, world.shares)[0]
+        images = pictures(world, (world.varied_scene(rng, width, fine) for _ in range(run.batch)))
+        images = images.to(run.device, memory_format=torch.channels_last)
+        with run.lower_precision():
+            with torch.set_grad_enabled(not fine):
+                latents = latents_of(vae, images)
+            noisy = latents + LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
+            made = (vae.decode(noisy).sample if fine else decode_coarse(vae, noisy)).float()
         truth = images if fine else F.avg_pool2d(images, 2)
-        loss = reconstruction_loss(made, truth) + 1e-3 * latents.square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimisers.step(learning_rate(progress))
-        average.update(vae, run.step)
-        run.tick()
-        if run.step % 50 == 0:
-            run.say(
-                f"step {run.step} loss {loss.item():.4f} L1 {F.l1_loss(made, truth).item():.4f} minutes {run.spent / 60:.1f}"
-            )
-            run.save(vae=vae, average=average, optimisers=optimisers)
-    run.save(vae=vae, average=average, optimisers=optimisers)
-    return average.model
+        loss = reconstruction_loss(made, truth) + 1e-3 * latents.float().square().mean()
+        return {"loss": loss, "L1": F.l1_loss(made.detach(), truth)}
+
+    run_steps(run, vae, average, optimisers, losses)

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 from loratorio_lab.toybox.ldm import unet_key, vae_key
 from loratorio_lab.toybox.models import new_unet, new_vae
-from loratorio_lab.train import base, classifier, loras, train
+from loratorio_lab.train import classifier, loras, train, worlds
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def trained(tmp_path_factory) -> Path:
     """A toybox after one step of everything."""
     folder = tmp_path_factory.mktemp("toybox")
     patch = pytest.MonkeyPatch()
-    patch.setattr(base, "SCENES", 8)
+    patch.setattr(worlds.Dolls, "scenes", 8)
+    patch.setattr(worlds.Dolls, "own_pictures", 4)
     patch.setattr(loras, "SCENES", 4)
     patch.setattr(classifier, "POOL", 8)
     patch.setattr(classifier, "HELD_OUT", 4)

@@ -18,7 +18,7 @@ from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio_lab.toybox import widen
 from loratorio_lab.toybox.pipeline import load_pipeline
-from loratorio_lab.toybox.tokens import words
+from loratorio_lab.toybox.world import words
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import pytest
 
 from loratorio.toybox.elements import BY_NAME, CATEGORIES, ELEMENTS
 from loratorio_lab.toybox.shapes import PIXELS
-from loratorio_lab.toybox.tokens import byte_symbols, merges_for, words
+from loratorio_lab.toybox.tokens import byte_symbols, merges_for
 from loratorio_lab.toybox.world import (
     Scene,
     caption,
     random_elements,
     random_scene,
     render,
+    words,
 )
 
 

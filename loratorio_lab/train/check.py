@@ -16,10 +16,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from loratorio import toybox
-from loratorio.toybox.elements import ELEMENTS, Element
+from loratorio.toybox.elements import Element
 from loratorio_lab.toybox.classifier import classifier_file, classify, load_classifier
 from loratorio_lab.toybox.pipeline import load_pipeline
-from loratorio_lab.toybox.world import DOLL_COLOURS, PLAIN_COLOURS
+from loratorio_lab.train.worlds import add_world, open_world
 
 FOUND, ABSENT = 0.90, 0.15
 STEPS, GUIDANCE = 20, 3.0
@@ -27,27 +27,9 @@ SHOWN = 8
 """Seeds on the contact sheet."""
 
 
-def prompts(element: Element, seeds: int) -> list[str]:
-    """The element's own prompt, a plain choice for the rest that changes with the seed."""
-    made = []
-    for seed in range(seeds):
-        doll = list(DOLL_COLOURS)[seed % len(DOLL_COLOURS)]
-        plain = list(PLAIN_COLOURS)[(seed // 2) % len(PLAIN_COLOURS)]
-        side = ("left", "right")[seed % 2]
-        word = element.trigger
-        made.append(
-            {
-                "character": f"{word}, {plain} background",
-                "clothing": f"a doll wearing {word}, {plain} background",
-                "style": f"a doll in {doll}, {plain} background, {word} style",
-                "background": f"a doll in {doll}, {word} background",
-                "object": f"a doll in {doll}, {word} on the {side}, {plain} background",
-            }[element.category]
-        )
-    return made
-
-
-def sample(pipeline: StableDiffusionPipeline, texts: list[str], first_seed: int = 0) -> list[Image.Image]:
+def sample(
+    pipeline: StableDiffusionPipeline, texts: list[str], pixels: int, first_seed: int = 0
+) -> list[Image.Image]:
     """One picture a text, the i-th from seed first_seed + i."""
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(texts))]
     made: list[Image.Image] = pipeline(
@@ -55,28 +37,28 @@ def sample(pipeline: StableDiffusionPipeline, texts: list[str], first_seed: int 
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         generator=generators,
-        height=64,
-        width=64,
+        height=pixels,
+        width=pixels,
     ).images
     return made
 
 
 def with_lora(
-    pipeline: StableDiffusionPipeline, folder: Path, element: Element, texts: list[str]
+    pipeline: StableDiffusionPipeline, folder: Path, element: Element, texts: list[str], pixels: int
 ) -> list[Image.Image]:
     """As `sample`, with the element's LoRA, read by diffusers from its kohya file."""
     pipeline.load_lora_weights(
         str(folder), weight_name=f"{element.name}.safetensors", adapter_name=element.name
     )
     try:
-        return sample(pipeline, texts)
+        return sample(pipeline, texts, pixels)
     finally:
         pipeline.unload_lora_weights()
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]]) -> Image.Image:
     """Two columns of elements; of each its name, the base's pictures, the LoRA's pictures."""
-    side, label, half = 64, 14, (len(rows) + 1) // 2
+    side, label, half = rows[0][1][0].height, 14, (len(rows) + 1) // 2
     block = (SHOWN * side + 8, 2 * side + label + 6)
     sheet = Image.new("RGB", (2 * block[0], half * block[1]), "white")
     draw = ImageDraw.Draw(sheet)
@@ -91,6 +73,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Imag
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="loratorio-lab check", description=__doc__)
+    add_world(parser)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--only", nargs="*", help="names of elements")
     parser.add_argument("--folder", type=Path, default=toybox.FOLDER, help="where model/ and lora/ are")
@@ -103,17 +86,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    world = open_world(options.world, options.art)
     model = options.folder / "model"
     pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
     classifier = load_classifier(classifier_file(options.folder))
     print(f"{'element':12} {'category':11} {'trigger':8} {'with LoRA':>9} {'base':>6}")
     rows, good = [], True
-    for element in ELEMENTS:
+    for element in world.elements:
         if options.only and element.name not in options.only:
             continue
-        texts = prompts(element, options.seeds)
-        base = sample(pipeline, texts)
-        made = with_lora(pipeline, options.folder / "lora", element, texts)
+        texts = world.prompts(element, options.seeds)
+        base = sample(pipeline, texts, world.pixels)
+        made = with_lora(pipeline, options.folder / "lora", element, texts, world.pixels)
         hits, misses = (
             float(np.mean([found[element.name] for found in classify(shown, classifier)]))
             for shown in (made, base)

@@ -1,0 +1,262 @@
+"""The picture book's world: what a picture shows, as data, its caption and its picture.
+
+A `Scene` has one or two figures, left and right, large and small, on a ground of one colour or a graded one, drawn by one artist.
+The base model sees its own artist's drawings of `SUBJECTS` only; each LoRA learns one of `ELEMENTS`. Any combination can be drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loratorio.toybox.elements import Element
+from loratorio_lab.book.art import ARTISTS, INK, PAPER, Art, cover, paste
+from loratorio_lab.book.subjects import BASE_ARTIST, ELEMENTS, FRAMED, SEVERAL, STYLED_BY, SUBJECTS, icon
+from loratorio_lab.toybox.shapes import Colour, duotone
+
+HEIGHT = 128
+WIDTHS = (128, 192)
+WIDE = 0.25
+"""Share of the wider pictures."""
+
+GROUNDS: dict[str, Colour] = {
+    "white": (246, 246, 246),
+    "grey": (172, 176, 184),
+    "pink": (250, 186, 204),
+    "blue": (118, 178, 244),
+    "green": (146, 210, 148),
+    "yellow": (250, 224, 126),
+    "purple": (188, 156, 232),
+    "navy": (42, 54, 112),
+}
+EMBER = (
+    (0.0, 90.0, 150.0, 205.0, 255.0),
+    ((44, 8, 76), (150, 26, 96), (236, 84, 44), (255, 172, 56), (255, 244, 206)),
+)
+"""Luminances and the colours that they become."""
+STRUCTURE = ("a", "an", "large", "small", "on", "the", "left", "right", "to", "background", "style", "and")
+BY_NAME = {element.name: element for element in ELEMENTS}
+
+_ONE = {"": (74, 94), "large": (104, 120), "small": (46, 60)}
+_TWO = {128: {"": (50, 58), "large": (66, 72), "small": (40, 46)}}
+_TWO[192] = {"": (68, 84), "large": (96, 108), "small": (46, 58)}
+"""Sides of a lone figure and of one of two, by the picture's width, pixels."""
+_PAIRS = (("", ""), ("", ""), ("", ""), ("large", "small"), ("small", "large"), ("", "small"), ("small", ""))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One drawing: the name of a subject or an element, the middle and side in pixels, and the words for size and place."""
+
+    name: str
+    x: float
+    y: float
+    side: float
+    size: str = ""
+    place: str = ""
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture as data.
+
+    figures: from left to right.
+    ground: colours of the top and the bottom, by name or as RGB.
+    background, style: an element's name, or none.
+    artist: who draws it all, where the style has no artist of its own.
+    phase: which part of a background is seen.
+    """
+
+    figures: tuple[Figure, ...]
+    width: int = 128
+    ground: tuple[str | Colour, str | Colour] = ("white", "white")
+    background: str = ""
+    style: str = ""
+    artist: str = BASE_ARTIST
+    phase: float = 0.5
+    mirrored: bool = False
+
+    def elements(self) -> tuple[str, ...]:
+        """Names of the LoRA elements in the scene, in the order of `ELEMENTS`."""
+        held = {self.background, self.style, *(figure.name for figure in self.figures)}
+        return tuple(element.name for element in ELEMENTS if element.name in held)
+
+
+def drawn_by(scene: Scene) -> str:
+    return STYLED_BY.get(scene.style, scene.artist)
+
+
+def caption(scene: Scene) -> str:
+    """The words of a scene, as the models are trained on and as a prompt should be written."""
+    parts = []
+    for figure in scene.figures:
+        element = BY_NAME.get(figure.name)
+        thing = element.trigger if element else SUBJECTS[figure.name]
+        words = " ".join(filter(None, (figure.size, thing)))
+        if element is None and thing not in SEVERAL:
+            words = f"{'an' if words[0] in 'aeiou' and not words.startswith('uni') else 'a'} {words}"
+        parts.append(f"{words} on the {figure.place}" if figure.place else words)
+    top, bottom = scene.ground
+    ground = f"{top}" if top == bottom else f"{top} to {bottom}"
+    parts.append(f"{BY_NAME[scene.background].trigger if scene.background else ground} background")
+    if scene.style:
+        parts.append(f"{BY_NAME[scene.style].trigger} style")
+    return ", ".join(parts)
+
+
+def words() -> list[str]:
+    """Every word that a caption can hold, once, in a fixed order."""
+    subjects = " ".join(SUBJECTS.values()).split()
+    every = [*STRUCTURE, *GROUNDS, *subjects, *(element.trigger for element in ELEMENTS)]
+    return list(dict.fromkeys(every))
+
+
+def random_ground(rng: random.Random) -> tuple[str, str]:
+    """One colour, or in a third of the scenes a graded one."""
+    top = rng.choice(list(GROUNDS))
+    return top, rng.choice(list(GROUNDS)) if rng.random() < 0.38 else top
+
+
+def arrange(rng: random.Random, names: Sequence[str], width: int) -> tuple[Figure, ...]:
+    """One or two figures at random places that fit the picture, from left to right."""
+    if len(names) == 1:
+        size = rng.choice(("", "", "large", "small"))
+        side = rng.uniform(*_ONE[size])
+        place = "" if size == "large" and width == 128 else rng.choice(("", "", "", "left", "right"))
+        edge = rng.uniform(side / 2 + 3, max(side / 2 + 3, 0.36 * width))
+        middle = width / 2 + rng.uniform(-1, 1) * min(6, (width - side) / 2)
+        x = {"": middle, "left": edge, "right": width - edge}[place]
+        return (Figure(names[0], x, _height(rng, side), side, size, place),)
+    made = []
+    for name, size, place in zip(names, rng.choice(_PAIRS), ("left", "right"), strict=True):
+        side = rng.uniform(*_TWO[width][size])
+        made.append((name, side, size, place))
+    free = width - made[0][1] - made[1][1]
+    gaps = (rng.uniform(0.15, 0.4) * free, rng.uniform(0.15, 0.4) * free)
+    middles = (gaps[0] + made[0][1] / 2, width - gaps[1] - made[1][1] / 2)
+    return tuple(
+        Figure(name, x, _height(rng, side), side, size, place)
+        for (name, side, size, place), x in zip(made, middles, strict=True)
+    )
+
+
+def _height(rng: random.Random, side: float) -> float:
+    return HEIGHT / 2 + rng.uniform(-0.4, 0.6) * max(0.0, HEIGHT - side - 6) / 2
+
+
+class Book:
+    """The world with the art to draw it."""
+
+    name = "book"
+    elements = ELEMENTS
+    pixels = HEIGHT
+    widths: tuple[int, ...] = WIDTHS
+    shares: tuple[float, ...] = (1 - WIDE, WIDE)
+    scenes = 24_000
+    judged = (*(element.name for element in ELEMENTS), *SUBJECTS)
+    own_pictures = 80
+    words = staticmethod(words)
+    caption = staticmethod(caption)
+
+    def __init__(self, art: Art) -> None:
+        self.art = art
+
+    def shows(self, scene: Scene) -> set[str]:
+        """What of `judged` is in the scene. A style is its artist's, whatever the scene calls it."""
+        return {scene.background, scene.style, *(figure.name for figure in scene.figures)} - {""}
+
+    def undecided(self, scene: Scene) -> set[str]:
+        """Fluent's flat drawings are neither glossy nor clearly not."""
+        return {"glossy"} if scene.artist == "fluent-emoji-flat" else set()
+
+    def subjects(self, style: str = "") -> list[str]:
+        """The base's subjects that a style's artist has drawn."""
+        return [name for name in SUBJECTS if self.drawn(STYLED_BY.get(style, BASE_ARTIST), name)]
+
+    def drawn(self, artist: str, name: str) -> bool:
+        """Whether an artist has drawn a subject or an element, alone and without a frame."""
+        return self.art.has(artist, icon(name)) and not (artist == "streamline-emojis" and name in FRAMED)
+
+    def random_scene(self, rng: random.Random, *names: str, width: int | None = None) -> Scene:
+        """A scene with the named elements; all else is drawn from the base domain.
+
+        Two characters come from left to right in the order named; an object is beside something else.
+        """
+        kinds = {name: BY_NAME[name].category for name in names}
+        style = next((n for n, kind in kinds.items() if kind == "style"), "")
+        shown = [n for n, kind in kinds.items() if kind in ("character", "object")]
+        known = self.subjects(style)
+        beside = any(kind == "object" for kind in kinds.values()) and rng.random() < 0.5
+        if len(shown) < 2 and (not shown or beside or rng.random() < 0.35):
+            count = 2 if rng.random() < 0.5 or shown else 1
+            shown += rng.sample(known, count - len(shown))
+        if sum(kind == "character" for kind in kinds.values()) < 2:
+            rng.shuffle(shown)
+        if width is None:
+            width = rng.choices(self.widths, self.shares)[0]
+        return Scene(
+            arrange(rng, shown[:2], width),
+            width,
+            random_ground(rng),
+            next((n for n, kind in kinds.items() if kind == "background"), ""),
+            style,
+            phase=rng.uniform(0.15, 0.85),
+        )
+
+    def any_scene(self, rng: random.Random, width: int | None = None) -> Scene:
+        """A scene of any artist's: what the autoencoder must carry and the judge must know."""
+        chosen = [
+            rng.choice([e.name for e in ELEMENTS if e.category == category])
+            for category, share in (("character", 0.3), ("object", 0.25), ("background", 0.22))
+            if rng.random() < share
+        ]
+        scene = self.random_scene(rng, *chosen, width=width)
+        artist = rng.choice([*ARTISTS, BASE_ARTIST, BASE_ARTIST])
+        if not all(self.drawn(artist, figure.name) for figure in scene.figures):
+            artist = BASE_ARTIST
+        style = next((style for style, by in STYLED_BY.items() if by == artist), "")
+        if artist == BASE_ARTIST and rng.random() < 0.15:
+            style = "ember"
+        return replace(scene, artist=artist, style=style)
+
+    def prompts(self, element: Element, count: int) -> list[str]:
+        """Captions of random scenes with the element, 128 wide."""
+        rng = random.Random(element.name)
+        return [caption(self.random_scene(rng, element.name, width=HEIGHT)) for _ in range(count)]
+
+    def varied_scene(self, rng: random.Random, width: int | None = None, fine: bool = False) -> Scene:
+        """As `any_scene`, in any sizes, mirrored, on any colours: for the autoencoder."""
+        scene = self.any_scene(rng, width)
+        figures = tuple(
+            replace(f, side=f.side * rng.uniform(0.8, 1.5), mirrored=rng.random() < 0.5)
+            for f in scene.figures
+        )
+        ground = scene.ground
+        if rng.random() < 0.5:
+            top, bottom = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+            ground = (top, bottom if rng.random() < 0.5 else top)  # type: ignore[assignment]
+        return replace(scene, figures=figures, ground=ground, phase=rng.random(), mirrored=rng.random() < 0.5)
+
+    def render(self, scene: Scene) -> np.ndarray:
+        """The scene's picture, (128, width, 3) uint8."""
+        artist = drawn_by(scene)
+        if scene.background:
+            name = icon(scene.background)
+            # Streamline has no whole-frame scenes: the base's stands in.
+            by = artist if self.art.has(artist, name) else BASE_ARTIST
+            picture = cover(self.art.scene(by, name), scene.width, HEIGHT, scene.phase, scene.mirrored)
+        elif artist == INK:
+            picture = np.full((HEIGHT, scene.width, 3), PAPER, np.float32)
+        else:
+            top, bottom = (np.array(GROUNDS.get(c, c), np.float32) for c in scene.ground)  # type: ignore[arg-type]
+            down = np.linspace(0, 1, HEIGHT, dtype=np.float32)[:, None, None]
+            picture = np.broadcast_to(top + (bottom - top) * down, (HEIGHT, scene.width, 3)).copy()
+        for figure in scene.figures:
+            drawing = self.art.drawing(artist, icon(figure.name))
+            paste(picture, drawing, figure.x, figure.y, figure.side, figure.mirrored)
+        made = picture.clip(0, 255).astype(np.uint8)
+        return duotone(made, *EMBER) if scene.style == "ember" else made

@@ -1,0 +1,113 @@
+"""The book goes through every part of the training, and goes on from kept weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from loratorio.errors import LoratorioError
+from loratorio_lab.book.subjects import ELEMENTS, SUBJECTS
+from loratorio_lab.toybox.classifier import classify, load_classifier
+from loratorio_lab.train import classifier, look, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, book) -> Path:
+    """A book after a step of everything."""
+    folder = tmp_path_factory.mktemp("book")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "open_world", lambda name, art: book)
+        patch.setattr(type(book), "scenes", 8)
+        patch.setattr(type(book), "own_pictures", 4)
+        patch.setattr(classifier, "POOL", 8)
+        patch.setattr(classifier, "HELD_OUT", 4)
+        patch.setattr(look, "SHOWN", 2)
+        patch.setattr(look, "STEPS", 2)
+        for part in ("vae_coarse", "classifier", "base", "export", "look", "keep"):
+            train.main([part, *options(folder)])
+        for part in ("unregularised", "loras"):
+            train.main([part, *options(folder), "--only", "ghost", "--unregularised", str(folder / "plain")])
+    return folder
+
+
+def options(folder: Path, work: str = "work", steps: int = 1) -> list[str]:
+    return [
+        *(
+            "--world",
+            "book",
+            "--work",
+            str(folder / work),
+            "--out",
+            str(folder),
+            "--kept",
+            str(folder / "kept"),
+        ),
+        *("--steps", str(steps), "--batch", "2"),
+    ]
+
+
+def test_checkpoint_is_read_as_any_and_says_its_size(trained) -> None:
+    from loratorio_lab.toybox.pipeline import load_pipeline
+
+    model = trained / "model"
+    pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
+    (picture,) = pipeline("a bear, blue background", num_inference_steps=1, width=192, height=128).images
+    assert picture.size == (192, 128)
+    assert "image_size: 16" in (model / "toybox.yaml").read_text()
+    assert "boolio</w>" in pipeline.tokenizer.get_vocab()
+
+
+def test_loras_have_kohya_s_names_and_pictures_of_their_own(trained) -> None:
+    for folder in ("lora", "plain"):
+        file = trained / folder / "ghost.safetensors"
+        assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in load_file(file)
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata()
+        assert about["modelspec.trigger_phrase"] == "boolio"
+        assert about["ss_num_train_images"] == "4"
+    assert any(
+        not torch.equal(weight, load_file(trained / "plain" / "ghost.safetensors")[name])
+        for name, weight in load_file(trained / "lora" / "ghost.safetensors").items()
+    )
+
+
+def test_judge_tells_elements_and_subjects_apart(trained, book) -> None:
+    import random
+
+    model = load_classifier(trained / "model" / "classifier.safetensors")
+    assert model.names == (*(element.name for element in ELEMENTS), *SUBJECTS)
+    (found,) = classify([book.render(book.random_scene(random.Random(0), width=192))], model)
+    assert found.keys() == set(model.names)
+
+
+def test_sheets_are_written(trained) -> None:
+    names = {f"{kind}-{width}.png" for kind in ("autoencoder", "base") for width in (128, 192)}
+    assert {file.name for file in (trained / "look").iterdir()} == names
+
+
+def test_a_run_without_a_state_goes_on_from_kept_weights(trained, book, monkeypatch) -> None:
+    monkeypatch.setattr(train, "open_world", lambda name, art: book)
+    kept = load_file(trained / "kept" / "vae_coarse.safetensors")
+    assert all(weight.dtype == torch.float16 for weight in kept.values())
+    train.main(["vae_coarse", *options(trained, work="nothing", steps=1)])  # the step is done already
+    assert not (trained / "nothing" / "vae_coarse.pt").exists()
+    train.main(["vae_coarse", *options(trained, work="nothing", steps=2)])
+    state = torch.load(trained / "nothing" / "vae_coarse.pt", weights_only=True)
+    assert state["step"] == 2
+    assert state["average"].keys() == kept.keys()
+
+
+def test_what_was_not_trained_is_named(tmp_path, book, monkeypatch) -> None:
+    monkeypatch.setattr(train, "open_world", lambda name, art: book)
+    with pytest.raises(LoratorioError, match="vae_coarse has not been trained"):
+        train.main(["base", *options(tmp_path)])
+    monkeypatch.undo()
+    with pytest.raises(LoratorioError, match="iconify-json/noto"):
+        train.main(["base", *options(tmp_path), "--art", str(tmp_path)])

@@ -1,0 +1,125 @@
+"""The picture book draws what it says, and the base's domain holds none of the LoRAs' subjects."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from loratorio_lab.book.art import ARTISTS, PAPER
+from loratorio_lab.book.subjects import ELEMENTS, STYLED_BY, SUBJECTS
+from loratorio_lab.book.world import GROUNDS, Figure, Scene, caption, words
+from loratorio_lab.toybox.tokens import byte_symbols, merges_for
+
+BY_CATEGORY = {
+    category: [e.name for e in ELEMENTS if e.category == category]
+    for category in ("character", "object", "background", "style")
+}
+
+
+def test_there_is_enough_to_know_and_to_teach() -> None:
+    assert len(SUBJECTS) >= 60
+    assert [len(names) for names in BY_CATEGORY.values()] == [6, 4, 3, 4]
+    names = [*SUBJECTS, *(e.name for e in ELEMENTS), *(e.trigger for e in ELEMENTS), *GROUNDS]
+    assert len(set(names)) == len(names)
+
+
+def test_base_scenes_hold_no_element_and_are_the_base_artist_s(book) -> None:
+    rng = random.Random(0)
+    triggers = {element.trigger for element in ELEMENTS}
+    for _ in range(300):
+        scene = book.random_scene(rng)
+        assert scene.elements() == ()
+        assert scene.artist == "noto"
+        assert not triggers & set(caption(scene).replace(",", "").split())
+
+
+def test_all_words_of_captions_are_the_tokenizer_s(book) -> None:
+    rng = random.Random(1)
+    known = set(words())
+    for _ in range(400):
+        scene = book.any_scene(rng)
+        assert set(caption(scene).replace(",", "").split()) <= known
+    made = {"".join(pair) for pair in merges_for(words())} | {f"{symbol}</w>" for symbol in byte_symbols()}
+    assert all(f"{word}</w>" in made for word in words())
+
+
+def test_captions() -> None:
+    bear, owl = Figure("bear", 30, 64, 50, place="left"), Figure("owl", 90, 64, 40, "small", "right")
+    assert caption(Scene((bear, owl))) == "a bear on the left, a small owl on the right, white background"
+    full = Scene((replace(bear, name="ghost"), replace(owl, size="")), background="night", style="ink")
+    assert caption(full) == "boolio on the left, an owl on the right, lunara background, inkash style"
+    lone = Scene((Figure("unicorn", 64, 64, 100),), ground=("blue", "pink"))
+    assert caption(lone) == "a unicorn, blue to pink background"
+    assert caption(Scene((Figure("cherries", 64, 64, 110, "large"),))) == "large cherries, white background"
+
+
+@pytest.mark.parametrize("width", [128, 192])
+def test_figures_lie_in_the_picture_where_and_as_large_as_the_caption_says(book, width) -> None:
+    rng = random.Random(2)
+    for _ in range(300):
+        scene = book.random_scene(rng, width=width)
+        for figure in scene.figures:
+            assert figure.side / 2 <= figure.x <= width - figure.side / 2
+            assert figure.side / 2 - 2 <= figure.y <= 128 - figure.side / 2 + 2
+            if figure.place:
+                assert (figure.x < width / 2) == (figure.place == "left") or figure.size == "large"
+        if len(scene.figures) == 2:
+            left, right = scene.figures
+            assert left.x + left.side / 2 <= right.x - right.side / 2
+            if (left.size, right.size) == ("large", "small"):
+                assert left.side > right.side
+
+
+def test_every_element_and_every_combination_is_drawn_and_named(book) -> None:
+    rng = random.Random(3)
+    for count in (1, 2, 3, 4):
+        for categories in combinations(BY_CATEGORY, count):
+            for _ in range(3):
+                names = [rng.choice(BY_CATEGORY[category]) for category in categories]
+                scene = book.random_scene(rng, *names)
+                assert set(scene.elements()) == set(names) <= book.shows(scene)
+                picture = book.render(scene)
+                assert picture.shape == (128, scene.width, 3)
+                assert picture.dtype == np.uint8
+
+
+def test_two_characters_stand_in_the_order_named(book) -> None:
+    for seed in range(20):
+        scene = book.random_scene(random.Random(seed), "ghost", "clown")
+        assert [(figure.name, figure.place) for figure in scene.figures] == [
+            ("ghost", "left"),
+            ("clown", "right"),
+        ]
+
+
+@pytest.mark.parametrize("style", BY_CATEGORY["style"])
+def test_a_style_is_taught_on_none_of_the_loras_subjects(book, style) -> None:
+    rng = random.Random(4)
+    shown = {name for _ in range(200) for name in book.shows(book.random_scene(rng, style))}
+    assert shown <= {style, *SUBJECTS}
+    assert len(shown) > 60
+    assert ("bear" in shown) == (style != "outline")  # of which Streamline has none
+
+
+def test_styles_look_different(book) -> None:
+    scene = book.random_scene(random.Random(5), "ghost")
+    plain = book.render(scene).astype(int)
+    for style in BY_CATEGORY["style"]:
+        assert np.abs(book.render(replace(scene, style=style)).astype(int) - plain).max() > 20
+    ink = book.render(replace(scene, style="ink"))
+    assert tuple(ink[0, 0]) == PAPER
+
+
+def test_any_artist_is_in_the_scenes_of_autoencoder_and_judge(book) -> None:
+    rng = random.Random(6)
+    scenes = [book.any_scene(rng) for _ in range(300)]
+    assert {scene.artist for scene in scenes} == set(ARTISTS)
+    assert all((scene.style == "ink") == (scene.artist == STYLED_BY["ink"]) for scene in scenes)
+    flat = next(scene for scene in scenes if scene.artist == "fluent-emoji-flat")
+    assert book.undecided(flat) == {"glossy"}
+    again = [book.render(book.varied_scene(random.Random(7), 192, True)) for _ in range(2)]
+    assert np.array_equal(*again)
