@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -503,8 +502,8 @@ def last_step(way: str, changes: Callable[[Row], Tensor | float]) -> tuple[Any, 
     knobs: dict[str, Any] = {"method": name if name in METHODS else "relative", "rescale": 0.5}
     if rest:
         knobs["reuse"] = 2
-    pooled = (True,) * 4 if way == "a pool" else ()
-    engine = Engine(paper(**knobs), loras(4), replace(Participants.of(4), pooled=pooled))
+    pooled = range(4) if way == "a pool" else ()
+    engine = Engine(paper(**knobs), loras(4), Participants.of(4, pooled=pooled))
     for index in range(3):
         step = Step(index, 30, latents, 2, guidance=4.0)
         composed = engine.step(step, fake(latents))
