@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .infotext import LoraUse
+from .pictures.infotext import LoraUse
 from .settings import Settings
 
 if TYPE_CHECKING:  # a WebUI's start-up need not wait for the engine
@@ -117,7 +117,7 @@ class Job:
         self.passes.append(done)
         self.changed()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """The job is over: free what was read for it.
 
         The job hangs on the WebUI's object and that on the job, so both last until Python looks for such rings, which it does by their
@@ -131,7 +131,7 @@ class Job:
         try:
             yield
         except BaseException:
-            self.let_go()
+            self.release()
             raise
 
     def notes_of(self, batch: int) -> list[str]:

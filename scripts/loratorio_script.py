@@ -17,10 +17,10 @@ if ROOT not in sys.path:
 from loratorio.hosts import webui_host  # noqa: E402
 from loratorio.hosts.shared.host import refuse  # noqa: E402
 from loratorio.job import Job  # noqa: E402
-from loratorio.webui import api, docs, found, infotext, options, panel, pools, self_check, xyz  # noqa: E402
+from loratorio.webui import api, docs, infotext_fields, lookup, options, panel, pools, self_check, xyz  # noqa: E402
 
 options.register()
-script_callbacks.on_app_started(found.add_route)
+script_callbacks.on_app_started(lookup.add_route)
 script_callbacks.on_app_started(docs.add_route)
 script_callbacks.on_app_started(self_check.add_route)
 
@@ -37,8 +37,8 @@ class LoratorioScript(scripts.Script):
 
     def ui(self, is_img2img):
         components = panel.build(is_img2img)
-        self.infotext_fields = infotext.paste_fields(components)
-        self.paste_field_names = infotext.paste_field_names()
+        self.infotext_fields = infotext_fields.paste_fields(components)
+        self.paste_field_names = infotext_fields.paste_field_names()
         return components
 
     def before_process(self, p, *args):
@@ -47,13 +47,13 @@ class LoratorioScript(scripts.Script):
     def process(self, p, *args):
         with stopping(p):
             settings = api.settings_from_args(args, p)
-            infotext.write(p.extra_generation_params, settings, None)
+            infotext_fields.write(p.extra_generation_params, settings, None)
             if settings.enabled:
                 standing = api.standing(settings, args, p)
                 p.loratorio_job = Job(p, settings, standing, gr.Warning, partial(write_infotext, p))
-                p.loratorio_comments = infotext.Comments(p.comments)
+                p.loratorio_comments = infotext_fields.Comments(p.comments)
             elif api.is_off_by_mistake(settings, args):
-                p.extra_generation_params[infotext.NOTE_KEY] = api.OFF
+                p.extra_generation_params[infotext_fields.NOTE_KEY] = api.OFF
                 p.comment(api.OFF)
 
     def before_process_batch(self, p, *args, prompts=(), **kwargs):
@@ -80,7 +80,7 @@ class LoratorioScript(scripts.Script):
 
     def postprocess(self, p, processed, *args):
         if job_of(p):
-            job_of(p).let_go()
+            job_of(p).release()
             if job_of(p).settings.weight_maps:
                 from loratorio.webui import gallery
 
@@ -101,4 +101,4 @@ def stopping(p):
 
 
 def write_infotext(p):
-    infotext.write(p.extra_generation_params, job_of(p).settings, job_of(p))
+    infotext_fields.write(p.extra_generation_params, job_of(p).settings, job_of(p))

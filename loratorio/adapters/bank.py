@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Adapter, Fitted, LowRank
-from .plan import Coefficients, Job, Segment, planned, segments
-from .stacks import Stacks, Where
+from .plan import Coefficients, LayerProduct, Segment, planned, segments
+from .stacks import Stacks, Target
 
 
 class Regrouped(Exception):
@@ -29,8 +29,8 @@ class Regrouped(Exception):
 PLANS = 64
 """So many ways to route rows are remembered, and so many dense sums of several LoRAs."""
 
-_Plan = dict[tuple[str, Where], list[Job]]
-"""The jobs of every layer for one way to route rows."""
+_Plan = dict[tuple[str, Target], list[LayerProduct]]
+"""The products of every layer for one way to route rows."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Routing:
     Attributes:
         mixes: one for each row. segments: of the rows that any LoRA acts on.
         by_layer: the mix that replaces every segment's in a layer.
-        plan: the jobs of this routing, as far as they are known.
+        plan: the products of this routing, as far as they are known.
     """
 
     mixes: tuple[Coefficients, ...] = ()
@@ -84,7 +84,7 @@ class Bank:
 
         Else that is done at the first call of each layer, and so is whatever was prepared for another dtype than a layer's output has.
         """
-        self._stacks.prepare(Where(device, dtype))
+        self._stacks.prepare(Target(device, dtype))
 
     @property
     def numbers(self) -> int:
@@ -121,7 +121,7 @@ class Bank:
     ) -> Iterator[None]:
         """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
-        Where all mixes are equal a layer may be given any entries: rows repeated, regrouped, folded (frames, crops) or added. Else a
+        Target all mixes are equal a layer may be given any entries: rows repeated, regrouped, folded (frames, crops) or added. Else a
         call raises `Regrouped` where a layer is given another number of them than there are rows.
 
         Args:
@@ -178,7 +178,7 @@ class Bank:
         for name, by_number in fitted.items():
             product = products.get(name)
             factors = {i: mix[i] for i in by_number if mix[i]}
-            dense = self._stacks.dense(name, factors, Where(torch.device("cpu"), torch.float32))
+            dense = self._stacks.dense(name, factors, Target(torch.device("cpu"), torch.float32))
             by_number[len(self.adapters)] = Fitted(
                 None if product is None else LowRank(product[0], product[1].T),
                 None if dense is None else dense[0].times(dense[1]),
@@ -239,12 +239,12 @@ class Bank:
             raise Regrouped(f"{name}: {len(rows)} entries for {len(self._routing.mixes)} rows")
         # Under autocast a layer's output is in the dtype that it computed in.
         rows = rows.to(output.dtype)
-        for job in self._jobs(name, output):
-            part = slice(None) if one_mix else slice(job.start, job.stop)
-            job.add(layer, rows[part], output[part])
+        for product in self._products(name, output):
+            part = slice(None) if one_mix else slice(product.start, product.stop)
+            product.add(layer, rows[part], output[part])
 
-    def _jobs(self, name: str, like: Tensor) -> list[Job]:
-        where = Where(like.device, like.dtype)
+    def _products(self, name: str, like: Tensor) -> list[LayerProduct]:
+        where = Target(like.device, like.dtype)
         plan = self._routing.plan
         if (name, where) not in plan:
             here = self._routing.segments

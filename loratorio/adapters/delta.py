@@ -153,7 +153,7 @@ class Adapter:
 def check_tensors(lora: str, layer: str, tensors: Iterable[Tensor]) -> None:
     """Raise LoratorioError naming LoRA and layer if a tensor holds NaN or infinity, or numbers that no model could take."""
     for tensor in tensors:
-        numbers = reckonable(tensor)
+        numbers = computable(tensor)
         if not bool(torch.isfinite(numbers).all()):
             raise LoratorioError(
                 f"LoRA {lora} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
@@ -176,14 +176,14 @@ LARGEST = 65504.0
 
 def _bound(delta: LowRank) -> float:
     """No number of ΔW is larger than this; those of real LoRAs are far smaller, by more than a thousand times."""
-    parts = [float(reckonable(tensor).abs().max()) if tensor.numel() else 0.0 for tensor in _tensors(delta)]
+    parts = [float(computable(tensor).abs().max()) if tensor.numel() else 0.0 for tensor in _tensors(delta)]
     return float(math.prod(parts) * abs(delta.scale) * delta.rank ** (len(parts) - 1))
 
 
 def _is_zero(delta: Delta) -> bool:
     if isinstance(delta, LowRank):
-        return delta.scale == 0 or not all(bool(reckonable(each).any()) for each in (delta.up, delta.down))
-    return not any(bool(reckonable(tensor).any()) for tensor in _tensors(delta))
+        return delta.scale == 0 or not all(bool(computable(each).any()) for each in (delta.up, delta.down))
+    return not any(bool(computable(tensor).any()) for tensor in _tensors(delta))
 
 
 def _tensors(delta: Delta) -> list[Tensor]:
@@ -191,18 +191,18 @@ def _tensors(delta: Delta) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def reckonable(tensor: Tensor) -> Tensor:
+def computable(tensor: Tensor) -> Tensor:
     """As it is, or in float32 where it is of 8-bit floating point, with which torch cannot reckon."""
     is_8_bit = tensor.is_floating_point() and tensor.element_size() == 1
     return tensor.to(torch.float32) if is_8_bit else tensor
 
 
-def _all_reckonable(delta: Delta) -> Delta:
+def _all_computable(delta: Delta) -> Delta:
     def of(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else reckonable(tensor)
+        return None if tensor is None else computable(tensor)
 
     if isinstance(delta, LowRank):
-        return LowRank(reckonable(delta.down), reckonable(delta.up), delta.scale, of(delta.mid))
+        return LowRank(computable(delta.down), computable(delta.up), delta.scale, of(delta.mid))
     return Dense(of(delta.weight), of(delta.bias))
 
 
@@ -213,7 +213,7 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
         ValueError: the delta is for a layer of other shape or kind; the message has both shapes.
     """
     weight_shape = _weight_shape(layer)
-    delta = _all_reckonable(delta)
+    delta = _all_computable(delta)
     if isinstance(delta, LowRank):
         try:
             fitted = _fit_low_rank(delta, weight_shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply import add_dense, add_low_rank, add_low_rank_by_row
-from .stacks import Stack, Stacks, Where
+from .stacks import Stack, Stacks, Target
 
 Coefficients = tuple[float, ...]
 """How much of each adapter acts on a row; the engine's mixes are of this kind."""
@@ -27,7 +27,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Job:
+class LayerProduct:
     """What to add to rows `start` to `stop` of a layer: `add(layer, rows, output)` does it in place."""
 
     start: int
@@ -54,8 +54,8 @@ def segments(mixes: Sequence[Coefficients]) -> Iterator[Segment]:
         start = stop
 
 
-def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Where) -> Iterator[Job]:
-    """The jobs of one layer for these segments."""
+def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Target) -> Iterator[LayerProduct]:
+    """The products of one layer for these segments."""
     parts = [_Part(each.start, each.stop, stacks.factors(name, each.mix)) for each in of]
     for block in _adjacent([part for part in parts if part.factors]):
         common = _common(block)
@@ -64,12 +64,12 @@ def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Where) -> I
             yield _by_row(block, stack)
             continue
         if common:
-            yield from _jobs(name, [_Part(block[0].start, block[-1].stop, common)], stacks, where)
-        yield from _jobs(name, [_without(part, common) for part in block], stacks, where)
+            yield from _products(name, [_Part(block[0].start, block[-1].stop, common)], stacks, where)
+        yield from _products(name, [_without(part, common) for part in block], stacks, where)
 
 
 def _stack_of_all(
-    name: str, block: Sequence[_Part], common: Mapping[int, float], stacks: Stacks, where: Where
+    name: str, block: Sequence[_Part], common: Mapping[int, float], stacks: Stacks, where: Target
 ) -> Stack | None:
     """The stack that one product for all of these rows needs; None where several products are fewer sums.
 
@@ -85,7 +85,7 @@ def _stack_of_all(
     return None if stacks.has_dense(name, common) else first
 
 
-def _by_row(block: Sequence[_Part], stack: Stack) -> Job:
+def _by_row(block: Sequence[_Part], stack: Stack) -> LayerProduct:
     ordered = sorted(stack.ranks, key=lambda number: stack.ranks[number])
     ranks = [stack.ranks[number][1] - stack.ranks[number][0] for number in ordered]
     factors = []
@@ -95,7 +95,7 @@ def _by_row(block: Sequence[_Part], stack: Stack) -> Job:
             own = torch.full((1, sum(ranks)), own, device=stack.down.device, dtype=stack.down.dtype)
         factors.append(own.expand(part.stop - part.start, -1))
     add = partial(add_low_rank_by_row, down=stack.down, up=stack.up, factors=torch.cat(factors))
-    return Job(block[0].start, block[-1].stop, add)
+    return LayerProduct(block[0].start, block[-1].stop, add)
 
 
 def _adjacent(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
@@ -126,7 +126,7 @@ def _without(part: _Part, common: dict[int, float]) -> _Part:
     return _Part(part.start, part.stop, {number: factor for number, factor in left.items() if factor})
 
 
-def _jobs(name: str, parts: Sequence[_Part], stacks: Stacks, where: Where) -> Iterator[Job]:
+def _products(name: str, parts: Sequence[_Part], stacks: Stacks, where: Target) -> Iterator[LayerProduct]:
     """Low-rank products, those of neighbouring parts with one LoRA each in one batched product; dense changes part by part."""
     run: list[tuple[_Part, int, Stack]] = []
     for part in parts:
@@ -148,7 +148,7 @@ def _jobs(name: str, parts: Sequence[_Part], stacks: Stacks, where: Where) -> It
                 yield from _together(part, stack, factors)
         change = stacks.dense(name, part.factors, where)
         if change is not None:
-            yield Job(part.start, part.stop, partial(add_dense, delta=change[0], factor=change[1]))
+            yield LayerProduct(part.start, part.stop, partial(add_dense, delta=change[0], factor=change[1]))
     if run:
         yield _batched(run)
 
@@ -162,13 +162,13 @@ def _continues(last: tuple[_Part, int, Stack], part: _Part, number: int, stack: 
     return end == next_start and end - start == next_end - next_start
 
 
-def _batched(run: Sequence[tuple[_Part, int, Stack]]) -> Job:
+def _batched(run: Sequence[tuple[_Part, int, Stack]]) -> LayerProduct:
     first, _, stack = run[0]
     rank = slice(stack.ranks[run[0][1]][0], stack.ranks[run[-1][1]][1])
     factors = [part.factors[number] for part, number, _ in run]
     down = stack.down[rank].view(len(run), -1, *stack.down.shape[1:])
     up = stack.up[rank].view(len(run), -1, stack.up.shape[1])
-    return Job(
+    return LayerProduct(
         first.start,
         run[-1][0].stop,
         partial(
@@ -177,7 +177,7 @@ def _batched(run: Sequence[tuple[_Part, int, Stack]]) -> Job:
     )
 
 
-def _together(part: _Part, stack: Stack, factors: dict[int, float]) -> Iterator[Job]:
+def _together(part: _Part, stack: Stack, factors: dict[int, float]) -> Iterator[LayerProduct]:
     """All these LoRAs of one stack on the same rows, those that stand together in one product."""
     ordered = sorted(factors, key=lambda number: stack.ranks[number])
     groups: list[list[int]] = []
@@ -191,7 +191,7 @@ def _together(part: _Part, stack: Stack, factors: dict[int, float]) -> Iterator[
         ranks = [stack.ranks[number][1] - stack.ranks[number][0] for number in group]
         down, up = stack.down[rank].unsqueeze(0), stack.up[rank].unsqueeze(0)
         factor = _factor([factors[number] for number in group], ranks, down, False)
-        yield Job(part.start, part.stop, partial(add_low_rank, down=down, up=up, factor=factor))
+        yield LayerProduct(part.start, part.stop, partial(add_low_rank, down=down, up=up, factor=factor))
 
 
 def _factor(factors: Sequence[float], ranks: Sequence[int], like: Tensor, by_group: bool) -> float | Tensor:

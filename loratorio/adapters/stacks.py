@@ -21,7 +21,7 @@ Factors = tuple[tuple[int, float], ...]
 """Some adapters by number, each with a factor."""
 
 
-class Where(NamedTuple):
+class Target(NamedTuple):
     """What a layer's output is like."""
 
     device: torch.device
@@ -52,10 +52,10 @@ class Stacks:
         self._strengths = [adapter.strength for adapter in adapters]
         self._fitted = fitted
         self.apart = frozenset(apart)
-        self._low_rank: dict[tuple[str, tuple[int, ...]], tuple[Where, Stack]] = {}
-        self._dense: dict[tuple[str, Where, Factors], Dense] = {}
+        self._low_rank: dict[tuple[str, tuple[int, ...]], tuple[Target, Stack]] = {}
+        self._dense: dict[tuple[str, Target, Factors], Dense] = {}
 
-    def prepare(self, where: Where) -> None:
+    def prepare(self, where: Target) -> None:
         """Make what will be needed of all LoRAs but those that are kept apart."""
         for name, by_number in self._fitted.items():
             for number in by_number:
@@ -93,7 +93,7 @@ class Stacks:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def low_rank(self, name: str, number: int, where: Where) -> Stack | None:
+    def low_rank(self, name: str, number: int, where: Target) -> Stack | None:
         """The stack of one layer in which a LoRA is, maybe among others; None where it has no low-rank change there."""
         own = self._fitted[name][number].low_rank
         if own is None or not self._strengths[number]:
@@ -111,7 +111,7 @@ class Stacks:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def dense(self, name: str, factors: Mapping[int, float], where: Where) -> tuple[Dense, float] | None:
+    def dense(self, name: str, factors: Mapping[int, float], where: Target) -> tuple[Dense, float] | None:
         """The dense change of one layer by these LoRAs, and the factor that it still needs; None where there is none."""
         active: Factors = tuple(
             (number, factor * self._strengths[number])
@@ -136,7 +136,7 @@ class Stacks:
             if number not in self.apart and fitted.low_rank is not None and self._strengths[number]
         )
 
-    def _stack(self, name: str, numbers: Sequence[int], where: Where) -> Stack:
+    def _stack(self, name: str, numbers: Sequence[int], where: Target) -> Stack:
         downs, ups = [], []
         ranks: dict[int, tuple[int, int]] = {}
         start = 0
@@ -154,7 +154,7 @@ class Stacks:
             start += own.rank
         return Stack(torch.cat(downs), torch.cat(ups), ranks)
 
-    def _sum(self, name: str, active: Factors, where: Where) -> Dense:
+    def _sum(self, name: str, active: Factors, where: Target) -> Dense:
         changes = [(self._fitted[name][number].dense or Dense(), factor) for number, factor in active]
         return Dense(
             _weighted_sum([(change.weight, factor) for change, factor in changes], where),
@@ -162,7 +162,7 @@ class Stacks:
         )
 
 
-def _weighted_sum(parts: Sequence[tuple[Tensor | None, float]], where: Where) -> Tensor | None:
+def _weighted_sum(parts: Sequence[tuple[Tensor | None, float]], where: Target) -> Tensor | None:
     present = [(part, factor) for part, factor in parts if part is not None]
     if not present:
         return None

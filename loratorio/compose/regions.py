@@ -114,7 +114,7 @@ def masks_of(
     return Masks(own, coverage, bool((coverage < 1).any()))
 
 
-class Canvas:
+class PlaceMasks:
     """The picture's part that a sampling shows, with the masks of its LoRAs, each made once.
 
     Args:

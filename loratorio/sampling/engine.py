@@ -18,7 +18,7 @@ from ..compose.guidance import rescaled_cond
 from ..compose.methods import METHODS, Composition, Method, Predictions, StepContext
 from ..compose.methods.merge import NAMED
 from ..compose.mixes import Branch, Mix, Participants
-from ..compose.regions import WHOLE, Box, Canvas
+from ..compose.regions import WHOLE, Box, PlaceMasks
 from ..errors import LoratorioError
 from ..settings import Settings
 from .calls import Row, RowCalls
@@ -96,7 +96,7 @@ class Engine:
         self.history = WeightHistory()
         self.pool = PoolCalls(settings.pool_size)
         self.calls = RowCalls(row_limit, scores_pool=self.participants.has_pool)
-        self._canvas = Canvas(region)
+        self._masks_of_places = PlaceMasks(region)
         self._present = self._acting = (
             self.participants
         )  # at the present step: with, and without, candidates that were left out
@@ -185,7 +185,7 @@ class Engine:
             step.total,
             step.uncond_count > 0,
             (len(step.latents), step.uncond_count),
-            self._canvas,
+            self._masks_of_places,
             (step.latents.shape[-2], step.latents.shape[-1]),
             step.latents.device,
         )

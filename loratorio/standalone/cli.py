@@ -16,7 +16,7 @@ from .. import __version__
 from ..compose.methods import METHODS
 from ..compose.methods.reuse import SHORT
 from ..errors import LoratorioError
-from ..places import OPTION as PLACE
+from ..prompt.places import OPTION as PLACE
 from ..settings import GROUPS, KNOB_BY_NAME, KNOBS, PRESET, PRESETS, Knob, Settings, find_preset
 from . import example
 from .samplers import SAMPLERS
@@ -441,7 +441,7 @@ def _compare(options: argparse.Namespace) -> None:
     outcomes = [model.run(replace(request, settings=variant), label) for label, variant in variants.items()]
     _say(dict.fromkeys(note for outcome in outcomes for note in outcome.notes))
 
-    from ..sheet import contact_sheet
+    from ..pictures.sheet import contact_sheet
     from .output import png
 
     columns = [outcome.images for outcome in outcomes]

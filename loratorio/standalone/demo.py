@@ -38,7 +38,7 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     check_writable(out)
     model = model_files.load()
 
-    from ..sheet import contact_sheet
+    from ..pictures.sheet import contact_sheet
     from .describe import describe
     from .model import map_files
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .. import __version__
-from ..infotext import LoraUse, infotext, params
-from ..places import OPTION
+from ..pictures.infotext import LoraUse, infotext, params
+from ..prompt.places import OPTION
 from .checkpoint import Checkpoint
 from .generate import Outcome
 from .samplers import find_sampler

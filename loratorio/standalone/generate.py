@@ -18,8 +18,8 @@ from ..adapters.bank import Bank
 from ..compose.methods import METHODS, Composition
 from ..compose.mixes import Mix
 from ..errors import LoratorioError
-from ..places import with_words
-from ..roles import no_room_note, reactions_note
+from ..prompt.places import with_words
+from ..prompt.roles import no_room_note, reactions_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
 from ..sampling.history import WeightHistory

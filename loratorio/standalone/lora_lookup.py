@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LoratorioError
-from ..lora_folder import PICKLES, SUFFIX, LoraFolder, ambiguous_note, folded, readable, reason
-from ..pool import pool_files
-from ..roles import TaggedLora, chosen_from_pool, participants_of, repeats, united
+from ..prompt.lora_folder import PICKLES, SUFFIX, LoraFolder, ambiguous_note, folded, readable, reason
+from ..prompt.pool import pool_files
+from ..prompt.roles import TaggedLora, chosen_from_pool, participants_of, repeats, united
 from .prompt import PromptLora
 
 

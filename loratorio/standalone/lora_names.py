@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import LoratorioError
-from ..lora_folder import SUFFIX, reason
+from ..prompt.lora_folder import SUFFIX, reason
 from .ldm_names import ldm_names
 
 _KOHYA_PARTS = {

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..adapters.bank import Bank
 from ..compose.mixes import Mix, Participants
 from ..errors import LoratorioError
-from ..pool import load_candidates
-from ..roles import (
+from ..prompt.pool import load_candidates
+from ..prompt.roles import (
     TaggedLora,
     assigned_roles,
     looks_like_speed_lora,

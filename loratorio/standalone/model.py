@@ -80,7 +80,7 @@ class LoadedModel:
 
 def weight_maps(outcome: Outcome, image: int) -> list[Image.Image]:
     """Pictures of where each LoRA was used: first all in one, then, if asked for, each; none if none were recorded."""
-    from ..maps import render
+    from ..pictures.maps import render
 
     if not outcome.history.weights:
         return []

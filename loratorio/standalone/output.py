@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import LoratorioError
-from ..lora_folder import folded, reason
+from ..prompt.lora_folder import folded, reason
 
 if TYPE_CHECKING:
     from PIL import Image

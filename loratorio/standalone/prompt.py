@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import LoratorioError
-from ..lora_folder import readable
-from ..tags import IN_NEGATIVE, has_tag, parts_of, read_tag, trouble
+from ..prompt.lora_folder import readable
+from ..prompt.tags import IN_NEGATIVE, has_tag, parts_of, read_tag, trouble
 
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
 _MARKS = re.compile(

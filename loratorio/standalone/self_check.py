@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..adapters.delta import Adapter
 from ..check import Asked, Calls, Made, Report, check
-from ..lora_folder import LoraFolder
+from ..prompt.lora_folder import LoraFolder
 from .checkpoint import Checkpoint
 from .lora_files import LoadedLora, load_lora
 from .lora_lookup import find_lora

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from .. import toybox
-from ..colours import COLOURS
 from ..errors import LoratorioError
+from ..pictures.colours import COLOURS
+from ..pictures.sheet import draw_text, enlarged, text_size
 from ..settings import PRESETS, Knob, Settings, panel_rows
-from ..sheet import draw_text, enlarged, text_size
 from ..webui.components import component, shown
 from . import example
 from .describe import describe

@@ -8,8 +8,8 @@ from itertools import chain
 from typing import Any
 
 from ..errors import LoratorioError
+from ..prompt.tags import IN_NEGATIVE, has_tag
 from ..settings import KNOB_BY_NAME, KNOBS, Settings
-from ..tags import IN_NEGATIVE, has_tag
 from . import options, xyz
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import maps
+from ..pictures import maps
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,10 +10,10 @@ from typing import Any
 
 import gradio as gr
 
-from ..colours import COLOURS
 from ..compose.methods import FOR_PICTURES, METHODS
 from ..errors import LoratorioError
-from ..roles import looks_like_speed_lora
+from ..pictures.colours import COLOURS
+from ..prompt.roles import looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings, panel_rows
 from . import docs, options, self_check
 from . import gradio_compat as compat

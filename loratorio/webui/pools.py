@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
-from ..lora_folder import LoraFolder
-from ..pool import Candidates, expanded, has_pool, pool_files
-from ..roles import looks_like_speed_lora
-from ..tags import READERS, for_webui
+from ..prompt.lora_folder import LoraFolder
+from ..prompt.pool import Candidates, expanded, has_pool, pool_files
+from ..prompt.roles import looks_like_speed_lora
+from ..prompt.tags import READERS, for_webui
 
 if TYPE_CHECKING:
     from ..job import Job

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LoratorioError
-from ..infotext import number
+from ..pictures.infotext import number
 from ..refusal import Refusal
 from ..settings import KNOBS, PRESET, PRESETS, Knob, find_preset
 

@@ -476,8 +476,8 @@ def test_parts_of_a_step_share_the_stack_of_the_whole() -> None:
         for mixes in (solos, solos[1:], solos[:1]):
             with bank.routed(mixes):
                 layer(torch.randn(len(mixes), 6))
-                (job,) = bank._jobs("layer", layer.weight)
-                stacks.append(job.add.keywords["down"])  # type: ignore[attr-defined]
+                (product,) = bank._products("layer", layer.weight)
+                stacks.append(product.add.keywords["down"])  # type: ignore[attr-defined]
     addresses = {stack.untyped_storage().data_ptr() for stack in stacks}
     assert len(addresses) == 1
 
@@ -492,8 +492,8 @@ def test_one_loras_dense_change_is_not_copied() -> None:
         for factor in (1.0, 0.5):
             with bank.routed([(factor,)] * 2):
                 torch.testing.assert_close(layer(rows), plain + 0.7 * factor * rows @ weight.T)
-                (job,) = bank._jobs("layer", layer.weight)
-                assert job.add.keywords["delta"].weight.data_ptr() == weight.data_ptr()  # type: ignore[attr-defined]
+                (product,) = bank._products("layer", layer.weight)
+                assert product.add.keywords["delta"].weight.data_ptr() == weight.data_ptr()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", ["rank 3", "dense"])
@@ -547,12 +547,12 @@ def test_what_rows_share_is_added_once() -> None:
     mixes = [(0.25,) * 3, *(tuple(1.0 if i == j else 0.25 for j in range(3)) for i in range(3))]
     with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
         layer(torch.randn(4, 6))
-        (everything,) = bank._jobs("layer", layer.weight)
+        (everything,) = bank._products("layer", layer.weight)
         assert (everything.start, everything.stop) == (0, 4)
     mixes = [tuple(1.0 if j in (0, i) else 0.0 for j in range(3)) for i in range(3)]
     with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
         layer(torch.randn(3, 6))
-        common, rest = bank._jobs("layer", layer.weight)
+        common, rest = bank._products("layer", layer.weight)
         assert (common.start, common.stop, rest.start, rest.stop) == (0, 3, 1, 3)
 
 

@@ -15,7 +15,7 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.candidates import CALLED, branches_for_reactions, called, reactions
 from loratorio.compose.methods.base import Predictions
 from loratorio.compose.mixes import Branch, Mix, Participants
-from loratorio.roles import reactions_note
+from loratorio.prompt.roles import reactions_note
 from loratorio.sampling.engine import Engine
 from tests.published import paper
 

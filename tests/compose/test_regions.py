@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratorio.compose.methods.loratorio import in_proportion, softmin
-from loratorio.compose.regions import WHOLE, Box, Canvas, Place, masks_of
+from loratorio.compose.regions import WHOLE, Box, Place, PlaceMasks, masks_of
 from tests import reference
 from tests.compose.weighting import spatial_weights
 
@@ -218,7 +218,7 @@ def test_one_lora_in_a_place_leaves_the_rest_to_the_base() -> None:
 
 
 def test_a_canvas_makes_each_mask_once() -> None:
-    canvas, place = Canvas(WHOLE), Place((Box(0, 0, 0.5, 1),))
+    canvas, place = PlaceMasks(WHOLE), Place((Box(0, 0, 0.5, 1),))
     assert canvas.masks([None, None], (4, 4), torch.device("cpu")) is None
     first = canvas.masks([place, None], (4, 4), torch.device("cpu"))
     assert first is not None

@@ -386,7 +386,7 @@ def test_a_sampler_that_lasts_for_all_batches(standin: Any, method: str, is_wrap
 def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:
     a, b = standin.lora("a", 1), standin.full("b", 2)
     samples, job = compose(standin.job(a, b))
-    job.let_go()
+    job.release()
     assert left_over() == 0
     assert samples.shape == (1, 4, 8, 8)
 

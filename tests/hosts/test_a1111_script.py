@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from loratorio.errors import LoratorioError
-from loratorio.roles import TaggedLora
+from loratorio.prompt.roles import TaggedLora
 from loratorio.settings import KNOBS, Settings
 from tests.published import paper
 

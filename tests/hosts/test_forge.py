@@ -64,9 +64,9 @@ def standin(webui: Any, request: Any) -> Any:
 
 def host(standin: Any) -> Any:
     from loratorio.hosts.forge import Forge
-    from loratorio.hosts.forge.flavours import Flavour, Neo, ReForge
+    from loratorio.hosts.forge.variants import Neo, ReForge, Variant
 
-    return Forge({"neo": Neo, "forge": Flavour, "reforge": ReForge}[standin.model.flavour]())
+    return Forge({"neo": Neo, "forge": Variant, "reforge": ReForge}[standin.model.variant]())
 
 
 def compose(
@@ -158,7 +158,7 @@ def test_a_lora_that_two_tags_name_acts_as_in_the_host(
     tags = [webui.run.tag("a", 0.5, strengths[0]), webui.run.tag("a", 1.0, strengths[1])]
     composed, job = compose(standin, standin.job(*tags), recentre=0.0)
     assert close(composed, standin.run(standin.job(*tags)))
-    total = sum(set(strengths)) if standin.model.flavour == "forge" else sum(strengths)
+    total = sum(set(strengths)) if standin.model.variant == "forge" else sum(strengths)
     uses = [str(use) for use in job.passes[0].uses]
     assert uses == ["a:1.5" if total == 1.5 else f"a:{total:g} text 1.5"]
     merged, _ = compose(standin, standin.job(*tags, "b"), method="merge")
@@ -247,7 +247,7 @@ def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:
 
     p = standin.job("a", "b", "c")
     _, job = compose(standin, p, **KNOBS)
-    job.let_go()
+    job.release()
     assert left_over() == 0
     assert p.sampler
     standin.model.model.fails, failing = fail, standin.job("a", "c")
@@ -359,7 +359,7 @@ def test_hires_fix_composes_both_passes(standin: Any) -> None:
 
 
 def test_the_refiner_is_composed_too(webui: Any, standin: Any) -> None:
-    refiner = webui.run.Model(standin.model.flavour, "refiner", seed=2)
+    refiner = webui.run.Model(standin.model.variant, "refiner", seed=2)
 
     def traces() -> list[list[Any]]:
         found = []
@@ -401,7 +401,7 @@ def test_loras_that_do_not_fit_the_refiner_are_left_out_there(webui: Any, standi
         def forward(self, x: Any, t: Any, context: Any, *rest: Any) -> Any:
             return self.conv(x) + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
-    refiner = webui.run.Model(standin.model.flavour, "refiner", seed=2, unet=Other)
+    refiner = webui.run.Model(standin.model.variant, "refiner", seed=2, unet=Other)
     own = standin.run(standin.job("b", refiner=refiner))
     composed, done = compose(standin, standin.job("b", refiner=refiner), recentre=0, **KNOBS)
     assert close(composed, own)
@@ -583,7 +583,7 @@ REGROUPED: dict[str, Any] = {
 @pytest.mark.parametrize("free", [1e12, 3.5], ids=["", "little memory"])
 def test_rows_that_others_regroup(webui: Any, standin: Any, name: str, pictures: int, free: float) -> None:
     """The same LoRA as two files is the host with it once, whatever others do to the rows of a call."""
-    standin.model = webui.run.Model(standin.model.flavour, unet=Patched(webui.run.UNet))
+    standin.model = webui.run.Model(standin.model.variant, unet=Patched(webui.run.UNet))
     standin.lora("twin", 1)
 
     def install(p: Any) -> None:
@@ -629,7 +629,7 @@ def test_control_net(webui: Any, standin: Any) -> None:
 def test_a_wrapper_that_passes_us_by_is_an_error(standin: Any) -> None:
     def evict(p: Any) -> None:
         unet = p.sd_model.forge_objects.unet.clone()
-        unet.model_options[host(standin)._flavour.hook_option] = []
+        unet.model_options[host(standin)._variant.hook_option] = []
         p.sd_model.forge_objects.unet = unet
 
     with pytest.raises(LoratorioError, match="past LoRAtorio"):
@@ -689,7 +689,7 @@ def test_speed_loras_are_recognised_and_said(webui: Any, standin: Any) -> None:
 def test_text_that_sees_pictures_is_left_as_the_host_made_it(standin: Any, monkeypatch: Any) -> None:
     from backend.args import dynamic_args
 
-    if standin.model.flavour != "neo":
+    if standin.model.variant != "neo":
         pytest.skip("Forge Neo's only")
     monkeypatch.setattr(dynamic_args, "ref_latents", [torch.zeros(1)])
     _, job = compose(standin, standin.job("a", "b"), **KNOBS)
@@ -756,8 +756,8 @@ def test_regions_of_other_extensions_are_refused(standin: Any) -> None:
 
     def install(p: Any) -> None:
         unet = p.sd_model.forge_objects.unet.clone()
-        option = host(standin)._flavour.hook_option
-        unet.model_options[option] = [narrow_in_reforge if standin.model.flavour == "reforge" else narrow]
+        option = host(standin)._variant.hook_option
+        unet.model_options[option] = [narrow_in_reforge if standin.model.variant == "reforge" else narrow]
         p.sd_model.forge_objects.unet = unet
 
     with pytest.raises(LoratorioError, match="area of its own"):
@@ -765,7 +765,7 @@ def test_regions_of_other_extensions_are_refused(standin: Any) -> None:
 
 
 def test_a_clip_skip_that_changes_while_sampling_is_left_to_the_host(standin: Any) -> None:
-    if standin.model.flavour != "reforge":
+    if standin.model.variant != "reforge":
         pytest.skip("reForge's only")
     own = standin.run(standin.job("a"))
     composed, job = compose(standin, standin.job("a", dynamic_clip_skip_schedule=[3, 2]), **KNOBS)
@@ -776,7 +776,7 @@ def test_a_clip_skip_that_changes_while_sampling_is_left_to_the_host(standin: An
 def test_nunchaku_is_left_to_the_host(webui: Any, standin: Any, monkeypatch: Any) -> None:
     from backend.args import dynamic_args
 
-    if standin.model.flavour != "neo":
+    if standin.model.variant != "neo":
         pytest.skip("Forge Neo's only")
     monkeypatch.setattr(dynamic_args, "nunchaku", True)
     own = standin.run(standin.job("a"))
@@ -816,7 +816,7 @@ class Blocks(torch.nn.Parameter):
 def test_blocks_of_a_low_bit_weight_are_read_before_the_host_has_arranged_them(
     webui: Any, monkeypatch: Any, used_before: bool
 ) -> None:
-    from loratorio.hosts.forge.flavours import Flavour
+    from loratorio.hosts.forge.variants import Variant
 
     monkeypatch.setitem(
         sys.modules, "backend.operations_gguf", SimpleNamespace(dequantize_tensor=Blocks.dequantised)
@@ -827,7 +827,7 @@ def test_blocks_of_a_low_bit_weight_are_read_before_the_host_has_arranged_them(
         Blocks.bake(layer.weight)
     bytes_before = layer.weight.data.clone()
     patcher = SimpleNamespace(model=SimpleNamespace(layer=layer, lora_loader=SimpleNamespace(backup={})))
-    read = Flavour().base_weight(patcher, "layer.weight")
+    read = Variant().base_weight(patcher, "layer.weight")
     assert read.dtype == torch.float32
     assert read.tolist() == [[1, 2], [3, 4]]
     assert torch.equal(layer.weight.data, bytes_before)
@@ -947,7 +947,7 @@ def test_strengths_that_another_extension_changed_are_left_to_the_host(webui: An
 
     def halve(p: Any) -> None:
         unet = p.sd_model.forge_objects_after_applying_lora.unet
-        holders = unet.lora_patches.values() if standin.model.flavour == "forge" else [unet.patches]
+        holders = unet.lora_patches.values() if standin.model.variant == "forge" else [unet.patches]
         for patches in holders:
             for key in patches:
                 patches[key] = [[0.5 * float(patch[0]), *patch[1:]] for patch in patches[key]]
@@ -972,7 +972,7 @@ def test_strengths_by_step_are_left_to_the_host(webui: Any, standin: Any, option
         webui.run.tag("a", **{option: "2"}), "b", scripts=SimpleNamespace(alwayson_scripts=[script])
     )
     composed, done = compose(standin, job, **KNOBS)
-    if standin.model.flavour == "neo":  # where the extension does nothing
+    if standin.model.variant == "neo":  # where the extension does nothing
         assert close(composed, compose(standin, standin.job("a", "b"), **KNOBS)[0])
         assert done.notes == [f"Unknown in a LoRA tag, and without effect: {option}= of LoRA a."]
         return
@@ -1136,8 +1136,8 @@ def test_what_is_changed_before_guidance_is_seen(standin: Any) -> None:
 
     def install(p: Any) -> None:
         unet = p.sd_model.forge_objects.unet.clone()
-        option = host(standin)._flavour.hook_option
-        function = in_reforge if standin.model.flavour == "reforge" else changed
+        option = host(standin)._variant.hook_option
+        function = in_reforge if standin.model.variant == "reforge" else changed
         unet.model_options[option] = [*unet.model_options.get(option, []), function]
         p.sd_model.forge_objects.unet = unet
 
@@ -1181,7 +1181,7 @@ def test_a_replaced_file_is_read_whole(webui: Any, standin: Any, names: tuple[st
 
     def new_model() -> Any:
         """Another WebUI, which has never read the old file."""
-        made = webui.run.Standin(standin.model.flavour)
+        made = webui.run.Standin(standin.model.variant)
         made.lora("c", 3, full=True)
         made.lora("a", 77)
         new = webui.networks.files["/loras/a"]
@@ -1211,10 +1211,10 @@ def test_a_replaced_file_is_read_whole(webui: Any, standin: Any, names: tuple[st
 def test_a_file_replaced_between_two_batches_is_read_whole(
     webui: Any, standin: Any, monkeypatch: Any
 ) -> None:
-    from loratorio.hosts.forge import flavours
+    from loratorio.hosts.forge import variants as variants
 
     written = [(1, 1)]
-    monkeypatch.setattr(flavours, "_written", lambda path: written[0])
+    monkeypatch.setattr(variants, "_written", lambda path: written[0])
     job = Job(standin.job("a"), paper(enabled=True, recentre=0, **KNOBS))
 
     def batch() -> torch.Tensor:

@@ -29,12 +29,12 @@ PROMPT = "a red circle <lora:a:role=style:0.8> <pool:x> <lora:b:at=left:1>"
 class Webui:
     """A stand-in with as much more of a WebUI's modules as the check uses."""
 
-    def __init__(self, flavour: str, folder: Path, monkeypatch: Any) -> None:
+    def __init__(self, variant: str, folder: Path, monkeypatch: Any) -> None:
         import run  # type: ignore[import-not-found, unused-ignore]
         from modules import processing, shared
 
-        self.is_a1111, self.pictures, self.history = flavour == "a1111", [], folder / "params.txt"
-        self.standin = run.Standin() if self.is_a1111 else run.Standin(flavour)
+        self.is_a1111, self.pictures, self.history = variant == "a1111", [], folder / "params.txt"
+        self.standin = run.Standin() if self.is_a1111 else run.Standin(variant)
         self.loras = {name: self.standin.lora(name, seed) for seed, name in enumerate(("a", "b", "c"))}
         self.model = self.standin.model
         self.model.sd_checkpoint_info = SimpleNamespace(filename="base", name_for_extra="base")
@@ -59,7 +59,7 @@ class Webui:
         self.module("launch_utils", git_tag=lambda: "v0")
         self.module(
             "scripts",
-            scripts_txt2img=SimpleNamespace(alwayson_scripts=[Script(flavour)]),
+            scripts_txt2img=SimpleNamespace(alwayson_scripts=[Script(variant)]),
             ScriptRunner=SimpleNamespace,
         )
 
@@ -111,8 +111,8 @@ class Webui:
 class Script:
     """What scripts/loratorio_script.py is to the WebUIs."""
 
-    def __init__(self, flavour: str) -> None:
-        self._flavour = flavour
+    def __init__(self, variant: str) -> None:
+        self._variant = variant
 
     def title(self) -> str:
         return "LoRAtorio"
@@ -124,13 +124,13 @@ class Script:
     def process_before_every_sampling(self, p: Any, knobs: Any) -> None:
         if not p.loratorio_job:
             return
-        if self._flavour == "a1111":
+        if self._variant == "a1111":
             from loratorio.hosts.a1111 import HOST as host
         else:
             from loratorio.hosts.forge import Forge
-            from loratorio.hosts.forge.flavours import Flavour, Neo, ReForge
+            from loratorio.hosts.forge.variants import Neo, ReForge, Variant
 
-            host = Forge({"neo": Neo, "forge": Flavour, "reforge": ReForge}[self._flavour]())
+            host = Forge({"neo": Neo, "forge": Variant, "reforge": ReForge}[self._variant]())
         host.before_sampling(p.loratorio_job)
 
 

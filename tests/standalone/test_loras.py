@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.errors import LoratorioError
-from loratorio.lora_folder import LoraFolder
+from loratorio.prompt.lora_folder import LoraFolder
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.lora_files import load_lora
 from loratorio.standalone.lora_lookup import find_lora

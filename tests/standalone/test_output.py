@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio.errors import LoratorioError
-from loratorio.lora_folder import folded
+from loratorio.prompt.lora_folder import folded
 from loratorio.standalone import output
 
 

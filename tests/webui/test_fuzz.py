@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from typing import Any
 
-from loratorio.places import NAMED
+from loratorio.prompt.places import NAMED
 from loratorio.settings import KNOBS, PRESETS
 
 from .client import PLAIN, Refused, WebUI

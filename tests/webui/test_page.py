@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from loratorio.infotext import LORAS_KEY, params, text
+from loratorio.pictures.infotext import LORAS_KEY, params, text
 from loratorio.settings import KNOBS, Settings
 from loratorio.webui import xyz
 from loratorio.webui.gallery import MARK

@@ -21,9 +21,11 @@ import gradio.routes
 
 from loratorio.check import FAIL, PASS, Finding, Report
 from loratorio.errors import LoratorioError
-from loratorio.infotext import params
+from loratorio.pictures.infotext import params
 from loratorio.settings import KNOB_BY_NAME
-from loratorio.webui import api, docs, found, gradio_compat, infotext, panel, self_check
+from loratorio.webui import api, docs, gradio_compat, panel, self_check
+from loratorio.webui import infotext_fields as infotext
+from loratorio.webui import lookup as found
 
 from .host_infotext import read, written
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loratorio.compose.methods import METHODS
-from loratorio.infotext import params
+from loratorio.pictures.infotext import params
 from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Settings
 
 from .host_infotext import written

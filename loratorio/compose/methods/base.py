@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ..lazy_torch import torch
 from ..mixes import Branch, Mix, Participants
-from ..regions import Canvas, Masks, Place
+from ..regions import Masks, Place, PlaceMasks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class StepContext:
     total: int
     has_uncond: bool
     rows: tuple[int, int] = (1, 1)
-    canvas: Canvas = field(default_factory=Canvas)
+    place_masks: PlaceMasks = field(default_factory=PlaceMasks)
     size: tuple[int, int] = (1, 1)
     device: Any = "cpu"
 
@@ -53,11 +53,11 @@ class StepContext:
     def masks(self) -> Masks | None:
         """Where each composed LoRA may act; None where every one may act everywhere."""
         places = [lora.place for lora in self.participants.loras]
-        return self.canvas.masks(places, self.size, self.device, self.knobs.get("yielding", 0.0))
+        return self.place_masks.masks(places, self.size, self.device, self.knobs.get("yielding", 0.0))
 
     def mask(self, place: Place) -> Tensor:
         """How much of each latent pixel belongs to a place, (H, W) float32."""
-        return self.canvas.mask(place, self.size, self.device)
+        return self.place_masks.mask(place, self.size, self.device)
 
     @property
     def recentring(self) -> float:

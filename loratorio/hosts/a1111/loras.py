@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors, fit
 from ...errors import LoratorioError
-from ...roles import TaggedLora, partly_used_note
+from ...prompt.roles import TaggedLora, partly_used_note
 from ..shared.lora_layers import layers, unread_magnitudes_note
 from ..shared.sampling_pass import ActiveLora
 from ..shared.tags import WrittenTag, WrittenTags

@@ -40,7 +40,7 @@ from .loras import (
     unet_layers,
     unet_strength,
 )
-from .neighbours import obstacle, remarks
+from .other_extensions import obstacle, remarks
 from .rows import A1111Rows
 
 

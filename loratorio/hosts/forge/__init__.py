@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from ...job import Job
 from ..shared.host import refuse
-from .flavours import Flavour, flavour
 from .sampling import ForgePass
+from .variants import Variant, variant
 
 
 class Forge:
     """The WebUI as `scripts/loratorio_script.py` sees it (see `loratorio.hosts.shared.host.WebUIHost`)."""
 
-    def __init__(self, member: Flavour | None = None) -> None:
-        self._flavour = member or flavour()
-        self.name = self._flavour.name
+    def __init__(self, member: Variant | None = None) -> None:
+        self._variant = member or variant()
+        self.name = self._variant.name
 
     def before_sampling(self, job: Job) -> None:
         try:
             with job.ended_by_errors():
-                ForgePass(job, self._flavour).install()
+                ForgePass(job, self._variant).install()
         except Exception as problem:
             refuse(job.p, problem)
 

@@ -10,16 +10,16 @@ from typing import Any
 from ...compose.mixes import Mix
 from ..shared.sampling_pass import ReadLora
 from ..shared.text import Prompts, set_up_conds
-from .flavours import Flavour
+from .variants import Variant
 
 
-def conditioning_under(p: Any, loras: Sequence[ReadLora], flavour: Flavour, mix: Mix, words: str) -> Prompts:
+def conditioning_under(p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix, words: str) -> Prompts:
     """The pass's conditioning with each LoRA at its coefficient, and with own words, past the host's caches."""
-    with text_encoder(p, _clip(p, loras, flavour, mix)), _undisturbed(p):
+    with text_encoder(p, _clip(p, loras, variant, mix)), _undisturbed(p):
         return set_up_conds(p, words)
 
 
-def _clip(p: Any, loras: Sequence[ReadLora], flavour: Flavour, mix: Mix) -> Any:
+def _clip(p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix) -> Any:
     """The host's text encoder with these LoRAs, each at its strength times its coefficient."""
     acting = [(lora, coefficient) for lora, coefficient in zip(loras, mix, strict=True) if coefficient]
     if len(acting) == 1 and acting[0][1] == 1.0:
@@ -28,7 +28,7 @@ def _clip(p: Any, loras: Sequence[ReadLora], flavour: Flavour, mix: Mix) -> Any:
     clip = original.clip
     for lora, coefficient in acting:
         file = lora.active.source
-        _, clip = flavour.load(original.unet, clip, replace(file, text=file.text * coefficient))
+        _, clip = variant.load(original.unet, clip, replace(file, text=file.text * coefficient))
     return clip
 
 

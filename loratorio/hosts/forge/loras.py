@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors
 from ...errors import LoratorioError
-from ...roles import partly_used_note
+from ...prompt.roles import partly_used_note
 from ..shared.lora_layers import layers, unread_magnitudes_note
 from ..shared.sampling_pass import ActiveLora, ReadLora, UnreadableLora
-from .flavours import Flavour, LoraFile, Patch, Patcher
+from .variants import LoraFile, Patch, Patcher, Variant
 
 _XLABS = re.compile(r"blocks\.\d+\.processor\.\w+_lora\d*\.(down|up)\.")
 """As in double_blocks.0.processor.qkv_lora1.down.weight."""
 
 
-def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
+def read(lora: ActiveLora, sd_model: Any, variant: Variant) -> ReadLora:
     """Let the host read a LoRA.
 
     Raises:
@@ -30,8 +30,8 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
     file: LoraFile = lora.source
     original = sd_model.forge_objects_original
     try:
-        unet, clip = flavour.load(original.unet, original.clip, file)
-        names = set(flavour.names_in(file))
+        unet, clip = variant.load(original.unet, original.clip, file)
+        names = set(variant.names_in(file))
     except Exception as problem:  # whatever the host's reader says of a damaged file
         raise UnreadableLora(f"LoRA {file.name} cannot be read ({problem}): get the file again.") from problem
     if unet is original.unet and clip is original.clip:
@@ -44,34 +44,34 @@ def read(lora: ActiveLora, sd_model: Any, flavour: Flavour) -> ReadLora:
             f"LoRA {file.name} fits nothing in this model: it was made for another kind of model, or its layers have names that this "
             f"WebUI does not read ({min(names, default='')[:80]}). Remove it from the prompt, or untick LoRAtorio."
         )
-    adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, flavour))
+    adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, variant))
     adapter.check_numbers()
     # The host would leave out what does not fit, and say so in its log only.
     adapter.fitted(layers_of([adapter], unet))
     if clip is not original.clip:
-        for key, patches in flavour.patches(clip.patcher):
+        for key, patches in variant.patches(clip.patcher):
             check_tensors(file.name, key, _tensors_in([patch[1] for patch in patches]))
     if not adapter.deltas and file.unet and any(map(_is_of_unet, names)):
         remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."
     else:
-        used = _added(flavour, unet, original.unet) + _added(flavour, clip.patcher, original.clip.patcher)
+        used = _added(variant, unet, original.unet) + _added(variant, clip.patcher, original.clip.patcher)
         remark = partly_used_note(file.name, used, len(layers(names)))
     remark = f"{remark} {unread_magnitudes_note(file.name, names)}".strip()
     has_text = clip is not original.clip and file.text != 0
     applied = sd_model.forge_objects_after_applying_lora
     pairs = ((unet, applied.unet), (clip.patcher, applied.clip.patcher))
-    was_replaced = not all(_is_applied(own, theirs, flavour) for own, theirs in pairs)
+    was_replaced = not all(_is_applied(own, theirs, variant) for own, theirs in pairs)
     return ReadLora(lora, adapter, clip if has_text else None, remark, was_replaced)
 
 
-def _is_applied(own: Patcher, applied: Patcher, flavour: Flavour) -> bool:
+def _is_applied(own: Patcher, applied: Patcher, variant: Variant) -> bool:
     """Whether the host has made of the LoRA, when it read it, what it makes of it now."""
     of_host: dict[str, list[Patch]] = {}
-    for key, patches in flavour.patches(applied):
+    for key, patches in variant.patches(applied):
         of_host.setdefault(key, []).extend(patches)
     return all(
         any(_is_same(patch[1], other[1]) for other in of_host.get(key, ()))
-        for key, patches in flavour.patches(own)
+        for key, patches in variant.patches(own)
         for patch in patches
     )
 
@@ -101,9 +101,9 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from _tensors_in(value.weights)
 
 
-def _added(flavour: Flavour, patcher: Patcher, original: Patcher) -> int:
+def _added(variant: Variant, patcher: Patcher, original: Patcher) -> int:
     """How many patches the host made of a LoRA for a model: at least one for each of the file's layers that it knows."""
-    counts = [sum(len(patches) for _, patches in flavour.patches(each)) for each in (patcher, original)]
+    counts = [sum(len(patches) for _, patches in variant.patches(each)) for each in (patcher, original)]
     return counts[0] - counts[1]
 
 
@@ -112,9 +112,9 @@ def layers_of(adapters: Sequence[Adapter], unet: Patcher) -> dict[str, nn.Module
     return {name: unet.model.get_submodule(name) for adapter in adapters for name in adapter.deltas}
 
 
-def _deltas(file: LoraFile, unet: Patcher, flavour: Flavour) -> dict[str, list[Delta]]:
+def _deltas(file: LoraFile, unet: Patcher, variant: Variant) -> dict[str, list[Delta]]:
     deltas: dict[str, list[Delta]] = {}
-    for key, patches in flavour.patches(unet):
+    for key, patches in variant.patches(unet):
         layer, _, parameter = key.rpartition(".")
         if parameter not in ("weight", "bias"):
             raise LoratorioError(
@@ -123,20 +123,20 @@ def _deltas(file: LoraFile, unet: Patcher, flavour: Flavour) -> dict[str, list[D
             )
         low_rank, others = [], []
         for patch in patches:
-            plain = _low_rank(patch, unet, key, flavour)
+            plain = _low_rank(patch, unet, key, variant)
             low_rank.append(plain) if plain else others.append(patch)
         found = deltas.setdefault(layer, [])
         found += low_rank
         if others:
-            change = _dense(others, unet, key, flavour)
+            change = _dense(others, unet, key, variant)
             found.append(Dense(weight=change) if parameter == "weight" else Dense(bias=change))
     return deltas
 
 
-def _low_rank(patch: Patch, unet: Patcher, key: str, flavour: Flavour) -> LowRank | None:
+def _low_rank(patch: Patch, unet: Patcher, key: str, variant: Variant) -> LowRank | None:
     """A patch of plain low-rank matrices, its strength included; None where it takes more than that."""
     strength, value, model_strength, offset, function = patch[:5]
-    plain = flavour.low_rank(value)
+    plain = variant.low_rank(value)
     if plain is None or function is not None or model_strength != 1.0:
         return None
     plain = replace(plain, scale=plain.scale * float(strength))
@@ -146,22 +146,22 @@ def _low_rank(patch: Patch, unet: Patcher, key: str, flavour: Flavour) -> LowRan
         return None
     # The host keeps this layer's weight fused with others': outside of the slice nothing changes.
     dimension, start, length = offset
-    full = flavour.base_weight(unet, key).shape[dimension]
+    full = variant.base_weight(unet, key).shape[dimension]
     before, after = start, full - start - length
     if dimension == 0:
         return replace(plain, up=nn.functional.pad(plain.up, (0, 0, before, after)))
     return replace(plain, down=nn.functional.pad(plain.down, (before, after)))
 
 
-def _dense(patches: list[Patch], unet: Patcher, key: str, flavour: Flavour) -> Tensor:
+def _dense(patches: list[Patch], unet: Patcher, key: str, variant: Variant) -> Tensor:
     """What the host's merging changes in a weight, in the dtype that the model computes in."""
     with torch.no_grad():
-        base = flavour.base_weight(unet, key)
+        base = variant.base_weight(unet, key)
         # Merging works in place, and an extension may hold patches that are larger than the weight.
-        change = flavour.merged(patches, base.clone(), key).to(torch.float32)
+        change = variant.merged(patches, base.clone(), key).to(torch.float32)
         if change.shape != base.shape:
             raise LoratorioError(
                 f"A LoRA changes {key} from {tuple(base.shape)} to {tuple(change.shape)}: LoRAtorio cannot compose LoRAs that "
                 "give a layer another shape. Remove it from the prompt, or untick LoRAtorio."
             )
-        return (change - base).to("cpu", flavour.computation_dtype(unet))
+        return (change - base).to("cpu", variant.computation_dtype(unet))

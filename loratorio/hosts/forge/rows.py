@@ -16,7 +16,7 @@ from ...errors import LoratorioError
 from ...sampling.calls import Row
 from ...sampling.engine import Step
 from ..shared.text import TextConditioning
-from .flavours import Sampling
+from .variants import Sampling
 
 MARK = "loratorio_block"
 """The name of a condition that travels with a block of rows through the host's batching, so that the block is known again.

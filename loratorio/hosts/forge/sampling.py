@@ -17,18 +17,18 @@ from ...adapters.delta import Adapter
 from ...compose.methods import Composition
 from ...errors import LoratorioError
 from ...job import Job
-from ...roles import TaggedLora
+from ...prompt.roles import TaggedLora
+from ...prompt.tags import BLOCK_WEIGHT
 from ...sampling.calls import ModelCall, Row, predicted_by
 from ...sampling.engine import Engine, Step
-from ...tags import BLOCK_WEIGHT
 from ..shared.enclosure import enclose
-from ..shared.neighbours import merged_because, replaced_attention, strengths_by_step
+from ..shared.other_extensions import merged_because, replaced_attention, strengths_by_step
 from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, SamplingPass
 from ..shared.text import TextConditioning, encoded
 from .conditioning import conditioning_under, forget_conditioning, text_encoder
-from .flavours import Flavour, Patcher
 from .loras import layers_of, read
 from .rows import MARK, Call, ForgeRows
+from .variants import Patcher, Variant
 
 MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
 REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
@@ -74,11 +74,11 @@ class ForgeEvaluation:
 class ForgePass(SamplingPass):
     """Composes what the job's sampler is about to sample. `install` it, and the pass does the rest."""
 
-    def __init__(self, job: Job, flavour: Flavour) -> None:
+    def __init__(self, job: Job, variant: Variant) -> None:
         super().__init__(job)
-        self._flavour = flavour
-        self.idle_extensions = flavour.idle_extensions
-        self._functions = flavour.sampling()
+        self._variant = variant
+        self.idle_extensions = variant.idle_extensions
+        self._functions = variant.sampling()
         self._texts: TextConditioning
         self._hook: Hook
         self._unet: Patcher  # the clone without LoRAs, and what stood in its place
@@ -93,7 +93,7 @@ class ForgePass(SamplingPass):
 
         Where the LoRAs cannot be composed, nothing is changed and the job is told why.
         """
-        self._flavour.forget_files()
+        self._variant.forget_files()
         participants = self.admit()
         if participants is not None:
             self._replaced = [lora.active.tagged.name for lora in self.loras if lora.was_replaced]
@@ -114,13 +114,13 @@ class ForgePass(SamplingPass):
                 file.text,
                 file,
             )
-            for file in self._flavour.applied(self.p)
+            for file in self._variant.applied(self.p)
         ]
 
     def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
         files = [tag.source for tag in tags]
         unet, text = (
-            self._flavour.added([getattr(file, part) for file in files]) for part in ("unet", "text")
+            self._variant.added([getattr(file, part) for file in files]) for part in ("unet", "text")
         )
         return replace(tags[0], strength=unet, text=text, source=replace(files[0], unet=unet, text=text))
 
@@ -128,7 +128,7 @@ class ForgePass(SamplingPass):
         loras = self.activated()
         by_step = BLOCK_WEIGHT not in self.idle_extensions
         return (
-            self._flavour.obstacle(self.p)
+            self._variant.obstacle(self.p)
             or replaced_attention(self.p.sd_model.forge_objects.unet.model)
             or (strengths_by_step(self.p, [lora.tagged for lora in loras]) if by_step else None)
             or self._changed_strengths(loras)
@@ -142,10 +142,10 @@ class ForgePass(SamplingPass):
         applied = self.p.sd_model.forge_objects_after_applying_lora.unet
         originals = {
             key: len(patches)
-            for key, patches in self._flavour.patches(self.p.sd_model.forge_objects_original.unet)
+            for key, patches in self._variant.patches(self.p.sd_model.forge_objects_original.unet)
         }
         asked = {lora.strength for lora in loras}
-        for key, patches in self._flavour.patches(applied):
+        for key, patches in self._variant.patches(applied):
             for patch in list(patches)[originals.get(key, 0) :]:
                 if not any(math.isclose(float(patch[0]), strength, abs_tol=1e-9) for strength in asked):
                     return merged_because(
@@ -154,7 +154,7 @@ class ForgePass(SamplingPass):
         return None
 
     def remarks(self) -> Iterator[str]:
-        if self._flavour.text_sees_pictures() and any(lora.text is not None for lora in self.loras):
+        if self._variant.text_sees_pictures() and any(lora.text is not None for lora in self.loras):
             yield MERGED_TEXT
 
     def model_identity(self) -> Hashable:
@@ -163,7 +163,7 @@ class ForgePass(SamplingPass):
 
     def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
         try:
-            return read(lora, self.p.sd_model, self._flavour)
+            return read(lora, self.p.sd_model, self._variant)
         except LoratorioError:
             if not skip_misfits:
                 raise
@@ -177,11 +177,11 @@ class ForgePass(SamplingPass):
 
     def _make_texts(self) -> None:
         """Text conditioning under every mix. Before the UNet is loaded: on a small GPU the text encoder would drive it out."""
-        merged_text = self._flavour.text_sees_pictures()
+        merged_text = self._variant.text_sees_pictures()
         changes_text = [lora.text is not None and not merged_text for lora in self.loras]
         self._texts = TextConditioning(
             changes_text,
-            partial(conditioning_under, self.p, self.loras, self._flavour),
+            partial(conditioning_under, self.p, self.loras, self._variant),
             host_has_merged=(self.all_take_part and not self._replaced) or merged_text,
         )
         self._texts.prepare(self.engine.participants.every_mix(self.job.settings.share), self.engine.words)
@@ -190,14 +190,14 @@ class ForgePass(SamplingPass):
         """Give the model a clone of its UNet patcher without LoRAs, until `_give_back_unet`."""
         objects = self.p.sd_model.forge_objects
         before = objects.unet
-        unet = self._flavour.without_loras(before, self.p.sd_model)
-        option = self._flavour.hook_option
+        unet = self._variant.without_loras(before, self.p.sd_model)
+        option = self._variant.hook_option
         hooks = unet.model_options.get(option, [])
-        self._hook = Hook(self._flavour.hook(self._before_evaluation))
+        self._hook = Hook(self._variant.hook(self._before_evaluation))
         # A host may call us twice for one pass, our clone of the first time being in place.
         kept = [hook for hook in hooks if not isinstance(hook, Hook)]
         unet.model_options[option] = [*kept, self._hook]
-        dtype = self._flavour.computation_dtype(unet)
+        dtype = self._variant.computation_dtype(unet)
         unet.add_extra_preserved_memory_during_sampling(self.engine.bank.numbers * dtype.itemsize)
         self._unet = objects.unet = unet
         self._unet_before = before
@@ -215,11 +215,11 @@ class ForgePass(SamplingPass):
         self.attachment.callback(guard.remove)
         # What another extension's function does to the rows must be done before we look at them.
         options = self.p.sd_model.forge_objects.unet.model_options
-        hooks = options.get(self._flavour.hook_option, [])
+        hooks = options.get(self._variant.hook_option, [])
         if self._hook in hooks:
             others = [hook for hook in hooks if hook is not self._hook]
-            options[self._flavour.hook_option] = [*others, self._hook]
-        bank.prepare(self._unet.load_device, self._flavour.computation_dtype(self._unet))
+            options[self._variant.hook_option] = [*others, self._hook]
+        bank.prepare(self._unet.load_device, self._variant.computation_dtype(self._unet))
 
     def _refuse_unrouted(self, *args: Any) -> None:
         """Before each call of the model: one that did not come to us would be the base's, without any LoRA."""
@@ -268,7 +268,7 @@ class ForgePass(SamplingPass):
                 denoiser.update_inner_model = update
             self._give_back_unet(self.p.sd_model.forge_objects)
             if self._replaced:
-                self._flavour.forget_loras(sd_model)
+                self._variant.forget_loras(sd_model)
                 forget_conditioning(self.p)
 
     def missed(self) -> None:
@@ -331,7 +331,7 @@ class ForgePass(SamplingPass):
         rows, options = evaluation.rows, c["transformer_options"]
         self.engine.calls.one_mix = inner is not None or _has_functions(options)
         if evaluation.composition is None:
-            self.engine.calls.memory = DeclaredRows(self._flavour, model, rows)
+            self.engine.calls.memory = DeclaredRows(self._variant, model, rows)
             predict = partial(self._predict, rows, options, run)
             evaluation.composition = self.engine.step(evaluation.step, predict)
             self.owners = evaluation.step.owners
@@ -364,16 +364,16 @@ def _has_functions(options: Any) -> bool:
 class DeclaredRows:
     """As many rows a call as fit into what the host says is free, by what it says a call needs."""
 
-    def __init__(self, flavour: Flavour, model: Any, rows: ForgeRows) -> None:
-        self._flavour = flavour
+    def __init__(self, variant: Variant, model: Any, rows: ForgeRows) -> None:
+        self._variant = variant
         self._model = model
         self._x = rows.x
 
     def fitting(self, wanted: int) -> int:
         images = len(self._x)
-        free = self._flavour.free_memory(self._x.device)
+        free = self._variant.free_memory(self._x.device)
         fitting = wanted
-        while fitting > 1 and self._flavour.needed_memory(self._model, [fitting, *self._x.shape[1:]]) >= free:
+        while fitting > 1 and self._variant.needed_memory(self._model, [fitting, *self._x.shape[1:]]) >= free:
             fitting = fitting // 2
         return fitting - fitting % images if fitting > images else fitting
 

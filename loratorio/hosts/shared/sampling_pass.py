@@ -20,11 +20,11 @@ from ...compose.methods import METHODS
 from ...compose.mixes import Participants
 from ...compose.regions import WHOLE, Box
 from ...errors import LoratorioError
-from ...infotext import LoraUse
 from ...job import Job, PassRecord
-from ...places import OPTION as PLACE_OPTION
-from ...pool import Candidates
-from ...roles import (
+from ...pictures.infotext import LoraUse
+from ...prompt.places import OPTION as PLACE_OPTION
+from ...prompt.pool import Candidates
+from ...prompt.roles import (
     TaggedLora,
     assigned_roles,
     chosen_from_pool,
@@ -40,7 +40,7 @@ from ...roles import (
     without_effect_note,
 )
 from ...sampling.engine import Engine
-from .neighbours import known_options, sampling_in_parts
+from .other_extensions import known_options, sampling_in_parts
 from .tags import WrittenTags
 
 NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."

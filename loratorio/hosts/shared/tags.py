@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ...tags import KINDS
+from ...prompt.tags import KINDS
 
 
 class WrittenTag(NamedTuple):

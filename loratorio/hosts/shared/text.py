@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...compose.mixes import Mix
-from ...places import with_words
+from ...prompt.places import with_words
 
 
 class Prompts(NamedTuple):

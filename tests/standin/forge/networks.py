@@ -19,7 +19,7 @@ load_lora_state_dict = read_file
 
 def load_lora_for_models(model, clip, lora, strength_model, strength_clip, filename="default", **online_mode):
     """reForge's takes no `online_mode`, and clones a patcher whether or not the LoRA has something for it."""
-    reforge = model.flavour == "reforge"
+    reforge = model.variant == "reforge"
     assert not (reforge and online_mode)
     made = []
     for patcher, part, strength in (
@@ -30,7 +30,7 @@ def load_lora_for_models(model, clip, lora, strength_model, strength_clip, filen
         for key, (kind, *tensors) in lora.items():
             name, _, offset = key.partition("|")
             if name.startswith(part):
-                is_adapter = patcher.flavour != "forge" and kind == "lora"
+                is_adapter = patcher.variant != "forge" and kind == "lora"
                 place = (name, tuple(map(int, offset.split(",")))) if offset else name
                 patches[place] = Adapter(kind, tensors) if is_adapter else (kind, tuple(tensors))
         clone = patcher.clone()
@@ -50,7 +50,7 @@ def activate(data):
         name, text, unet = tag.positional
         on_disk = SimpleNamespace(filename=f"/loras/{name}", metadata=tag.metadata)
         loaded_networks.append(SimpleNamespace(network_on_disk=on_disk, mentioned_name=name))
-        targets.append([on_disk.filename, unet, text, *([] if model.flavour == "reforge" else [False])])
+        targets.append([on_disk.filename, unet, text, *([] if model.variant == "reforge" else [False])])
     if model.current_lora_hash == str(targets):
         return
     model.current_lora_hash = str(targets)

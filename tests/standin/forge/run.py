@@ -98,12 +98,12 @@ class ForgeObjects:
 
 
 class Model:
-    def __init__(self, flavour, name="base", seed=1, unet=UNet):
+    def __init__(self, variant, name="base", seed=1, unet=UNet):
         torch.manual_seed(seed)
-        patcher = {"neo": NeoPatcher, "forge": ForgePatcher, "reforge": ReForgePatcher}[flavour]
-        self.name, self.flavour = name, flavour
+        patcher = {"neo": NeoPatcher, "forge": ForgePatcher, "reforge": ReForgePatcher}[variant]
+        self.name, self.variant = name, variant
         self.forge_objects = ForgeObjects(
-            patcher(KModel(unet(Linear if flavour == "forge" else torch.nn.Linear))),
+            patcher(KModel(unet(Linear if variant == "forge" else torch.nn.Linear))),
             CLIP(patcher(TextEncoder())),
         )
         self.forge_objects_original = self.forge_objects.shallow_copy()
@@ -145,18 +145,18 @@ def tag(name, text=1.0, unet=1.0, metadata=None, **named):
 
 
 class Standin:
-    def __init__(self, flavour):
+    def __init__(self, variant):
         shared.state.interrupted = False
         memory_management.free = 1e12
         networks.loaded_networks.clear()
         networks.files.clear()
-        keeps = flavour != "neo"
+        keeps = variant != "neo"
         networks.load_lora_state_dict = (
             functools.lru_cache(5)(networks.read_file) if keeps else networks.read_file
         )
         for cache in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
             setattr(processing.StableDiffusionProcessing, cache, [None, None, None])
-        self.model = shared.sd_model = Model(flavour)
+        self.model = shared.sd_model = Model(variant)
 
     def lora(self, name, seed, text=True, unet=True, full=False):
         """A file with a low-rank part for the convolutions and for one half of a fused layer, and one for text."""

@@ -23,7 +23,7 @@ class CFGDenoiser:
         uncond = None if uncond is None else prompt_parser.reconstruct_cond_batch(uncond, self.step)
         if self.p.is_hr_pass:
             cond_scale = self.p.hr_cfg
-        sample = forge_sample if self.p.sd_model.flavour == "reforge" else sampling_function
+        sample = forge_sample if self.p.sd_model.variant == "reforge" else sampling_function
         denoised = sample(self, x, sigma, tensor, parts, uncond, cond_scale)
         self.sampler.last_latent = denoised
         self.step += 1
@@ -118,7 +118,7 @@ class StableDiffusionProcessing:
         positive = prompt_parser.SdConditioning(prompts)
         get = self.get_conds_with_caching
         uc = None
-        if cfg != 1 or self.sd_model.flavour == "reforge":
+        if cfg != 1 or self.sd_model.variant == "reforge":
             uc = get(prompt_parser.get_learned_conditioning, negative, self.steps, [caches[1]], data)
         c = get(prompt_parser.get_multicond_learned_conditioning, positive, self.steps, [caches[0]], data)
         return c, uc
@@ -150,7 +150,7 @@ class StableDiffusionProcessing:
         self.sampler = Sampler(self, self.second_order)
         networks.activate(self.hr_extra_network_data)
         self.calculate_hr_conds()
-        if self.sd_model.flavour == "forge":
+        if self.sd_model.variant == "forge":
             self.fire("process_before_every_sampling")
         self.reset_to_loras()
         self.fire("process_before_every_sampling")

@@ -23,7 +23,7 @@ class Adapter:
 
 
 class Patcher:
-    flavour = None
+    variant = None
 
     def __init__(self, model):
         self.model = model
@@ -61,7 +61,7 @@ class Patcher:
 
 
 class NeoPatcher(Patcher):
-    flavour = "neo"
+    variant = "neo"
 
     def __init__(self, model):
         super().__init__(model)
@@ -96,11 +96,11 @@ class NeoPatcher(Patcher):
 
 
 class ReForgePatcher(NeoPatcher):
-    flavour = "reforge"
+    variant = "reforge"
 
 
 class ForgePatcher(Patcher):
-    flavour = "forge"
+    variant = "forge"
 
     def __init__(self, model):
         super().__init__(model)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .errors import LoratorioError
+from ..errors import LoratorioError
 
 KINDS = ("lora", "lyco")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from pathlib import Path
 
-from .errors import LoratorioError
+from ..errors import LoratorioError
 
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")

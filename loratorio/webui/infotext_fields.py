@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
-from ..infotext import VERSION_KEY, LoraUse, params
+from ..pictures.infotext import VERSION_KEY, LoraUse, params
 from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loratorio.errors import LoratorioError
-from loratorio.lora_folder import LoraFolder, ambiguous_note
+from loratorio.prompt.lora_folder import LoraFolder, ambiguous_note
 
 
 def made(root: Path, *names: str) -> Path:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratorio.roles import TaggedLora, chosen_from_pool
-from loratorio.trigger_words import called, callers, words_of
+from loratorio.prompt.roles import TaggedLora, chosen_from_pool
+from loratorio.prompt.trigger_words import called, callers, words_of
 
 PHRASE = {"modelspec.trigger_phrase": "zorb, a red cap"}
 TAGS = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...adapters.delta import LowRank
 from ...errors import LoratorioError
-from ...tags import BLOCK_WEIGHT
+from ...prompt.tags import BLOCK_WEIGHT
 from ..shared.tags import WrittenTags
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
@@ -58,7 +58,7 @@ class Sampling(NamedTuple):
     Condition: type
 
 
-class Flavour:
+class Variant:
     """A member of the family that has the `backend` package: what Forge (2025) and Forge Neo share."""
 
     name = "Forge"
@@ -209,7 +209,7 @@ class Flavour:
         return before
 
 
-class Comfy(Flavour):
+class Comfy(Variant):
     """ComfyUI's patcher, and LoRAs as objects of its `weight_adapter` package: what Forge Neo and reForge share."""
 
     def added(self, strengths: Sequence[float]) -> float:
@@ -395,10 +395,10 @@ def _plain_low_rank(weights: Sequence[Any]) -> LowRank | None:
     return LowRank(down, up, scale, mid)
 
 
-def flavour() -> Flavour:
+def variant() -> Variant:
     """The member of the family that this code runs inside."""
     if importlib.util.find_spec("ldm_patched") is not None:
         return ReForge()
     if importlib.util.find_spec("modules_forge.packages") is not None:
         return Neo()
-    return Flavour()
+    return Variant()

@@ -8,7 +8,7 @@ import torch
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.errors import LoratorioError
-from loratorio.roles import (
+from loratorio.prompt.roles import (
     TaggedLora,
     assigned_roles,
     looks_like_speed_lora,

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .compose.regions import Box, Place
-from .errors import LoratorioError
+from ..compose.regions import Box, Place
+from ..errors import LoratorioError
 
 OPTION = "at"
 """The named argument of a LoRA tag."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..shared.neighbours import merged_because, replaced_attention
+from ..shared.other_extensions import merged_because, replaced_attention
 
 
 def obstacle(p: Any) -> str | None:

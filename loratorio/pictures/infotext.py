@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from . import __version__
-from .settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+from .. import __version__
+from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
 VERSION_KEY = "LoRAtorio version"
 LORAS_KEY = "LoRAtorio LoRAs"

@@ -15,11 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from .compose.candidates import CALLED
-from .compose.importance import importance, without_words
-from .compose.mixes import Participants
-from .compose.regions import WHOLE, Box, Place
-from .errors import LoratorioError
+from ..compose.candidates import CALLED
+from ..compose.importance import importance, without_words
+from ..compose.mixes import Participants
+from ..compose.regions import WHOLE, Box, Place
+from ..errors import LoratorioError
 from .places import OPTION as PLACE_OPTION
 from .places import read_place
 from .tags import WORDS_OPTION, shown

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
 
-from .errors import LoratorioError
+from ..errors import LoratorioError
 from .lora_folder import LoraFolder, folded
 from .roles import POOL_OPTION, looks_like_speed_lora
 

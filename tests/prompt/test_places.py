@@ -12,8 +12,8 @@ from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import Participants
 from loratorio.compose.regions import Box, Place
 from loratorio.errors import LoratorioError
-from loratorio.places import EDGE, NAMED, read_place, with_words
-from loratorio.roles import TaggedLora, participants_of
+from loratorio.prompt.places import EDGE, NAMED, read_place, with_words
+from loratorio.prompt.roles import TaggedLora, participants_of
 from loratorio.sampling.engine import check_places
 from tests.published import paper
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from loratorio.errors import LoratorioError
-from loratorio.pool import expanded, load_candidates, pool_files
-from loratorio.roles import TaggedLora, participants_of
+from loratorio.prompt.pool import expanded, load_candidates, pool_files
+from loratorio.prompt.roles import TaggedLora, participants_of
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import LoratorioError
-from ..tags import trouble
+from ..prompt.tags import trouble
 from . import pools
 
 PATH = "/loratorio/found"

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from loratorio import sheet
-from loratorio.infotext import infotext
-from loratorio.maps import COLOURS, overlay, render
-from loratorio.sheet import contact_sheet, text_size, wrapped
+from loratorio.pictures import sheet
+from loratorio.pictures.infotext import infotext
+from loratorio.pictures.maps import COLOURS, overlay, render
+from loratorio.pictures.sheet import contact_sheet, text_size, wrapped
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 

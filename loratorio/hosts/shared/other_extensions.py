@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ...roles import TaggedLora
-from ...tags import BLOCK_WEIGHT, LORACTL
+from ...prompt.roles import TaggedLora
+from ...prompt.tags import BLOCK_WEIGHT, LORACTL
 
 _WEBUI_OPTIONS = ("te", "unet", "dyn")
 _OPTIONS_OF = {

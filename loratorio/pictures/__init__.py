@@ -1,0 +1,1 @@
+"""What is shown with a picture: weight maps, labelled sheets, infotext."""
