@@ -82,9 +82,11 @@ class LoratorioScript(scripts.Script):
         if job_of(p):
             job_of(p).release()
             if job_of(p).settings.weight_maps:
+                from loratorio.hosts.shared.other_extensions import sampling_in_parts
                 from loratorio.webui import gallery
 
-                gallery.add_maps(job_of(p), processed)
+                if not sampling_in_parts(p):  # such a script would take the maps for further parts
+                    gallery.add_maps(job_of(p), processed)
 
 
 def job_of(p):

@@ -121,7 +121,7 @@ class Bank:
     ) -> Iterator[None]:
         """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
-        Where all mixes are equal a layer may be given any entries: rows repeated, regrouped, folded (frames, crops) or added. Else a
+        Target all mixes are equal a layer may be given any entries: rows repeated, regrouped, folded (frames, crops) or added. Else a
         call raises `Regrouped` where a layer is given another number of them than there are rows.
 
         Args:

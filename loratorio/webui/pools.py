@@ -37,10 +37,12 @@ def expand(job: Job, prompts: list[str]) -> None:
         return expanded(prompt, folders(), _name_of, partial(_is_candidate, damaged=damaged))
 
     # The infotext keeps the tag: it is made of the job's prompts, of which these are copies.
-    prompts[:] = map(expanded_of, prompts)
+    changed = [*map(expanded_of, prompts)]
+    if changed != list(prompts):
+        prompts[:] = changed
     own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size) if hires else slice(0)
-    changed = [expanded_of(prompt) for prompt in hires[own]]
-    if changed != hires[own]:
+    changed = [*map(expanded_of, hires[own])]
+    if changed != list(hires[own]):
         # These are no copies, and so have to be put back.
         job.hires_prompts = hires
         p.all_hr_prompts = list(hires)

@@ -134,7 +134,7 @@ def compose(
             before = WAITS.count
             composed = engine.step(Step(index, total, latents, 2, guidance=5.0), predict)  # type: ignore[arg-type]
             waited = WAITS.count - before
-            # Where composing begins or ends a method has its own first step.
+            # Target composing begins or ends a method has its own first step.
             begins = index <= 1 or index - 1 <= settings.start * total <= index + 1
             if not begins and waited > allowed:
                 raise AssertionError(f"step {index} waits {waited} times for the device")

@@ -234,6 +234,16 @@ def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
     assert torch.equal(plain, samples)
 
 
+def test_a_script_that_samples_parts_gets_no_maps_among_them(standin: Any, script: Any) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    listed = [SimpleNamespace(title=lambda: "SD upscale")]
+    p = standin.job(a, b, scripts=SimpleNamespace(selectable_scripts=listed))
+    p.script, p.own_args, p.script_args = script, [{"enabled": True, "weight_maps": True}], [1]
+    standin.run(p)
+    assert len(p.processed.images) == 1
+    assert "There are no weight maps with the script SD upscale" in p.processed.infotexts[0]
+
+
 def test_pools_become_loras_and_stay_pools_in_the_infotext(
     standin: Any,
     a1111: Any,

@@ -6,7 +6,7 @@ LORATORIO_WEBUI_WORDS   the words that call them, comma separated, where they do
 LORATORIO_WEBUI_CFG     5 by default; the toybox's LoRAs want 2
 LORATORIO_WEBUI_SIZE    side of the pictures in pixels; 64 by default, which is the toybox's
 LORATORIO_WEBUI_EXTRA   other checkpoints and their LoRAs: "inpainting=NAME, refiner=NAME, v2=NAME:LORA+LORA, xl=NAME:LORA+LORA,
-                        gguf=NAME"
+                        gguf=NAME, other=NAME" (other: one that the LoRAs do not fit)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from loratorio.webui.xyz import PREFIX
 
 from .client import Refused, WebUI, psnr
-from .scenarios import HIRES
+from .scenarios import HIRES, INIT
 from .test_scenarios import upscaled
 
 KNOBS = {"reuse": 1}
@@ -103,6 +103,135 @@ def test_strengths_that_are_no_numbers_are_refused(webui: WebUI, loras: list[str
     with pytest.raises(Refused, match=r"(must be|is not) a number") as refused:
         webui.txt2img(KNOBS, prompt=f"a <lora:{loras[0]}:nan> <lora:{loras[1]}:1>")
     assert refused.value.status == 422
+
+
+@pytest.mark.parametrize(
+    ("tag", "why"),
+    [
+        ("<lora:{}:0,8>", "0,8 is not a number: write <lora:{}:0.8>"),
+        ("<lora:{}:abc>", "abc is not a number: write <lora:{}:1>"),
+        ("<lora:{}:1.0:5-15>", "5-15 is not a number: write <lora:{}:1.0>"),
+    ],
+)
+def test_a_tag_that_the_webui_cannot_read_is_named(
+    webui: WebUI, loras: list[str], tag: str, why: str
+) -> None:
+    """The WebUI itself would leave out all LoRAs of the prompt."""
+    hires = upscaled(webui, HIRES)
+    good = f"a <lora:{loras[0]}:1>"
+    wrong = f"{good} {tag.format(loras[1])}"
+    for fields in ({"prompt": wrong}, {"prompt": good, "hr_prompt": wrong, **hires}):
+        with pytest.raises(Refused) as refused:
+            webui.txt2img(KNOBS, **fields)
+        assert refused.value.status == 422
+        assert (
+            f"The tag {tag.format(loras[1])} cannot be read: {why.format(loras[1])}" in refused.value.answer
+        )
+
+
+def test_own_words_may_have_emphasis(webui: WebUI, loras: list[str]) -> None:
+    plain, emphasised = (
+        webui.txt2img({**KNOBS, "recentre": 0}, prompt=f"a hill <lora:{loras[0]}:words={words}:0.8>")
+        for words in ("red circle", "(red circle:1.4)")
+    )
+    assert composed(emphasised.infotext) == f"{loras[0]}:0.8"
+    assert ":words=(red circle:1.4):0.8>" in emphasised.infotext
+    direct = webui.txt2img({**KNOBS, "recentre": 0}, prompt=f"a hill, (red circle:1.4) <lora:{loras[0]}:0.8>")
+    assert psnr(emphasised.image, direct.image) > 70
+    assert psnr(plain.image, direct.image) < 60
+
+
+@pytest.mark.parametrize("strengths", [("1", "0.4"), ("0.6", "0.6")])
+def test_the_same_lora_twice_acts_as_in_the_webui(
+    webui: WebUI, loras: list[str], strengths: tuple[str, str]
+) -> None:
+    prompt = "a red circle " + " ".join(f"<lora:{loras[0]}:{each}>" for each in strengths)
+    exact = {"reuse": 1, "recentre": 0, "share": 0, "top_k": 0}
+    made = webui.txt2img(exact, prompt=prompt)
+    assert psnr(made.image, webui.txt2img(prompt=prompt).image) > 70
+    assert re.fullmatch(rf"{loras[0]}:[\d.]+", composed(made.infotext))
+    both = webui.txt2img({"method": "merge"}, prompt=f"{prompt} <lora:{loras[1]}:1>")
+    assert psnr(both.image, webui.txt2img(prompt=f"{prompt} <lora:{loras[1]}:1>").image) > 70
+
+
+def test_the_same_lora_in_two_places_has_two_strengths(webui: WebUI, loras: list[str], folder: Path) -> None:
+    """As two files with one content have."""
+    shutil.copy(path_of(webui, loras[0]), folder / "its twin.safetensors")
+    webui.call("refresh-loras", {})
+    prompt = f"a red circle <lora:{loras[0]}:at=left:1> <lora:{{}}:at=right:0.4>"
+    once, twins = (webui.txt2img(KNOBS, prompt=prompt.format(name)) for name in (loras[0], "its twin"))
+    assert composed(once.infotext) == f"{loras[0]}:1 at left, {loras[0]}:0.4 at right"
+    assert psnr(once.image, twins.image) > 70
+
+
+def test_a_place_that_shows_nothing_is_said(webui: WebUI, loras: list[str]) -> None:
+    made = webui.txt2img(KNOBS, prompt=f"a <lora:{loras[0]}:1:at=0,0,0.01,0.01~0> <lora:{loras[1]}:1>")
+    assert f"LoRA {loras[0]} (at=0,0,0.01,0.01~0) has next to no effect" in note(made.infotext)
+
+
+def test_places_are_refused_by_sd_upscale(webui: WebUI, loras: list[str]) -> None:
+    fields = {**INIT, "script_name": "SD upscale", "script_args": ["", 16, "None", 2]}
+    prompt = f"a <lora:{loras[0]}:1{{}}> <lora:{loras[1]}:1>"
+    with pytest.raises(Refused, match="The script SD upscale samples the picture in parts") as refused:
+        webui.img2img(KNOBS, prompt=prompt.format(":at=left"), **fields)
+    assert refused.value.status == 422
+    assert len(webui.img2img(KNOBS, prompt=prompt.format(""), **fields).images) == 1
+
+
+def test_a_lora_that_changes_only_text_shows_that(webui: WebUI, loras: list[str]) -> None:
+    made = webui.txt2img(KNOBS, prompt=f"a <lora:{loras[0]}:te=1:unet=0> <lora:{loras[1]}:1>")
+    assert composed(made.infotext) in (f"{loras[0]}:0 text 1, {loras[1]}:1", f"{loras[1]}:1")
+    assert (loras[0] in composed(made.infotext)) or f"LoRA {loras[0]} changes nothing" in note(made.infotext)
+
+
+@pytest.mark.parametrize("kind", ["txt2img", "img2img"])
+def test_a_picture_without_a_step_says_that_nothing_was_composed(
+    webui: WebUI, loras: list[str], kind: str
+) -> None:
+    fields: dict[str, Any] = {"prompt": f"a <lora:{loras[0]}:1>", "sampler_name": "DDIM"}
+    fields |= {"steps": 1} if kind == "txt2img" else {**INIT, "denoising_strength": 0}
+    made = getattr(webui, kind)(KNOBS, **fields)
+    said = "nothing" in note(made.infotext) and "compose" in note(made.infotext)
+    assert bool(composed(made.infotext)) is not said
+
+
+def test_a_call_that_forgets_to_switch_it_on_is_told_so(webui: WebUI, loras: list[str]) -> None:
+    prompt = f"a <lora:{loras[0]}:1> <lora:{loras[1]}:1>"
+    made = webui.txt2img([{"preset": "fast"}], prompt=prompt)
+    assert "does not switch it on" in made.infotext
+    assert (made.image == webui.txt2img(prompt=prompt).image).all()
+
+
+def test_loras_of_the_negative_prompt_are_said_to_be_text(webui: WebUI, loras: list[str]) -> None:
+    made = webui.txt2img(KNOBS, prompt=f"a <lora:{loras[0]}:1>", negative_prompt=f"<lora:{loras[1]}:1>")
+    assert "The LoRA tag in the negative prompt is plain text there" in note(made.infotext)
+
+
+def test_an_axis_without_values_is_a_sentence(webui: WebUI, loras: list[str]) -> None:
+    info = next(
+        each for each in webui.call("script-info") if each["name"] == "x/y/z plot" and not each["is_img2img"]
+    )
+    types = next(argument["choices"] for argument in info["args"] if argument["label"] == "X type")
+    arguments = [argument["value"] for argument in info["args"]]
+    for label in ("Preset", "Temperature"):
+        arguments[:3] = types.index(PREFIX + label), "", []
+        with pytest.raises(Refused, match="the axis has no values") as refused:
+            webui.txt2img(
+                KNOBS, prompt=f"a <lora:{loras[0]}:1>", script_name="x/y/z plot", script_args=arguments
+            )
+        assert refused.value.status == 422
+
+
+def test_a_hires_checkpoint_that_loras_do_not_fit_is_said(
+    webui: WebUI, loras: list[str], extra: dict[str, tuple[str, list[str]]]
+) -> None:
+    if "other" not in extra:
+        pytest.skip("no other checkpoint in LORATORIO_WEBUI_EXTRA")
+    fields = {**upscaled(webui, HIRES), "hr_checkpoint_name": extra["other"][0]}
+    made = webui.txt2img(KNOBS, prompt=f"a <lora:{loras[0]}:1> <lora:{loras[1]}:1>", **fields)
+    assert composed(made.infotext) == f"{loras[0]}:1, {loras[1]}:1"
+    assert "Hires pass: " in note(made.infotext)
+    assert re.search("The hires pass (was made without it|has what fits of it)", note(made.infotext))
 
 
 def test_null_is_the_default(webui: WebUI, loras: list[str]) -> None:

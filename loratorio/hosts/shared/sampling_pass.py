@@ -224,8 +224,8 @@ class SamplingPass(ABC):
         self.all_take_part = len(self.loras) == len(active)
         tagged = [lora.active.tagged for lora in self.loras]
         participants = participants_of(tagged, self._importance(tagged))
-        script = sampling_in_parts(self.p) if participants.has_places else ""
-        if script:
+        script = sampling_in_parts(self.p)
+        if script and participants.has_places:
             raise LoratorioError(
                 f"The script {script} samples the picture in parts, each of which would have the LoRAs' places anew. "
                 "Take at=… out of the prompt, or use hires fix or Ultimate SD upscale."
@@ -235,6 +235,9 @@ class SamplingPass(ABC):
             recognised_note(assigned_roles(tagged)),
             unknown_options_note(tagged, known_options(self.p, self.idle_extensions)),
             no_room_note(tagged, *self._latent_size(), self.region),
+            f"There are no weight maps with the script {script}."
+            if script and self.job.settings.weight_maps
+            else "",
         )
         for remark in (*own_remarks, *self.remarks(), *of_tags):
             if remark:

@@ -61,7 +61,8 @@ class StableDiffusionProcessing:
         self.extra_generation_params, self.comments = {}, {}
         self.width = self.height = 64
         self.hr_upscale_to_x = self.hr_upscale_to_y = 128
-        self.events, self.script, self.script_args, self.n_iter = [], None, (), 1
+        # In a WebUI `script_args` are those of all scripts; here they are the one script's, unless it has `own_args`.
+        self.events, self.script, self.script_args, self.own_args, self.n_iter = [], None, (), None, 1
         self.all_hr_prompts, self.paste_to = None, None
         self.batch_size, self.do_not_save_grid = len(self.prompts), True
         for name, value in fields.items():
@@ -104,7 +105,8 @@ class StableDiffusionProcessing:
     def fire(self, event, *args, **kwargs):
         scripts = [script for own, script in self.events if own == event]
         if self.script is not None:
-            scripts.append(lambda p: getattr(self.script, event)(p, *args, *self.script_args, **kwargs))
+            own = self.script_args if self.own_args is None else self.own_args
+            scripts.append(lambda p: getattr(self.script, event)(p, *args, *own, **kwargs))
         for script in scripts:
             try:
                 script(self)
