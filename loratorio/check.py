@@ -251,7 +251,7 @@ class _Check:
         for what, run in (
             (f"One LoRA gives the same picture as {self._host}", self._single),
             (f"All LoRAs merged by LoRAtorio give the same picture as {self._host}", self._merged),
-            (f"Each LoRA acts on its own rows, as {self._host} has it alone (first step)", self._rows),
+            ("Each LoRA acts on its own rows only (first step)", self._rows),
             ("The model gives finite numbers", self._numbers),
             ("Model rows per step", self._counted),
             ("Seconds per step", self._seconds),
