@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..adapters.delta import Adapter
 from ..check import Asked, Calls, Made, Report, check
+from ..errors import LoratorioError
 from ..prompt.lora_folder import LoraFolder
 from .checkpoint import Checkpoint
 from .lora_files import LoadedLora, load_lora
@@ -31,8 +32,9 @@ def run_check(model: LoadedModel, request: Request) -> Report:
     Raises:
         LoratorioError: the prompt or a LoRA cannot be used.
     """
-    text, tags = split_loras(request.prompt)
-    loras = [_load(model, tag) for tag in tags if not tag.pool]
+    text, every = split_loras(request.prompt)
+    tags = [tag for tag in every if not tag.pool]
+    loras = [_load(model, tag) for tag in tags]
     # What a word that a file brings along does to the text is not in any weight.
     skipped = [lora.name for lora in loras if lora.embeddings]
     usable = [(tag, lora) for tag, lora in zip(tags, loras, strict=True) if not lora.embeddings]
@@ -47,7 +49,8 @@ def run_check(model: LoadedModel, request: Request) -> Report:
 
 
 def _load(model: LoadedModel, tag: PromptLora) -> LoadedLora:
-    assert model.lora_dir is not None
+    if model.lora_dir is None:
+        raise LoratorioError("There is no LoRA folder: give --lora-dir.")
     file, _ = find_lora(LoraFolder(model.lora_dir), tag.name)
     return load_lora(file, tag.name, model.checkpoint, tag.te, tag.unet)
 
@@ -112,13 +115,13 @@ def _changes(module: nn.Module, adapter: Adapter) -> Iterator[tuple[Tensor, Tens
     """Every tensor of `module` that the LoRA changes, and by how much, float32."""
     layers = dict(module.named_modules())
     for name, fitted in adapter.fitted(layers).items():
-        weight, bias = layers[name].weight, layers[name].bias
+        layer = layers[name]
         if fitted.low_rank is not None:
-            yield weight.detach(), fitted.low_rank.dense().reshape(weight.shape) * adapter.strength
+            yield layer.weight, fitted.low_rank.dense().reshape(layer.weight.shape) * adapter.strength
         if fitted.dense is not None and fitted.dense.weight is not None:
-            yield weight.detach(), fitted.dense.weight.float() * adapter.strength
+            yield layer.weight, fitted.dense.weight.float() * adapter.strength
         if fitted.dense is not None and fitted.dense.bias is not None:
-            yield bias.detach(), fitted.dense.bias.float() * adapter.strength
+            yield layer.bias, fitted.dense.bias.float() * adapter.strength
 
 
 def _facts(checkpoint: Checkpoint, request: Request) -> dict[str, str]:

@@ -283,3 +283,43 @@ def test_names_cannot_leave_their_cells(webui: Webui) -> None:
     html = self_check.answer_page(json.dumps({"prompt": "a <lora:<script>:1> <lora:a:1>", "cfg_scale": 5}))
     assert "<script" not in html
     assert "<table>" in html
+
+
+@pytest.mark.parametrize("auth", [None, "me:secret,you:x"])
+def test_the_route(webui: Webui, auth: str | None, monkeypatch: Any) -> None:
+    fastapi = pytest.importorskip("fastapi")
+    from fastapi.security import HTTPBasic
+    from fastapi.testclient import TestClient
+
+    question = fastapi.Depends(HTTPBasic())
+
+    class Api:
+        """As the WebUIs have it."""
+
+        credentials: dict[str, str]
+
+        def auth(self, given=question):  # type: ignore[no-untyped-def]
+            if self.credentials.get(given.username) != given.password:
+                raise fastapi.HTTPException(401)
+
+    webui.module("api")
+    webui.module("api.api", Api=Api)
+    monkeypatch.setattr(webui.shared, "cmd_opts", SimpleNamespace(api=True, api_auth=auth), raising=False)
+    app = fastapi.FastAPI()
+    self_check.add_route(None, app)
+    page = TestClient(app)
+    if auth:
+        assert page.post(self_check.PATH, json={}).status_code == 401
+        page.auth = ("me", "secret")
+    answer = page.post(self_check.PATH, json={"prompt": "a <lora:a:1>"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["findings"][0]["verdict"] == PASS
+    assert set(answer.json()) == {"summary", "findings", "facts", "text"}
+    refused = page.post(self_check.PATH, json={"width": "wide"})
+    assert refused.status_code == 422
+    assert refused.json()["detail"] == "width must be a number from 64 to 2048, not 'wide'."
+    # Without --api there is none.
+    webui.shared.cmd_opts.api = False
+    app = fastapi.FastAPI()
+    self_check.add_route(None, app)
+    assert TestClient(app).post(self_check.PATH, json={}).status_code == 404

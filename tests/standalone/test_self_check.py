@@ -63,7 +63,7 @@ def test_rows_of_the_wrong_lora_fail(model: LoadedModel, monkeypatch: pytest.Mon
 
 
 def test_a_lora_of_no_effect_is_named(model: LoadedModel) -> None:
-    report = checked(model, "a <lora:rose:0.8> <lora:dusk:0>")
+    report = checked(model, "a <lora:rose:0.8> <lora:dusk:0> <pool:x>")
     assert report.facts["LoRAs that change nothing here"] == "dusk"
     assert verdicts(report)[:3] == [PASS, NOT_CHECKED, PASS]
 
@@ -84,5 +84,7 @@ def test_the_command(
     )
     assert cli.main(typed) == 1
     assert "1 of 4 checks failed" in capsys.readouterr().out
+    assert cli.main([*typed[:4], "--device", "cpu"]) == 2
+    assert "give --lora-dir" in capsys.readouterr().err
     assert cli.main(["check", "a fox"]) == 2
     assert "no <lora:name> in the prompt" in capsys.readouterr().err
