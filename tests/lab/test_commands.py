@@ -118,7 +118,7 @@ def test_bench(printed: Any, tmp_path: Path) -> None:
         "--seeds",
         "1",
     )
-    printed("bench", "--out", str(tmp_path / "results"), *typed, "--report", str(report))
+    printed("bench", "--out", str(tmp_path / "results"), "--workers", "1", *typed, "--report", str(report))
     text = report.read_text(encoding="utf-8")
     assert "nan" not in text.lower().split()
     assert all(0 <= each <= 100 for each in numbers(r"(\d+) %", text))
