@@ -26,8 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..errors import LoratorioError
 from .lora_lookup import check_safetensors, damaged
-from .model_files import MODEL_INDEX, check_model
-from .request import LATENT_PIXEL
+from .model_files import LATENT_PIXEL, MODEL_INDEX, check_model
 
 _SCHEDULE = {
     "num_train_timesteps": 1000,

@@ -9,6 +9,9 @@ from pathlib import Path
 from ..errors import LoratorioError
 from .lora_lookup import check_safetensors
 
+LATENT_PIXEL = 8
+"""Picture pixels per latent pixel, a side."""
+
 MODEL_INDEX = "model_index.json"
 """In a folder, what says that it is a diffusers model, and of which kind."""
 

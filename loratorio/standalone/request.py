@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
 from ..settings import Settings
+from .model_files import LATENT_PIXEL
 from .prompt import check_text
 from .samplers import find_sampler
 
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .checkpoint import Checkpoint
-
-LATENT_PIXEL = 8
-"""Picture pixels per latent pixel, a side."""
 
 LARGEST = 8192
 
