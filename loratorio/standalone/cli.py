@@ -289,13 +289,20 @@ def _model_files(options: argparse.Namespace) -> ModelFiles:
     return ModelFiles.of(options.checkpoint, options.lora_dir, options.config, options.device, options.dtype)
 
 
-def _tags(request: Request, files: ModelFiles) -> list[PromptLora]:
-    """The tags of the prompt. Raises LoratorioError for a LoRA, role or place that cannot be had."""
+def _tags(request: Request, files: ModelFiles, variants: Iterable[Settings]) -> list[PromptLora]:
+    """The tags of the prompt. Raises LoratorioError for a LoRA, role or place that cannot be had with one of these settings."""
+    from ..prompt.roles import participants_of
     from .lora_lookup import look_up
     from .prompt import split_loras
 
     text, tags = split_loras(request.prompt)
-    look_up(tags, files.lora_dir, text)
+    found, _ = look_up(tags, files.lora_dir, text)
+    participants = participants_of([lora for each in found for lora in each.loras.values()])
+    if participants.has_places or any(participants.words):
+        from ..engine import check_places  # imports torch
+
+        for variant in variants:
+            check_places(variant, participants)
     return tags
 
 
@@ -333,7 +340,7 @@ def _generate(options: argparse.Namespace) -> None:
     settings = _settings(options)
     request = _request(options, settings)
     files = _model_files(options)
-    tags = _tags(request, files)
+    tags = _tags(request, files, [settings])
     check_writable(options.out)
     _say(_without_effect(options, request, tags, [settings]))
     model = files.load()
@@ -429,7 +436,7 @@ def _compare(options: argparse.Namespace) -> None:
     for variant in variants.values():
         _request(options, variant)
     files = _model_files(options)
-    tags = _tags(request, files)
+    tags = _tags(request, files, variants.values())
     check_writable(options.out)
     _say(_without_effect(options, request, tags, variants.values()))
     replaced = (PRESET, *_PRESET_KNOBS) if by == PRESET else (by,)
@@ -461,31 +468,39 @@ def _compare(options: argparse.Namespace) -> None:
 def _compared(by: str, values: str | None, settings: Settings) -> dict[str, Settings]:
     """The settings of each column, by its label."""
     name = by.strip().lower().replace("-", "_")
-    if name == PRESET:
-        presets = [find_preset(value) for value in (values.split(",") if values else PRESETS)]
-        return {preset.label: settings.with_values(preset.values) for preset in presets}
-    knob = KNOB_BY_NAME.get(name)
-    if knob is None or name in _NOT_OPTIONS:
-        usable = ", ".join((PRESET, *(each for each in KNOB_BY_NAME if each not in _NOT_OPTIONS)))
+    known = [each.name for each in KNOBS if each.name not in _NOT_OPTIONS and each.group != "shown"]
+    if name not in (PRESET, *known):
+        usable = ", ".join((PRESET, *(each.replace("_", "-") for each in known)))
         raise LoratorioError(f"--by must be one of {usable}, not {by!r}.")
+    if name == PRESET:
+        presets = _values(PRESET, values, find_preset) if values else PRESETS.values()
+        return {preset.label: settings.with_values(preset.values) for preset in presets}
+    knob = KNOB_BY_NAME[name]
     chosen: list[Any]
     if values:
-        chosen = [knob.check(value) for value in values.split(",")]
+        chosen = _values(name, values, knob.check)
     elif knob.kind == "choice":
         chosen = [choice for choice, _ in knob.choices]
     elif knob.kind == "bool":
         chosen = [False, True]
     else:
         raise LoratorioError(
-            f"Say which values of {knob.name} to compare, e.g. --values {knob.minimum:g},{knob.default}."
+            f"Say which values of {knob.option} to compare, e.g. --values {knob.minimum:g},{knob.default}."
         )
     if knob.ignored_by(settings.method):
         used = ", ".join(name for name, method in METHODS.items() if knob.name in method.knobs)
         raise LoratorioError(
-            f"{knob.name} changes nothing with the method {settings.method}: name another by --method, one of {used}."
+            f"{knob.option} changes nothing with the method {settings.method}: name another by --method, one of {used}."
         )
     variants = [settings.with_values({knob.name: value}) for value in chosen]
     return {_value_label(knob, variant): variant for variant in variants}
+
+
+def _values(name: str, values: str, check: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [check(value) for value in values.split(",")]
+    except LoratorioError as problem:
+        raise LoratorioError(str(problem).replace(name, "--values", 1)) from None
 
 
 def _value_label(knob: Knob, settings: Settings) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import measures
 from .plan import PRESET_ROWS, SPEED_ROWS, SPEED_STEPS, TRUTH, Variant
-from .report import comparable, percent, row, said_of, shares
+from .report import comparable, figure, percent, row, said_of, shares
 from .store import Result
 
 NOTE = (
@@ -64,7 +64,7 @@ def table(variants: Sequence[Variant], results: Sequence[Result], against: str =
             f"{percent(own.found)} ({percent(own.interval[0])} to {percent(own.interval[1])})",
             percent(own.every),
             f"{own.other:.2f}",
-            "" if is_truth else f"{own.frechet:.1f}",
+            "" if is_truth else figure(own.frechet, ".1f"),
             "" if is_truth else f"{plain_steps(own.rows):.2f}",
             "" if is_truth else f"{own.seconds:.2f}",
         ]

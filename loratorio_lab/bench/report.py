@@ -171,9 +171,10 @@ def table(
             percent(whole.every),
             f"{whole.other:.2f}",
         ]
-        cells += ["" if is_truth else f"{whole.frechet:.2f}"]
+        cells += ["" if is_truth else figure(whole.frechet, ".2f")]
         cells += [
-            "" if is_truth else f"{value:+.3f}" for value in (whole.edges, whole.saturation, whole.clipped)
+            "" if is_truth else figure(value, "+.3f")
+            for value in (whole.edges, whole.saturation, whole.clipped)
         ]
         cells += ["", ""] if is_truth else [f"{whole.rows:.0f}", f"{whole.seconds:.2f}"]
         lines.append(cells)
@@ -186,6 +187,11 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def percent(share: float) -> str:
     return "" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def figure(value: float, form: str) -> str:
+    """A number in this form, or nothing where there is none: a Fréchet distance takes two pictures."""
+    return "" if math.isnan(value) else f"{value:{form}}"
 
 
 def win_table(variants: Sequence[Variant], results: Sequence[Result], of: str = "loratorio") -> str:
@@ -376,7 +382,7 @@ def ablation_table(knob: str, results: Sequence[Result]) -> str:
             low, high = own.interval
             lines.append(
                 f"| {variant.knobs[knob]} | {percent(own.found)} ({percent(low)} to {percent(high)}) | {percent(own.every)} | "
-                f"{own.frechet:.2f} | {own.edges:+.3f} | {own.saturation:+.3f} |"
+                f"{figure(own.frechet, '.2f')} | {figure(own.edges, '+.3f')} | {figure(own.saturation, '+.3f')} |"
             )
     return "\n".join(lines)
 

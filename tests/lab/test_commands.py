@@ -44,7 +44,7 @@ def test_every_knob_is_said() -> None:
 
 
 def test_premise(printed: Any) -> None:
-    """A regularised LoRA that the prompt calls diverges further: nearly always. An unregularised one does not care."""
+    """A regularised LoRA that the prompt calls diverges further: nearly always."""
     text = printed("premise", "--combinations", "1")
     assert "method loratorio" in text
     assert "top_k 0" in text
@@ -53,8 +53,6 @@ def test_premise(printed: Any) -> None:
     assert all(0.85 <= each <= 1 for each in numbers(r"step \d of 12: ([\d.]+)", text))
     mean, of_all = numbers(r"(?:AUC|of all pairs) ([\d.]+)", text)
     assert 0.9 <= min(mean, of_all) <= 1
-    (every,) = numbers(r"all 3: ([\d.]+)", printed("premise", "--combinations", "1", "--unregularised"))
-    assert 0.25 <= every <= 0.65
 
 
 def test_reuse_cost(printed: Any) -> None:
@@ -120,7 +118,7 @@ def test_bench(printed: Any, tmp_path: Path) -> None:
         "--seeds",
         "1",
     )
-    printed("bench", "--out", str(tmp_path / "results"), *typed, "--report", str(report))
+    printed("bench", "--out", str(tmp_path / "results"), "--workers", "1", *typed, "--report", str(report))
     text = report.read_text(encoding="utf-8")
     assert "nan" not in text.lower().split()
     assert all(0 <= each <= 100 for each in numbers(r"(\d+) %", text))

@@ -207,24 +207,35 @@ BAD = {
     ),
     "compare by what changes nothing": (
         ["compare", PROMPT, "--by", "temperature", "--values", "0.1,0.2"],
-        r"temperature changes nothing with the method relative: name another by --method, one of loratorio",
+        r"--temperature changes nothing with the method relative: name another by --method, one of loratorio",
     ),
-    "compare by nothing": (["compare", PROMPT, "--by", "colour"], r"--by must be one of preset, method"),
+    "compare by nothing": (
+        ["compare", PROMPT, "--by", "colour"],
+        r"--by must be one of preset, method, patch-size",
+    ),
+    "compare by what a sheet has no room for": (
+        ["compare", PROMPT, "--by", "weight-maps"],
+        r"--by must be one of",
+    ),
+    "compare places by all methods": (
+        ["compare", "a <lora:rose:at=left> <lora:dusk>"],
+        r"A place .* need a method with rows of its own",
+    ),
     "a preset there is not": (
         ["generate", PROMPT, "--preset", "quick"],
         r"--preset must be one of paper, balanced, fast, not 'quick'",
     ),
     "compare by a preset there is not": (
         ["compare", PROMPT, "--by", "preset", "--values", "fast,quick"],
-        r"--preset must be one of paper, balanced, fast, not 'quick'",
+        r"--values must be one of paper, balanced, fast, not 'quick'",
     ),
     "compare without values": (
         ["compare", PROMPT, "--by", "temperature"],
-        r"Say which values of temperature",
+        r"Say which values of --temperature",
     ),
     "compare bad value": (
         ["compare", PROMPT, "--by", "temperature", "--values", "0.1,x"],
-        r"--temperature must be a number, not 'x'",
+        r"--values must be a number, not 'x'",
     ),
     "a size that no machine has": (
         ["generate", PROMPT, "--size", "8000000"],
@@ -266,11 +277,11 @@ def test_bad_input(run: Callable[..., tuple[int, str, str]], studio: Path, tmp_p
 def test_what_is_wrong_is_said_before_torch_is_there(studio: Path, tmp_path: Path) -> None:
     """In a process of its own, as torch is there in this one."""
     common = ["--checkpoint", str(studio / "sd"), "--lora-dir", str(studio / "loras"), "--out", str(tmp_path)]
-    needs_engine = "a place without rows of its own"
+    need_engine = ("a place without rows of its own", "compare places by all methods")
     typed = [
         [word.replace("{loras}", str(studio / "loras")) for word in [*words[:2], *common, *words[2:]]]
         for name, (words, _) in BAD.items()
-        if name not in (*LATE, needs_engine)
+        if name not in (*LATE, *need_engine)
     ]
     typed += [["demo", "--steps", "0"], ["demo", "--serve", "--port", "99999"], ["demo", "--seed", "x"]]
     program = (
