@@ -208,6 +208,7 @@ const loratorioPlaces = (function() {
             menu.setAttribute("aria-label", "Place of " + lora.name);
             menu.classList.toggle("loratorio-wrong", lora.options.at !== undefined && !lora.place);
             const now = described(lora);
+            menu.title = now;
             for (const each of new Set([EVERYWHERE, ...Object.keys(NAMED), now])) {
                 menu.append(new Option(each, each, false, each === now));
             }

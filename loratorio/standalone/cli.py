@@ -298,8 +298,8 @@ def _tags(request: Request, files: ModelFiles, variants: Iterable[Settings]) -> 
     text, tags = split_loras(request.prompt)
     found, _ = look_up(tags, files.lora_dir, text)
     participants = participants_of([lora for each in found for lora in each.loras.values()])
-    if participants.has_places or any(participants.words):
-        from ..engine import check_places  # imports torch
+    if participants.has_places or any(lora.words for lora in participants.loras):
+        from ..sampling.engine import check_places  # imports torch
 
         for variant in variants:
             check_places(variant, participants)
@@ -542,7 +542,7 @@ def _check(options: argparse.Namespace) -> int:
     request = Request(prompt or "", options.negative, cfg=cfg, width=width, height=height, seed=1)
     check(request)
     files = _model_files(options)
-    if not _tags(request, files):
+    if not _tags(request, files, [request.settings]):
         raise LoratorioError("There is no <lora:name> in the prompt: the check needs one or more.")
     model = files.load()
     from .self_check import run_check

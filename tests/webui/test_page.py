@@ -64,12 +64,16 @@ def go_to(page: Any, tab: str) -> None:
 
 
 def open_panel(page: Any, tab: str) -> None:
-    """Unfold the panel without ticking it: its arrow does both, its tick box is put back. (Pasting a tick unfolds it, too.)"""
-    if not page.locator(f"#loratorio_{tab}_method").is_visible():
+    """Unfold the panel and its settings without ticking it: its arrow does both, its tick box is put back. (Pasting a tick unfolds
+    the panel, too.)"""
+    if not page.locator(f"#loratorio_{tab}_preset").is_visible():
         ticked = page.locator(f"#loratorio_{tab}-visible-checkbox").is_checked()
         page.locator(f"#loratorio_{tab} > .label-wrap").click()
-        page.locator(f"#loratorio_{tab}_method").wait_for()
+        page.locator(f"#loratorio_{tab}_preset").wait_for()
         page.locator(f"#loratorio_{tab}-visible-checkbox").set_checked(ticked)
+    if not page.locator(f"#loratorio_{tab}_method").is_visible():
+        page.locator(f"#loratorio_{tab}_more > .label-wrap").click()
+        page.locator(f"#loratorio_{tab}_method").wait_for()
 
 
 def shown(page: Any, tab: str) -> dict[str, Any]:
@@ -139,7 +143,6 @@ def test_line_and_paste_button(page: Any, tab: str, loras: list[str]) -> None:
 def test_tooltips_and_narrow_page(page: Any, loras: list[str]) -> None:
     go_to(page, "txt2img")
     open_panel(page, "txt2img")
-    page.locator("#loratorio_txt2img_more .label-wrap").click()
     page.fill("#txt2img_prompt textarea", PROMPT.format(*loras))
     for width in (420, 1400):
         page.set_viewport_size({"width": width, "height": 1000})
@@ -267,3 +270,62 @@ def test_settings_page(page: Any) -> None:
     page.locator("#settings .tab-nav > button", has_text="LoRAtorio").click()
     for knob in KNOBS[1:]:
         assert page.locator(f"#setting_loratorio_{knob.name}").is_visible(), knob.name
+
+
+def test_canvas_preset_and_documentation(page: Any, loras: list[str]) -> None:
+    """By mouse: two places drawn one after the other and undone, the canvas turned; a preset chosen and left."""
+    go_to(page, "txt2img")
+    prompt = page.locator("#txt2img_prompt textarea")
+    prompt.fill(PROMPT.format(*loras))
+    open_panel(page, "txt2img")
+    canvas = page.locator("#loratorio_txt2img_places .loratorio-places-canvas")
+    if not canvas.is_visible():
+        page.locator("#loratorio_txt2img_places summary").click()
+    canvas.scroll_into_view_if_needed()
+    before = canvas.bounding_box()
+
+    def drag(start: tuple[float, float], end: tuple[float, float]) -> None:
+        area = canvas.bounding_box()
+        points = [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in (start, end)]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        page.mouse.move(*points[1], steps=5)
+        page.mouse.up()
+
+    drag((0.1, 0.1), (0.4, 0.9))
+    first = prompt.input_value()
+    assert f"<lora:{loras[0]}:at=0.1,0.1,0.4,0.9:0.8>" in first
+    drag((0.6, 0.1), (0.9, 0.9))
+    assert f"<lora:{loras[1]}:at=0.6,0.1,0.9,0.9:0.65>" in prompt.input_value()
+    assert canvas.bounding_box() == before
+    page.locator("#loratorio_txt2img_places .loratorio-places-box").first.press("Control+z")
+    assert prompt.input_value() == first
+
+    page.fill("#txt2img_width input[type=number]", "128")
+    page.fill("#txt2img_height input[type=number]", "64")
+    assert canvas.bounding_box()["width"] > canvas.bounding_box()["height"]
+    page.click("#txt2img_res_switch_btn")
+    page.wait_for_function("document.querySelector('#txt2img_height input[type=number]').value === '128'")
+    assert canvas.bounding_box()["width"] < canvas.bounding_box()["height"]
+
+    def wait_for_preset(label: str) -> None:
+        page.wait_for_function(
+            "label => document.querySelector('#loratorio_txt2img_preset input:checked')?.value === label",
+            arg=label,
+        )
+
+    page.locator("#loratorio_txt2img_preset label", has_text="Paper").click()
+    page.wait_for_function("document.querySelector('#loratorio_txt2img_method input').value === 'LoRAtorio'")
+    page.wait_for_function(
+        "document.querySelector('#loratorio_txt2img_cost').innerText.includes('3.0 times')"
+    )
+    page.fill("#loratorio_txt2img_reuse input[type=number]", "7")
+    page.locator("#loratorio_txt2img_reuse input[type=number]").blur()
+    wait_for_preset("Custom")
+    page.locator("#loratorio_txt2img_reset").click()
+    wait_for_preset("Balanced")
+
+    link = page.locator("#loratorio_txt2img_line a").first.get_attribute("href")
+    if not link.startswith("https://"):
+        answer = page.request.get(f"{os.environ['LORATORIO_WEBUI_URL'].rstrip('/')}/{link}")
+        assert "<h1" in answer.text()
