@@ -22,6 +22,7 @@ from .compose.methods.merge import MergeNamed
 from .compose.mixes import Branch, Mix, Participants
 from .compose.regions import WHOLE, Box, Canvas
 from .errors import LoratorioError
+from .random_state import RandomState
 from .row_memory import RowMemory
 from .settings import Settings
 
@@ -333,7 +334,8 @@ class Engine:
             row._replace(words=self.words.get(row.mix, "")) if row.cond else row
             for row in _rows(branches, len(step.latents), step.uncond_count)
         ]
-        return _predictions(step, branches, self._predict(rows, by_layer, predict))
+        draws = RandomState(step.latents.device)
+        return _predictions(step, branches, self._predict(rows, by_layer, predict, draws))
 
     def _rescaled(self, composition: Composition, predictions: Predictions, step: Step) -> Composition:
         """Guidance rescale, on what the sampler guides: D where it has D, else e."""
@@ -348,11 +350,14 @@ class Engine:
         cond = rescaled_cond(composition.cond.reshape(clips), own_uncond.reshape(clips), scale, strength)
         return Composition(cond.reshape(shape), uncond, composition.weights)
 
-    def _predict(self, rows: Sequence[Row], by_layer: _ByLayer, predict: Predict) -> Tensor:
+    def _predict(
+        self, rows: Sequence[Row], by_layer: _ByLayer, predict: Predict, draws: RandomState
+    ) -> Tensor:
         """All rows in as few calls as the limit and the memory allow, in order."""
         done: list[Tensor] = []
         start = 0
         while start < len(rows):
+            draws.rewind()
             left = self._own_call(rows[start:])
             part = left[: self._most(left)]
             try:
