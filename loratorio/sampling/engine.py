@@ -24,6 +24,7 @@ from ..settings import Settings
 from .calls import Row, RowCalls
 from .history import WeightHistory
 from .pool_calls import PoolCalls
+from .random_state import RandomState
 
 Predict = Callable[[Sequence[Row]], Tensor]
 """Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order:
@@ -261,8 +262,10 @@ class Engine:
         rows = [row._replace(words=self.words.get(row.mix, "")) if row.cond else row for row in rows]
         layers = {name: self._mix_now(mix) for name, mix in session.layer_mixes(now).items()}
         replaced = frozenset() if session is NAMED else self._assembled
+        draws = RandomState(now.device)
 
         def run(part: Sequence[Row]) -> Tensor:
+            draws.rewind()
             mixes = [with_assembled(self._mix_now(row.mix), replaced) for row in part]
             with self.bank.routed(mixes, layers):
                 return predict(part)

@@ -267,6 +267,28 @@ def test_one_mix_per_call_keeps_all_pictures_together(most: int, sizes: list[int
         engine.step(step_of(latents), fake(latents, most=1))
 
 
+@pytest.mark.parametrize(("most", "one_mix"), [(99, False), (3, False), (99, True)])
+def test_all_calls_of_a_step_draw_the_same(most: int, one_mix: bool) -> None:
+    """And afterwards the generator is where one call leaves it."""
+    latents = torch.randn(1, 4, 4, 4)
+    drawn: list[float] = []
+    run = fake(latents, most=most)
+
+    def drawing(rows: Sequence[Row]) -> Tensor:
+        drawn.append(torch.rand(1).item())
+        return run(rows)
+
+    torch.manual_seed(5)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(5)
+    engine = Engine(paper(), loras(3))
+    engine.one_mix_per_call = one_mix
+    engine.step(step_of(latents), drawing)
+    assert len(drawn) == 1 or most == 3 or one_mix
+    assert set(drawn) == {expected[0]}
+    assert torch.rand(1).item() == expected[1]
+
+
 def test_one_row_too_many_is_said_in_a_sentence() -> None:
     latents = torch.randn(1, 4, 4, 4)
     with pytest.raises(LoratorioError, match="as few rows at a time as possible"):

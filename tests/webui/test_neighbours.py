@@ -153,7 +153,7 @@ WAYS = {
     },
     **{
         f"Neo's {method}, tile batch {count}, {name}": Way(
-            "multidiffusion integrated", (True, method, 64, 64, 32, count), {}, {**LARGE, **fields}
+            "multidiffusion integrated", (True, method, 64, 64, 32, count), {}, {"width": 128, **fields}
         )
         for method in ("MultiDiffusion", "Mixture of Diffusers")
         for count in (1, 2, 3)
