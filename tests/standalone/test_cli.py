@@ -362,6 +362,19 @@ def test_a_named_picture_is_never_written_over(
     assert [Path(line).name for line in printed.splitlines()] == ["p-5.png", "p-5-map-all.png"]
 
 
+def test_a_second_demo_goes_into_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = tmp_path / "demo" / "contact-sheet.png"
+    older.parent.mkdir()
+    older.write_bytes(b"older")
+    assert cli.main(["demo", "--steps", "1", "--out", str(older.parent)]) == 0
+    assert older.read_bytes() == b"older"
+    made = {file.name for file in (tmp_path / "demo-2").iterdir()}
+    assert {"contact-sheet.png", "two-characters.png", *(f"method-{name}.png" for name in METHODS)} <= made
+    assert str(tmp_path / "demo-2") in capsys.readouterr().out
+
+
 def test_examples_of_help_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
