@@ -29,6 +29,7 @@
         const made = element("span", "loratorio-lora", (lora.pool ? "pool " : "") + lora.name + " ");
         const wrong = found.wrong[lora.tag];
         if (wrong) {
+            made.classList.add("loratorio-wrong");
             made.append(element("span", "loratorio-found", wrong));
             return made;
         }
@@ -50,7 +51,7 @@
     /** A drop-down that shows the LoRA's role and writes another one into its tag. */
     function roleMenu(lora, textarea) {
         const menu = element("select", "loratorio-role", "");
-        menu.id = `loratorio_role_${textarea.parentElement?.closest("[id]")?.id}_${lora.numbers.join("_")}`;
+        menu.id = `loratorio_role_${textarea.parentElement?.closest("[id]")?.id}_${lora.numbers[0]}`;
         menu.setAttribute("aria-label", "Role of " + lora.name);
         menu.title = ROLES_HELP;
         const isRole = ROLES.includes(lora.role);

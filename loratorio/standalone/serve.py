@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from .generate import Outcome
     from .model import LoadedModel
 
-_HIDDEN = ("enabled", "weight_maps", "single_maps")
-
 _SECONDS = 15
 """How long a sentence on what cannot be made stays."""
 

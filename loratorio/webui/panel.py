@@ -69,7 +69,9 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
 
 def _self_check(tab: str) -> None:
     """The button of the self-check, and the place for its table. javascript/loratorio_check.js reads what it runs with off the page."""
-    button = gr.Button("Self-check", elem_id=f"loratorio_{tab}_check", size="sm")
+    button = gr.Button(
+        "Self-check", elem_id=f"loratorio_{tab}_check", elem_classes="loratorio-small", size="sm"
+    )
     asked = gr.Textbox(visible=False, elem_id=f"loratorio_{tab}_check_asked")
     asked.do_not_save_to_config = True
     gr.HTML(

@@ -19,6 +19,7 @@ from .. import __version__
 from ..check import ABOUT_DB, Asked, Calls, Made, Report, Stopped, check
 from ..errors import LoratorioError
 from ..refusal import refusals
+from ..settings import KNOBS, Settings
 
 PATH = "/loratorio/check"
 HOST = "the WebUI's own merging"
@@ -132,7 +133,8 @@ class _Maker:
         from modules import processing, shared
 
         wanted, calls, latents = self._wanted, Calls(), []
-        knobs = {"enabled": False} if asked.settings is None else asdict(asked.settings)
+        settings = asked.settings or Settings()
+        knobs = {knob.name: getattr(settings, knob.name) for knob in KNOBS}
         with closing(
             processing.StableDiffusionProcessingTxt2Img(
                 sd_model=shared.sd_model,

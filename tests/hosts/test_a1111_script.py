@@ -109,7 +109,7 @@ def test_a_picture_without_a_step_says_that_nothing_was_composed(
     p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
     p.sample = lambda **conds: torch.zeros(1, 4, 8, 8)  # an extension's
     standin.run(p)
-    assert "the WebUI sampled no step of this picture" in p.processed.infotexts[0]
+    assert "the WebUI sampled no step of it" in p.processed.infotexts[0]
     a1111.shared.state.interrupted = True
     p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
     with contextlib.suppress(TypeError):  # the stand-in makes no picture of nothing
@@ -214,7 +214,7 @@ def test_a_pass_that_another_extension_makes_by_itself_is_said(standin: Any, scr
     p.sample = sample_past_us
     samples = standin.run(p)
     assert torch.equal(samples, standin.run(standin.job(*loras)))
-    assert "LoRAtorio note: Another extension samples in its own way" in p.processed.infotexts[0]
+    assert "another extension samples in its own way" in p.processed.infotexts[0]
 
 
 def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:

@@ -620,7 +620,8 @@ def test_self_check(page: Any) -> None:
     assert "1 of 2 checks failed. Please copy this table into a bug report." in table.inner_text()
     assert json.loads(table.locator(".loratorio-pass td").nth(2).inner_text()) == {
         "prompt": "a <lora:fox:0.8>",
-        "width": 96,
+        "width": 512,
+        "height": 512,
     }
     assert table.locator(".loratorio-fail td").nth(2).inner_text() == "<i>wrong</i> | bad"
     page.evaluate("navigator.clipboard.writeText = async text => { window.copied = text; }")
