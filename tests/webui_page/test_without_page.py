@@ -361,7 +361,7 @@ def test_sentences_name_the_knobs_as_the_caller_does() -> None:
             check_places(settings, placed)
         except LoratorioError as problem:
             return str(problem)
-        return " ".join(api.without_effect(settings, args, p))
+        return " ".join(api.standing(settings, args, p))
 
     panel = [{"enabled": True, "start": 0.5}.get(knob.name, knob.default) for knob in KNOBS]
     assert "Set Active from to 0 and Active to to 1" in said(panel)
