@@ -64,13 +64,17 @@ POOLS = Some(
 SAMPLERS = ["Euler", "Euler a", "DDIM", "DPM++ 2M", "Heun", "DPM++ 2M SDE", "LCM", "UniPC"]
 
 
-def tag(some: random.Random, loras: list[str], is_bad: bool) -> str:
+def tag(some: random.Random, loras: list[str], is_bad: bool, has_places: bool = False) -> str:
     kind = Some(["lora"] * 8 + ["lyco", "pool"], ["Lora", "Pool"]).of(some, is_bad)
     if kind.lower() == "pool":
         return f"<{kind}:{POOLS.of(some, is_bad)}>"
     name = Some(loras, ["no such lora", "../x", "<b>", "__proto__", "a,b", "ä", ""]).of(some, is_bad)
     parts = [name, STRENGTHS.of(some, is_bad)]
-    for options, often in ((ROLES, 0.3), (PLACES, 0.3), (OTHERS, 0.2)):
+    for options, often in (
+        (ROLES, 0.3),
+        (PLACES, 0.6 * has_places),
+        (OTHERS, 0.4 * has_places or 0.1 * is_bad),
+    ):
         if some.random() < often:
             parts.append(options.of(some, is_bad))
     return f"<{kind}:{':'.join(part for part in parts if part)}>"
@@ -224,12 +228,12 @@ class Caller:
             **start,
             "prompt": self._prompt(way.text, is_bad),
             "negative_prompt": some.choice(["", "blurry", f"<lora:{self.loras[0]}:1>", "bad " * 90]),
-            "steps": some.choice([1, 2, 3, 4, 4, 12]),
+            "steps": some.choice([1, 2, 2, 3, 3, 4, 4, 12]),
             "cfg_scale": some.choice([1.0, 4.0, 4.0, 7.5]),
             "sampler_name": some.choice(self.samplers),
-            "width": some.choice([SIZE, SIZE, SIZE + 8, 2 * SIZE]),
+            "width": some.choice([SIZE, SIZE, SIZE, SIZE + 8, 2 * SIZE]),
             "batch_size": some.choice([1, 1, 1, 2]),
-            "n_iter": some.choice([1, 1, 2, 3]),
+            "n_iter": some.choice([1, 1, 1, 2, 2, 3]),
             **upscaled(self.webui, way.fields),
         }
         if kind == "img2img":
@@ -255,7 +259,8 @@ class Caller:
             text,
             *some.sample(["(night:1.2)", "[a:b:0.5]", "AND a hill :0.6", "BREAK tree", "a|b", "(cat", ""], 2),
         ]
-        parts += [tag(some, loras, is_bad) for _ in range(some.choice([0, 1, 2, 2, 3, 3, 4]))]
+        has_places = some.random() < 0.3  # which many methods, and part of the steps, refuse
+        parts += [tag(some, loras, is_bad, has_places) for _ in range(some.choice([0, 1, 2, 2, 3, 3, 4]))]
         if some.random() < 0.15:
             parts += some.choice([[parts[-1]], [f"<lora:{loras[0]}:0.5>"] * 2])
         if is_bad and some.random() < 0.2:
