@@ -109,7 +109,7 @@ def test_a_picture_without_a_step_says_that_nothing_was_composed(
     p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
     p.sample = lambda **conds: torch.zeros(1, 4, 8, 8)  # an extension's
     standin.run(p)
-    assert "the WebUI sampled no step of this picture" in p.processed.infotexts[0]
+    assert "the WebUI sampled no step of it" in p.processed.infotexts[0]
     a1111.shared.state.interrupted = True
     p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
     with contextlib.suppress(TypeError):  # the stand-in makes no picture of nothing
@@ -146,6 +146,7 @@ def test_a_fault_of_ours_stops_the_job(standin: Any, script: Any, monkeypatch: A
         ("<lora:cat:abc>", "abc is not a number: write <lora:cat:1>."),
         ("<lyco:cat:1.0:5-15>", "5-15 is not a number: write <lyco:cat:1.0>."),
         ("<pool:*:0,8>", "<pool:*:0,8> cannot be read"),
+        ("<lora:cat,", "<lora:cat, <lora:dog:1> cannot be read: it has no > at its end"),
         ("<lora:cat:words=mimsy: red>", "a colon in words= needs brackets around it"),
         ("<Lora:cat:1>", "does not know the tag <Lora:cat:1>: write lora in small letters"),
     ],
@@ -214,7 +215,7 @@ def test_a_pass_that_another_extension_makes_by_itself_is_said(standin: Any, scr
     p.sample = sample_past_us
     samples = standin.run(p)
     assert torch.equal(samples, standin.run(standin.job(*loras)))
-    assert "LoRAtorio note: Another extension samples in its own way" in p.processed.infotexts[0]
+    assert "another extension samples in its own way" in p.processed.infotexts[0]
 
 
 def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:

@@ -91,7 +91,11 @@ def knobs(some: random.Random, is_bad: bool) -> dict[str, Any]:
             chosen[knob.name] = some.choice(knob.choices)[some.randint(0, 1)]
         elif knob.kind == "int":
             chosen[knob.name] = some.choice(
-                [int(knob.minimum), int(knob.default), some.randint(int(knob.minimum), 12)]
+                [
+                    int(knob.minimum),
+                    int(knob.default),
+                    some.randint(int(knob.minimum), min(int(knob.maximum), 12)),
+                ]
             )
         else:
             chosen[knob.name] = some.choice(
@@ -139,7 +143,7 @@ SCRIPTS = {
     ),
     "loopback": Some([{"Loops": 2}], [{}]),
     "sd upscale": Some([{"Tile overlap": 16}], [{}]),
-    "poor man's outpainting": Some([{"Pixels to expand": 64, "Outpainting direction": ["left"]}], [{}]),
+    "poor man's outpainting": Some([{"Pixels to expand": 32, "Outpainting direction": ["left"]}], [{}]),
     "outpainting mk2": Some([{"Pixels to expand": 64, "Outpainting direction": ["up"]}], [{}]),
 }
 """By name, what is asked of each of the WebUIs' scripts; {0} is a LoRA."""
