@@ -31,7 +31,7 @@ NAMED: dict[str, Box] = {
 _ALIASES = {"center": "centre", **{name.replace("-", ""): name for name in NAMED if "-" in name}}
 
 EDGE = 0.1
-"""How wide a place's border is unless its tag says otherwise, as a part of the picture's shorter side (docs/RESULTS.md)."""
+"""How wide a place's border is unless its tag says otherwise, as a part of the picture's shorter side (docs/lab/RESULTS.md)."""
 
 MOST_EDGE = 0.5
 
