@@ -38,7 +38,7 @@ def _values(knob: Knob) -> str:
     if knob.kind in ("bool", "choice"):
         default = ("on" if knob.default else "off") if knob.kind == "bool" else knob.default
         names = [name for name, _ in knob.choices] or ["on", "off"]
-        return ", ".join(f"**{name}**" if name == default else name for name in names)
+        return "/".join(f"**{name}**" if name == default else name for name in names)
     return f"{knob.minimum:g} to {knob.maximum:g}, **{knob.default}**"
 
 
