@@ -17,10 +17,7 @@ def table() -> str:
         "| in the panel | in Python and the API | values, **default** | what it does |",
         "| --- | --- | --- | --- |",
     ]
-    rows += [
-        f"| {knob.label} | `{knob.name}` | {_values(knob)} | {knob.help} |"
-        for knob in KNOBS
-    ]
+    rows += [f"| {knob.label} | `{knob.name}` | {_values(knob)} | {knob.help} |" for knob in KNOBS]
     return "\n".join(rows)
 
 
