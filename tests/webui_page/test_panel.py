@@ -384,7 +384,7 @@ def test_places_with_a_method_that_has_none_are_said(page: Any) -> None:
     tab.choose("method", "Merge")
     tab.wait_for_line(
         "Will compose fox 1 ink 1 Places and own words need the method LoRAtorio, relative, LoRAtorio, LoRAtorio by divergence, "
-        "Composite or W-Composite: with Merge the job stops."
+        "Composite, W-Composite or Composite, re-centred: with Merge the job stops."
     )
     tab.prompt("<lora:fox:1> <lora:ink:1>")
     tab.wait_for_line("Will compose fox 1 ink 1")
