@@ -152,7 +152,7 @@ def test_sdxl_in_its_original_layout(tmp_path: Path) -> None:
 
 def test_v_prediction_is_read_from_the_yaml(ldm: Path, tmp_path: Path) -> None:
     yaml = ldm / "v.yaml"
-    yaml.write_text(config_yaml(0.5).replace("    timesteps:", "    parameterization: v\n    timesteps:"))
+    yaml.write_text(config_yaml(0.5, 64).replace("    timesteps:", "    parameterization: v\n    timesteps:"))
     assert load_checkpoint(ldm / "box.safetensors", yaml).prediction_type == "v_prediction"
 
 
