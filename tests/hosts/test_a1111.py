@@ -159,7 +159,7 @@ def test_a_place_smaller_than_a_latent_pixel_is_said(a1111: Any, standin: Any) -
         return compose(standin.job(Tag(a, named={"at": at}), b, **fields))[1].notes
 
     (note,) = notes("0.4,0.4,0.5,0.5~0")
-    assert note.startswith("LoRA a (at=0.4,0.4,0.5,0.5~0) has next to no effect")
+    assert note.startswith("LoRA a (at=0.4,0.4,0.5,0.5~0) has almost no effect")
     assert notes("0.4,0.4,0.55,0.55~0") == []
     # Inpainting "only masked" samples a part of the picture, at its own size.
     whole = Image.new("RGB", (64, 64))
@@ -300,7 +300,7 @@ def test_a_refiner_without_a_loras_text_encoder_is_said(standin: Any) -> None:
     del layers["diffusion_model_down"]
     _, job = compose(standin.job(b, **fields))
     assert len(job.notes) == 1
-    assert job.notes[0].startswith("Refiner: Of LoRA b 3 of 4 layers were used")
+    assert job.notes[0].startswith("Refiner: LoRA b: only 3 of 4 layers match this model.")
 
 
 def test_a_hires_pass_takes_what_fits_of_a_lora(standin: Any) -> None:
@@ -437,7 +437,7 @@ def test_a_pools_misfits_are_left_out(a1111: Any, standin: Any) -> None:
     tags = [Tag(lora, named={"pool": "1"}) for lora in loras]
     samples, job = compose(standin.job(*tags), pool_size=2)
     assert job.passes[0].loras == ("a", "b")
-    assert job.notes[0] == "Left out of the pool because they cannot be used: x."
+    assert job.notes[0] == "Not used from the pool, because they cannot be read or do not fit: x."
     assert "the pool" in job.notes[1]
     alone, _ = compose(standin.job(*tags[:2]), pool_size=2)
     assert torch.equal(samples, alone)

@@ -293,7 +293,7 @@ def test_a_pool_says_how_many_it_finds(page: Any) -> None:
     for prompt, said in (
         ("a <pool:*:0.5>", "Will compose pool * 0.5 12 LoRAs"),
         ("a <Pool:one>", "Will compose pool one 1 1 LoRA"),
-        ("a <pool:none>", "Will compose pool none 1 No LoRA fits 'none'."),
+        ("a <pool:none>", "Will compose pool none 1 No LoRA matches 'none'."),
     ):
         tab.prompt(prompt)
         tab.wait_for_line(said)
