@@ -14,13 +14,10 @@ _MARKS = ("<!-- knobs: made by loratorio-lab knob-table -->", "<!-- end of knobs
 def table() -> str:
     """All knobs as Markdown."""
     rows = [
-        "| in the panel | in Python and the API | values | default | what it does |",
-        "| --- | --- | --- | --- | --- |",
+        "| in the panel | in Python and the API | values, **default** | what it does |",
+        "| --- | --- | --- | --- |",
     ]
-    rows += [
-        f"| {knob.label} | `{knob.name}` | {_values(knob)} | {_value(knob, knob.default)} | {knob.help} |"
-        for knob in KNOBS
-    ]
+    rows += [f"| {knob.label} | `{knob.name}` | {_values(knob)} | {knob.help} |" for knob in KNOBS]
     return "\n".join(rows)
 
 
@@ -33,17 +30,13 @@ def with_table(text: str) -> str:
 
 
 def _values(knob: Knob) -> str:
-    if knob.kind == "bool":
-        return "on, off"
-    if knob.kind == "choice":
-        return ", ".join(f"`{name}`" for name, _ in knob.choices)
-    return f"{knob.minimum:g} to {knob.maximum:g}"
-
-
-def _value(knob: Knob, value: object) -> str:
-    if knob.kind == "bool":
-        return "on" if value else "off"
-    return f"`{value}`" if knob.kind == "choice" else f"{value}"
+    if knob.name == "method":  # a dozen names: they have a page of their own
+        return f"[methods](docs/METHODS.md), **{knob.default}**"
+    if knob.kind in ("bool", "choice"):
+        default = ("on" if knob.default else "off") if knob.kind == "bool" else knob.default
+        names = [name for name, _ in knob.choices] or ["on", "off"]
+        return ", ".join(f"**{name}**" if name == default else name for name in names)
+    return f"{knob.minimum:g} to {knob.maximum:g}, **{knob.default}**"
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -51,7 +51,7 @@ GRID: Mapping[str, Any] = {
     **SAMPLING,
 }
 """What the tables are made of unless an option says otherwise."""
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "lab"
 PUBLISHED, PUBLISHED_UNREGULARISED = DOCS / "RESULTS.md", DOCS / "RESULTS_UNREGULARISED.md"
 """In a clone: the tables that ship."""
 
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report",
         type=Path,
-        help="write the tables here (docs/RESULTS.md), and plots into results/ beside it",
+        help="write the tables here (docs/lab/RESULTS.md), and plots into results/ beside it",
     )
     parser.add_argument("--report-only", action="store_true", help="make no picture, only the report")
     parser.add_argument("--minutes", type=float, help="begin no new cell after this time")
@@ -344,5 +344,5 @@ def command_line(options: argparse.Namespace) -> str:
         parts.append("--unregularised")
     if options.report is not None:
         page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
-        parts.append(f"--report docs/{page.name}")
+        parts.append(f"--report docs/lab/{page.name}")
     return " ".join(parts)

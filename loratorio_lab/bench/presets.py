@@ -121,7 +121,7 @@ def plot(results: Sequence[Result], folder: Path) -> Path | None:
 
 
 def section(results: Sequence[Result], pictures: Mapping[str, str]) -> list[str]:
-    """The part of docs/RESULTS.md; empty where there is nothing to show."""
+    """The part of docs/lab/RESULTS.md; empty where there is nothing to show."""
     own = of_schedule(results, SPEED_STEPS)
     parts = []
     for variants, heading, against in (

@@ -1,4 +1,4 @@
-"""Tables and plots of the results, and docs/RESULTS.md made of them."""
+"""Tables and plots of the results, and docs/lab/RESULTS.md made of them."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def document(
     categories: Mapping[str, Sequence[str]] | None = None,
     sections_after_methods: Sequence[str] = (),
 ) -> str:
-    """docs/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean.
+    """docs/lab/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean.
 
     With the elements by category, the main methods' table is followed by one of categories, and one of combinations without a style.
     """
@@ -496,7 +496,7 @@ _COLUMNS = """- *N=2 … 5*, *all N*: share of the wanted elements that the toyb
 - *edges*: steps across patch borders by steps elsewhere; *saturation*, *clipped*: mean saturation and share of values at
   0 or 255. All as a difference to rendered truth: 0 is best.
 - *rows*: model rows a picture costs; *s*: seconds of processor time that a picture took on the machine at hand, sampling and
-  decoding. Little pictures in batches of a few: other machines and sizes have other ratios (docs/BENCHMARKS.md)."""
+  decoding. Little pictures in batches of a few: other machines and sizes have other ratios (docs/lab/BENCHMARKS.md)."""
 
 _CATEGORIES = "Share of each category's wanted elements that is found: over all N, and in brackets for each N, in per cent."
 
