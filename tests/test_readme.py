@@ -28,8 +28,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     """To a file that there is, and to a heading of it."""
-    if page.name == "notes.md":  # becomes a part of the page in the folder above, which is among these
-        return
     for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         if "://" in link:
             continue
