@@ -255,7 +255,7 @@ class Loratorio(Method):
         self._weighting = weighting
 
     def begin(self, participants: Participants, weights: Weights) -> Method:
-        return Reuse(self)
+        return Reuse(self) if set(REUSE_KNOBS) <= set(self.knobs) else self
 
     def branches(self, now: StepContext) -> list[Branch]:
         """Rows of the base and of the LoRAs, without those whose weight or factor is known to be 0 or 1 beforehand."""
