@@ -1,11 +1,13 @@
-"""The table of knobs in README.md, made from the settings: ``loratorio-lab knob-table`` writes it anew."""
+"""The table of knobs in README.md, made from the settings: ``loratorio-lab knob-table`` renews it."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratorio.errors import LoratorioError
 from loratorio.settings import KNOBS, Knob
 
 _MARKS = ("<!-- knobs: made by loratorio-lab knob-table -->", "<!-- end of knobs -->")
@@ -39,6 +41,19 @@ def _values(knob: Knob) -> str:
     return f"{knob.minimum:g} to {knob.maximum:g}, **{knob.default}**"
 
 
+STALE = "README.md's table of knobs is stale: a knob, or a method, was added or changed. Renew it: loratorio-lab knob-table"
+
+
 def main(arguments: Sequence[str] = ()) -> None:
+    """Renew the table. With ``--check``, which `make lint` runs: write nothing, raise LoratorioError where it is stale."""
+    parser = argparse.ArgumentParser(
+        prog="loratorio-lab knob-table", description="Renew README's table of knobs."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the table is stale")
+    check = parser.parse_args(arguments).check
     readme = Path(__file__).parent.parent / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    if check and with_table(text) != text:
+        raise LoratorioError(STALE)
+    if not check:
+        readme.write_text(with_table(text), encoding="utf-8")

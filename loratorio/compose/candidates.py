@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CALLED = 0.5
 """A candidate that does so much more under the prompt than under the negative one, by what the prompt itself does, is called: found by
-measurement (docs/METHODS.md)."""
+measurement (docs/lab/METHODS.md)."""
 
 
 def branches_for_reactions(participants: Participants) -> list[Branch]:

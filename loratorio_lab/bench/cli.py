@@ -282,7 +282,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
 
 def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> None:
     from . import presets
-    from .report import agrees, document, order, plots, published_order, table
+    from .report import agrees, document, notes_in, order, plots, published_order, table
 
     every = list(store.read(grid))
     # The presets' pictures are of another schedule: in the other tables they would be other pictures of the same rows.
@@ -316,14 +316,12 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
     by_name = {file.stem: f"{folder.name}/{file.name}" for file in pictures}
     from loratorio.standalone.output import write_all
 
-    notes = folder / "notes.md"
-    own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
     text = document(
         results,
         command_line(options),
         len(grid) - len(every) + len(results),
         by_name,
-        own,
+        notes_in(options.report),
         chosen_categories(options.elements),
         presets.section(every, by_name),
     )

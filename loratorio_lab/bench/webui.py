@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from loratorio.errors import LoratorioError
+from loratorio.pictures.sheet import contact_sheet
 from loratorio.settings import PRESETS
-from loratorio.sheet import contact_sheet
 
 from .plan import CHARACTER, METHOD_ROWS, PRESET_ROWS, Variant, combinations, sample
 
