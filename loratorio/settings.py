@@ -230,10 +230,6 @@ class Settings:
         "bool", False, "A map for each", "With weight maps: after the one of all LoRAs, one for each of them.",
         "shown", 1,
     )  # fmt: skip
-    sharpness: float = knob(
-        "float", 1.0, "Sharpness", "How clearly the borders between LoRAs are drawn.",
-        "weights", 8, minimum=0, maximum=10, step=0.1,
-    )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,6 @@ OTHERS: Mapping[str, Any] = {
     "start": 0.0,
     "end": 1.0,
     "yielding": 0.5,
-    "sharpness": 1.0,
 }
 """The knobs that no preset sets. Those that one sets are said by each measure, or by the preset that it names."""
 

@@ -6,7 +6,6 @@ Importing this does not import torch: a page and ``--help`` list the methods and
 from __future__ import annotations
 
 from .base import Composition, Entry, Method, Predictions, StepContext, Weights
-from .brightest import BRIGHTEST
 from .cmlora import CMLORA
 from .composite import BY_IMPORTANCE as W_COMPOSITE
 from .composite import PLAIN as COMPOSITE
@@ -25,7 +24,6 @@ METHODS: dict[str, Method] = {
         RELATIVE,
         PUBLISHED,
         DIVERGENCE,
-        BRIGHTEST,
         MERGE,
         COMPOSITE,
         SWITCH,
