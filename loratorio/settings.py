@@ -27,22 +27,22 @@ GROUPS: dict[Group, str] = {
     "steps": "Steps",
     "shown": "What is shown",
 }
-"""What knobs are about, and the headings under which they stand where there is room for headings."""
+"""The groups of knobs and their headings, where a page shows headings."""
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One knob as every surface shows it.
+    """One knob, for every surface.
 
     Attributes:
-        name: in Python, API and (with dashes) on the command line.
-        label: in the panel. help: its tooltip, in plain words.
-        group: what it is about.
-        row: of the panel; knobs of one row stand side by side. Row 0 has none, row 1 is in sight, all others are in the panel's fold.
-        minimum, maximum, step: of a number; the range is closed.
+        name: in Python, in the API and (with dashes) on the command line.
+        label: in the panel. help: its tooltip.
+        group: the heading that it belongs under.
+        row: its row in the panel. Row 0: the tick box. Row 1: always visible. All others: under "All settings".
+        minimum, maximum, step: of a number; both ends are allowed.
         choices: names and labels of a choice.
-        former: its defaults in versions before: the last version that had it, and the value. A version that did not have the knob
-            yet made pictures with the value that does nothing.
+        former: earlier defaults: the last version that had the value, and the value. Before a knob existed, pictures were made with
+            the value that has no effect.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Knob:
 
     @property
     def infotext_key(self) -> str:
-        """Under this name the value stands in a picture's infotext."""
+        """The name of the value in a picture's infotext."""
         return "LoRAtorio" if self.name == "enabled" else f"LoRAtorio {self.label.lower()}"
 
     def default_in(self, version: str) -> bool | int | float | str:
-        """What a picture of this version was made with where its infotext does not say; "" stands for one that says no version."""
+        """The value that a picture of this version was made with if its infotext does not say. version: "" if unknown."""
         for last, value in self.former:
             if _as_numbers(version) <= _as_numbers(last):
                 return value
@@ -76,17 +76,17 @@ class Knob:
         return "--" + self.name.replace("_", "-")
 
     def ignored_by(self, method: str) -> bool:
-        """Whether this knob is without effect on that method's pictures."""
+        """Whether this knob has no effect with that method."""
         of_methods = {name for each in METHODS.values() for name in each.knobs}
         return self.name in of_methods and self.name not in METHODS[method].knobs
 
     @property
     def is_fine(self) -> bool:
-        """Whether it has too many steps for a slider: a pixel of one would be many of them."""
+        """Whether it has too many steps for a slider, of which one pixel would be several."""
         return (self.maximum - self.minimum) / self.step > 1000
 
     def check(self, value: Any, naming: Naming = "name") -> bool | int | float | str:
-        """`value` as this knob's own type. Raises LoratorioError with a sentence, in which the knob is named so, when it cannot be."""
+        """`value` in this knob's type. Raises LoratorioError for a wrong one; its sentence calls the knob by `naming`."""
         called = str(getattr(self, naming))
         if self.kind == "bool":
             return self._check_bool(value, called)
@@ -143,22 +143,22 @@ def knob(
     row: int,
     **more: Any,
 ) -> Any:
-    """A dataclass field that carries its `Knob` (whose name is filled in from the field's)."""
+    """A dataclass field that carries its `Knob`; the knob gets the field's name."""
     return field(default=default, metadata={"knob": (kind, default, label, help, group, row, more)})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The knobs of one generation, checked: making one with a bad value raises LoratorioError.
+    """The knobs of one generation, checked: a bad value raises LoratorioError.
 
-    Their order is that of the API's positional arguments: a new knob goes to the end, whatever its row in the panel.
+    Their order is that of the API's positional arguments, so a new knob goes to the end, whatever its row in the panel.
 
     Attributes:
-        naming: how sentences name the knobs. Not a knob.
+        naming: what sentences call the knobs. Not a knob itself.
     """
 
     enabled: bool = knob(
-        "bool", False, "Enable", "Compose the prompt's LoRAs instead of merging them. Off: the picture is the WebUI's own.",
+        "bool", False, "Enable", "Compose the prompt's LoRAs instead of merging them. Off: the WebUI's own picture.",
         "method", 0,
     )  # fmt: skip
     method: str = knob(
@@ -167,15 +167,15 @@ class Settings:
         former=(("0.2.0", "loratorio"),),
     )  # fmt: skip
     patch_size: int = knob(
-        "int", 2, "Patch size", "Side of a patch in latent pixels (one is 8 picture pixels). Smaller: finer borders between LoRAs.",
+        "int", 2, "Patch size", "Side of a patch in latent pixels (one is 8×8 picture pixels). Smaller: finer borders between LoRAs.",
         "weights", 3, minimum=1, maximum=64,
     )  # fmt: skip
     temperature: float = knob(
-        "float", 0.1, "Temperature", "Of the softmax over the LoRAs in each patch. Low: one LoRA a patch. High: all of them equally.",
+        "float", 0.1, "Temperature", "Softmax temperature. Low: one LoRA per patch. High: all LoRAs equally.",
         "weights", 8, minimum=0.0001, maximum=10, step=0.0001,
     )  # fmt: skip
     adaptive: bool = knob(
-        "bool", False, "Adaptive temperature", "Scale the temperature by how much the similarities differ: little in the first steps.",
+        "bool", False, "Adaptive temperature", "Scale the temperature with the spread of the similarities: small in the first steps.",
         "weights", 8,
     )  # fmt: skip
     top_k: int = knob(
@@ -183,51 +183,51 @@ class Settings:
         "weights", 3, minimum=0, maximum=100, former=(("0.2.0", 0),),
     )  # fmt: skip
     blend: str = knob(
-        "choice", "hard", "Patch borders", "How weights change between patches: at once, interpolated, or from overlapping patches.",
+        "choice", "hard", "Patch borders", "How weights change between patches: at once, gradually, or as the mean of overlapping patches.",
         "weights", 7, choices=tuple((each, each.capitalize()) for each in BLENDS),
     )  # fmt: skip
     recentre: float = knob(
-        "float", 0.5, "Re-centring", "Weight of the base model in the unconditional prediction. 0: the LoRAs only. 1: the base model only.",
+        "float", 0.5, "Re-centring", "Weight of the base model in the unconditional prediction. 0: only the LoRAs. 1: only the base model.",
         "guidance", 4, step=0.05,
     )  # fmt: skip
     rescale: float = knob(
-        "float", 0.0, "Guidance rescale", "Against over-saturation: scale the guided prediction towards the conditional one's contrast.",
+        "float", 0.0, "Guidance rescale", "Against over-saturation: scale the guided prediction towards the conditional contrast. 0: off.",
         "guidance", 7, step=0.05,
     )  # fmt: skip
     share: float = knob(
-        "float", 0.15, "Shared part", "Part of every LoRA that is active in the other LoRAs' passes too. 0: none (paper). 1: as merging.",
+        "float", 0.15, "Shared part", "How much of each LoRA also acts in the other LoRAs' passes. 0: none (paper). 1: as merging.",
         "weights", 4, step=0.05, former=(("0.1.0", 0.0),),
     )  # fmt: skip
     pool_size: int = knob(
-        "int", 5, "Pool size", "How many of a pool's LoRAs are taken at most; where the prompt calls none, how many are run at a step.",
+        "int", 5, "Pool size", "The most LoRAs that are taken from a pool. If the prompt calls none of them: how many run per step.",
         "pool", 9, minimum=1, maximum=100,
     )  # fmt: skip
     pool_interval: int = knob(
-        "int", 20, "Pool interval", "All of a pool's LoRAs are run at the first step, and then at every step of this number.",
+        "int", 20, "Pool interval", "Score every LoRA of the pool again after this many steps.",
         "pool", 9, minimum=1, maximum=1000,
     )  # fmt: skip
     start: float = knob(
-        "float", 0.0, "Active from", "Fraction of the steps at which composing begins; before it the LoRAs are merged.",
+        "float", 0.0, "Active from", "Fraction of the steps at which composing begins. Before it the LoRAs are merged.",
         "steps", 6, step=0.05,
     )  # fmt: skip
     end: float = knob(
-        "float", 1.0, "Active to", "Fraction of the steps at which composing ends; after it the LoRAs are merged.",
+        "float", 1.0, "Active to", "Fraction of the steps at which composing ends. After it the LoRAs are merged.",
         "steps", 6, step=0.05,
     )  # fmt: skip
     weight_maps: bool = knob(
-        "bool", False, "Weight maps", "Show, after the pictures, where each LoRA was used. An X/Y/Z plot has no room for them.",
+        "bool", False, "Weight maps", "Show where each LoRA was used, after the pictures. An X/Y/Z plot does not show them.",
         "shown", 1,
     )  # fmt: skip
     yielding: float = knob(
-        "float", YIELDING, "Yielding", "Part of its weight that a LoRA without a place gives up inside the places of others.",
+        "float", YIELDING, "Yielding", "How much of its weight a LoRA without a place gives up inside the other LoRAs' places.",
         "weights", 5, step=0.05,
     )  # fmt: skip
     reuse: int = knob(
-        "int", 3, "Reuse", "Run each LoRA at every n-th step; in between its most recent predictions are reused. 1: run at every step.",
+        "int", 3, "Reuse", "Run each LoRA only at every n-th step and reuse its latest predictions in between. 1: run it at every step.",
         "steps", 5, minimum=1, maximum=10, former=(("0.1.0", 1),),
     )  # fmt: skip
     single_maps: bool = knob(
-        "bool", False, "A map for each", "With weight maps: after the one of all LoRAs, one for each of them.",
+        "bool", False, "A map for each", "With weight maps: one map per LoRA, after the map of all LoRAs.",
         "shown", 1,
     )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)
@@ -238,20 +238,20 @@ class Settings:
         if self.start > self.end:
             raise LoratorioError(
                 f"{self.called('start')} ({self.start:g}) is after {self.called('end')} ({self.end:g}): "
-                "composing would never happen. Swap them."
+                "nothing would be composed. Swap them."
             )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings from knob names and values, the rest at their defaults. Unknown names are a LoratorioError."""
+        """Settings from knob names and values, the rest at their defaults. An unknown name raises LoratorioError."""
         return cls().with_values(values)
 
     def called(self, name: str) -> str:
-        """What the user who made these settings calls the knob of this name."""
+        """What the user who made these settings calls this knob."""
         return str(getattr(KNOB_BY_NAME[name], self.naming))
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
-        """A copy with some knobs changed, also by a `PRESET`. Unknown names are a LoratorioError that says which come near."""
+        """A copy with some knobs changed, also by a `PRESET`. An unknown name raises LoratorioError with the closest name."""
         if PRESET in values:
             rest = {name: value for name, value in values.items() if name != PRESET}
             preset = {} if values[PRESET] is None else find_preset(values[PRESET]).values
@@ -264,7 +264,7 @@ class Settings:
         return replace(self, **values)
 
     def without_effect(self, asked: Iterable[str]) -> list[str]:
-        """A sentence for each of these knobs that was set, but that the method does not look at."""
+        """A sentence for each of these knobs that was changed but is not used by the method."""
         method = METHODS[self.method].entry.label
         sentences = []
         for name in asked:
@@ -272,18 +272,18 @@ class Settings:
             if knob is not None and knob.ignored_by(self.method) and getattr(self, name) != knob.default:
                 used = [each.entry.label for each in METHODS.values() if name in each.knobs]
                 sentences.append(
-                    f"{self.called(name)} = {getattr(self, name)} changes nothing with the method {method}. It is for {', '.join(used)}."
+                    f"{self.called(name)} = {getattr(self, name)} has no effect with {method}. The methods that use it: {', '.join(used)}."
                 )
         return sentences
 
     def active_at(self, index: int, total: int) -> bool:
-        """Whether step `index` (from 0) of `total` lies in the part of the steps that is composed."""
+        """Whether step `index` (from 0) of `total` is composed."""
         return self.start * total <= index < self.end * total
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Values for some knobs, set together; all else stays as it is."""
+    """Values for some knobs, set together. The other knobs keep their values."""
 
     name: str
     label: str
@@ -297,34 +297,35 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "paper",
             "Paper",
-            "As published: weights by SoftMin, every LoRA at every step and in every patch, re-centring 0.5, no shared part. Slowest.",
+            "As published: SoftMin weights, every LoRA at every step and in every patch, re-centring 0.5, no shared part. Slowest.",
             {"method": "loratorio", "top_k": 0, "recentre": 0.5, "share": 0.0, "reuse": 1},
         ),
         Preset(
             "balanced",
             "Balanced",
-            "Relative divergence, each LoRA at every third step, two of them a patch, re-centring 0.5, a small shared part. The default.",
+            "The default. Weights by relative divergence, two LoRAs per patch, each LoRA at every third step, re-centring 0.5, a small "
+            "shared part.",
             {"method": "relative", "top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3},
         ),
         Preset(
             "fast",
             "Fast",
-            "As Balanced, and the base model only in the unconditional prediction.",
+            "Like Balanced, but the unconditional prediction uses only the base model.",
             {"method": "relative", "top_k": 2, "recentre": 1.0, "share": 0.15, "reuse": 3},
         ),
     )
 }
-"""Settings of which one click, or one word, sets all."""
+"""Settings that one click, or one word, sets together."""
 
 PRESET_KNOBS = tuple(PRESETS["balanced"].values)
-"""The knobs that a preset sets: every preset the same."""
+"""The knobs that presets set. Every preset sets the same ones."""
 
 PRESET = "preset"
-"""Beside knobs, under this name, a mapping may have a preset's name: the preset's values, and those that stand beside it on top."""
+"""The key of a preset's name in a mapping of knobs. Knobs in the same mapping override the preset."""
 
 
 def find_preset(name: Any) -> Preset:
-    """By name or label, in any case. Raises LoratorioError with the names that there are."""
+    """A preset by name or label, in any case. Raises LoratorioError with the known names."""
     for preset in PRESETS.values():
         if str(name).strip().lower() in (preset.name, preset.label.lower()):
             return preset
@@ -332,7 +333,7 @@ def find_preset(name: Any) -> Preset:
 
 
 def _as_numbers(version: str) -> tuple[int, ...]:
-    """A version to compare; what is none comes before all."""
+    """A version, comparable. Anything that is not a version comes first."""
     parts = version.split(".")
     return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
 
@@ -353,6 +354,6 @@ KNOB_BY_NAME: dict[str, Knob] = {each.name: each for each in KNOBS}
 
 
 def panel_rows() -> list[list[Knob]]:
-    """The knobs of the panel row by row, but for the tick box: first the row in sight, then those in the fold."""
+    """The panel's knobs row by row, without the tick box: first the visible row, then those under "All settings"."""
     rows = sorted({each.row for each in KNOBS if each.row})
     return [[each for each in KNOBS if each.row == row] for row in rows]

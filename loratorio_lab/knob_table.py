@@ -16,13 +16,10 @@ _MARKS = ("<!-- knobs: made by loratorio-lab knob-table -->", "<!-- end of knobs
 def table() -> str:
     """All knobs as Markdown."""
     rows = [
-        "| in the panel | in Python and the API | values | default | what it does |",
-        "| --- | --- | --- | --- | --- |",
+        "| in the panel | in Python and the API | values, **default** | what it does |",
+        "| --- | --- | --- | --- |",
     ]
-    rows += [
-        f"| {knob.label} | `{knob.name}` | {_values(knob)} | {_value(knob, knob.default)} | {knob.help} |"
-        for knob in KNOBS
-    ]
+    rows += [f"| {knob.label} | `{knob.name}` | {_values(knob)} | {knob.help} |" for knob in KNOBS]
     return "\n".join(rows)
 
 
@@ -35,17 +32,13 @@ def with_table(text: str) -> str:
 
 
 def _values(knob: Knob) -> str:
-    if knob.kind == "bool":
-        return "on, off"
-    if knob.kind == "choice":
-        return ", ".join(f"`{name}`" for name, _ in knob.choices)
-    return f"{knob.minimum:g} to {knob.maximum:g}"
-
-
-def _value(knob: Knob, value: object) -> str:
-    if knob.kind == "bool":
-        return "on" if value else "off"
-    return f"`{value}`" if knob.kind == "choice" else f"{value}"
+    if knob.name == "method":  # a dozen names: they have a page of their own
+        return f"[methods](docs/METHODS.md), **{knob.default}**"
+    if knob.kind in ("bool", "choice"):
+        default = ("on" if knob.default else "off") if knob.kind == "bool" else knob.default
+        names = [name for name, _ in knob.choices] or ["on", "off"]
+        return ", ".join(f"**{name}**" if name == default else name for name in names)
+    return f"{knob.minimum:g} to {knob.maximum:g}, **{knob.default}**"
 
 
 STALE = "README.md's table of knobs is stale: a knob, or a method, was added or changed. Renew it: loratorio-lab knob-table"

@@ -164,7 +164,7 @@ def test_knobs_that_change_nothing_are_said() -> None:
     settings = Settings(temperature=0.05, top_k=1)
     (sentence,) = settings.without_effect(["temperature", "top_k", "enabled", "nothing"])
     assert sentence.startswith(
-        "temperature = 0.05 changes nothing with the method LoRAtorio, relative. It is for LoRAtorio."
+        "temperature = 0.05 has no effect with LoRAtorio, relative. The methods that use it: LoRAtorio."
     )
     assert settings.without_effect(["top_k"]) == []
     # At its default nobody meant anything by it.

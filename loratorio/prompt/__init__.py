@@ -1,1 +1,1 @@
-"""What a prompt may say of LoRAs: tags, roles, places, pools; which files they name and which words call them."""
+"""What a prompt may say about LoRAs: tags, roles, places and pools; the files that they name and the words that call them."""

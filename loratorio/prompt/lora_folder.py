@@ -15,24 +15,24 @@ from ..errors import LoratorioError
 
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-"""Files that run code when they are opened. They never are."""
+"""Files that can run code when they are opened. They are never opened."""
 
 
 class LoraFolder:
-    """What lies in a LoRA folder, read once.
+    """The contents of a LoRA folder, read once.
 
-    Links are followed, as the WebUIs do, and every real folder is read once, so that links in a circle end. What cannot be entered or
-    leads nowhere is passed over and named by `cannot_be_read`.
+    Links are followed, as in the WebUIs. Every real folder is read once, so circular links end. Folders that cannot be opened and
+    dead links are skipped and named by `cannot_be_read`.
 
-    A LoRA's name is its file's without extension, or, where several files have that name, with the folders before it
-    (``sub/name``). Capitals do not matter, nor whether an accented letter is one character or two.
+    A LoRA's name is its file's name without extension; where several files share it, with the folders before it (``sub/name``).
+    Case does not matter, nor whether an accented letter is one character or two.
 
     Attributes:
-        files: sorted by their paths, all below `root`.
-        pickles: files that may be LoRAs and will not be opened.
+        files: sorted by path, all below `root`.
+        pickles: files that may be LoRAs and are never opened.
 
     Raises:
-        LoratorioError: there is no such folder, or it cannot be entered.
+        LoratorioError: there is no such folder, or it cannot be opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class LoraFolder:
             is_folder = False
         except (OSError, ValueError) as problem:
             raise LoratorioError(
-                f"The LoRA folder {readable(folder)} cannot be entered ({reason(problem)}): check who may read it."
+                f"The LoRA folder {readable(folder)} cannot be opened ({reason(problem)}): check its permissions."
             ) from problem
         if not is_folder:
             raise LoratorioError(f"There is no LoRA folder {readable(folder)}: check the path.")
@@ -93,11 +93,11 @@ class LoraFolder:
 
     @property
     def cannot_be_read(self) -> str:
-        """A sentence on folders that could not be entered and links that lead nowhere, or nothing."""
+        """A sentence about folders that could not be opened and dead links, or nothing."""
         if not self._unreadable:
             return ""
         others = f" and {len(self._unreadable) - 2} more" if len(self._unreadable) > 2 else ""
-        return f"Could not be read there: {', '.join(self._unreadable[:2])}{others}."
+        return f"Could not be read: {', '.join(self._unreadable[:2])}{others}."
 
     def _found(self, folder: Path) -> Iterator[Path]:
         seen: set[str] = set()
@@ -123,7 +123,7 @@ class LoraFolder:
         try:
             return stat.S_ISREG(os.stat(file).st_mode)
         except OSError as problem:
-            what = f"{readable(file.name)} is a link that leads nowhere" if file.is_symlink() else ""
+            what = f"{readable(file.name)} is a dead link" if file.is_symlink() else ""
             self._unreadable.append(what or f"{readable(file.name)} ({reason(problem)})")
             return False
 
@@ -137,13 +137,13 @@ class LoraFolder:
 
 
 def ambiguous_note(name: str, found: Sequence[Path], folder: LoraFolder) -> str:
-    """A sentence where `name` may mean several files, the first of which was taken; nothing where it means one."""
+    """A sentence if `name` may mean several files, of which the first is used; else nothing."""
     if len({file.resolve() for file in found}) < 2:
         return ""
     names = [folder.name_of(file) for file in found]
     return (
         f"{len(found)} LoRA files are called {name}: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}. "
-        f"{names[0]} was used; write its folder before the name for another."
+        f"{names[0]} was used. To choose another, write its folder before the name."
     )
 
 
@@ -153,12 +153,12 @@ def folded(text: str) -> str:
 
 
 def readable(path: Path | str) -> str:
-    """A path that can be printed: bytes of its name that are no UTF-8 become question marks."""
+    """A path that can be printed: bytes that are not UTF-8 become question marks."""
     return str(path).encode("utf-8", "replace").decode("utf-8")
 
 
 def reason(problem: OSError | ValueError) -> str:
-    """Why the system would not, in few words."""
+    """The system's reason, in a few words."""
     return (getattr(problem, "strerror", None) or str(problem)).lower()
 
 

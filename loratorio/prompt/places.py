@@ -1,6 +1,6 @@
-"""Where in the picture a LoRA may act, said in its tag: ``<lora:alice:at=left:0.8>``.
+"""Where in the picture a LoRA may act, from its tag: ``<lora:alice:at=left:0.8>``.
 
-What a place does to the weights stands in `loratorio.compose.regions`; here is how one is written.
+This module reads places; `loratorio.compose.regions` applies them to the weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMED: dict[str, Box] = {
 _ALIASES = {"center": "centre", **{name.replace("-", ""): name for name in NAMED if "-" in name}}
 
 EDGE = 0.1
-"""How wide a place's border is unless its tag says otherwise, as a part of the picture's shorter side (docs/lab/RESULTS.md)."""
+"""The default width of a place's border, as a fraction of the picture's shorter side."""
 
 MOST_EDGE = 0.5
 
@@ -40,22 +40,22 @@ def read_place(value: str, lora: str) -> Place | None:
     """The place that a tag's argument names; None where it is the whole picture.
 
     Args:
-        value: a name of `NAMED` or ``x0,y0,x1,y1`` as parts of the picture; several joined by ``+``; behind them ``~`` and the
-            width of the soft edge. As in ``left``, ``left+bottom-right``, ``0,0,0.3,1~0.05``.
+        value: a name of `NAMED` or ``x0,y0,x1,y1`` as fractions of the picture; several joined by ``+``; then ``~`` and the
+            width of the soft edge. Examples: ``left``, ``left+bottom-right``, ``0,0,0.3,1~0.05``.
 
     Raises:
-        LoratorioError: anything else; the sentence shows a right one.
+        LoratorioError: anything else; the sentence shows correct ones.
     """
     text, tilde, width = value.strip().lower().partition("~")
     boxes = tuple(_box(part.strip(), value, lora) for part in text.split("+"))
     edge = _number(width) if tilde else EDGE
     if not 0 <= edge <= MOST_EDGE:
-        raise _wrong(value, lora, f"its edge, behind ~, must be a number from 0 to {MOST_EDGE:g}")
+        raise _wrong(value, lora, f"the edge after ~ must be a number from 0 to {MOST_EDGE:g}")
     return None if _cover_all(boxes) else Place(boxes, edge)
 
 
 def _cover_all(boxes: Sequence[Box]) -> bool:
-    """Whether the boxes leave nothing of the picture: none of the fields between all their edges."""
+    """Whether the boxes cover the whole picture: every field of the grid that their edges make."""
     across = sorted({0.0, 1.0, *(edge for box in boxes for edge in (box.x0, box.x1))})
     down = sorted({0.0, 1.0, *(edge for box in boxes for edge in (box.y0, box.y1))})
     return all(
@@ -66,7 +66,7 @@ def _cover_all(boxes: Sequence[Box]) -> bool:
 
 
 def with_words(prompt: str, words: str) -> str:
-    """The prompt with a LoRA's own words behind it; with ``AND``, behind each of its parts."""
+    """The prompt followed by a LoRA's own words; with ``AND``, each part followed by them."""
     if not words:
         return prompt
     parts = re.split(r"(\bAND\b)", prompt)
@@ -89,13 +89,15 @@ def _box(part: str, value: str, lora: str) -> Box:
     numbers = [_number(each) for each in part.split(",")]
     if len(numbers) != 4:
         near = difflib.get_close_matches(part, NAMED, n=1)
-        hint = f"{part!r} is none of {', '.join(NAMED)}"
+        hint = f"{part!r} is not one of {', '.join(NAMED)}"
         raise _wrong(value, lora, hint + (f" (did you mean {near[0]}?)" if near else ""))
     box = Box(*numbers)
     if not all(0 <= each <= 1 for each in box):
-        raise _wrong(value, lora, "x0,y0,x1,y1 must be parts of the picture, from 0 to 1")
+        raise _wrong(value, lora, "x0,y0,x1,y1 must be fractions of the picture, from 0 to 1")
     if box.x0 >= box.x1 or box.y0 >= box.y1:
-        raise _wrong(value, lora, f"the box {part} has no area: x1 must be more than x0, and y1 more than y0")
+        raise _wrong(
+            value, lora, f"the box {part} is empty: x1 must be greater than x0, and y1 greater than y0"
+        )
     return box
 
 
@@ -109,5 +111,5 @@ def _number(text: str) -> float:
 def _wrong(value: str, lora: str, why: str) -> LoratorioError:
     return LoratorioError(
         f"The place at={value} of LoRA {lora} cannot be read: {why}. "
-        "Write it as in at=left, at=top+centre or at=0,0,0.5,1~0.1."
+        "Examples: at=left, at=top+centre, at=0,0,0.5,1~0.1."
     )

@@ -1,6 +1,6 @@
 """Pools: a folder, a glob or a list of LoRAs as candidates, ``<pool:folder-or-glob:0.8>``.
 
-Which of them are used is decided while sampling (`compose.methods.loratorio.FromPool`); here is which files they are.
+This module finds the files. Which of them are used is decided while sampling (`compose.candidates`, `sampling.engine`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class Candidates(Generic[Loaded]):
-    """A pool's LoRAs that could be read, and the names of the files that could not, each with the reason."""
+    """A pool's LoRAs that could be read, and the files that could not, by name with the reason."""
 
     loaded: tuple[Loaded, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=())
 
     @property
     def note(self) -> str:
-        """A sentence on the skipped files, or nothing."""
+        """A sentence about the skipped files, or nothing."""
         if not self.skipped:
             return ""
-        return f"Left out of the pool because they cannot be used: {', '.join(name for name, _ in self.skipped)}."
+        return f"Not used from the pool, because they cannot be read or do not fit: {', '.join(name for name, _ in self.skipped)}."
 
 
 def pool_files(
@@ -42,13 +42,13 @@ def pool_files(
     """The LoRA files that a pool names, sorted, each once.
 
     Args:
-        pattern: relative to the LoRA folder: a folder (all below it), a glob (``anime/*``, ``**/hat*``), a LoRA's name, or several of
-            these with commas. ``*`` alone is every LoRA. Capitals do not matter.
-        folder: the LoRA folder, or several. Nothing outside of them is used, whichever way the pattern or a link leads there.
-        known: names of LoRAs that the prompt has already; they are left out.
+        pattern: relative to the LoRA folder: a folder (and everything below it), a glob (``anime/*``, ``**/hat*``), a LoRA's name,
+            or several of these separated by commas. ``*`` alone means every LoRA. Case does not matter.
+        folder: the LoRA folder, or several. Files outside of them are never used, whether by the pattern or by a link.
+        known: names of LoRAs that the prompt already has; they are left out.
 
     Raises:
-        LoratorioError: a pattern that leaves the folder, or that no LoRA fits.
+        LoratorioError: a pattern that leaves the folder, or that matches no LoRA.
     """
     folders = _read(folder, pattern)
     taken = {folded(name) for name in known}
@@ -58,7 +58,7 @@ def pool_files(
             files.setdefault(file.resolve(), (loras, file))
     if not files:
         raise LoratorioError(
-            "A pool needs a folder, a pattern or names: <pool:folder:0.8>, <pool:anime/*>, <pool:a,b,c>."
+            "The pool is empty. It needs a folder, a pattern or names: <pool:folder:0.8>, <pool:anime/*>, <pool:a,b,c>."
         )
     return sorted(
         file for loras, file in files.values() if not taken & {folded(loras.name_of(file)), folded(file.stem)}
@@ -78,8 +78,7 @@ def expanded(
 ) -> str:
     """`prompt` with every ``<pool:…:0.8>`` replaced by a ``<lora:name:0.8:pool=1>`` for each candidate.
 
-    For hosts that read LoRA tags themselves and pass over arguments that they do not know: `roles` takes a LoRA with
-    ``pool=1`` for a candidate.
+    For hosts that read LoRA tags themselves and ignore unknown arguments: `roles` treats a LoRA with ``pool=1`` as a candidate.
 
     Args:
         name_of: the name that the host has for a file.
@@ -122,9 +121,7 @@ def _read(folder: Path | LoraFolder | Sequence[Path], pattern: str) -> list[Lora
         except LoratorioError as problem:
             trouble.append(problem)
     if not read:
-        raise LoratorioError(
-            f"{trouble[0]} The pool <pool:{pattern}> has nothing to choose from."
-        ) from trouble[0]
+        raise LoratorioError(f"{trouble[0]} The pool <pool:{pattern}> is empty.") from trouble[0]
     return read
 
 
@@ -144,16 +141,18 @@ def _fitting_in_any(part: str, pattern: str, folders: Sequence[LoraFolder]) -> l
 def _fitting(part: str, pattern: str, loras: LoraFolder) -> Iterator[Path]:
     path = PurePosixPath(part.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in part:
-        raise LoratorioError(f"A pool stays inside the LoRA folder: {part!r} leads out of it.")
+        raise LoratorioError(
+            f"{part!r} of the pool <pool:{pattern}> is outside the LoRA folder: name a folder or LoRA inside it."
+        )
     fitting = loras.within(part)
     inside = [file for file in fitting if not loras.leads_out(file)]
     if fitting and not inside:
         raise LoratorioError(
-            f"{part!r} of the pool <pool:{pattern}> is a link that leads out of the LoRA folder, to {fitting[0].resolve()}: "
-            "a pool stays inside. Name the LoRA by itself, or move it here."
+            f"{part!r} of the pool <pool:{pattern}> links to {fitting[0].resolve()}, outside the LoRA folder. "
+            "A pool uses only files inside it: name the LoRA by itself, or move it here."
         )
     if not inside:
         raise LoratorioError(
-            f"No LoRA fits {part!r} of the pool <pool:{pattern}>: check the name or the folder. {loras.cannot_be_read}".strip()
+            f"No LoRA matches {part!r} of the pool <pool:{pattern}>: check the name or the folder. {loras.cannot_be_read}".strip()
         )
     yield from inside

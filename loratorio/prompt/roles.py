@@ -1,8 +1,8 @@
-"""What part a LoRA plays in a composition, said in its tag (``role=style``) or recognised by its file.
+"""A LoRA's role in a composition, from its tag (``role=style``) or recognised from its file.
 
-*content* (the default) gets weights patch by patch. *style* acts everywhere: every content LoRA's rows have it too.
-*always* acts on every row, the base's included, and is never composed: speed LoRAs (LCM, Lightning, Hyper, Turbo, DMD), which change
-the sampler's steps and not what is in the picture.
+*content* (the default) gets weights patch by patch. *style* acts everywhere: the rows of every content LoRA have it too.
+*always* acts on every row, the base's included, and is never composed. It is for speed LoRAs (LCM, Lightning, Hyper, Turbo, DMD), which
+change the sampler's steps and not the content of the picture.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ POOL_OPTION = "pool"
 
 # These words name nothing else.
 _CERTAIN = re.compile(r"(?<![a-z])(lcm|dmd2|tcd|hyper[-_ ]?(sd(xl)?|flux))(?![a-z])", re.IGNORECASE)
-# These are words of the language too, and count only right beside a model's name, "LoRA" or a number of steps.
+# These are also ordinary words: they count only next to a model's name, "LoRA" or a number of steps.
 _LIKELY = re.compile(r"lightning|hyper|turbo|dmd|distill(ed)?")
 _BESIDE = re.compile(r"(sd|sdxl|xl|flux|qwen|wan|image|lora|alpha)\d*|\d+steps?")
 _METADATA_KEYS = (
@@ -55,14 +55,14 @@ _METADATA_KEYS = (
 
 @dataclass(frozen=True)
 class TaggedLora:
-    """A LoRA as the roles see it.
+    """A LoRA with its tag.
 
     Attributes:
         name: as in the prompt.
         options: the named arguments of its tag.
         metadata: of its file, as safetensors stores it.
-        pooled: it came out of a pool and is only a candidate.
-        file: where it was read from, where that is known.
+        pooled: whether it comes from a pool and is only a candidate.
+        file: its file, if known.
     """
 
     name: str
@@ -73,30 +73,30 @@ class TaggedLora:
 
     @property
     def is_candidate(self) -> bool:
-        """Whether it is only a candidate: said by the host, or by its tag."""
+        """Whether it is only a candidate, by the host or by its tag."""
         return self.pooled or self.options.get(POOL_OPTION, "0") not in ("", "0")
 
     def as_named(self) -> TaggedLora:
-        """The same as if the prompt named it."""
+        """The same LoRA, as if the prompt named it."""
         options = {name: value for name, value in self.options.items() if name != POOL_OPTION}
         return replace(self, options=options, pooled=False)
 
     @property
     def place(self) -> Place | None:
-        """Where it may act; None: everywhere. Raises LoratorioError where its tag's place cannot be read."""
+        """Where it may act; None: everywhere. Raises LoratorioError if the tag's place cannot be read."""
         value = self.options.get(PLACE_OPTION)
         return None if value is None else read_place(value, self.name)
 
     @property
     def words(self) -> str:
-        """What the prompt of its own rows has beside everybody's."""
+        """The words that are added to the prompt for this LoRA's rows only."""
         return shown(self.options.get(WORDS_OPTION, "")).strip()
 
 
 def repeats(loras: Sequence[TaggedLora]) -> list[list[int]]:
-    """The numbers of the LoRAs, those together that are one LoRA: of one file, in one place, with the same words of its own.
+    """The numbers of the LoRAs, grouped: tags of one file with the same place and the same own words are one LoRA.
 
-    Raises LoratorioError where a place cannot be read.
+    Raises LoratorioError if a place cannot be read.
     """
     groups: dict[Hashable, list[int]] = {}
     for number, lora in enumerate(loras):
@@ -106,14 +106,14 @@ def repeats(loras: Sequence[TaggedLora]) -> list[list[int]]:
 
 
 def united(loras: Sequence[TaggedLora]) -> TaggedLora:
-    """Several tags of one LoRA as one: where they have the same argument, the first one's counts."""
+    """Several tags of one LoRA as one. If an argument repeats, the first one counts."""
     options = {name: value for lora in reversed(loras) for name, value in lora.options.items()}
     return replace(loras[0], options=options)
 
 
 @dataclass(frozen=True)
 class AssignedRole:
-    """The role of one LoRA. `recognised`: nobody asked for it, the file looks like it."""
+    """The role of one LoRA. `recognised`: not from its tag, but from its file."""
 
     name: str
     role: Role
@@ -121,7 +121,7 @@ class AssignedRole:
 
 
 def read_role(value: str, lora: str) -> Role:
-    """The role that a tag's argument names. Raises LoratorioError with the nearest."""
+    """The role that a tag's argument names. Raises LoratorioError with the closest name."""
     text = value.strip().lower()
     if text in ROLES:
         return cast(Role, text)
@@ -131,14 +131,14 @@ def read_role(value: str, lora: str) -> Role:
 
 
 def looks_like_speed_lora(name: str, metadata: Mapping[str, str] | None = None) -> bool:
-    """Whether a LoRA's name, or what its file says of itself, is that of an LCM, Lightning, Hyper, Turbo or DMD LoRA."""
+    """Whether a LoRA's name or metadata is that of an LCM, Lightning, Hyper, Turbo or DMD LoRA."""
     texts = [name.replace("\\", "/").rsplit("/", 1)[-1]]
     texts += [str((metadata or {}).get(key, ""))[:400] for key in _METADATA_KEYS]
     return any(_CERTAIN.search(text) or _names_speed(text) for text in texts if text)
 
 
 def _names_speed(text: str) -> bool:
-    """Whether two words that stand side by side are that of a way to need fewer steps, and what it was made for."""
+    """Whether two neighbouring words name a method for fewer steps and the model that it is for."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"(\d)[-_ ]+(steps?)", r"\1\2", text.lower()))
     return any(
         _LIKELY.fullmatch(one) and _BESIDE.fullmatch(other)
@@ -148,7 +148,7 @@ def _names_speed(text: str) -> bool:
 
 
 def assigned_roles(loras: Sequence[TaggedLora]) -> list[AssignedRole]:
-    """The role of every LoRA: what its tag says, else *always* for a speed LoRA that the prompt names, else *content*.
+    """The role of every LoRA: that of its tag, else *always* for a speed LoRA that the prompt names, else *content*.
 
     Raises:
         LoratorioError: a tag names a role that does not exist, or a place that cannot be read.
@@ -165,10 +165,10 @@ def assigned_roles(loras: Sequence[TaggedLora]) -> list[AssignedRole]:
 
 
 def chosen_from_pool(loras: Sequence[TaggedLora], prompt: str) -> tuple[dict[int, TaggedLora], str]:
-    """What is taken of a prompt's LoRAs, by number, and a sentence on the pool among them, or nothing.
+    """The LoRAs of a prompt that take part, by number, and a sentence about the pool among them, or nothing.
 
-    Candidates whose trigger words stand in the prompt count as named. Of the others only those are left whose words nobody knows:
-    divergence decides on them. Where the prompt calls no candidate, divergence decides on all.
+    Candidates whose trigger words are in the prompt count as named. Of the others, only those without known trigger words stay, and
+    divergence decides about them. If the prompt calls no candidate, divergence decides about all.
     """
     pool = [number for number, lora in enumerate(loras) if lora.is_candidate]
     words = [words_of(loras[number].metadata, loras[number].file) for number in pool]
@@ -183,33 +183,33 @@ def chosen_from_pool(loras: Sequence[TaggedLora], prompt: str) -> tuple[dict[int
     }
     names = ", ".join(f"{loras[number].name} ({', '.join(own)})" for number, own in by_prompt.items())
     others = (
-        f"; {len(silent)} with other trigger words {'were' if len(silent) > 1 else 'was'} left out"
+        f" {len(silent)} with other trigger words {'were' if len(silent) > 1 else 'was'} not used."
         if silent
         else ""
     )
-    return taken, f"From the pool by their trigger words: {names}{others}."
+    return taken, f"Chosen from the pool by their trigger words: {names}.{others}"
 
 
 def reactions_note(names: Sequence[str], reactions: Mapping[int, float], left_out: Collection[int]) -> str:
-    """A sentence on the candidates of a pool that were looked at while sampling.
+    """A sentence about the candidates of a pool that were scored while sampling.
 
     Args:
         names: of all LoRAs.
-        reactions: by number of a candidate, how much the prompt moves it (`compose.candidates.reactions`).
-        left_out: those that were left out.
+        reactions: by a candidate's number, how much the prompt moves it (`compose.candidates.reactions`).
+        left_out: those that are not used.
     """
     taken = [number for number in reactions if number not in left_out]
     if len(taken) == len(reactions) and min(reactions.values()) < CALLED:
         return (
-            "The prompt calls no LoRA of the pool: none does clearly more under it than under the negative prompt. All were weighed at "
-            "every step, which may draw what nobody asked for; name the LoRAs that you want."
+            "The prompt calls no LoRA of the pool: none changes clearly more under the prompt than under the negative prompt. So all of "
+            "them take part, and the picture may show things that the prompt does not ask for. Name the LoRAs that you want."
         )
     told = ", ".join(f"{names[number]} ({reactions[number]:.1f})" for number in taken)
     count = len(left_out)
-    others = f"; {count} other{'s were' if count > 1 else ' was'} left out" if count else ""
+    others = f" {count} other{'s were' if count > 1 else ' was'} not used." if count else ""
     return (
-        f"From the pool, by how much more they do under the prompt than under the negative prompt (what the prompt does is 1): "
-        f"{told}{others}."
+        f"Chosen from the pool, by how much more they change under the prompt than under the negative prompt (the prompt itself is 1): "
+        f"{told}.{others}"
     )
 
 
@@ -217,7 +217,7 @@ def participants_of(
     loras: Sequence[TaggedLora],
     importance: Mapping[int, float] | None = None,
 ) -> Participants:
-    """The generation's participants: which LoRAs are composed, and how.
+    """Which LoRAs are composed, and how.
 
     Args:
         importance: by LoRA number, how much its trigger words matter in the prompt (W-Composite).
@@ -254,10 +254,10 @@ def prompt_importance(
 
 
 def unknown_options_note(loras: Sequence[TaggedLora], others: Collection[str] = ()) -> str:
-    """A sentence on the named arguments of tags that nobody reads, or nothing.
+    """A sentence about unknown arguments in tags, or nothing.
 
     Args:
-        others: arguments that the host, or another extension, reads.
+        others: arguments that the host or another extension reads.
     """
     own = (OPTION, PLACE_OPTION, WORDS_OPTION, POOL_OPTION)
     strange = []
@@ -269,11 +269,11 @@ def unknown_options_note(loras: Sequence[TaggedLora], others: Collection[str] = 
                 strange.append(f"{option}= of LoRA {lora.name}{hint}")
     if not strange:
         return ""
-    return f"Unknown in a LoRA tag, and without effect: {', '.join(strange)}."
+    return f"Unknown options in LoRA tags, which have no effect: {', '.join(strange)}."
 
 
 def no_room_note(loras: Sequence[TaggedLora], height: int, width: int, region: Box = WHOLE) -> str:
-    """A sentence on LoRAs whose places are too small to show in height×width latent pixels of this part of the picture, or nothing."""
+    """A sentence about LoRAs whose places are too small for height×width latent pixels of this region, or nothing."""
     small = [
         f"{lora.name} (at={lora.options[PLACE_OPTION]})"
         for lora in loras
@@ -283,49 +283,49 @@ def no_room_note(loras: Sequence[TaggedLora], height: int, width: int, region: B
         return ""
     several = len(small) > 1
     return (
-        f"LoRA{'s' if several else ''} {', '.join(small)} {'have' if several else 'has'} next to no effect: the place covers less than one "
-        "latent pixel, which is 8×8 picture pixels, of what is sampled. Make it larger."
+        f"LoRA{'s' if several else ''} {', '.join(small)} {'have' if several else 'has'} almost no effect: the place covers less than one "
+        "latent pixel (8×8 picture pixels). Make it larger."
     )
 
 
 def unread_note(names: Sequence[str]) -> str:
-    """A sentence on LoRAs of which the WebUI found no file that it can read."""
+    """A sentence about LoRAs for which the WebUI found no readable file."""
     several = len(names) > 1
     return (
-        f"LoRA{'s' if several else ''} {', '.join(names)} {'are' if several else 'is'} not in the picture: there is no such file, or it "
-        "is damaged."
+        f"LoRA{'s' if several else ''} {', '.join(names)} {'were' if several else 'was'} not used: the WebUI found no such file, or could "
+        "not read it. Check the name, or get the file again."
     )
 
 
 def partly_used_note(name: str, used: int, total: int) -> str:
-    """A sentence on a LoRA of which a model has not all layers, or nothing."""
+    """A sentence about a LoRA of which the model does not have all layers, or nothing."""
     if used >= total:
         return ""
     return (
-        f"Of LoRA {name} {used} of {total} layers were used: the others are not in this model, which may be of another kind than the "
-        "one that it was made for, or have names that this WebUI does not read."
+        f"LoRA {name}: only {used} of {total} layers match this model. Either it was made for another kind of model, or this WebUI does "
+        "not know the names of the other layers."
     )
 
 
 def without_effect_note(names: Sequence[str]) -> str:
-    """A sentence on the LoRAs that were left out because the picture is the same with them, or nothing."""
+    """A sentence about the LoRAs that were not used because they change nothing, or nothing."""
     if not names:
         return ""
     several = len(names) > 1
     return (
-        f"LoRA{'s' if several else ''} {', '.join(names)} change{'' if several else 's'} nothing here (strength 0, or nothing in "
-        f"{'them' if several else 'it'} is for this model), and {'were' if several else 'was'} left out."
+        f"LoRA{'s' if several else ''} {', '.join(names)} {'have' if several else 'has'} no effect (strength 0, or made for another "
+        f"model) and {'were' if several else 'was'} not used."
     )
 
 
 def recognised_note(roles: Sequence[AssignedRole]) -> str:
-    """A sentence on the speed LoRAs that nobody gave a role, or nothing."""
+    """A sentence about the speed LoRAs whose tags give no role, or nothing."""
     names = [role.name for role in roles if role.recognised]
     if not names:
         return ""
     several = len(names) > 1
     return (
         f"{', '.join(names)} look{'' if several else 's'} like {'' if several else 'a '}speed LoRA{'s' if several else ''} "
-        f"and act{'' if several else 's'} on every row (role=always). Write role=content into the tag to compose "
-        f"{'them' if several else 'it'} instead."
+        f"and act{'' if several else 's'} on every row (role=always). To compose {'them' if several else 'it'} instead, write "
+        "role=content into the tag."
     )

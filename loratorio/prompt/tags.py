@@ -1,7 +1,7 @@
-"""LoRA tags as the WebUIs have them, ``<lora:name:0.8:option=value>``: their parts, and what is wrong with one.
+"""The WebUIs' LoRA tags, ``<lora:name:0.8:option=value>``: their parts, and their errors.
 
-A WebUI cuts a tag at every colon and stops at the first part that it cannot read, with which all LoRAs of the prompt are lost. So tags are
-looked at before it does, and what it could not read is written for it in another way.
+A WebUI splits a tag at every colon. If it cannot read a part, it drops all LoRAs of the prompt. So tags are checked first, and parts that
+a WebUI cannot read are rewritten for it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ..errors import LoratorioError
 KINDS = ("lora", "lyco")
 
 WORDS_OPTION = "words"
-"""The named argument of the words that only the LoRA's own rows have beside the prompt. It may have colons inside brackets."""
+"""The named argument of the words that are added to the prompt for the LoRA's rows only. Colons are allowed inside brackets."""
 
 READERS = BLOCK_WEIGHT, LORACTL = "lora_block_weight", "loractl"
-"""Words in the paths of the extensions that read LoRA tags, and have strengths of other kinds in them."""
+"""Words in the paths of extensions that read LoRA tags and allow other kinds of strengths in them."""
 
-IN_NEGATIVE = "The LoRA tag in the negative prompt is plain text there: LoRAs are read from the prompt only."
+IN_NEGATIVE = "The LoRA tag in the negative prompt has no effect: LoRAs are read from the prompt only."
 
 _ANY = re.compile(r"<(\w+):([^>]+)>")
 _WORDS = f"{WORDS_OPTION}="
 
-# What divides the parts of a tag, inside own words; characters of a private area, which no prompt has by chance.
+# Stand-ins for separators inside own words: characters of a private area, which prompts do not contain.
 _HIDDEN = {ord(sign): chr(0xE000 + ord(sign)) for sign in ":="}
 _SHOWN = {ord(hidden): chr(sign) for sign, hidden in _HIDDEN.items()}
 
@@ -61,7 +61,7 @@ def read_tag(content: str) -> Tag:
 
 
 def parts_of(content: str) -> list[str]:
-    """A tag's content, cut at its colons but for those inside brackets of own words: ``words=(mimsy:1.2)``."""
+    """A tag's content, split at its colons, except those inside brackets of own words: ``words=(mimsy:1.2)``."""
     parts: list[str] = []
     for part in content.split(":"):
         if parts and _has_open_bracket(parts[-1]):
@@ -77,7 +77,7 @@ def _has_open_bracket(part: str) -> bool:
 
 
 def number(text: str) -> float | None:
-    """A strength as it is written; None for what is no finite number, or is one by Python's own ways alone, such as 1_0."""
+    """A strength as a number; None if it is not a finite number, or only by Python's own rules, such as 1_0."""
     try:
         value = float("nan" if "_" in text else text)
     except ValueError:
@@ -86,7 +86,7 @@ def number(text: str) -> float | None:
 
 
 def trouble(kind: str, content: str) -> str:
-    """Why the tag ``<kind:content>`` cannot be read, as a sentence, or nothing."""
+    """A sentence on why the tag ``<kind:content>`` cannot be read, or nothing."""
     why = _why(kind, content)
     return f"The tag <{kind}:{content}> cannot be read: {why}." if why else ""
 
@@ -96,16 +96,18 @@ def _why(kind: str, content: str) -> str:
     parts = parts_of(content)
     if not tag.name:
         return "it names no LoRA"
+    if "<" in content:
+        return "it has no > at its end"
     if ":" in parts[-1] and _has_open_bracket(parts[-1]):
         return f"a bracket of {WORDS_OPTION}= is not closed"
     for place, text in enumerate(parts[1:], 1):
         if text not in tag.numbers[:3]:
             continue
         if "=" in text:
-            return f"{text} has more than one ="
+            return f"{text} contains more than one ="
         if text in tag.numbers[:2] and number(text) is None:
             if parts[place - 1].startswith(_WORDS):
-                return f"a colon in {WORDS_OPTION}= needs brackets around it, as in {WORDS_OPTION}=(red:1.2)"
+                return f"a colon in {WORDS_OPTION}= must be inside brackets, as in {WORDS_OPTION}=(red:1.2)"
             mended = _mended(text, is_first=text == tag.numbers[0])
             right = ":".join([*parts[:place], *mended, *parts[place + 1 :]])
             return f"{text.strip() or 'nothing'} is not a number: write <{kind}:{right}>"
@@ -113,11 +115,11 @@ def _why(kind: str, content: str) -> str:
         if key in tag.options and number(tag.options[key]) is None:
             return f"{key}={tag.options[key]} is not a number"
     rank = tag.options.get("dyn", tag.numbers[2] if len(tag.numbers) > 2 else "0")
-    return "" if rank.strip().isdecimal() else f"{rank}, the rank to use, is not a whole number"
+    return "" if rank.strip().isdecimal() else f"the rank to use must be a whole number, not {rank}"
 
 
 def _mended(text: str, is_first: bool) -> list[str]:
-    """A strength that is no number with a point for its comma; else 1, or nothing for all but the first."""
+    """A strength with a comma, rewritten with a point; for other text 1, or nothing if it is not the first strength."""
     with_point = text.replace(",", ".").strip()
     if number(with_point) is not None:
         return [with_point]
@@ -125,13 +127,13 @@ def _mended(text: str, is_first: bool) -> list[str]:
 
 
 def for_webui(prompt: str, numbers_are_others: bool = False) -> str:
-    """`prompt` with its LoRA tags so that a WebUI can read them: `shown` gives own words back.
+    """`prompt` with LoRA tags that a WebUI can read. `shown` restores own words.
 
     Args:
-        numbers_are_others: another extension reads the tags' strengths, and knows other ways to write them.
+        numbers_are_others: another extension reads the tags' strengths and allows other spellings.
 
     Raises:
-        LoratorioError: a tag cannot be read, for which the WebUI would leave out every LoRA of the prompt.
+        LoratorioError: a tag cannot be read, so the WebUI would drop every LoRA of the prompt.
     """
 
     def written(match: re.Match[str]) -> str:
@@ -140,9 +142,7 @@ def for_webui(prompt: str, numbers_are_others: bool = False) -> str:
             return match.group()
         why = "" if numbers_are_others else trouble(kind, content)
         if not why and kind not in KINDS and kind.lower() in KINDS:
-            why = (
-                f"The WebUI does not know the tag <{kind}:{content}>: write {kind.lower()} in small letters."
-            )
+            why = f"The WebUI does not read the tag <{kind}:{content}>: write {kind.lower()} in lower case."
         if why:
             raise LoratorioError(why)
         return f"<{kind}:{':'.join(map(_hidden, parts_of(content)))}>"

@@ -1,6 +1,6 @@
-"""The words that call a LoRA: what its file, and the files that WebUIs keep beside it, say of them.
+"""A LoRA's trigger words, from its file and from the files that WebUIs store next to it.
 
-As LoraRetriever (arXiv 2402.09997) chooses LoRAs by the input, but without a model of its own.
+LoraRetriever (arXiv 2402.09997) also chooses LoRAs by the prompt, but with a model of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 PHRASE = "modelspec.trigger_phrase"
 TAGS = "ss_tag_frequency"
 LARGEST = 1_000_000
-"""A file beside a LoRA that has more bytes is not read."""
+"""The most bytes that a file next to a LoRA may have to be read."""
 
 
 def words_of(metadata: Mapping[str, str], file: Path | None = None) -> list[str]:
-    """The words and phrases that call a LoRA, from the first of these that has any: the trigger phrase of its metadata; the WebUI's own
-    user metadata beside it (`name.json`, its activation text); `name.civitai.info` (its trained words); the training tags that were on
-    at least half of its pictures."""
+    """A LoRA's trigger words and phrases, from the first of these sources that has any: the trigger phrase in its metadata; the
+    activation text in the WebUI's user metadata (`name.json`); the trained words in `name.civitai.info`; the training tags of at least
+    half of its pictures."""
     phrase = _parts(metadata.get(PHRASE, ""))
     if phrase:
         return phrase
@@ -35,12 +35,12 @@ def words_of(metadata: Mapping[str, str], file: Path | None = None) -> list[str]
 
 
 def called(words: Iterable[str], prompt: str) -> list[str]:
-    """Those of the words that stand in the prompt, whole and in any case."""
+    """The words that are in the prompt, as whole words and in any case."""
     return [word for word in words if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
 
 
 def callers(words: Sequence[Sequence[str]], prompt: str) -> list[list[str]]:
-    """Of each LoRA's words those that call it, and not half of all the others too, as a tag like "solo" would."""
+    """For each LoRA, its words in the prompt that call it, without words that half of all LoRAs share, such as the tag "solo"."""
     counts = Counter(word.casefold() for own in words for word in {each.casefold() for each in own})
     most = max(1, len(words) // 2)
     return [[word for word in called(own, prompt) if counts[word.casefold()] <= most] for own in words]
@@ -70,7 +70,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; nothing where there is none, or none that can be read."""
+    """A JSON object; empty if the file is missing or cannot be read."""
     try:
         if file.stat().st_size > LARGEST:
             return {}

@@ -490,7 +490,7 @@ def _compared(by: str, values: str | None, settings: Settings) -> dict[str, Sett
     if knob.ignored_by(settings.method):
         used = ", ".join(name for name, method in METHODS.items() if knob.name in method.knobs)
         raise LoratorioError(
-            f"{knob.option} changes nothing with the method {settings.method}: name another by --method, one of {used}."
+            f"{knob.option} has no effect with --method {settings.method}. The methods that use it: {used}."
         )
     variants = [settings.with_values({knob.name: value}) for value in chosen]
     return {_value_label(knob, variant): variant for variant in variants}

@@ -238,7 +238,7 @@ def _common(key: str) -> str:
 def _leftovers(name: str, used: int, missing: Sequence[str], strange: Sequence[str]) -> Iterator[str]:
     if missing:
         yield (
-            f"Of LoRA {name} {used} of {used + len(missing)} layers were used: this model has no {missing[0][:120]}"
+            f"LoRA {name}: only {used} of {used + len(missing)} layers match this model. It does not have {missing[0][:120]}"
             f"{' and others' if len(missing) > 1 else ''}."
         )
     if strange:

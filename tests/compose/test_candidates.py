@@ -162,9 +162,9 @@ def test_what_is_left_out_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 def test_notes() -> None:
     names = ["a", "b", "c"]
     assert reactions_note(names, {0: 1.04, 1: 0.1, 2: -0.9}, {1, 2}) == (
-        "From the pool, by how much more they do under the prompt than under the negative prompt (what the prompt does is 1): a (1.0); "
-        "2 others were left out."
+        "Chosen from the pool, by how much more they change under the prompt than under the negative prompt (the prompt itself is 1): "
+        "a (1.0). 2 others were not used."
     )
-    assert ": a (3.0), c (2.0); 1 other was left out." in reactions_note(names, {0: 3.0, 1: 0.0, 2: 2.0}, {1})
+    assert ": a (3.0), c (2.0). 1 other was not used." in reactions_note(names, {0: 3.0, 1: 0.0, 2: 2.0}, {1})
     assert reactions_note(names, {0: 3.0, 2: 2.0}, set()).endswith(": a (3.0), c (2.0).")
     assert "calls no LoRA of the pool" in reactions_note(names, {0: 0.1, 1: 0.2}, set())

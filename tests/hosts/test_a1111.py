@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loratorio.adapters.delta import Adapter
 from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
@@ -157,7 +159,7 @@ def test_a_place_smaller_than_a_latent_pixel_is_said(a1111: Any, standin: Any) -
         return compose(standin.job(Tag(a, named={"at": at}), b, **fields))[1].notes
 
     (note,) = notes("0.4,0.4,0.5,0.5~0")
-    assert note.startswith("LoRA a (at=0.4,0.4,0.5,0.5~0) has next to no effect")
+    assert note.startswith("LoRA a (at=0.4,0.4,0.5,0.5~0) has almost no effect")
     assert notes("0.4,0.4,0.55,0.55~0") == []
     # Inpainting "only masked" samples a part of the picture, at its own size.
     whole = Image.new("RGB", (64, 64))
@@ -298,7 +300,7 @@ def test_a_refiner_without_a_loras_text_encoder_is_said(standin: Any) -> None:
     del layers["diffusion_model_down"]
     _, job = compose(standin.job(b, **fields))
     assert len(job.notes) == 1
-    assert job.notes[0].startswith("Refiner: Of LoRA b 3 of 4 layers were used")
+    assert job.notes[0].startswith("Refiner: LoRA b: only 3 of 4 layers match this model.")
 
 
 def test_a_hires_pass_takes_what_fits_of_a_lora(standin: Any) -> None:
@@ -401,6 +403,16 @@ def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:
     assert p.sampler
 
 
+def test_a_refusal_lets_go_of_the_loras(a1111: Any, standin: Any) -> None:
+    """They are read before the tags are: a WebUI's server keeps the error, and with its frames what is in them."""
+    tags = a1111.run.Tag(standin.lora("a", 1), named={"role": "stile"}), standin.lora("b", 2)
+    gc.collect()
+    with pytest.raises(LoratorioError, match="role of LoRA a") as kept:
+        compose(standin.job(*tags))
+    assert not [each for each in gc.get_objects() if type(each) is Adapter]
+    del kept
+
+
 def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(a1111: Any, standin: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     standin.run(standin.job(a, b))
@@ -425,7 +437,7 @@ def test_a_pools_misfits_are_left_out(a1111: Any, standin: Any) -> None:
     tags = [Tag(lora, named={"pool": "1"}) for lora in loras]
     samples, job = compose(standin.job(*tags), pool_size=2)
     assert job.passes[0].loras == ("a", "b")
-    assert job.notes[0] == "Left out of the pool because they cannot be used: x."
+    assert job.notes[0] == "Not used from the pool, because they cannot be read or do not fit: x."
     assert "the pool" in job.notes[1]
     alone, _ = compose(standin.job(*tags[:2]), pool_size=2)
     assert torch.equal(samples, alone)

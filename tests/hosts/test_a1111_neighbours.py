@@ -156,11 +156,13 @@ def test_arguments_that_nobody_reads_are_said(a1111: Any, standin: Any) -> None:
     a, b = standin.lora("a", 1), Tag(standin.lora("b", 2), named={"rolle": "style", "lbw": "XYZ", "dyn": "4"})
     _, job = compose(standin.job(a, b))
     assert job.notes == [
-        "Unknown in a LoRA tag, and without effect: rolle= of LoRA b (did you mean role?), lbw= of LoRA b."
+        "Unknown options in LoRA tags, which have no effect: rolle= of LoRA b (did you mean role?), lbw= of LoRA b."
     ]
     block_weight = SimpleNamespace(filename="/webui/extensions/x/scripts/lora_block_weight.py")
     _, job = compose(standin.job(a, b, scripts=SimpleNamespace(alwayson_scripts=[block_weight])))
-    assert job.notes == ["Unknown in a LoRA tag, and without effect: rolle= of LoRA b (did you mean role?)."]
+    assert job.notes == [
+        "Unknown options in LoRA tags, which have no effect: rolle= of LoRA b (did you mean role?)."
+    ]
 
 
 def tiled(forward: Callable[..., torch.Tensor], at_once: int) -> Callable[..., torch.Tensor]:

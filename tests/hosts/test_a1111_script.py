@@ -70,7 +70,7 @@ def test_a_knob_that_changes_nothing_is_said_under_the_picture(standin: Any, scr
     without, _ = run(standin, script, [{"enabled": True}], *loras)
     assert torch.equal(with_it, without)
     assert (
-        "LoRAtorio note: temperature = 0.05 changes nothing with the method LoRAtorio, relative."
+        "LoRAtorio note: temperature = 0.05 has no effect with LoRAtorio, relative."
         in p.processed.infotexts[0]
     )
 
@@ -146,8 +146,9 @@ def test_a_fault_of_ours_stops_the_job(standin: Any, script: Any, monkeypatch: A
         ("<lora:cat:abc>", "abc is not a number: write <lora:cat:1>."),
         ("<lyco:cat:1.0:5-15>", "5-15 is not a number: write <lyco:cat:1.0>."),
         ("<pool:*:0,8>", "<pool:*:0,8> cannot be read"),
-        ("<lora:cat:words=mimsy: red>", "a colon in words= needs brackets around it"),
-        ("<Lora:cat:1>", "does not know the tag <Lora:cat:1>: write lora in small letters"),
+        ("<lora:cat,", "<lora:cat, <lora:dog:1> cannot be read: it has no > at its end"),
+        ("<lora:cat:words=mimsy: red>", "a colon in words= must be inside brackets"),
+        ("<Lora:cat:1>", "does not read the tag <Lora:cat:1>: write lora in lower case"),
     ],
 )
 @pytest.mark.parametrize("hires", [False, True])
@@ -312,7 +313,7 @@ def test_of_files_with_one_name_a_pool_finds_the_one_that_it_means(
     (folder / "damaged.safetensors").write_bytes(b"x")
     job = Job(standin.job(), paper(enabled=True))
     pools.expand(job, ["<pool:damaged,new>"])
-    assert job.notes == ["Left out of the pool because they cannot be used: damaged."]
+    assert job.notes == ["Not used from the pool, because they cannot be read or do not fit: damaged."]
     assert pools.count("*") == 5  # fish says of itself that it is a speed LoRA
     assert sorted(tags("<pool:*>")) == ["./a_b", "./a_b_", "./sub/same", "new", "same"]
 

@@ -893,7 +893,7 @@ def test_of_a_pool_only_the_candidate_of_another_shape_is_left_out(webui: Any, s
     composed, job = compose(standin, standin.job(*tags), **KNOBS)
     alone, _ = compose(standin, standin.job(tags[0], tags[2]), **KNOBS)
     assert torch.equal(composed, alone)
-    assert job.notes[0] == "Left out of the pool because they cannot be used: wide."
+    assert job.notes[0] == "Not used from the pool, because they cannot be read or do not fit: wide."
     assert "the pool" in job.notes[1]
     with pytest.raises(LoratorioError, match="LoRA wide does not fit the layer"):
         compose(standin, standin.job("a", "wide"), **KNOBS)
@@ -920,7 +920,10 @@ def test_a_file_that_cannot_be_read_is_left_out_with_a_note(
         **KNOBS,
     )
     assert torch.equal(composed, wanted)
-    assert done.notes == ["LoRA broken is not in the picture: there is no such file, or it is damaged."]
+    assert done.notes == [
+        "LoRA broken was not used: the WebUI found no such file, or could "
+        "not read it. Check the name, or get the file again."
+    ]
 
 
 def test_a_lora_that_the_host_does_not_have_is_said(webui: Any, standin: Any) -> None:
@@ -930,15 +933,18 @@ def test_a_lora_that_the_host_does_not_have_is_said(webui: Any, standin: Any) ->
     wanted, _ = compose(standin, standin.job("a", "b"), **KNOBS)
     composed, done = compose(standin, standin.job("a", "b"), before=forget, **KNOBS)
     assert torch.equal(composed, wanted)
-    assert done.notes == ["LoRA gone is not in the picture: there is no such file, or it is damaged."]
+    assert done.notes == [
+        "LoRA gone was not used: the WebUI found no such file, or could "
+        "not read it. Check the name, or get the file again."
+    ]
 
 
 def test_a_lora_that_fits_in_part_says_how_much(webui: Any, standin: Any) -> None:
     webui.networks.files["/loras/a"]["somewhere.lora_up.weight"] = ("diff", torch.ones(3))
     _, done = compose(standin, standin.job("a", "b"), **KNOBS)
     assert done.notes == [
-        "Of LoRA a 4 of 5 layers were used: the others are not in this model, which may be of another kind than the one that it was "
-        "made for, or have names that this WebUI does not read."
+        "LoRA a: only 4 of 5 layers match this model. Either it was made for another kind of model, or this WebUI does not know the "
+        "names of the other layers."
     ]
 
 
@@ -974,7 +980,7 @@ def test_strengths_by_step_are_left_to_the_host(webui: Any, standin: Any, option
     composed, done = compose(standin, job, **KNOBS)
     if standin.model.variant == "neo":  # where the extension does nothing
         assert close(composed, compose(standin, standin.job("a", "b"), **KNOBS)[0])
-        assert done.notes == [f"Unknown in a LoRA tag, and without effect: {option}= of LoRA a."]
+        assert done.notes == [f"Unknown options in LoRA tags, which have no effect: {option}= of LoRA a."]
         return
     assert torch.equal(composed, standin.run(standin.job("a", "b")))
     assert "LoRA Block Weight changes a LoRA's strength" in done.notes[0]

@@ -100,8 +100,8 @@ def test_what_leads_nowhere_is_passed_over_and_said(tmp_path: Path) -> None:
     (root / "folder.safetensors").mkdir()
     folder = LoraFolder(root)
     assert names(folder) == ["cat"]
-    assert "gone.safetensors is a link that leads nowhere" in folder.cannot_be_read
-    assert "round.safetensors is a link that leads nowhere" in folder.cannot_be_read
+    assert "gone.safetensors is a dead link" in folder.cannot_be_read
+    assert "round.safetensors is a dead link" in folder.cannot_be_read
     assert LoraFolder(made(tmp_path / "sub", "x.safetensors")).cannot_be_read == ""
 
 
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.Mon
     folder = LoraFolder(tmp_path / "Lora")
     assert names(folder) == ["cat"]
     assert "the folder shut (permission denied)" in folder.cannot_be_read
-    with pytest.raises(LoratorioError, match=r"cannot be entered \(permission denied\)"):
+    with pytest.raises(LoratorioError, match=r"cannot be opened \(permission denied\)"):
         LoraFolder(Path(shut))
 
 

@@ -66,7 +66,7 @@ def test_loras_of_the_prompt_are_left_out(folder: Path) -> None:
     "pattern", ["../*", "..", "/etc", "hats/../../secret", "C:\\loras", "hats/../../*", "cat,../secret"]
 )
 def test_a_pool_stays_inside_the_folder(folder: Path, pattern: str) -> None:
-    with pytest.raises(LoratorioError, match="inside the LoRA folder"):
+    with pytest.raises(LoratorioError, match="is outside the LoRA folder"):
         pool_files(pattern, folder)
 
 
@@ -80,7 +80,7 @@ def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path: Path) -> N
     assert "secret" not in names(pool_files("**/*", folder))
     assert "secret" not in names(pool_files("*", folder))
     for pattern in ("up", "link", "up/secret"):
-        with pytest.raises(LoratorioError, match="a link that leads out of the LoRA folder"):
+        with pytest.raises(LoratorioError, match=r"links to .*, outside the LoRA folder"):
             pool_files(pattern, folder)
 
 
@@ -88,7 +88,7 @@ def test_links_that_lead_out_are_not_followed(folder: Path, tmp_path: Path) -> N
     "pattern", ["nothing", "empty/*", "cat,nothing", "x" * 300, "a\0b", "[", "**[", "ats/red"]
 )
 def test_a_pattern_that_fits_nothing(folder: Path, pattern: str) -> None:
-    with pytest.raises(LoratorioError, match="No LoRA fits"):
+    with pytest.raises(LoratorioError, match="No LoRA matches"):
         pool_files(pattern, folder)
 
 
@@ -122,7 +122,7 @@ def test_a_pool_tag_becomes_lora_tags_for_hosts_that_know_only_those(folder: Pat
         "a cat <lora:red:0.5> <lora:blue:0.8:pool=1><lora:tall:0.8:pool=1> in <lora:cat:1:pool=1>"
     )
     assert expanded("no pool <lora:cat>", folder) == "no pool <lora:cat>"
-    with pytest.raises(LoratorioError, match="inside the LoRA folder"):
+    with pytest.raises(LoratorioError, match="is outside the LoRA folder"):
         expanded("<pool:../*>", folder)
 
 
@@ -140,9 +140,9 @@ def test_several_folders_are_one(folder: Path, tmp_path: Path) -> None:
     both = [folder, tmp_path / "none", other]
     assert names(pool_files("*", both)) == ["blue", "cat", "dog", "fish", "red", "tall"]
     assert names(pool_files("hats/r*, fish", both)) == ["fish", "red"]
-    with pytest.raises(LoratorioError, match="No LoRA fits 'bird'"):
+    with pytest.raises(LoratorioError, match="No LoRA matches 'bird'"):
         pool_files("fish, bird", both)
-    with pytest.raises(LoratorioError, match="nothing to choose from"):
+    with pytest.raises(LoratorioError, match=r"<pool:\*> is empty"):
         pool_files("*", [tmp_path / "none", tmp_path / "neither"])
 
 

@@ -91,7 +91,7 @@ def test_unknown_arguments_of_a_tag_are_said() -> None:
         TaggedLora("cat", {"lbw": "x", "at": "left"}),
     ]
     assert unknown_options_note(loras, ["lbw"]) == (
-        "Unknown in a LoRA tag, and without effect: rolle= of LoRA ink (did you mean role?)."
+        "Unknown options in LoRA tags, which have no effect: rolle= of LoRA ink (did you mean role?)."
     )
     assert "lbw= of LoRA cat" in unknown_options_note(loras)
     assert unknown_options_note(loras[1:], ["lbw"]) == ""

@@ -92,7 +92,7 @@ def test_the_prompt_chooses_from_a_pool() -> None:
     assert taken[1].options == {"role": "style"}
     assert (
         note
-        == "From the pool by their trigger words: cat (mimsy), night (lunara); 1 with other trigger words was left out."
+        == "Chosen from the pool by their trigger words: cat (mimsy), night (lunara). 1 with other trigger words was not used."
     )
     # Where it calls none, divergence decides on all, as where no words are known.
     assert chosen_from_pool(loras, "a house") == (dict(enumerate(loras)), "")

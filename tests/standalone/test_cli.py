@@ -207,7 +207,7 @@ BAD = {
     ),
     "compare by what changes nothing": (
         ["compare", PROMPT, "--by", "temperature", "--values", "0.1,0.2"],
-        r"--temperature changes nothing with the method relative: name another by --method, one of loratorio",
+        r"--temperature has no effect with --method relative\. The methods that use it: loratorio",
     ),
     "compare by nothing": (
         ["compare", PROMPT, "--by", "colour"],
@@ -253,7 +253,7 @@ BAD = {
         ["generate", "a <lora:rose:at=left> <lora:dusk>", "--method", "merge"],
         r"A place .* need a method with rows of its own",
     ),
-    "no such pool": (["generate", "a <pool:hats/*>"], r"No LoRA fits"),
+    "no such pool": (["generate", "a <pool:hats/*>"], r"No LoRA matches"),
     "no LoRA folder": (["generate", PROMPT, "--lora-dir", "none"], r"There is no LoRA folder none"),
     "no configuration": (["generate", PROMPT, "--config", "none.yaml"], r"no model configuration none\.yaml"),
 }
@@ -309,7 +309,7 @@ NO_EFFECT = {
     "no places": (["--yielding", "0"], "--yielding has no effect unless some LoRAs have a place"),
     "a folder": (["--config", "{sd}"], "--config has no effect with a folder as --checkpoint."),
     "few steps": (["--reuse", "2"], "--reuse has no effect in 10 steps or fewer"),
-    "another method": (["--temperature", "0.5"], "--temperature = 0.5 changes nothing with the method"),
+    "another method": (["--temperature", "0.5"], "--temperature = 0.5 has no effect with "),
     "no step": (
         ["--start", "0.5", "--end", "0.5"],
         "--start = 0.5 and --end = 0.5 leave none of the 2 steps to compose: the LoRAs were merged.",
@@ -344,7 +344,7 @@ def test_knobs_without_effect_when_comparing(run: Callable[..., tuple[int, str, 
 def test_a_lora_of_strength_0_has_one_note(run: Callable[..., tuple[int, str, str]]) -> None:
     code, _, said = run("generate", "a <lora:rose:0>")
     assert code == 0
-    assert "LoRA rose changes nothing here (strength 0" in said
+    assert "LoRA rose has no effect (strength 0" in said
     assert "no <lora:name> in the prompt" not in said
 
 

@@ -57,7 +57,7 @@ def test_a_lora_twice_is_one_at_both_strengths(model: Checkpoint, loras: Path) -
 
 def test_a_place_smaller_than_a_latent_pixel_is_said(model: Checkpoint, loras: Path) -> None:
     assert any(
-        "next to no effect" in note
+        "almost no effect" in note
         for note in make(model, loras, "<lora:cat:at=0,0,.1,.1~0> <lora:ink>").notes
     )
     assert make(model, loras, "<lora:cat:at=0,0,.2,.2~0> <lora:ink>").notes == ()
@@ -159,7 +159,7 @@ def test_a_lora_without_effect_takes_no_weight(model: Checkpoint, loras: Path) -
     idle = make(model, loras, "a <lora:cat> <lora:red:0> <lora:ink>")
     assert not differ(plain.images[0], idle.images[0])
     assert idle.composed == ["cat", "ink"]
-    assert any("LoRA red changes nothing here" in note for note in idle.notes)
+    assert any("LoRA red has no effect" in note for note in idle.notes)
     none = make(model, loras, "a <lora:cat:0>")
     assert not differ(none.images[0], make(model, loras, "a").images[0])
 
@@ -176,5 +176,5 @@ def test_the_prompt_chooses_from_the_toyboxs_pool() -> None:
     assert (np.asarray(pooled.images[0]) == np.asarray(named.images[0])).all()
     assert pooled.composed == ["cat", "night"]
     assert pooled.notes == (
-        "From the pool by their trigger words: cat (mimsy), night (lunara); 9 with other trigger words were left out.",
+        "Chosen from the pool by their trigger words: cat (mimsy), night (lunara). 9 with other trigger words were not used.",
     )

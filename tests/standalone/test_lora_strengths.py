@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_used(model: Checkpoint, tmp_p
     loaded = read(model, kohya(LINEAR, own) | more, tmp_path)
     assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
     assert list(loaded.unet.deltas) == [LINEAR]
-    assert any("1 of 2 layers were used" in note for note in loaded.notes)
+    assert any("only 1 of 2 layers match this model" in note for note in loaded.notes)
     assert any("something.else and 1 more tensors" in note for note in loaded.notes)
 
 
@@ -383,7 +383,7 @@ def test_a_key_that_names_no_layer_but_a_container(
     stray = {f"lora_unet_{layer}.{tail}": torch.ones(32, 32)}
     loaded = read(model, kohya(LINEAR, own) | stray, tmp_path)
     assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
-    assert any("1 of 2 layers were used" in note for note in loaded.notes)
+    assert any("only 1 of 2 layers match this model" in note for note in loaded.notes)
     with pytest.raises(LoratorioError, match="no such layer"):
         read(model, stray, tmp_path)
 

@@ -156,7 +156,7 @@ def add_networks() -> None:
 def count(pattern: str) -> int:
     """Stands in for the LoRAs of a pool."""
     if pattern == "none":
-        raise LoratorioError("No LoRA fits 'none'.")
+        raise LoratorioError("No LoRA matches 'none'.")
     return 12 if pattern == "*" else 1
 
 

@@ -293,7 +293,7 @@ def test_a_pool_says_how_many_it_finds(page: Any) -> None:
     for prompt, said in (
         ("a <pool:*:0.5>", "Will compose pool * 0.5 12 LoRAs"),
         ("a <Pool:one>", "Will compose pool one 1 1 LoRA"),
-        ("a <pool:none>", "Will compose pool none 1 No LoRA fits 'none'."),
+        ("a <pool:none>", "Will compose pool none 1 No LoRA matches 'none'."),
     ):
         tab.prompt(prompt)
         tab.wait_for_line(said)
@@ -384,7 +384,7 @@ def test_places_with_a_method_that_has_none_are_said(page: Any) -> None:
     tab.choose("method", "Merge")
     tab.wait_for_line(
         "Will compose fox 1 ink 1 Places and own words need the method LoRAtorio, relative, LoRAtorio, LoRAtorio by divergence, "
-        "Composite or W-Composite: with Merge the job stops."
+        "Composite, W-Composite or Composite, re-centred: with Merge the job stops."
     )
     tab.prompt("<lora:fox:1> <lora:ink:1>")
     tab.wait_for_line("Will compose fox 1 ink 1")

@@ -273,7 +273,7 @@ def test_what_a_call_names_in_vain_is_said_of_every_pass() -> None:
     settings = api.settings_from_args(named)
     p = SimpleNamespace(iteration=0, is_hr_pass=False)
     (sentence,) = api.standing(settings, named, p)
-    assert sentence.startswith("temperature = 0.05 changes nothing")
+    assert sentence.startswith("temperature = 0.05 has no effect with ")
     # In the panel that knob is grey.
     panel = [getattr(settings, knob.name) for knob in KNOBS]
     assert api.standing(settings, panel, p) == []
@@ -287,7 +287,7 @@ def test_what_a_call_names_in_vain_is_said_of_every_pass() -> None:
 def test_loras_of_the_negative_prompt_are_said_to_be_text(name: str) -> None:
     p = SimpleNamespace(**{name: ["blurry", "bad <lora:bad hands:1>"]})
     (sentence,) = api.standing(Settings(enabled=True), [True], p)
-    assert "plain text there" in sentence
+    assert "in the negative prompt has no effect" in sentence
     p = SimpleNamespace(**{name: ["a < b", "<hypernet:x:1>"]})
     assert api.standing(Settings(enabled=True), [True], p) == []
 
@@ -361,15 +361,15 @@ def test_sentences_name_the_knobs_as_the_caller_does() -> None:
             check_places(settings, placed)
         except LoratorioError as problem:
             return str(problem)
-        return " ".join(api.without_effect(settings, args, p))
+        return " ".join(api.standing(settings, args, p))
 
     panel = [{"enabled": True, "start": 0.5}.get(knob.name, knob.default) for knob in KNOBS]
     assert "Set Active from to 0 and Active to to 1" in said(panel)
     assert "Set start to 0 and end to 1" in said([{"enabled": True, "start": 0.5}])
-    assert said([{"enabled": True, "temperature": 0.5}]).startswith("temperature = 0.5 changes nothing")
+    assert said([{"enabled": True, "temperature": 0.5}]).startswith("temperature = 0.5 has no effect with ")
     plot = SimpleNamespace(loratorio_xyz={"temperature": 0.5})
     defaults = [knob.default for knob in KNOBS]
-    assert said(defaults, plot).startswith("Temperature = 0.5 changes nothing")
+    assert said(defaults, plot).startswith("Temperature = 0.5 has no effect with ")
 
 
 def test_what_a_preset_sets_every_preset_sets() -> None:
@@ -525,11 +525,11 @@ def test_what_the_line_asks_of_the_webui(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def count(pattern: str) -> int:
         if pattern == "gone":
-            raise LoratorioError("No LoRA fits 'gone'.")
+            raise LoratorioError("No LoRA matches 'gone'.")
         return 7
 
     answer = found.found(["fox", "dog", "emu", "alias", "<b>", "fresh"], ["*", "gone"], count, "fresh".__eq__)
-    assert answer == {"missing": ["dog", "<b>"], "pools": {"*": 7, "gone": "No LoRA fits 'gone'."}}
+    assert answer == {"missing": ["dog", "<b>"], "pools": {"*": 7, "gone": "No LoRA matches 'gone'."}}
     # Without the WebUI's extension nothing is known to be missing.
     monkeypatch.delitem(sys.modules, "networks")
     assert found.found(["dog"], [], count, "fresh".__eq__) == {"missing": [], "pools": {}}

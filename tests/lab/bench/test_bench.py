@@ -301,7 +301,14 @@ class FakeWebUI(BaseHTTPRequestHandler):
         type(self).asked.append(body)
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), (10, 20, 30)).save(buffer, "PNG")
-        answer = json.dumps({"images": [base64.b64encode(buffer.getvalue()).decode()], "info": "{}"}).encode()
+        self.answer({"images": [base64.b64encode(buffer.getvalue()).decode()], "info": "{}"})
+
+    def do_GET(self) -> None:
+        assert self.path == "/sdapi/v1/loras"
+        self.answer([{"name": f"{kind}_1", "alias": "none"} for kind in ("style", "character", "object")])
+
+    def answer(self, content: Any) -> None:
+        answer = json.dumps(content).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(answer)
@@ -369,8 +376,35 @@ def test_webui_mode_asks_scores_and_resumes(
     assert len(FakeWebUI.asked) == 2 * len(METHOD_ROWS)
 
 
+def test_a_quick_look_is_merging_and_the_presets_side_by_side(
+    tmp_path: Path, webui: str, lora_list: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORATORIO_SCORER", "tests.lab.bench.test_bench:constant_scorer")
+    chosen = options(webui=webui, loras=lora_list, out=tmp_path, counts="2,3", seeds=2, quick=True)
+    cli.bench(chosen)
+    assert chosen.minutes == cli.QUICK_MINUTES
+    # Two pairs and a triple of one character with others; all four ways before the next prompt, pairs and triples in turn.
+    assert len(FakeWebUI.asked) == (2 + 1) * 2 * 4
+    prompts = [body["prompt"] for body in FakeWebUI.asked]
+    assert [prompts[at].count("<lora:") for at in (0, 3, 8, 16)] == [2, 2, 3, 2]
+    assert len(set(prompts[:8])) == 1
+    folder = tmp_path / "webui"
+    lines = (folder / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["Merge", "Paper", "Balanced", "Fast"]
+    assert lines[2].startswith("| Merge | 24.00 | 37.00 | 28.33 |")
+    two, three = (Image.open(folder / f"sheet-{count}.png") for count in (2, 3))
+    assert two.height > three.height
+    # Out of time before the last way: that prompt counts for none of them.
+    (folder / "fast.character_1+style_1.1.json").unlink()
+    chosen.minutes = 0.0
+    cli.bench(chosen)
+    assert len(FakeWebUI.asked) == (2 + 1) * 2 * 4
+    lines = (folder / "table.md").read_text().splitlines()
+    assert all("| 24.00 | 37.00 | 29.20 |" in line for line in lines[2:])
+
+
 def test_webui_mode_says_what_is_wrong(
-    tmp_path: Path, lora_list: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, webui: str, lora_list: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(LoratorioError, match="--loras"):
         cli.bench(options(webui="http://127.0.0.1:9", out=tmp_path))
@@ -380,6 +414,14 @@ def test_webui_mode_says_what_is_wrong(
     bad.write_text("[]")
     with pytest.raises(LoratorioError, match="not a list of LoRAs"):
         cli.bench(options(webui="http://127.0.0.1:9", loras=bad, out=tmp_path))
+    bad.write_text(
+        json.dumps({"character": [{"id": "nobody"}, {"id": "character_1"}], "style": [{"id": "style_1"}]})
+    )
+    with pytest.raises(LoratorioError, match="has no LoRA nobody: write"):
+        cli.bench(options(webui=webui, loras=bad, out=tmp_path))
+    bad.write_text(json.dumps({"character": [{"id": "character_1"}]}))
+    with pytest.raises(LoratorioError, match="no combination of 2,3,4,5 LoRAs"):
+        cli.bench(options(webui=webui, loras=bad, out=tmp_path))
     monkeypatch.setenv("LORATORIO_SCORER", "tests.lab.bench.test_bench:constant_scorer")
     with pytest.raises(LoratorioError, match="No WebUI answers"):
         cli.bench(options(webui="http://127.0.0.1:9", loras=lora_list, out=tmp_path))
