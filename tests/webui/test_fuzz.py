@@ -44,7 +44,7 @@ class Some(NamedTuple):
         return some.choice(self.bad if is_bad and some.random() < 0.25 else self.good)
 
 
-ODD: list[Any] = [None, "", "warm", -1, 1e9, 10**400, [], {}, True, "NaN", "hard", 0.5]
+ODD: list[Any] = [None, "", "warm", -1, 1e9, 10**18, [], {}, True, "NaN", "hard", 0.5]
 STRENGTHS = Some(
     ["1", "1", "0.8", "0.8", "0.5:1", "0:1", "-0.7", "2", "0", "te=0.3:unet=1", ""],
     ["abc", "1e30", "1_0", "nan", "1:1:1:1", "0,8", "1.0:5-15"],
