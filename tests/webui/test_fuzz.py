@@ -111,7 +111,7 @@ def knobs(some: random.Random, is_bad: bool) -> dict[str, Any]:
 
 def plots(*axes: tuple[str, str]) -> list[dict[str, Any]]:
     """X/Y/Z plots of these axes, each alone and with another one."""
-    also = (
+    also: tuple[dict[str, str], ...] = (
         {},
         {"Y type": "Seed", "Y values": "1, 2"},
         {"Y type": "[LoRAtorio] Enable", "Y values": "true, false"},
