@@ -648,7 +648,7 @@ def test_a_lora_without_effect_takes_no_weight(a1111: Any, standin: Any, kind: s
     wanted, _ = compose(standin.job(a, c), method=method)
     assert torch.equal(found, wanted)
     assert job.passes[0].loras == ("a", "c")
-    assert any("LoRA b changes nothing here" in note for note in job.notes)
+    assert any("LoRA b has no effect" in note for note in job.notes)
 
 
 def test_when_none_has_an_effect_it_is_the_webuis_picture(a1111: Any, standin: Any) -> None:

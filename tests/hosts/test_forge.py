@@ -880,7 +880,7 @@ def test_a_lora_without_effect_takes_no_weight(webui: Any, standin: Any) -> None
     wanted, _ = compose(standin, standin.job("a", "c"))
     assert close(found, wanted, 1e-6)
     assert job.passes[0].loras == ("a", "c")
-    assert any("LoRA b changes nothing here" in note for note in job.notes)
+    assert any("LoRA b has no effect" in note for note in job.notes)
 
 
 # -- files, and what other extensions do to them -----------------------------------------------------------------------
