@@ -98,6 +98,8 @@ def _why(kind: str, content: str) -> str:
         return "it names no LoRA"
     if "<" in content:
         return "it has no > at its end"
+    if kind.lower() in KINDS and tag.name.count("=") == 1:  # to a WebUI an argument with a name
+        return f"{tag.name} stands where the name of a LoRA should"
     if ":" in parts[-1] and _has_open_bracket(parts[-1]):
         return f"a bracket of {WORDS_OPTION}= is not closed"
     for place, text in enumerate(parts[1:], 1):

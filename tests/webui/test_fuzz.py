@@ -67,7 +67,7 @@ SAMPLERS = ["Euler", "Euler a", "DDIM", "DPM++ 2M", "Heun", "DPM++ 2M SDE", "LCM
 def tag(some: random.Random, loras: list[str], is_bad: bool, has_places: bool = False) -> str:
     kind = Some(["lora"] * 8 + ["lyco", "pool"], ["Lora", "Pool"]).of(some, is_bad)
     if kind.lower() == "pool":
-        return f"<{kind}:{POOLS.of(some, is_bad)}>"
+        return f"<{kind}:{POOLS.of(some, is_bad).format(loras[0], loras[0][1:])}>"
     name = Some(loras, ["no such lora", "../x", "<b>", "__proto__", "a,b", "ä", ""]).of(some, is_bad)
     parts = [name, STRENGTHS.of(some, is_bad)]
     for options, often in (
