@@ -102,7 +102,7 @@ class RowCalls:
                 raise
             if len(rows) == (_first_block(rows) if self.one_mix or self._were_regrouped else 1):
                 raise LoratorioError(
-                    "Out of memory even with as few rows at a time as possible. Make the picture or the batch smaller, or close what "
+                    "Out of memory even with as few rows per call as possible. Make the picture or the batch smaller, or close what "
                     "else uses the GPU."
                 ) from problem
             return None

@@ -95,5 +95,5 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     print(f"{len(files)} files in {out.resolve()}, after {time.monotonic() - started:.0f} s:")
     print(f"  {out / 'contact-sheet.png'}    every method side by side")
     print(f"  {out / 'method-*.png'}         each picture, with its settings for a WebUI's PNG Info")
-    print(f"  {out / 'two-characters.png'}   two characters beside each other, merged and each in its place")
+    print(f"  {out / 'two-characters.png'}   two characters next to each other, merged and each in its place")
     print(f"  {out / 'map-*.png'}            where and when each LoRA was used")

@@ -122,7 +122,7 @@ def _candidate(
     tagged = chosen[file]
     if "role" not in tag.options and looks_like_speed_lora(file.stem, tagged.metadata):
         raise LoratorioError(
-            f"{file.stem} is a speed LoRA, which is no matter of choice: name it in the prompt."
+            f"{file.stem} is a speed LoRA: these are never picked from a pool. Name it in the prompt."
         )
     own = replace(tag, name=tagged.name, pool=tagged.is_candidate)
     return _load(own, replace(tagged, pooled=own.pool), file, checkpoint, load)

@@ -64,7 +64,7 @@ def test_rows_of_the_wrong_lora_fail(model: LoadedModel, monkeypatch: pytest.Mon
 
 def test_a_lora_of_no_effect_is_named(model: LoadedModel) -> None:
     report = checked(model, "a <lora:rose:0.8> <lora:dusk:0> <pool:x>")
-    assert report.facts["LoRAs that change nothing here"] == "dusk"
+    assert report.facts["LoRAs without effect"] == "dusk"
     assert verdicts(report)[:3] == [PASS, NOT_CHECKED, PASS]
 
 

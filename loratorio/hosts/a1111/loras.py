@@ -37,7 +37,7 @@ def lora_extension() -> Any:
         import networks
     except ImportError:
         raise LoratorioError(
-            "The WebUI's built-in extension Lora is disabled. Switch it on in the tab Extensions: LoRAtorio needs it to read LoRAs."
+            "The WebUI's built-in extension Lora is disabled. LoRAtorio needs it to read LoRAs: enable it in the tab Extensions."
         ) from None
     return networks
 
@@ -244,8 +244,8 @@ def _names_in(file: Any) -> list[str]:
 
 def _not_for_this_model(lora: Network, name: str, why: str) -> LoratorioError:
     return LoratorioError(
-        f"LoRA {name_of(lora)} cannot be applied to the layer {name}: {why}. It may be made for another kind of model: "
-        "remove it from the prompt, or untick LoRAtorio."
+        f"LoRA {name_of(lora)} cannot be applied to the layer {name}: {why}. It may have been made for another kind of model. "
+        "Remove it from the prompt, or untick LoRAtorio."
     )
 
 

@@ -67,14 +67,11 @@ class A1111Rows:
     def trouble(self) -> str | None:
         """Why these rows cannot be composed, if so."""
         if len(self.params.x) != len(self.owners) + self.images:
-            return (
-                "Another extension adds rows to the sampler's steps, which LoRAtorio cannot compose: "
-                "the LoRAs were merged as usual."
-            )
+            return "The LoRAs were merged as usual: another extension adds rows to the sampler's steps, which LoRAtorio cannot compose."
         if not self.texts.is_the_hosts and not self._text_is_the_webuis():
             return (
-                "Another extension changes the text conditioning while sampling, which LoRAtorio cannot do for each "
-                "LoRA: the LoRAs were merged as usual."
+                "The LoRAs were merged as usual: another extension changes the text conditioning while sampling, which LoRAtorio "
+                "cannot do for each LoRA."
             )
         return None
 

@@ -98,8 +98,8 @@ class ForgeRows:
         block = self._functions.get_area_and_mult(entry, self.x, self.sigma)
         if block is not None and block.input_x.shape != self.x.shape:
             raise LoratorioError(
-                "Another extension gives a prompt an area of its own, which LoRAtorio cannot compose. "
-                "Untick LoRAtorio, or switch the other extension off."
+                "Another extension gives a prompt its own area of the picture, which LoRAtorio cannot compose. "
+                "Untick LoRAtorio, or switch off the other extension."
             )
         return block
 
@@ -233,7 +233,7 @@ class ForgeRows:
         if len(own) != len(host):
             raise LoratorioError(
                 "Another extension changes the parts of the prompt while sampling, which LoRAtorio cannot follow. "
-                "Untick LoRAtorio, or switch the other extension off."
+                "Untick LoRAtorio, or switch off the other extension."
             )
         return [self._with(entry, other["model_conds"]) for entry, other in zip(host, own, strict=True)]
 
@@ -268,7 +268,7 @@ def _mark(cond: bool, number: int) -> int:
 
 
 def _attention_sees_batches(options: Mapping[str, Any]) -> bool:
-    """Whether attention is replaced: such a function may look at all rows of a call, and reckon with the host's own, of one mix."""
+    """Whether attention is replaced: such a function may look at all rows of a call and expect the host's own, which have one mix."""
     return any(options.get("patches_replace", {}).values())
 
 

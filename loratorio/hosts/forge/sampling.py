@@ -30,16 +30,18 @@ from .loras import layers_of, read
 from .rows import MARK, Call, ForgeRows
 from .variants import Patcher, Variant
 
-MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
-REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
+MERGED_TEXT = (
+    "The LoRAs' text encoder parts are merged, because this model reads the prompt together with a picture."
+)
+REFINER_MERGED = "The refiner's steps were not composed: its LoRAs are merged."
 
 
 def replaced_note(names: Sequence[str]) -> str:
-    """The note on LoRAs whose files are others than those that the host has put onto its model."""
+    """The note about LoRAs whose files have changed since the host applied them to its model."""
     one = len(names) == 1
     return (
-        f"The {'file of LoRA' if one else 'files of LoRAs'} {', '.join(names)} {'was' if one else 'were'} replaced on disk since "
-        f"the WebUI read {'it' if one else 'them'}. The new contents are used from now on."
+        f"The {'file of LoRA' if one else 'files of LoRAs'} {', '.join(names)} {'has' if one else 'have'} changed on disk since "
+        f"the WebUI read {'it' if one else 'them'}. From now on the new contents are used."
     )
 
 
@@ -135,9 +137,9 @@ class ForgePass(SamplingPass):
         )
 
     def _changed_strengths(self, loras: Sequence[ActiveLora]) -> str | None:
-        """A reason not to compose, where an extension has changed what the host made of the LoRAs, as LoRA Block Weight does.
+        """The reason not to compose if an extension has changed the LoRAs that the host applied, as LoRA Block Weight does.
 
-        They are read from their files again, one by one.
+        LoRAtorio reads them again from their files, which do not have such changes.
         """
         applied = self.p.sd_model.forge_objects_after_applying_lora.unet
         originals = {
@@ -148,9 +150,7 @@ class ForgePass(SamplingPass):
         for key, patches in self._variant.patches(applied):
             for patch in list(patches)[originals.get(key, 0) :]:
                 if not any(math.isclose(float(patch[0]), strength, abs_tol=1e-9) for strength in asked):
-                    return merged_because(
-                        "another extension has changed the strengths of the LoRAs layer by layer"
-                    )
+                    return merged_because("another extension has changed the LoRAs' strengths layer by layer")
         return None
 
     def remarks(self) -> Iterator[str]:

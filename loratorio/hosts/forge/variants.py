@@ -194,7 +194,7 @@ class Variant:
         )
 
     def needed_memory(self, model: Any, shape: Sequence[int]) -> float:
-        """Bytes that the host reckons with for a model call on latents of this shape."""
+        """Bytes that the host reserves for a model call on latents of this shape."""
         return float(model.memory_required(list(shape)))
 
     def computation_dtype(self, unet: Patcher) -> torch.dtype:
@@ -262,7 +262,7 @@ class Neo(Comfy):
         from backend.args import dynamic_args
 
         if dynamic_args.nunchaku:
-            return "LoRAtorio cannot compose the LoRAs of a Nunchaku (SVDQ) model, whose own code applies them: they are merged."
+            return "The LoRAs were merged: LoRAtorio cannot compose with a Nunchaku (SVDQ) model, whose own code applies LoRAs."
         return None
 
     def text_sees_pictures(self) -> bool:
@@ -297,10 +297,7 @@ class ReForge(Comfy):
 
     def obstacle(self, p: Any) -> str | None:
         if getattr(p, "dynamic_clip_skip_schedule", None):
-            return (
-                "LoRAtorio cannot follow a clip skip that changes from step to step (Settings, dynamic clip skip): "
-                "the LoRAs are merged."
-            )
+            return "The LoRAs were merged: LoRAtorio cannot follow a clip skip that changes during sampling (Settings, dynamic clip skip)."
         return None
 
     def free_memory(self, device: torch.device) -> float:
@@ -369,7 +366,7 @@ def _targets(text: str) -> list[Any]:
         targets: list[Any] = ast.literal_eval(text or "[]")
     except ValueError:
         raise LoratorioError(
-            "A strength in a LoRA tag of the prompt is not a number: write it as in <lora:name:0.8>."
+            "A strength in a LoRA tag of the prompt is not a number. Write tags like <lora:name:0.8>."
         ) from None
     return targets
 
