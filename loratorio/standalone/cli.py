@@ -42,7 +42,7 @@ _TYPED = {
 """How what Python names is typed here."""
 
 _NAMED = re.compile(
-    rf"(?<![\w-])({'|'.join(_TYPED)})(?= must be| is \d| = | \(\d| and end leave| to [01]\b| is not)"
+    rf"(?<![\w-])({'|'.join(_TYPED)})(?= must be| is \d| = | \(\d| and end leave| leave some| to [01]\b| is not)"
 )
 """A name in a sentence, by what follows it: many are words of the language too."""
 

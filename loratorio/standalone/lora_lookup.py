@@ -1,4 +1,4 @@
-"""Which LoRA files a prompt's tags name, and what those say of themselves. Imports no torch: what is missing is said at once."""
+"""The LoRA files that a prompt's tags name, and their metadata. Imports no torch, so that errors appear at once."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class TagFiles:
 
 
 def look_up(tags: Sequence[PromptLora], folder: Path | None, prompt: str) -> tuple[list[TagFiles], list[str]]:
-    """The files of every tag, in order, and notes for the user. Of a pool those that `prompt`, without tags, calls.
+    """The files of every tag, in order, and notes for the user. For a pool: those that `prompt`, without tags, calls.
 
     Raises:
-        LoratorioError: no folder, a LoRA that is not there or whose file cannot be opened, a role or a place that cannot be read.
+        LoratorioError: no folder, a LoRA that is missing or whose file cannot be opened, a role or a place that cannot be read.
     """
     if not tags:
         return [], []
     if folder is None:
         raise LoratorioError(
-            f"The prompt names LoRA {tags[0].name}, but no LoRA folder is given: set lora_dir."
+            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: lora_dir is not set."
         )
     there = LoraFolder(folder)
     found: list[TagFiles] = []
@@ -106,7 +106,7 @@ def find_lora(folder: LoraFolder, name: str) -> tuple[Path, str]:
 
 
 def read_metadata(file: Path) -> Mapping[str, str]:
-    """What a .safetensors file says of itself; nothing if it cannot be read."""
+    """The metadata of a .safetensors file; nothing if it cannot be read."""
     with (
         contextlib.suppress(SafetensorError, OSError, ValueError),
         safe_open(str(file), framework="np") as opened,

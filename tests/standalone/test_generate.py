@@ -223,7 +223,7 @@ def test_requests_that_cannot_be_made(
 
 
 def test_a_lora_but_no_folder(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
-    with pytest.raises(LoratorioError, match="no LoRA folder is given: set lora_dir"):
+    with pytest.raises(LoratorioError, match="there is no LoRA folder: lora_dir is not set"):
         generate(load("eps")[0], None, request())
 
 

@@ -384,7 +384,7 @@ def test_a_key_that_names_no_layer_but_a_container(
     loaded = read(model, kohya(LINEAR, own) | stray, tmp_path)
     assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
     assert any("only 1 of 2 layers match this model" in note for note in loaded.notes)
-    with pytest.raises(LoratorioError, match="no such layer"):
+    with pytest.raises(LoratorioError, match="which this model does not have"):
         read(model, stray, tmp_path)
 
 
