@@ -79,7 +79,7 @@ Delta = LowRank | Dense
 
 
 class Fitted(NamedTuple):
-    """All that one LoRA does to one layer, in the shapes that the layer computes with (see `fit`)."""
+    """Everything that one LoRA changes in one layer, in the shapes that the layer computes with (see `fit`)."""
 
     low_rank: LowRank | None
     dense: Dense | None
@@ -102,13 +102,13 @@ class Adapter:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the layers are the same with it: strength 0, no layer, or nothing but zeros."""
+        """Whether it changes no layer: strength 0, no layers, or only zeros."""
         every = (delta for deltas in self.deltas.values() for delta in deltas)
         return self.strength == 0 or all(_is_zero(delta) for delta in every)
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of its numbers."""
         return sum(
             tensor.numel() for deltas in self.deltas.values() for each in deltas for tensor in _tensors(each)
         )

@@ -1,4 +1,4 @@
-"""Words that a LoRA file brings along: textual-inversion embeddings in ``bundle_emb``, as OneTrainer and others write them.
+"""Embeddings that are bundled with a LoRA file: textual inversion in ``bundle_emb``, as OneTrainer and others write it.
 
 Letters in shapes: V vectors (token places) that a word takes, E width of a text encoder's token embedding.
 """

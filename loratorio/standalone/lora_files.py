@@ -46,8 +46,8 @@ _MATRIX = re.compile(r"lora_(up|down|mid)\.weight|hada_w[12]_[ab]|lokr_w[12](_[a
 class LoadedLora:
     """One LoRA of a generation: its part of the UNet, and of each text encoder (without deltas where it has none).
 
-    notes: sentences on what its file holds and was not used.
-    embeddings: of words that its file brings along.
+    notes: sentences about contents of its file that were not used.
+    embeddings: those that are bundled with it.
     """
 
     name: str
@@ -72,7 +72,7 @@ def load_lora(
     A DoRA counts as its full change at strength 1, times the strength, as in the WebUI.
 
     Raises:
-        LoratorioError: a pickle, damaged, made for another model, holding NaN or infinity, or of an unknown kind.
+        LoratorioError: a pickle, damaged, made for another model, containing NaN or infinity, or of an unknown kind.
     """
     tensors = read_safetensors(file, f"LoRA {name}")
     parts: dict[str, nn.Module] = {"unet": checkpoint.unet}
@@ -104,7 +104,7 @@ def load_lora(
 
 
 def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> list[Delta]:
-    """What a file has for one layer, all of which add up."""
+    """The deltas of a file for one layer, which add up."""
     found: list[Delta] = []
     others = {tail: tensor for tail, tensor in own.items() if _OF_LYCORIS.fullmatch(tail)}
     if "diff" in own:
@@ -162,7 +162,7 @@ def _sparse(own: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
 
 
 def _unread(name: str, weights: Mapping[Layer, Mapping[str, Tensor]]) -> Iterable[str]:
-    """A sentence on tensors of known layers that no kind here knows."""
+    """A sentence about tensors of known layers whose kind is unknown."""
     low_rank = {
         "lora_up.weight",
         "lora_down.weight",
@@ -225,7 +225,7 @@ def _without_idle_alpha(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _does_nothing(own: Mapping[str, Tensor]) -> bool:
-    """Whether its rank is 0, or alpha is where it is a strength: not with OFT's blocks."""
+    """Whether its rank is 0, or its alpha is 0 and scales it, which it does not in OFT's blocks."""
     has_rank = any(tail.startswith(("lora_", "hada_", "lokr_")) for tail in own)
     no_alpha = has_rank and "alpha" in own and float(own["alpha"]) == 0
     return no_alpha or not all(tensor.numel() for tensor in own.values())
@@ -288,7 +288,7 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
 def _lokr(own: Mapping[str, Tensor]) -> Tensor:
     """alpha/rank · w₁ ⊗ w₂, each whole or as a product (LoKr, arXiv 2309.14859); whole ones have no rank, and no alpha.
 
-    By the formula, since lycoris guesses from a layer's shape how it is to be factored, and refuses what was factored otherwise.
+    Computed by the formula, because lycoris derives the factors' shapes from the layer's and rejects other factorisations.
     """
     factors: list[Tensor] = []
     rank = 0

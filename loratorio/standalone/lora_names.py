@@ -117,7 +117,7 @@ class Named:
     Attributes:
         layers: by layer of the model and by tail.
         embeddings: of words that the file brings along (``bundle_emb``), their tensors by what the file calls them.
-        notes: sentences on what was left out.
+        notes: sentences about what was not used.
     """
 
     layers: dict[Layer, dict[str, Tensor]]
@@ -129,7 +129,7 @@ def by_layer(name: str, tensors: Mapping[str, Tensor], file: Path, parts: Mappin
     """What is in the LoRA `name`, read from `file`, for the model's `parts`.
 
     Raises:
-        LoratorioError: nothing, or next to nothing, in the file is for this model; or its configuration cannot be made sense of.
+        LoratorioError: nothing, or almost nothing, in the file is for this model; or its configuration cannot be read.
     """
     if not tensors:
         raise LoratorioError(f"LoRA {name} is empty: the file has no weights. Get it again.")
@@ -322,10 +322,10 @@ def _is_peft(tensors: Iterable[str]) -> bool:
 
 
 class _Config:
-    """What a trainer wrote down beside the tensors: alpha and rank for all layers, and patterns of layers' names with others.
+    """A trainer's configuration: alpha and rank for all layers, and patterns of layer names with other values.
 
     Attributes:
-        notes: a sentence where a configuration lies beside the file and may be another's.
+        notes: a sentence if a configuration lies next to the file but may be that of another one.
     """
 
     def __init__(self, values: Mapping[str, object], name: str, unused: bool = False) -> None:

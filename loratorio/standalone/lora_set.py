@@ -80,7 +80,7 @@ def load_lora_set(
     load: Load = load_lora,
     prompt: str = "",
 ) -> LoraSet:
-    """Load what the tags ask for, each file by `load`; of pools what `prompt`, without tags, calls.
+    """Load the LoRAs of the tags, each file by `load`; from pools those that `prompt`, without tags, calls.
 
     Raises:
         LoratorioError: a LoRA that is named cannot be used (one out of a pool is skipped instead), or a pool is empty.

@@ -53,7 +53,7 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
     """The prompt without its tags, and the LoRAs that they name, in order.
 
     Raises:
-        LoratorioError: a tag that cannot be read, is mistyped or of another kind, or text that is no UTF-8.
+        LoratorioError: a tag that cannot be read, is mistyped or of another kind, or text that is not UTF-8.
     """
     check_text("prompt", prompt)
     loras: list[PromptLora] = []
@@ -85,7 +85,7 @@ def plain_text_notes(prompt: str, negative: str) -> list[str]:
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise LoratorioError if `text` has bytes that are no UTF-8, as a command's arguments may."""
+    """Raise LoratorioError if `text` has bytes that are not UTF-8, as a command's arguments may."""
     try:
         text.encode()
     except UnicodeEncodeError as problem:

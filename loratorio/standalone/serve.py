@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .model import LoadedModel
 
 _SECONDS = 15
-"""How long a sentence on what cannot be made stays."""
+"""How long an error message stays."""
 
 _PICTURE_ENDINGS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
@@ -86,7 +86,7 @@ _TO_PICTURES = """() => {
   if (pictures.getBoundingClientRect().top > window.innerHeight / 2)
     pictures.scrollIntoView({ behavior: "smooth", block: "start" });
 }"""
-"""In the browser: where what was made lies below, as on a phone, go there."""
+"""In the browser: scroll to the pictures if they are below, as on a phone."""
 
 
 def serve(model: LoadedModel, port: int) -> None:

@@ -84,7 +84,7 @@ def _preset_axis(script: ModuleType) -> Any:
 
 
 def _apply(knob: Knob) -> Callable[[Any, Any, Any], None]:
-    """What the plot calls before each picture. It hands a shallow copy of one `p`, so the mapping is made anew each time."""
+    """The function that the plot calls before each picture, with a shallow copy of one `p`, so the mapping is copied each time."""
 
     def apply(p: Any, value: Any, values: Any) -> None:
         # With the box unticked, a plot over our knobs would repeat the same picture.

@@ -119,7 +119,7 @@ def in_proportion(parts: Tensor, allowed: Tensor | None = None) -> Tensor:
 
 
 def relative_divergence(distance: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """√D·(D / D̄)^1.5, D̄ the mean of D over the picture: a LoRA's divergence where it counts beside what it has everywhere.
+    """√D·(D / D̄)^1.5 with D̄ the mean of D over the picture: a LoRA's divergence compared with its divergence elsewhere.
 
     A background diverges in all patches, a thing in its own alone: there it comes first, though the background diverges as far. How
     the exponents were found: docs/METHODS.md. A LoRA that predicts what the base does has exactly 0.

@@ -1,6 +1,6 @@
-"""The LoRAs that the WebUI has activated: which ones, whether they change text, and what each adds to the UNet.
+"""The LoRAs that the WebUI has activated: which they are, whether they change text, and what each adds to the UNet.
 
-The WebUI's own Lora extension (`networks`) reads the files and knows every kind of LoRA; here its modules are turned
+The WebUI's own Lora extension (`networks`) reads the files and supports every kind of LoRA. This module turns its modules
 into deltas.
 """
 
@@ -50,7 +50,7 @@ def unet_layers(sd_model: Any) -> dict[str, nn.Module]:
 
 @contextmanager
 def activated(loras: Sequence[Network]) -> Iterator[None]:
-    """While this lasts, the WebUI believes that the prompt names just these LoRAs.
+    """Inside this block, exactly these LoRAs are active in the WebUI.
 
     It merges them into a layer's weights when the layer is next used, or takes them out again.
     """
@@ -65,7 +65,7 @@ def activated(loras: Sequence[Network]) -> Iterator[None]:
 
 @contextmanager
 def bundled_embeddings(loras: Sequence[Network], every: Sequence[Network]) -> Iterator[None]:
-    """While this lasts, of the textual inversions that come inside `every` LoRA only those of `loras` are known."""
+    """Inside this block, of the textual inversions bundled with `every` LoRA, only those of `loras` are known."""
     from modules import sd_hijack, shared
 
     database = sd_hijack.model_hijack.embedding_db
@@ -144,7 +144,7 @@ def identity(lora: Network) -> tuple[Any, ...]:
 
 
 def changes_by_step(lora: Network) -> bool:
-    """Whether an extension works the LoRA's strength out anew whenever it is asked for, as loractl does."""
+    """Whether an extension computes the LoRA's strength at every read, as loractl does."""
     return isinstance(getattr(type(lora), "unet_multiplier", None), property)
 
 

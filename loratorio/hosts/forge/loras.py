@@ -67,7 +67,7 @@ def read(lora: ActiveLora, sd_model: Any, variant: Variant) -> ReadLora:
 
 
 def _is_applied(own: Patcher, applied: Patcher, variant: Variant) -> bool:
-    """Whether the host has made of the LoRA, when it read it, what it makes of it now."""
+    """Whether the host's patches of the LoRA, from when it read the file, are the same as the present ones."""
     of_host: dict[str, list[Patch]] = {}
     for key, patches in variant.patches(applied):
         of_host.setdefault(key, []).extend(patches)

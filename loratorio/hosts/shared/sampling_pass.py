@@ -1,6 +1,6 @@
-"""One sampling pass of a WebUI, composed: what is the same in every one of them.
+"""One composed sampling pass of a WebUI: the part that all hosts share.
 
-A host derives from `SamplingPass` and says where LoRAs come from, how text is made and how rows are run.
+A host derives from `SamplingPass` and defines where LoRAs come from, how text is encoded and how rows are run.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class ActiveLora:
     """A LoRA that the WebUI has activated for the pass.
 
     Attributes:
-        tagged: what the prompt and its file say of it.
-        strength, text: in the UNet and in the text encoder, when the pass begins.
-        source: what the host reads it from.
-        may_change: whether its strength may be another at each step.
-        is_own: whether these are its strengths throughout, the source's being those of another tag.
+        tagged: its tag and its file's metadata.
+        strength, text: its strengths in the UNet and in the text encoder, when the pass begins.
+        source: the host's object that it is read from.
+        may_change: whether its strength may differ from step to step.
+        is_own: whether these strengths hold throughout, because the source has those of another tag.
     """
 
     tagged: TaggedLora
@@ -96,10 +96,10 @@ class ReadLora:
     """A LoRA as it acts on one model.
 
     Attributes:
-        adapter: what it adds to the UNet: at its strength, or at strength 1 where the host says the strength at every step.
-        text: what the host makes text conditioning with it from; None if it leaves text as it is.
-        remark: what the user should know of it, or nothing.
-        was_replaced: whether its file is another by now than the WebUI has put onto its model.
+        adapter: its changes to the UNet, at its strength; at strength 1 if the host gives the strength at every step.
+        text: the host's object for its text conditioning; None if it does not change text.
+        remark: a note for the user, or nothing.
+        was_replaced: whether its file has changed since the WebUI applied it to its model.
     """
 
     active: ActiveLora
@@ -115,15 +115,15 @@ class SamplingPass(ABC):
     Attributes:
         job, p: the press of the button that it belongs to, and the WebUI's processing object.
         loras: those that take part, in the order of a mix's coefficients.
-        all_take_part: whether those are all that the WebUI has activated, and made its own conditioning with.
+        all_take_part: whether those are all that the WebUI has activated and used for its own conditioning.
         engine: composes the pass's steps.
-        attachment: what is undone when the pass ends, or its model goes.
-        evaluations: how often the model was composed so far.
+        attachment: everything to undo when the pass ends or its model is replaced.
+        evaluations: how many times the model was composed so far.
         owners: image of each conditional row of the last evaluation.
     """
 
     idle_extensions: Collection[str] = ()
-    """Of the extensions that read options of LoRA tags (`neighbours`), those that do nothing in this WebUI."""
+    """Words in the paths of extensions that read options of LoRA tags, but do nothing in this WebUI (`other_extensions`)."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -191,7 +191,7 @@ class SamplingPass(ABC):
 
     @abstractmethod
     def enclosed(self) -> AbstractContextManager[Any]:
-        """What surrounds the sampling loop beside `attachment`."""
+        """The context that encloses the sampling loop, in addition to `attachment`."""
 
     def missed(self) -> None:
         """The sampler called the model a different number of times than LoRAtorio composed it."""
@@ -382,7 +382,7 @@ class SamplingPass(ABC):
         """`sample()`, the WebUI's sampling loop, composed and accounted for.
 
         Raises:
-            LoratorioError: the picture would not be what was asked for.
+            LoratorioError: the picture would not be the requested one.
         """
         from modules.sd_samplers_common import InterruptedException
 
@@ -406,7 +406,7 @@ class SamplingPass(ABC):
         return result
 
     def record(self) -> None:
-        """Account for what was composed."""
+        """Record what was composed in the job."""
         self.engine.history.settle()
         if self.engine.pool.reactions:
             names = [lora.active.tagged.name for lora in self.loras]
