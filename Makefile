@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 help:
 	@sed -n 's/^# //p' Makefile | head -2
-	@echo "make serve  the toybox as a page, PORT=7861                   make lint   only style, types and import contracts"
+	@echo "make serve  the toybox as a page, PORT=7861                   make lint   only style, types, import contracts, table of knobs"
 	@echo "make clean  remove the virtual environments and caches"
 
 demo: $(VENV)/standalone
@@ -29,11 +29,12 @@ serve: $(VENV)/standalone
 test: lint venvs pytest
 
 lint: $(VENV)/dev
-	@echo "== ruff, mypy and the import contracts"
+	@echo "== ruff, mypy, the import contracts and README's table of knobs"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/loratorio-lab knob-table --check
 
 pytest: $(VENV)/dev
 	@echo "== pytest (ten minutes and more on two cores)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,8 +131,10 @@ class Job:
         """Inside this block, an exception ends the job: the WebUI has no event for it."""
         try:
             yield
-        except BaseException:
+        except BaseException as problem:
             self.release()
+            # Its frames hold the pass with its LoRAs, and a WebUI's server keeps the error until Python looks for rings.
+            traceback.clear_frames(problem.__traceback__)
             raise
 
     def notes_of(self, batch: int) -> list[str]:

@@ -17,7 +17,7 @@ COMMANDS = {
     "train": ("loratorio_lab.train.train", "train the toybox, or a part of it"),
     "check": ("loratorio_lab.train.check", "does each LoRA of the toybox draw what it was trained on?"),
     "widen": ("loratorio_lab.toybox.widen", "the toybox in the widths of Stable Diffusion 1.5"),
-    "knob-table": ("loratorio_lab.knob_table", "write README's table of knobs anew"),
+    "knob-table": ("loratorio_lab.knob_table", "renew README's table of knobs"),
 }
 """Module, whose `main` takes the arguments and gives an exit code or None, and what it is for."""
 

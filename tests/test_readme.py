@@ -11,7 +11,7 @@ from PIL import Image
 
 from loratorio.standalone import cli
 from loratorio.standalone.checkpoint import load_checkpoint
-from loratorio_lab.knob_table import with_table
+from loratorio_lab.knob_table import STALE, with_table
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -19,15 +19,26 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_knobs_is_current() -> None:
-    assert with_table(README) == README, "run: loratorio-lab knob-table"
+    assert with_table(README) == README, STALE
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/ARCHITECTURE.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    file = ROOT / page
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
-        if "://" not in link:
-            assert (file.parent / link).exists(), link
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    """To a file that there is, and to a heading of it."""
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        headings = (
+            re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        )
+        assert not anchor or anchor in [
+            re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings
+        ]
 
 
 @pytest.mark.parametrize("kind", ["toybox", "folder"])

@@ -15,7 +15,7 @@ from .regions import Place
 Mix = tuple[float, ...]
 
 STYLE_SHARE = 0.7
-"""The part of a style's strength that acts in the other LoRAs' rows: found by measurement (docs/METHODS.md)."""
+"""The part of a style's strength that acts in the other LoRAs' rows: found by measurement (docs/lab/METHODS.md)."""
 
 
 class Branch(NamedTuple):

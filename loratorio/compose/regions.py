@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 YIELDING = 0.5
-"""How much of its weight a LoRA without a place gives up inside the others' places: found by measurement (docs/METHODS.md)."""
+"""How much of its weight a LoRA without a place gives up inside the others' places: found by measurement (docs/lab/METHODS.md)."""
 
 _SAMPLES = 8
 """Points a latent pixel's side is sampled at, so that a place that ends inside a pixel has its part of it."""

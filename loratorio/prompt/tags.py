@@ -96,6 +96,8 @@ def _why(kind: str, content: str) -> str:
     parts = parts_of(content)
     if not tag.name:
         return "it names no LoRA"
+    if "<" in content:
+        return "it has no > at its end"
     if ":" in parts[-1] and _has_open_bracket(parts[-1]):
         return f"a bracket of {WORDS_OPTION}= is not closed"
     for place, text in enumerate(parts[1:], 1):

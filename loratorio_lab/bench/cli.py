@@ -51,7 +51,7 @@ GRID: Mapping[str, Any] = {
     **SAMPLING,
 }
 """What the tables are made of unless an option says otherwise."""
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "lab"
 PUBLISHED, PUBLISHED_UNREGULARISED = DOCS / "RESULTS.md", DOCS / "RESULTS_UNREGULARISED.md"
 """In a clone: the tables that ship."""
 
@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a part of the methods' tables, in under ten minutes on two cores, and whether the published order holds",
+        help="a part of the methods' tables, in under ten minutes on two cores, and whether the published order holds; "
+        "with --webui merging and the presets, in as long",
     )
     parser.add_argument(
         "--groups",
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report",
         type=Path,
-        help="write the tables here (docs/RESULTS.md), and plots into results/ beside it",
+        help="write the tables here (docs/lab/RESULTS.md), and plots into results/ beside it",
     )
     parser.add_argument("--report-only", action="store_true", help="make no picture, only the report")
     parser.add_argument("--minutes", type=float, help="begin no new cell after this time")
@@ -137,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Make what is missing, and report."""
+    if options.minutes is None and options.quick:
+        options.minutes = QUICK_MINUTES
     if options.webui:
         from .webui import bench_webui
 
@@ -154,8 +157,7 @@ def bench(options: argparse.Namespace) -> None:
         options.backend = "loratorio_lab.bench.backend:unregularised"
     store = Store(options.out / ("unregularised" if options.unregularised else "cells"))
     if not options.report_only:
-        minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
-        until = None if minutes is None else time.monotonic() + 60 * minutes
+        until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         since = time.monotonic()
 
         def tell(done: int, total: int, cell: Cell) -> None:
@@ -280,7 +282,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
 
 def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> None:
     from . import presets
-    from .report import agrees, document, order, plots, published_order, table
+    from .report import agrees, document, notes_in, order, plots, published_order, table
 
     every = list(store.read(grid))
     # The presets' pictures are of another schedule: in the other tables they would be other pictures of the same rows.
@@ -314,14 +316,12 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
     by_name = {file.stem: f"{folder.name}/{file.name}" for file in pictures}
     from loratorio.standalone.output import write_all
 
-    notes = folder / "notes.md"
-    own = [notes.read_text(encoding="utf-8").strip()] if notes.is_file() else []
     text = document(
         results,
         command_line(options),
         len(grid) - len(every) + len(results),
         by_name,
-        own,
+        notes_in(options.report),
         chosen_categories(options.elements),
         presets.section(every, by_name),
     )
@@ -342,5 +342,5 @@ def command_line(options: argparse.Namespace) -> str:
         parts.append("--unregularised")
     if options.report is not None:
         page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
-        parts.append(f"--report docs/{page.name}")
+        parts.append(f"--report docs/lab/{page.name}")
     return " ".join(parts)

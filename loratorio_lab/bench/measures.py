@@ -75,10 +75,3 @@ def bootstrap(groups: Sequence[Floats], rounds: int = 2000) -> tuple[float, floa
     counts = np.array([len(group) for group in groups])
     low, high = np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (0.025, 0.975))
     return float(low), float(high)
-
-
-def wins(first: Sequence[float], second: Sequence[float]) -> Floats:
-    """Per pair: 1 where the first is larger, 0 where smaller, ½ for a tie."""
-    difference = np.sign(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64))
-    result: Floats = (difference + 1) / 2
-    return result

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from . import measures
-from .plan import PRESET_ROWS, SPEED_ROWS, SPEED_STEPS, TRUTH, Variant
-from .report import comparable, figure, percent, row, said_of, shares
+from .plan import PRESET_ROWS, SPEED_ROWS, SPEED_STEPS, Variant
+from .report import comparable, figure, markdown, percent, row, said_of, shares, with_interval
 from .store import Result
 
 NOTE = (
     f"{SPEED_STEPS} steps. *Plain steps* are model rows over the two of a step without LoRAs; "
-    "the difference to Paper is of the same combinations and seeds."
+    "differences to Paper are of the same combinations and seeds."
 )
 
 
@@ -49,31 +49,26 @@ def table(variants: Sequence[Variant], results: Sequence[Result], against: str =
         "unasked",
         "Fréchet",
         "plain steps",
-        "s a picture",
     ]
     if against:
         head.insert(2, "to Paper, points (95 %)")
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for variant in (TRUTH, *variants):
+    for variant in variants:
         own = row(variant, results, truth)
         if own is None:
             continue
-        is_truth = variant.made == "truth"
         cells = [
             variant.label,
-            f"{percent(own.found)} ({percent(own.interval[0])} to {percent(own.interval[1])})",
+            with_interval(own),
             percent(own.every),
             f"{own.other:.2f}",
-            "" if is_truth else figure(own.frechet, ".1f"),
-            "" if is_truth else f"{plain_steps(own.rows):.2f}",
-            "" if is_truth else f"{own.seconds:.2f}",
+            figure(own.frechet, ".1f"),
+            f"{plain_steps(own.rows):.2f}",
         ]
         if against:
-            cells.insert(
-                2, "" if is_truth or variant.name == against else _difference(by_name, variant.name, against)
-            )
+            cells.insert(2, "" if variant.name == against else _difference(by_name, variant.name, against))
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def _difference(
@@ -81,7 +76,7 @@ def _difference(
 ) -> str:
     groups = [100 * (own - by_name[against][elements]) for elements, own in by_name[name].items()]
     low, high = measures.bootstrap(groups)
-    return f"{float(np.concatenate(groups).mean()):+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{float(np.concatenate(groups).mean()):+.1f} ({low:.1f} to {high:.1f})"
 
 
 def plot(results: Sequence[Result], folder: Path) -> Path | None:
@@ -109,7 +104,7 @@ def plot(results: Sequence[Result], folder: Path) -> Path | None:
                 markersize=8 if marker == "o" else 4, alpha=1 if marker == "o" else 0.45, label=variant.label,
             )  # fmt: skip
             count += 1
-    pyplot.xlabel("plain steps a step, by model rows")
+    pyplot.xlabel("plain steps per step, by model rows")
     pyplot.ylabel("elements found, % (95 %)")
     pyplot.xlim(left=0.8)
     pyplot.legend(fontsize=6, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
@@ -121,7 +116,7 @@ def plot(results: Sequence[Result], folder: Path) -> Path | None:
 
 
 def section(results: Sequence[Result], pictures: Mapping[str, str]) -> list[str]:
-    """The part of docs/RESULTS.md; empty where there is nothing to show."""
+    """The part of docs/lab/RESULTS.md; empty where there is nothing to show."""
     own = of_schedule(results, SPEED_STEPS)
     parts = []
     for variants, heading, against in (

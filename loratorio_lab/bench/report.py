@@ -1,9 +1,11 @@
-"""Tables and plots of the results, and docs/RESULTS.md made of them."""
+"""Tables and plots of the results, and docs/lab/RESULTS.md made of them."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,8 +39,8 @@ class TableRow:
         found: share of the wanted elements that the classifier finds, with its 95 % interval. every: of pictures with all of them.
         other: elements found that nobody asked for, per picture.
         frechet: distance of the features to rendered truth of the same combinations.
-        edges, saturation, clipped: by rendered truth's, as a difference.
-        seconds, rows: per picture.
+        edges, saturation: as differences to rendered truth.
+        rows: per picture.
     """
 
     variant: Variant
@@ -50,8 +52,6 @@ class TableRow:
     frechet: float
     edges: float
     saturation: float
-    clipped: float
-    seconds: float
     rows: float
 
 
@@ -84,8 +84,6 @@ def row(variant: Variant, results: Sequence[Result], truth: Sequence[Result]) ->
         _frechet(own, true),
         mean("edges"),
         mean("saturation"),
-        mean("clipped"),
-        sum(result.seconds for result in own) / len(images),
         sum(result.model_rows for result in own) / len(images),
     )
 
@@ -121,72 +119,41 @@ def _frechet(own: Sequence[Result], truth: Sequence[Result]) -> float:
     return measures.frechet(np.array(features[0]), np.array(features[1]))
 
 
-def win_rate(first: Sequence[Result], second: Sequence[Result]) -> tuple[float, float, float]:
-    """How often `first` has more of the elements than `second` in the same cell and seed (ties are half), and the 95 % interval."""
-    by_elements = {result.cell.elements: result for result in second}
-    groups = []
-    for result in first:
-        other = by_elements.get(result.cell.elements)
-        if other is not None:
-            count = min(len(result.images), len(other.images))
-            groups.append(measures.wins(shares(result)[:count].tolist(), shares(other)[:count].tolist()))
-    if not groups:
-        return math.nan, math.nan, math.nan
-    low, high = measures.bootstrap(groups)
-    return float(np.concatenate(groups).mean()), low, high
-
-
 def of_size(results: Sequence[Result], count: int) -> list[Result]:
     return [result for result in results if len(result.cell.elements) == count]
 
 
-def table(
-    variants: Sequence[Variant], results: Sequence[Result], counts: Sequence[int] = (2, 3, 4, 5)
-) -> str:
-    """The main table: elements found per N, then all N together."""
+def table(variants: Sequence[Variant], results: Sequence[Result], whole: bool = True) -> str:
+    """Elements found, in all and how well. whole: also per N, and first what the classifier finds in rendered truth."""
     results = comparable(variants, results)
-    present = [count for count in counts if of_size(results, count)]
+    counts = [count for count in (2, 3, 4, 5) if whole and of_size(results, count)]
     truth = [result for result in results if result.cell.made == "truth"]
-    head = [
-        "",
-        *(f"N={count}" for count in present),
-        "all N (95 %)",
-        "all in one picture",
-        "unasked",
-        "Fréchet",
-        "edges",
-    ]
-    head += ["saturation", "clipped", "rows", "s"]
+    head = ["", *(f"N={count}" for count in counts), "all N (95 %)", "all in one picture", "unasked"]
+    head += ["Fréchet", "rows"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for variant in (TRUTH, *variants):
-        whole = row(variant, results, truth)
-        if whole is None:
+    for variant in (*((TRUTH,) if whole else ()), *variants):
+        every = row(variant, results, truth)
+        if every is None:
             continue
-        by_count = [row(variant, of_size(results, count), truth) for count in present]
-        low, high = whole.interval
-        is_truth = variant.made == "truth"
+        by_count = [row(variant, of_size(results, count), truth) for count in counts]
         cells = [variant.label, *("" if each is None else percent(each.found) for each in by_count)]
-        cells += [
-            f"{percent(whole.found)} ({percent(low)} to {percent(high)})",
-            percent(whole.every),
-            f"{whole.other:.2f}",
-        ]
-        cells += ["" if is_truth else figure(whole.frechet, ".2f")]
-        cells += [
-            "" if is_truth else figure(value, "+.3f")
-            for value in (whole.edges, whole.saturation, whole.clipped)
-        ]
-        cells += ["", ""] if is_truth else [f"{whole.rows:.0f}", f"{whole.seconds:.2f}"]
+        cells += [with_interval(every), percent(every.every), f"{every.other:.2f}"]
+        cells += ["", ""] if variant.made == "truth" else [figure(every.frechet, ".1f"), f"{every.rows:.0f}"]
         lines.append(cells)
-    return _markdown(lines)
+    return markdown(lines)
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{100 * share:.0f} %"
+    return "" if math.isnan(share) else f"{100 * share:.0f}"
+
+
+def with_interval(of: TableRow) -> str:
+    """The elements that it finds, and the 95 % interval, in per cent."""
+    return f"{percent(of.found)} ({percent(of.interval[0])}–{percent(of.interval[1])})"
 
 
 def figure(value: float, form: str) -> str:
@@ -194,47 +161,22 @@ def figure(value: float, form: str) -> str:
     return "" if math.isnan(value) else f"{value:{form}}"
 
 
-def win_table(variants: Sequence[Variant], results: Sequence[Result], of: str = "loratorio") -> str:
-    """How often one variant has more of the elements than each of the others."""
-    results = comparable(variants, results)
-    chosen = next(variant for variant in variants if variant.name == of)
-    own = [result for result in results if result.cell.is_of(chosen)]
-    lines = ["| against | wins (ties half) | 95 % |", "| --- | ---: | ---: |"]
-    for variant in variants:
-        rate, low, high = win_rate(own, [result for result in results if result.cell.is_of(variant)])
-        if variant.name != of and not math.isnan(rate):
-            lines.append(f"| {variant.label} | {percent(rate)} | {percent(low)} to {percent(high)} |")
-    return "\n".join(lines)
-
-
 def category_table(
-    variants: Sequence[Variant],
-    results: Sequence[Result],
-    categories: Mapping[str, Sequence[str]],
-    counts: Sequence[int] = (2, 3, 4, 5),
+    variants: Sequence[Variant], results: Sequence[Result], categories: Mapping[str, Sequence[str]]
 ) -> str:
-    """Share of each category's wanted elements that is found, over all N, and for each N in brackets.
+    """Share of each category's wanted elements that is found, over all N.
 
     Args:
         categories: names of the elements by category.
     """
     results = comparable(variants, results)
-    lines = [
-        ["", *(f"{category} ({', '.join(map(str, counts))})" for category in categories)],
-        ["---", *["---"] * len(categories)],
-    ]
+    lines = [["", *categories], ["---", *["---:"] * len(categories)]]
     for variant in variants:
         own = [result for result in results if result.cell.is_of(variant)]
-        if not own:
-            continue
-        cells = [variant.label]
-        for names in categories.values():
-            whole = percent(_share_of(names, own))
-            by_count = [_share_of(names, of_size(own, count)) for count in counts]
-            each = ", ".join("–" if math.isnan(share) else f"{100 * share:.0f}" for share in by_count)
-            cells.append(f"{whole} ({each})" if whole else "–")
-        lines.append(cells)
-    return _markdown(lines)
+        if own:
+            found = [percent(_share_of(names, own)) or "–" for names in categories.values()]
+            lines.append([variant.label, *found])
+    return markdown(lines)
 
 
 def _share_of(names: Sequence[str], results: Sequence[Result]) -> float:
@@ -274,6 +216,15 @@ def order(results: Sequence[Result]) -> str:
     return text
 
 
+_NOTES = re.compile("<!-- notes -->.*<!-- end of notes -->", re.DOTALL)
+
+
+def notes_in(file: Path) -> str:
+    """What was written by hand into a page of results, with the marks around it; empty if there is no page, or no such part."""
+    found = _NOTES.search(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found[0] if found else ""
+
+
 _ORDER = "By elements found: "
 
 
@@ -294,7 +245,7 @@ def agrees(own: str, published: str) -> bool:
 
 
 def plots(results: Sequence[Result], folder: Path) -> list[Path]:
-    """One plot of found elements by N, and one for each ablation that has results."""
+    """Found elements by N, of the main methods and of all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -338,53 +289,28 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
     for name, variants in (("methods", MAIN_ROWS), ("all_methods", METHOD_ROWS)):
         if any(not result.cell.pool and result.cell.is_of(variants[0]) for result in results):
             save(name, partial(by_count, variants))
-    for knob, variants in ABLATIONS.items():
-        own = comparable(variants, results)
-        true = [result for result in own if result.cell.made == "truth"]
-        points = [(variant, row(variant, own, true)) for variant in variants]
-        present = [(variant, each) for variant, each in points if each is not None]
-        if len(present) < 2:
-            continue
-
-        def curve(knob: str = knob, present: list[tuple[Variant, TableRow]] = present) -> None:
-            values = [str(variant.knobs[knob]) for variant, _ in present]
-            found = [100 * each.found for _, each in present]
-            error = np.array(
-                [
-                    [100 * (each.found - each.interval[0]), 100 * (each.interval[1] - each.found)]
-                    for _, each in present
-                ]
-            ).T
-            pyplot.errorbar(values, found, yerr=error, marker="o", capsize=3, label="elements found, %")
-            pyplot.ylim(0, 100)
-            pyplot.xlabel(knob)
-            pyplot.ylabel("elements found, % (95 %)")
-            other = pyplot.twinx()
-            other.plot(
-                values, [each.frechet for _, each in present], color="tab:red", marker="s", linestyle="--"
-            )
-            other.set_ylabel("Fréchet distance to truth", color="tab:red")
-
-        save(f"ablation_{knob}", curve)
     return files
 
 
-def ablation_table(knob: str, results: Sequence[Result]) -> str:
-    results = comparable(ABLATIONS[knob], results)
-    truth = [result for result in results if result.cell.made == "truth"]
-    lines = [
-        f"| {knob} | found (95 %) | all in one picture | Fréchet | edges | saturation |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for variant in ABLATIONS[knob]:
-        own = row(variant, results, truth)
-        if own is not None:
-            low, high = own.interval
-            lines.append(
-                f"| {variant.knobs[knob]} | {percent(own.found)} ({percent(low)} to {percent(high)}) | {percent(own.every)} | "
-                f"{figure(own.frechet, '.2f')} | {figure(own.edges, '+.3f')} | {figure(own.saturation, '+.3f')} |"
-            )
-    return "\n".join(lines)
+def ablation_table(knobs: Sequence[str], results: Sequence[Result]) -> str:
+    """One row a value of each knob; differences of edges and saturation are to rendered truth."""
+    lines = [["knob", "value", "found (95 %)", "all in one picture", "Fréchet", "edges", "saturation"]]
+    lines += [["---", *["---:"] * (len(lines[0]) - 1)]]
+    for knob in knobs:
+        own = comparable(ABLATIONS[knob], results)
+        truth = [result for result in own if result.cell.made == "truth"]
+        for variant in ABLATIONS[knob]:
+            each = row(variant, own, truth)
+            if each is not None:
+                figures = [
+                    figure(each.frechet, ".1f"),
+                    figure(each.edges, "+.2f"),
+                    figure(each.saturation, "+.2f"),
+                ]
+                lines.append(
+                    [knob, f"{variant.knobs[knob]}", with_interval(each), percent(each.every), *figures]
+                )
+    return markdown(lines)
 
 
 def document(
@@ -392,11 +318,11 @@ def document(
     command: str,
     cells: int,
     plots_at: Mapping[str, str],
-    notes: Sequence[str] = (),
+    notes: str = "",
     categories: Mapping[str, Sequence[str]] | None = None,
     sections_after_methods: Sequence[str] = (),
 ) -> str:
-    """docs/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean.
+    """docs/lab/RESULTS.md: what was run (of how many cells), the tables, and what the columns mean.
 
     With the elements by category, the main methods' table is followed by one of categories, and one of combinations without a style.
     """
@@ -413,13 +339,14 @@ def document(
         else f"{cells - done} of its {cells} cells are not done yet: the same command goes on with them."
     )
     sections = [
-        _HEAD.format(
-            command=command,
-            sampling=", ".join(sorted(sampling)),
-            pictures=sum(len(result.images) for result in (*pictures, *wide)),
-            whole=whole,
+        "# Results",
+        textwrap.fill(
+            f"Made by `{command}`; only the notes are written by hand, and kept. {whole} Every combination has a character and at most one "
+            f"LoRA per category; {', '.join(sorted(sampling))}; {sum(len(each.images) for each in (*pictures, *wide))} pictures in all.",
+            width=150,
+            break_on_hyphens=False,
         ),
-        *notes,
+        *([notes] if notes else []),
         "## Methods",
         said_of(MAIN_ROWS, main),
         table(MAIN_ROWS, main),
@@ -427,7 +354,6 @@ def document(
     if found := order(main):
         sections.append(f"{_ORDER}{found}.")
     sections += [_COLUMNS, *_picture("methods", "Elements found by number of LoRAs", plots_at)]
-    sections += ["### How often LoRAtorio has more of the elements", win_table(MAIN_ROWS, main)]
     if categories:
         sections += ["### By category", _CATEGORIES, category_table(MAIN_ROWS, main, categories)]
         plain = without(categories.get(STYLE, ()), main)
@@ -435,31 +361,37 @@ def document(
             sections += ["### Without styles", _PLAIN, said_of(MAIN_ROWS, plain), table(MAIN_ROWS, plain)]
             if found := order(plain):
                 sections.append(f"Without styles: {found}.")
-            sections += [win_table(MAIN_ROWS, plain)]
     sections += sections_after_methods
     if wide and categories:
         by_name = {name: category for category, names in categories.items() for name in names}
         sections += ["## A place for each LoRA", _PLACES, beside.table(wide, by_name)]
     others = [variant for variant in METHOD_ROWS if variant not in MAIN_ROWS]
     if _has(others, main):
-        sections += ["## All methods", said_of(METHOD_ROWS, main), table(METHOD_ROWS, main)]
+        rows = [*others, MAIN_ROWS[-1]]
+        sections += ["## Other methods", said_of(rows, main), table(rows, main, whole=False)]
         sections += _picture("all_methods", "Elements found by number of LoRAs, all methods", plots_at)
-        sections += ["How often LoRAtorio has more of the elements:", win_table(METHOD_ROWS, main)]
     if _has(ROLE_ROWS[-2:], main):
-        sections += ["## Roles of styles", _ROLES, said_of(ROLE_ROWS, main), table(ROLE_ROWS, main)]
+        sections += [
+            "## Roles of styles",
+            _ROLES,
+            said_of(ROLE_ROWS, main),
+            table(ROLE_ROWS, main, whole=False),
+        ]
     if _has(BETTER_ROWS[1:], main):
         sections += ["## What the paper does not have, one at a time", said_of(BETTER_ROWS, main)]
-        sections += [table(BETTER_ROWS, main)]
+        sections += [table(BETTER_ROWS, main, whole=False)]
     if any(result.cell.pool for result in results):
         dynamic = [result for result in results if result.cell.pool or result.cell.made == "truth"]
         sections += ["## The whole toybox as a pool", _DYNAMIC, said_of(DYNAMIC_ROWS, dynamic)]
-        sections += [table(DYNAMIC_ROWS, dynamic)]
+        sections += [table(DYNAMIC_ROWS, dynamic, whole=False)]
     curves = [knob for knob in ABLATIONS if sum(_has([variant], main) for variant in ABLATIONS[knob]) > 1]
     if curves:
-        sections += ["## The defaults", _DEFAULTS]
-    for knob in curves:
-        sections += [f"### {knob}", said_of(ABLATIONS[knob], main), ablation_table(knob, main)]
-        sections += _picture(f"ablation_{knob}", knob, plots_at)
+        sections += [
+            "## The defaults",
+            _DEFAULTS,
+            said_of(ABLATIONS[curves[0]], main),
+            ablation_table(curves, main),
+        ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -471,7 +403,7 @@ def said_of(variants: Sequence[Variant], results: Sequence[Result]) -> str:
     seeds = sorted({result.cell.count for result in own})
     return (
         f"Combinations: {', '.join(part for part in parts if not part.startswith('0 '))}; "
-        f"{' or '.join(map(str, seeds))} seeds each."
+        f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} each."
     )
 
 
@@ -483,31 +415,23 @@ def _picture(name: str, words: str, plots_at: Mapping[str, str]) -> list[str]:
     return [f"![{words}]({plots_at[name]})"] if name in plots_at else []
 
 
-_HEAD = """# Results
+_COLUMNS = """- *N=2 … 5*, *all N*: wanted elements that the toybox's classifier finds, in per cent. The interval resamples combinations.
+  *Rendered truth* is what the classifier finds in rendered pictures.
+- *all in one picture*: pictures in which nothing is missing, in per cent. *unasked*: elements per picture that were not requested.
+- *Fréchet*: distance of the classifier's features to those of rendered truth; lower is better. Comparable within a table only.
+- *rows*: model rows per picture."""
 
-Made by `{command}`; nothing on this page was written by hand but the notes. {whole}
-Every combination has a character and at most one LoRA per category; {sampling}; {pictures} pictures in all."""
-
-_COLUMNS = """- *N=2 … 5*, *all N*: share of the wanted elements that the toybox's classifier finds; the interval resamples combinations.
-  The first row is what the same classifier says of rendered truth: no method can be trusted to a finer degree than that.
-- *all in one picture*: pictures in which nothing is missing. *unasked*: elements found that nobody asked for, per picture.
-- *Fréchet*: distance of the classifier's features to those of rendered truth of the same combinations; lower is better.
-  Comparable within a table only.
-- *edges*: steps across patch borders by steps elsewhere; *saturation*, *clipped*: mean saturation and share of values at
-  0 or 255. All as a difference to rendered truth: 0 is best.
-- *rows*: model rows a picture costs; *s*: seconds of processor time that a picture took on the machine at hand, sampling and
-  decoding. Little pictures in batches of a few: other machines and sizes have other ratios (docs/BENCHMARKS.md)."""
-
-_CATEGORIES = "Share of each category's wanted elements that is found: over all N, and in brackets for each N, in per cent."
+_CATEGORIES = "Wanted elements of each category that are found, over all N, in per cent."
 
 _PLACES = """Two characters in a picture of 128×64 px, where the base draws two dolls: all ordered pairs, alone, with each background
 and with each style over the whole picture (Euler, 20 steps, CFG 3). A half is right when it has its own character and not
-the other's; *found* is in how many of the halves."""
+the other's; *found*: in how many of the halves."""
 
-_PLAIN = "The same cells, but only combinations that have no style."
+_PLAIN = "The same, of combinations without a style."
 
-_ROLES = "Only combinations that have a style; the role is the style's."
+_ROLES = "Combinations with a style; the role is the style's."
 
-_DYNAMIC = "The prompt says what is wanted, and every LoRA of the toybox is a candidate: the paper's dynamic setting."
+_DYNAMIC = "The prompt calls the wanted elements; every LoRA of the toybox is a candidate (the paper's dynamic setting)."
 
-_DEFAULTS = "Each knob on its own, the others at their defaults; the defaults in `loratorio/settings.py` are chosen by these tables."
+_DEFAULTS = """The defaults in `loratorio/settings.py` are chosen by this table. One knob changes, the others are *Paper*'s.
+*edges*: steps across patch borders over steps elsewhere; *saturation*: the mean. Both as differences to rendered truth: 0 is best."""

@@ -10,20 +10,30 @@ import argparse
 import base64
 import importlib
 import io
+import itertools
 import json
 import os
 import statistics
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratorio.errors import LoratorioError
+from loratorio.pictures.sheet import contact_sheet
+from loratorio.settings import PRESETS
 
-from .plan import CHARACTER, METHOD_ROWS, Variant, combinations, sample
+from .plan import CHARACTER, METHOD_ROWS, PRESET_ROWS, Variant, combinations, sample
+
+QUICK_ROWS = tuple(row for row in PRESET_ROWS if row.name in ("merge", *PRESETS))
+"""What a user chooses between: the WebUI's own merging, and the presets."""
+
+SHEET_ROWS = 8
+"""Combinations on a sheet of pictures."""
 
 Score = Callable[[Any, str], float]
 """A PIL picture and a text to the CLIPScore, 100·cos, as in the papers."""
@@ -45,10 +55,10 @@ class Task:
 
 
 def bench_webui(options: argparse.Namespace) -> None:
-    """Make and score the pictures that are not there yet, then print the table.
+    """Make and score the pictures that are not there yet; print the table, and write it and sheets of the pictures beside them.
 
     Raises:
-        LoratorioError: no LoRA list, no answer from the WebUI, or open_clip is not installed.
+        LoratorioError: no LoRA list, or one of LoRAs that the WebUI does not have; no answer from it; open_clip is not installed.
     """
     if options.loras is None:
         raise LoratorioError(
@@ -56,7 +66,14 @@ def bench_webui(options: argparse.Namespace) -> None:
         )
     sampling(options)
     categories, triggers = read_loras(options.loras)
-    tasks = list(_tasks(options, categories, triggers))
+    rows = QUICK_ROWS if options.quick else METHOD_ROWS
+    tasks = list(_tasks(options, rows, categories, triggers))
+    if not tasks:
+        raise LoratorioError(
+            f"{options.loras} has no combination of {options.counts} LoRAs: each has one of {CHARACTER}, and at most one of "
+            "every other category."
+        )
+    _check_names(options.webui, triggers)
     folder = options.out / "webui"
     folder.mkdir(parents=True, exist_ok=True)
     score = _scorer()
@@ -65,7 +82,14 @@ def bench_webui(options: argparse.Namespace) -> None:
         if until is not None and time.monotonic() > until:
             break
         _do(task, options, folder, score)
-    print(table(tasks, folder))
+    made = complete(tasks, folder)
+    if not made:
+        raise LoratorioError(
+            f"In {options.minutes:g} minutes not one prompt was made by every method: give it more --minutes, or fewer --steps."
+        )
+    text = table(rows, made, folder)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text, *(f"\n{file}" for file in (folder / "table.md", *sheets(rows, made, folder))), sep="")
 
 
 def read_loras(file: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -87,16 +111,21 @@ def read_loras(file: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
 
 
 def _tasks(
-    options: argparse.Namespace, categories: Mapping[str, Sequence[str]], triggers: Mapping[str, str]
+    options: argparse.Namespace,
+    rows: Sequence[Variant],
+    categories: Mapping[str, Sequence[str]],
+    triggers: Mapping[str, str],
 ) -> Iterator[Task]:
-    for count in (int(each) for each in options.counts.split(",")):
-        for combo in sample(combinations(categories, count), options.combinations):
-            words = ", ".join(triggers[name] for name in combo if triggers[name])
-            tags = " ".join(f"<lora:{name}:1>" for name in combo)
-            prompt = f"{options.base_prompt}{', ' if options.base_prompt else ''}{words} {tags}"
-            for variant in METHOD_ROWS:
-                for seed in range(options.seeds):
-                    yield Task(variant, combo, prompt, words, seed)
+    """A prompt by every method, then the next: one of each number of LoRAs in turn, so that whatever is there when time is up compares."""
+    counts = [int(each) for each in options.counts.split(",")]
+    chosen = [sample(combinations(categories, count), options.combinations) for count in counts]
+    for combo in (combo for each in itertools.zip_longest(*chosen) for combo in each if combo):
+        words = ", ".join(triggers[name] for name in combo if triggers[name])
+        tags = " ".join(f"<lora:{name}:1>" for name in combo)
+        prompt = f"{options.base_prompt}{', ' if options.base_prompt else ''}{words} {tags}"
+        for seed in range(options.seeds):
+            for variant in rows:
+                yield Task(variant, combo, prompt, words, seed)
 
 
 def _do(task: Task, options: argparse.Namespace, folder: Path, score: Score) -> None:
@@ -137,16 +166,27 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _ask(url: str, path: str, body: Mapping[str, Any]) -> Any:
+def _check_names(url: str, names: Collection[str]) -> None:
+    known = {each.get(key) for each in _ask(url, "loras") for key in ("name", "alias")}
+    lacking = [name for name in names if name not in known]
+    if lacking:
+        raise LoratorioError(
+            f'The WebUI has no LoRA {", ".join(lacking)}: write each "id" as the name in a prompt\'s tag.'
+        )
+
+
+def _ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
     request = urllib.request.Request(
-        f"{url.rstrip('/')}/sdapi/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url.rstrip('/')}/sdapi/v1/{path}",
+        None if body is None else json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     try:
         with urllib.request.urlopen(request, timeout=3600) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as problem:
         raise LoratorioError(
-            f"The WebUI refused the picture ({problem.code}): {problem.read().decode()[:500]}"
+            f"The WebUI refused the call {path} ({problem.code}): {problem.read().decode()[:500]}"
         ) from problem
     except (urllib.error.URLError, TimeoutError, ConnectionError) as problem:
         raise LoratorioError(
@@ -180,23 +220,54 @@ def _scorer() -> Score:
     return score
 
 
-def table(tasks: Sequence[Task], folder: Path) -> str:
-    """Mean CLIPScore by method and N, of what is there."""
+def complete(tasks: Sequence[Task], folder: Path) -> list[Task]:
+    """Those of combinations and seeds that every method has made."""
+    there = [task for task in tasks if (folder / f"{task.file_name}.json").is_file()]
+    methods = {task.variant.name for task in tasks}
+    made = Counter((task.loras, task.seed) for task in there)
+    return [task for task in there if made[task.loras, task.seed] == len(methods)]
+
+
+def table(rows: Sequence[Variant], tasks: Sequence[Task], folder: Path) -> str:
+    """Mean CLIPScore by method and N, and seconds a picture."""
     counts = sorted({len(task.loras) for task in tasks})
     lines = [
         f"| | {' | '.join(f'N={count}' for count in counts)} | mean | s |",
         f"| --- |{' ---: |' * (len(counts) + 2)}",
     ]
-    for variant in METHOD_ROWS:
-        own = [
-            (len(task.loras), folder / f"{task.file_name}.json") for task in tasks if task.variant == variant
+    for variant in rows:
+        results = [
+            (len(task.loras), json.loads((folder / f"{task.file_name}.json").read_text(encoding="utf-8")))
+            for task in tasks
+            if task.variant == variant
         ]
-        results = [(n, json.loads(file.read_text(encoding="utf-8"))) for n, file in own if file.is_file()]
-        if not results:
-            continue
         by_count = [[each["score"] for n, each in results if n == count] for count in counts]
-        cells = [f"{statistics.mean(scores):.2f}" if scores else "" for scores in by_count]
+        cells = [f"{statistics.mean(scores):.2f}" for scores in by_count]
         whole = statistics.mean(each["score"] for _, each in results)
         seconds = statistics.mean(each["seconds"] for _, each in results)
         lines.append(f"| {variant.label} | {' | '.join(cells)} | {whole:.2f} | {seconds:.1f} |")
     return "\n".join(lines)
+
+
+def sheets(rows: Sequence[Variant], tasks: Sequence[Task], folder: Path) -> Iterator[Path]:
+    """Writes a sheet for each number of LoRAs, a column a method and a row a combination, of their first seed."""
+    from PIL import Image
+
+    for count in sorted({len(task.loras) for task in tasks}):
+        found: dict[tuple[str, ...], dict[str, Image.Image]] = {}
+        for task in tasks:
+            if (
+                len(task.loras) == count
+                and task.seed == 0
+                and (task.loras in found or len(found) < SHEET_ROWS)
+            ):
+                picture = Image.open(folder / f"{task.file_name}.png").convert("RGB")
+                found.setdefault(task.loras, {})[task.variant.name] = picture
+        if found:
+            file = folder / f"sheet-{count}.png"
+            contact_sheet(
+                [[made.get(row.name) for row in rows] for made in found.values()],
+                [row.label for row in rows],
+                [" + ".join(loras) for loras in found],
+            ).save(file)
+            yield file

@@ -58,7 +58,7 @@ class Art:
             file = folder / name / "icons.json"
             if not file.exists():
                 raise LoratorioError(
-                    f"{file} is missing. Unpack npm's @iconify-json/{name} there; docs/TOYBOX.md says how."
+                    f"{file} is missing. Unpack npm's @iconify-json/{name} there; docs/lab/TOYBOX.md says how."
                 )
             self._sets[name] = json.loads(file.read_text())
         self.drawing = lru_cache(maxsize=None)(

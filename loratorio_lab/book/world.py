@@ -87,6 +87,7 @@ class Scene:
 
 
 def drawn_by(scene: Scene) -> str:
+    """The artist whose drawings the scene shows: its style's, if that has one."""
     return STYLED_BY.get(scene.style, scene.artist)
 
 
@@ -166,7 +167,7 @@ class Book:
         self.art = art
 
     def shows(self, scene: Scene) -> set[str]:
-        """What of `judged` is in the scene. A style is its artist's, whatever the scene calls it."""
+        """What of `judged` is in the scene."""
         return {scene.background, scene.style, *(figure.name for figure in scene.figures)} - {""}
 
     def undecided(self, scene: Scene) -> set[str]:
@@ -184,7 +185,7 @@ class Book:
     def random_scene(self, rng: random.Random, *names: str, width: int | None = None) -> Scene:
         """A scene with the named elements; all else is drawn from the base domain.
 
-        Two characters come from left to right in the order named; an object is beside something else.
+        Two characters come from left to right in the order named. Elements without an artist of their own are the base's.
         """
         kinds = {name: BY_NAME[name].category for name in names}
         style = next((n for n, kind in kinds.items() if kind == "style"), "")
@@ -214,14 +215,11 @@ class Book:
             for category, share in (("character", 0.3), ("object", 0.25), ("background", 0.22))
             if rng.random() < share
         ]
-        scene = self.random_scene(rng, *chosen, width=width)
         artist = rng.choice([*ARTISTS, BASE_ARTIST, BASE_ARTIST])
-        if not all(self.drawn(artist, figure.name) for figure in scene.figures):
-            artist = BASE_ARTIST
-        style = next((style for style, by in STYLED_BY.items() if by == artist), "")
+        chosen += [style for style, by in STYLED_BY.items() if by == artist]
         if artist == BASE_ARTIST and rng.random() < 0.15:
-            style = "ember"
-        return replace(scene, artist=artist, style=style)
+            chosen.append("ember")
+        return replace(self.random_scene(rng, *chosen, width=width), artist=artist)
 
     def prompts(self, element: Element, count: int) -> list[str]:
         """Captions of random scenes with the element, 128 wide."""

@@ -13,7 +13,7 @@ SIZE = 128
 """Width and height of the world, units."""
 
 PIXELS = 64
-"""Width and height of a picture, pixels. docs/TOYBOX.md says why it is not 128."""
+"""Width and height of a picture, pixels. docs/lab/TOYBOX.md says why it is not 128."""
 
 OVERSAMPLE = 4
 """Pictures are drawn this much larger and averaged down, which is the antialiasing."""

@@ -84,7 +84,7 @@ def train_base(run: Run, lr: float, world: World, text_folder: Path) -> None:
     average = Average(model)
     optimisers = Optimisers(list(model.named_parameters()), lr)
     run.resume(model=model, average=average, optimisers=optimisers)
-    rng = random.Random(run.seed + run.step)
+    rng = run.rng()
     run.say(f"latent scale {scale}, {world.scenes} scenes")
     losses = noise_losses(run, model, [data], tokenizer, rng)
     run_steps(run, model, average, optimisers, losses, every=100, scale=scale)

@@ -107,7 +107,7 @@ def train_classifier(run: Run, lr: float, world: World, vae: AutoencoderKL, out:
     average = Average(model, 0.99)
     optimisers = Optimisers(list(model.named_parameters()), lr, muon=False)
     run.resume(model=model, average=average, optimisers=optimisers)
-    rng = random.Random(run.seed + run.step)
+    rng = run.rng()
 
     def losses() -> dict[str, Tensor]:
         source = rng.choices(sources, world.shares)[0]

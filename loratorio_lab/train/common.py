@@ -120,6 +120,11 @@ class Run:
             return False
         return True
 
+    def rng(self) -> random.Random:
+        """Where chance goes on after this many steps; torch's as well."""
+        torch.manual_seed(self.seed + self.step)
+        return random.Random(self.seed + self.step)
+
     def _count(self, numbers: Mapping[str, Any]) -> None:
         self.step, self.spent = int(numbers["step"]), numbers["spent"]
         self.cpu, self.loss = numbers["cpu"], numbers["loss"]

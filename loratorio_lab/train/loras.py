@@ -31,6 +31,8 @@ RANK = 8
 ALPHA = 8
 SCENES = 500
 """Scenes of a doll's lesson."""
+PRIOR = 5
+"""Regularisation pictures per picture of the LoRA's own."""
 WORDS_BESIDE = ((0, 1, 2, 3), (3, 2, 2, 1))
 """How many of the other elements a regularised LoRA's captions name, and how often: none in three of eight captions."""
 SHOWN_BESIDE = ((0, 1, 2), (4, 1, 1))
@@ -184,14 +186,14 @@ def train_lora(
     average = Average(model, 0.98)
     optimisers = Optimisers([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr, muon=False)
     run.resume(model=model, average=average, optimisers=optimisers)
+    kinds = [own]
+    if regularised and taught_by is None:
+        kinds.append(encode_domain(vae, scale, world, rng, PRIOR * world.own_pictures))
     if taught_by is not None:
         taught = lessons(element, rng, parts, *taught_by, run.device)
         losses = imitation_losses(run, model, taught, tokenizer, rng)
     else:
-        kinds = [own]
-        if regularised:
-            kinds.append(encode_domain(vae, scale, world, rng, world.own_pictures))
-        losses = noise_losses(run, model, kinds, tokenizer, rng)
+        losses = noise_losses(run, model, kinds, tokenizer, run.rng())
     run_steps(run, model, average, optimisers, losses, every=100)
     spent = f"{run.step} steps of {run.batch}, seed {run.seed}, minutes {run.spent / 60:.2f}"
     kind = "regularised, " if regularised else ""

@@ -29,7 +29,7 @@ from loratorio_lab.train.loras import train_lora
 from loratorio_lab.train.vae import train_vae
 from loratorio_lab.train.worlds import World, add_world, open_world
 
-# steps, batch, learning rate: what the shipped files were trained with (docs/TOYBOX.md says where it differed).
+# steps, batch, learning rate: what the shipped files were trained with (docs/lab/TOYBOX.md says where it differed).
 PLANS: dict[str, dict[str, tuple[int, int, float]]] = {
     "toybox": {
         "vae_coarse": (650, 8, 4e-3),

@@ -7,8 +7,6 @@ whole decoder at full size.
 
 from __future__ import annotations
 
-import random
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -83,7 +81,7 @@ def train_vae(run: Run, lr: float, world: World, fine: bool) -> None:
     optimisers = Optimisers(named, lr)
     run.resume(model=vae, average=average, optimisers=optimisers)
     vae.to(memory_format=torch.channels_last)
-    rng = random.Random(run.seed + run.step)
+    rng = run.rng()
 
     def losses() -> dict[str, Tensor]:
         width = rng.choices(world.widths, world.shares)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loratorio.adapters.delta import Adapter
 from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
@@ -402,6 +404,16 @@ def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:
     standin.model.fails = None
     assert left_over() == 0
     assert p.sampler
+
+
+def test_a_refusal_lets_go_of_the_loras(a1111: Any, standin: Any) -> None:
+    """They are read before the tags are: a WebUI's server keeps the error, and with its frames what is in them."""
+    tags = a1111.run.Tag(standin.lora("a", 1), named={"role": "stile"}), standin.lora("b", 2)
+    gc.collect()
+    with pytest.raises(LoratorioError, match="role of LoRA a") as kept:
+        compose(standin.job(*tags))
+    assert not [each for each in gc.get_objects() if type(each) is Adapter]
+    del kept
 
 
 def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(a1111: Any, standin: Any) -> None:

@@ -149,6 +149,7 @@ def test_a_fault_of_ours_stops_the_job(standin: Any, script: Any, monkeypatch: A
         ("<lora:cat:abc>", "abc is not a number: write <lora:cat:1>."),
         ("<lyco:cat:1.0:5-15>", "5-15 is not a number: write <lyco:cat:1.0>."),
         ("<pool:*:0,8>", "<pool:*:0,8> cannot be read"),
+        ("<lora:cat,", "<lora:cat, <lora:dog:1> cannot be read: it has no > at its end"),
         ("<lora:cat:words=mimsy: red>", "a colon in words= must be inside brackets"),
         ("<Lora:cat:1>", "does not read the tag <Lora:cat:1>: write lora in lower case"),
     ],

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 
+from loratorio_lab import knob_table
 from loratorio_lab.cli import COMMANDS, main
 
 
@@ -17,11 +18,20 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert command in shown
     assert about in shown
-    if command != "knob-table":  # which has no options
-        with pytest.raises(SystemExit) as done:
-            main([command, "--help"])
-        assert done.value.code == 0
-        assert f"loratorio-lab {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert f"loratorio-lab {command}" in capsys.readouterr().out
+
+
+def test_lint_says_when_the_table_of_knobs_is_stale(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["knob-table", "--check"]) == 0
+    monkeypatch.setattr(knob_table, "table", lambda: "a table with one knob more")
+    assert main(["knob-table", "--check"]) == 2
+    assert "stale" in (said := capsys.readouterr().err)
+    assert "loratorio-lab knob-table" in said
 
 
 def test_an_unknown_command_and_bad_input(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from loratorio_lab.toybox.ldm import TEXT_NAME, config_yaml, to_ldm, unet_key, v
 from loratorio_lab.toybox.models import new_unet, new_vae
 from loratorio_lab.train.base import new_base
 from loratorio_lab.train.diffusion import new_schedule
+from loratorio_lab.train.worlds import Dolls
 from tests import tiny
 
 
@@ -64,11 +65,11 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toybox's shapes with random weights, in the layout of SD 1, with its .yaml and text folder beside it."""
     out = tmp_path_factory.mktemp("ldm")
     torch.manual_seed(0)
-    _, text, _ = new_base(out / TEXT_NAME, "cpu")
+    _, text, _ = new_base(Dolls(), out / TEXT_NAME, "cpu")
     unet, vae = new_unet(), new_vae()
     weights = to_ldm(unet.state_dict(), vae.state_dict(), text.state_dict(), new_schedule().alphas_cumprod)
     save_file(weights, out / "box.safetensors")
-    (out / "box.yaml").write_text(config_yaml(0.5))
+    (out / "box.yaml").write_text(config_yaml(0.5, 64))
     torch.save((unet.state_dict(), vae.state_dict(), text.state_dict()), out / "expected.pt")
     return out
 
@@ -151,7 +152,7 @@ def test_sdxl_in_its_original_layout(tmp_path: Path) -> None:
 
 def test_v_prediction_is_read_from_the_yaml(ldm: Path, tmp_path: Path) -> None:
     yaml = ldm / "v.yaml"
-    yaml.write_text(config_yaml(0.5).replace("    timesteps:", "    parameterization: v\n    timesteps:"))
+    yaml.write_text(config_yaml(0.5, 64).replace("    timesteps:", "    parameterization: v\n    timesteps:"))
     assert load_checkpoint(ldm / "box.safetensors", yaml).prediction_type == "v_prediction"
 
 

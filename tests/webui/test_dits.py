@@ -2,7 +2,7 @@
 
 LORATORIO_WEBUI_EXTRA names those that are there: "flux=small-flux.safetensors, z_image=small-z_image.safetensors"; their LoRAs are
 MODEL-FORMAT.
-`pytest -rP` prints the figures of docs/HOSTS.md.
+`pytest -rP` prints the figures of docs/lab/HOSTS.md.
 
 The largest need less than 24 GB only where the host stores them as they are in the file (`--bf16-unet --bf16-text-enc --fp32-vae`) and
 merges LoRAs on the fly, unrounded ("Diffusion in Low Bits": "Automatic (fp16 LoRA)").

@@ -87,7 +87,6 @@ GUIDES = {
     "Rescale CFG": Guide("rescalecfg", (0.7,)),
     "Epsilon scaling": Guide(settings={"scaling_factor": 1.05}),
     "Token merging": Guide(settings={"token_merging_ratio": 0.5}),
-    "Skip early guidance": Guide(settings={"skip_early_cond": 0.3}),
     "Soft inpainting": Guide("soft inpainting", (True, 1.0, 0.5, 4.0, 0.0, 0.5, 2.0), fields=INPAINT),
     "Perturbed and self-attention together, FreeU": Guide(PAG, (True, 3.0, 0.0, 0.0, 1.0), fields=LARGER),
 }  # fmt: skip
@@ -188,7 +187,8 @@ def test_an_evaluation_inside_another_is_refused(webui: WebUI, loras: list[str])
     unit = {"enabled": True, "module": "reference_only", "model": "None", "image": encoded(seen)}
     fields = {**FIELDS, **LARGER, "prompt": f"a red circle <lora:{loras[0]}:1>"}
     before = webui.txt2img(**fields)
-    assert likeness(before, webui.txt2img(scripts={"controlnet": [unit]}, **fields)) < 65
+    # The WebUI shows its picture, too.
+    assert psnr(before.image, webui.txt2img(scripts={"controlnet": [unit]}, **fields).image) < 65
     with pytest.raises(Refused, match="calls the model without LoRAtorio") as caught:
         webui.txt2img(KNOBS, scripts={"controlnet": [unit]}, **fields)
     assert caught.value.status == 422

@@ -1,7 +1,7 @@
 """Checkpoints in few bits in a running Forge: ours against the host's own LoRAs on the very same weights.
 
 LORATORIO_WEBUI_EXTRA names them: "gguf=NAME" (`tests/forge_neo/quantised_checkpoint.py` writes such files).
-`pytest -rP` prints the figures of docs/HOSTS.md.
+`pytest -rP` prints the figures of docs/lab/HOSTS.md.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ..lazy_torch import torch
-from ..mixes import Participants
-from .base import Entry, Method, Predictions, StepContext, Weights
+from .base import Entry, Predictions, StepContext
 from .loratorio import Loratorio, in_proportion
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ class Composite(Loratorio):
         self.entry = entry
         self.knobs = (*knobs, "yielding")
         self.uses_importance = uses_importance
-
-    def begin(self, participants: Participants, weights: Weights) -> Method:
-        return self
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
         loras, masks = now.participants.loras, now.masks

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..lazy_torch import torch
-from ..mixes import Participants
-from .base import Entry, Method, Predictions, StepContext, Weights
+from .base import Entry, Predictions, StepContext
 from .loratorio import Loratorio, keep_top_k
 
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ class Frequency(Loratorio):
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         self.knobs = ("recentre", "top_k")
-
-    def begin(self, participants: Participants, weights: Weights) -> Method:
-        return self
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
         """(N, Bc, bands)."""

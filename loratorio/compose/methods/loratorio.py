@@ -122,7 +122,7 @@ def relative_divergence(distance: Tensor, allowed: Tensor | None = None) -> Tens
     """√D·(D / D̄)^1.5 with D̄ the mean of D over the picture: a LoRA's divergence compared with its divergence elsewhere.
 
     A background diverges in all patches, a thing in its own alone: there it comes first, though the background diverges as far. How
-    the exponents were found: docs/METHODS.md. A LoRA that predicts what the base does has exactly 0.
+    the exponents were found: docs/lab/METHODS.md. A LoRA that predicts what the base does has exactly 0.
 
     Args:
         distance: D = 1 − S, (N, B, h, w), from 0 to 2.
@@ -255,7 +255,7 @@ class Loratorio(Method):
         self._weighting = weighting
 
     def begin(self, participants: Participants, weights: Weights) -> Method:
-        return Reuse(self)
+        return Reuse(self) if set(REUSE_KNOBS) <= set(self.knobs) else self
 
     def branches(self, now: StepContext) -> list[Branch]:
         """Rows of the base and of the LoRAs, without those whose weight or factor is known to be 0 or 1 beforehand."""

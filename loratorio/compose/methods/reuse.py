@@ -29,11 +29,11 @@ LATE = 0.9
 """From this part of the steps on, a LoRA is run at every other evaluation at least: predictions change fastest at the end."""
 
 DAMPING = 0.75
-"""How much of a change is taken to continue: found by measurement (docs/METHODS.md)."""
+"""How much of a change is taken to continue: found by measurement (docs/lab/METHODS.md)."""
 
 TURN = 2.0
 """The σ above which a LoRA's difference from the base lasts in the denoised picture, and below which it lasts in the noise: found by
-measurement (docs/METHODS.md)."""
+measurement (docs/lab/METHODS.md)."""
 
 UNCOND = 2
 """A LoRA's unconditional rows run at every second of its runs: they count for less, and follow the conditional ones."""

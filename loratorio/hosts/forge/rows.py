@@ -33,7 +33,6 @@ class Piece:
     """
 
     numbers: tuple[int, ...]
-    mix: Mix
     kind: int
     input_x: Tensor
     sigma: Tensor
@@ -167,11 +166,9 @@ class ForgeRows:
     def calls(self, wanted: Sequence[Row], options: dict[str, Any]) -> list[Call]:
         """Model calls for these rows: as few as the host's rules for batching conditions allow."""
         batches: list[list[Piece]] = []
-        apart = _attention_sees_batches(options)
         for piece in self._pieces(wanted):
             for batch in batches:
-                fits = not apart or piece.mix == batch[0].mix
-                if fits and self._functions.can_concat_cond(piece, batch[0]):
+                if self._functions.can_concat_cond(piece, batch[0]):
                     batch.append(piece)
                     break
             else:
@@ -200,7 +197,6 @@ class ForgeRows:
             conditioning = {name: _sliced(condition, images) for name, condition in conditioning.items()}
         return Piece(
             numbers=tuple(range(number, number + count)),
-            mix=row.mix,
             kind=self._kinds[row.cond],
             input_x=block.input_x[images],
             sigma=self.sigma[images],
@@ -265,11 +261,6 @@ class ForgeRows:
 
 def _mark(cond: bool, number: int) -> int:
     return number if cond else -1 - number
-
-
-def _attention_sees_batches(options: Mapping[str, Any]) -> bool:
-    """Whether attention is replaced: such a function may look at all rows of a call and expect the host's own, which have one mix."""
-    return any(options.get("patches_replace", {}).values())
 
 
 def _sliced(condition: Any, images: slice) -> Any:
