@@ -353,7 +353,9 @@ def _device(name: str) -> str:
     if not there[kind]:
         raise LoratorioError(f"This machine, or its torch, has no {kind}: choose the device cpu.")
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-        raise LoratorioError(f"There is no {name} here: the last is cuda:{torch.cuda.device_count() - 1}.")
+        raise LoratorioError(
+            f"There is no device {name} on this machine: the last is cuda:{torch.cuda.device_count() - 1}."
+        )
     return name
 
 
