@@ -128,7 +128,7 @@ class Calls:
                 self.memory = torch.cuda.max_memory_allocated()
 
     def seconds(self, steps: int) -> float:
-        """Of a step. The first one is left out, in which hosts merge LoRAs."""
+        """Seconds per step, without the first step, in which hosts merge LoRAs."""
         per_step, rest = divmod(len(self.times), steps)
         if rest or steps < 2:
             return (self.times[-1][1] - self.times[0][0]) / steps
@@ -165,7 +165,7 @@ Make = Callable[[Asked], Made]
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the table: what was checked, PASS, FAIL, NOT_CHECKED or MEASURED, and what was found."""
+    """A row of the table: what was checked; PASS, FAIL, NOT_CHECKED or MEASURED; and the result."""
 
     what: str
     verdict: str
