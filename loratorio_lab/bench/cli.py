@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report",
         type=Path,
-        help="write the tables here (docs/lab/RESULTS.md), and plots into results/ beside it",
+        help="write the tables here (docs/lab/RESULTS.md), and plots into results/ next to it; notes between its marks are kept",
     )
     parser.add_argument("--report-only", action="store_true", help="make no picture, only the report")
     parser.add_argument("--minutes", type=float, help="begin no new cell after this time")

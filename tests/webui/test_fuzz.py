@@ -44,7 +44,7 @@ class Some(NamedTuple):
         return some.choice(self.bad if is_bad and some.random() < 0.25 else self.good)
 
 
-ODD: list[Any] = [None, "", "warm", -1, 1e9, 10**400, [], {}, True, "NaN", "hard", 0.5]
+ODD: list[Any] = [None, "", "warm", -1, 1e9, 10**18, [], {}, True, "NaN", "hard", 0.5]
 STRENGTHS = Some(
     ["1", "1", "0.8", "0.8", "0.5:1", "0:1", "-0.7", "2", "0", "te=0.3:unet=1", ""],
     ["abc", "1e30", "1_0", "nan", "1:1:1:1", "0,8", "1.0:5-15"],
@@ -111,7 +111,7 @@ def knobs(some: random.Random, is_bad: bool) -> dict[str, Any]:
 
 def plots(*axes: tuple[str, str]) -> list[dict[str, Any]]:
     """X/Y/Z plots of these axes, each alone and with another one."""
-    also = (
+    also: tuple[dict[str, str], ...] = (
         {},
         {"Y type": "Seed", "Y values": "1, 2"},
         {"Y type": "[LoRAtorio] Enable", "Y values": "true, false"},
@@ -166,8 +166,8 @@ WRONG = {
     r"[Pp]ool": "<pool:",
     r"role": "role=",
     r"^The strength of LoRA .* must be a number": "<l",
-    r"^The tag (<.*>) cannot be read": "{}",
-    r"^The WebUI does not know the tag (<.*>)": "{}",
+    r"^The tag <(\w+):": "<{}:",
+    r"^The WebUI does not know the tag <(\w+):": "<{}:",
 }
 """By what a refusal says, what must stand in the call for it; of settings that are right each, and wrong together, or of a wrong one."""
 
