@@ -102,8 +102,8 @@ class RowCalls:
                 raise
             if len(rows) == (_first_block(rows) if self.one_mix or self._were_regrouped else 1):
                 raise LoratorioError(
-                    "Out of memory even with as few rows per call as possible. Make the picture or the batch smaller, or close what "
-                    "else uses the GPU."
+                    "Out of memory even with as few rows per call as possible. Make the picture or the batch smaller, or close "
+                    "other programs that use the GPU."
                 ) from problem
             return None
 
