@@ -1,4 +1,4 @@
-"""Nothing to install: torch, numpy, safetensors, Pillow and gradio are in every WebUI. Only what is too old is said."""
+"""Nothing to install: every WebUI has torch, numpy, safetensors, Pillow and gradio. This prints which of them are too old."""
 
 import importlib.metadata
 

@@ -1,21 +1,21 @@
-// The panel's line about the LoRAs in the prompt, kept true while the prompt is edited, pasted or filled by the page.
+// The panel's line about the LoRAs in the prompt, kept up to date while the prompt is edited, pasted or filled by the page.
 // For Gradio 3 (A1111, reForge) and Gradio 4 (Forge, Forge Neo). Uses the WebUI's onUiLoaded, onAfterUiUpdate and opts.
 // LoRA names come from anywhere: they enter the page as text nodes only.
 "use strict";
 
 (function() {
     // The same sentence stands in loratorio/webui/panel.py, for the moment before this file has run.
-    const NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own.";
-    const ONE_ONLY = "With a single LoRA, only re-centring, reuse and guidance rescale change the picture.";
-    const ALWAYS_ONLY = "These act in every pass: there is nothing to compose.";
+    const NONE_YET = "No LoRA in the prompt yet, so nothing is composed. Add one, for example <lora:name:0.8>.";
+    const ONE_ONLY = "With a single LoRA, only Re-centring, Reuse and Guidance rescale change the picture.";
+    const ALWAYS_ONLY = "These act in every pass, so there is nothing to compose.";
     const NONE_FOLDED = "no LoRA yet";
-    const OFF = "Off. Ticked, it would compose";
-    const STYLES_TOO = "LoRAs of the chosen styles come on top.";
+    const OFF = "Off. If ticked, it composes";
+    const STYLES_TOO = "The LoRAs of the selected styles are added.";
     const ROLES = ["content", "style", "always"];
-    const ROLES_HELP = "content: where it fits, patch by patch. style: everywhere, in the passes of all the others. always: in every pass, never "
-        + "composed (LCM, Lightning, Turbo and the like).";
+    const ROLES_HELP = "content: composed patch by patch, where it fits. style: acts everywhere, in all the other LoRAs' passes. always: acts in "
+        + "every pass and is never composed (LCM, Lightning, Turbo and other speed LoRAs).";
 
-    // A tag that needs no asking whether it can be read: a name, options, plain numbers.
+    // A tag that is certainly readable: a name, options, plain numbers.
     const PLAIN = /^<\w+:[^:]+(:(?!te=|unet=|dyn=)\w+=[^=:]*|:\s*[-+]?(\d+\.?\d*|\.\d+)\s*)*>$/;
 
     function element(tag, className, text) {
@@ -57,22 +57,22 @@
         const isRole = ROLES.includes(lora.role);
         menu.setAttribute("aria-invalid", String(!isRole));
         for (const role of isRole ? ROLES : [lora.role, ...ROLES]) {
-            menu.append(new Option(ROLES.includes(role) ? role : `${role}: no such role`, role, false, role === lora.role));
+            menu.append(new Option(ROLES.includes(role) ? role : `${role}: unknown role`, role, false, role === lora.role));
         }
-        // The role that the LoRA has anyway needs no writing.
+        // The LoRA's default role need not be written.
         const written = () => menu.value === lora.own ? undefined : menu.value;
         menu.addEventListener("change", () => loratorioTags.write(textarea, lora.numbers, "role", written(), menu.closest("p")));
         return menu;
     }
 
-    /** What the WebUI has of the prompts' LoRAs and pools, asked for when new ones are in them. */
+    /** Which of the prompts' LoRAs and pools the WebUI has, requested when new ones appear. */
     const found = {
         pools: {},
         wrong: {},
         missing: new Set(),
         asked: new Set(),
 
-        /** A remark on a LoRA that there is not, or how many a pool has; nothing while that is not known. */
+        /** A remark about a missing LoRA, or how many LoRAs a pool has; nothing while that is unknown. */
         of(lora) {
             if (!lora.pool) {
                 return this.missing.has(lora.name) ? "not found" : "";
@@ -81,7 +81,7 @@
             return typeof count === "number" ? `${count} LoRA${count === 1 ? "" : "s"}` : count ?? "";
         },
 
-        /** Ask for those that were not asked for yet; `done` is called when the answer is there. */
+        /** Request those that were not requested yet; `done` is called when the answer has arrived. */
         async ask(loras, done) {
             const key = lora => (lora.pool ? "pool:" : "lora:") + lora.name;
             const isNew = text => !this.asked.has(text);
@@ -107,7 +107,7 @@
                 Object.assign(this.wrong, wrong);
                 done();
             } catch {
-                // Where nobody answers, the line says nothing of it.
+                // Without an answer, the line does not mention it.
             }
         },
 
@@ -128,12 +128,12 @@
 
     const isPlaced = lora => lora.options.at !== undefined || lora.options.words !== undefined;
 
-    /** A sentence where LoRAs have places or own words and the chosen method has none, or nothing. */
+    /** A sentence if LoRAs have places or own words and the chosen method does not support them, or nothing. */
     function placeless(tab, loras) {
         const method = gradioApp().querySelector(`#loratorio_${tab}_method input`)?.value;
         const able = JSON.parse(gradioApp().querySelector(`#loratorio_${tab}_places`)?.dataset.methods ?? "[]");
         return !method || !able.length || able.includes(method) || !loras.some(isPlaced) ? ""
-            : `Places and own words need the method ${able.slice(0, -1).join(", ")} or ${able[able.length - 1]}: with ${method} the job stops.`;
+            : `Places and own words do not work with ${method}: the job will stop. Choose ${able.slice(0, -1).join(", ")} or ${able[able.length - 1]}.`;
     }
 
     /**
@@ -200,7 +200,7 @@
             return "";
         }
         const steps = costs[count - 1] ?? costs[last - 1] + (count - last) * (costs[last - 1] - costs[last - 2]);
-        return `With ${count} LoRA${count === 1 ? "" : "s"} a step takes about ${steps.toFixed(1)} times the work of a plain one.`;
+        return `With ${count} LoRA${count === 1 ? "" : "s"}, a step costs about ${steps.toFixed(1)} times as much as a plain one.`;
     }
 
     function showCost(tab, count) {
@@ -253,7 +253,7 @@
                 parts.push(element("span", "loratorio-remark", text));
             }
         }
-        // Blanks for those who copy the line or have it read out; the page itself does not show them.
+        // Spaces for copying and screen readers; the page itself does not show them.
         loratorioTags.keepingFocus(() => line.replaceChildren(...parts.flatMap(part => [part, " "])));
         line.onkeydown = event => loratorioTags.undoKey(event, prompt);
         loratorioPlaces.show(tab, prompt, loras);
@@ -261,7 +261,7 @@
         folded(tab).textContent = all.length ? all.join(" · ") : NONE_FOLDED;
     }
 
-    /** The place for the same in few words in the panel's title, where it is seen while the panel is folded. */
+    /** The short version in the panel's title, visible while the panel is folded. */
     function folded(tab) {
         const title = gradioApp().querySelector(`#loratorio_${tab} .label-wrap`);
         let place = title?.querySelector(".loratorio-folded");
@@ -272,7 +272,7 @@
         return place;
     }
 
-    /** Have `changed` called for what is typed or ticked, and for what the page itself writes (paste, send to, styles). */
+    /** Call `changed` when the user types or ticks, and when the page itself writes (paste, send to, styles). */
     function follow(field, property, changed) {
         if (!field || field.loratorioFollowed) {
             return;
@@ -280,7 +280,7 @@
         field.loratorioFollowed = true;
         field.addEventListener("input", changed);
         field.addEventListener("change", changed);
-        // Gradio sets the property and tells nobody.
+        // Gradio sets the property without an event.
         const own = Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), property);
         Object.defineProperty(field, property, {
             configurable: true,
@@ -296,9 +296,9 @@
     }
 
     /**
-     * Once the panel is open, its arrow and its tick box go ways of their own: folding it shall not switch it off.
+     * Once the panel is open, its arrow and its tick box are independent: folding it must not switch it off.
      *
-     * The WebUI itself parts them at the first click on the box; an event that is no mouse's does the same and ticks nothing.
+     * The WebUI itself separates them at the first click on the box. A synthetic event does the same without ticking it.
      */
     function partArrowAndBox(tab) {
         const box = gradioApp().querySelector(`#loratorio_${tab}-visible-checkbox`);
@@ -308,7 +308,7 @@
         }
     }
 
-    /** Tick the box when the page is opened, where the settings say so: in the page alone, so that API calls are not affected. */
+    /** Tick the box when the page is opened, if the settings say so: only in the page, so that API calls are not affected. */
     function tickAtStart(tab) {
         const box = tickBox(tab);
         if (!box || box.loratorioStarted || typeof opts === "undefined" || opts.loratorio_ticked === undefined) {
@@ -327,7 +327,7 @@
         }
     }
 
-    /** What each preset does, where one looks for it: a choice of Gradio's knows no tooltips. */
+    /** A tooltip on each preset: Gradio's choices have none. */
     function explainPresets(tab) {
         const helps = JSON.parse(gradioApp().querySelector(`#loratorio_${tab}_loras`)?.dataset.presets ?? "{}");
         for (const label of gradioApp().querySelectorAll(`#loratorio_${tab}_preset label`)) {
@@ -341,7 +341,7 @@
     /** Our components with a tooltip, found once among the page's many. */
     let explained = [];
 
-    /** The knobs' tooltips, which the WebUI sets once: one that was greyed, or is no longer, is another element. */
+    /** The knobs' tooltips, which the WebUI sets only once: greying a knob out, or back, replaces its element. */
     function explainKnobs() {
         if (!explained.length) {
             explained = (window.gradio_config?.components ?? []).map((each) => each.props).filter(
@@ -370,6 +370,6 @@
 
     onUiLoaded(update);
     onAfterUiUpdate(update);
-    // The WebUI's button that lists the LoRAs anew.
+    // The WebUI's button that lists the LoRAs again.
     document.addEventListener("click", event => event.target?.closest?.("[id$='_extra_refresh']") && found.forget(), true);
 })();

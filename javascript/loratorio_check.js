@@ -1,8 +1,8 @@
-// The self-check's button in the panel: what it runs with, how it is stopped, and its table as text.
+// The self-check's button in the panel: its inputs, how it is stopped, and its table as text.
 "use strict";
 
 const loratorioCheck = {
-    /** The button was pressed: what the check runs with, off the page, as the argument of the button's function. */
+    /** The button was pressed: the check's inputs from the page, as the argument of the button's function. */
     begin(tab) {
         const value = selector => gradioApp().querySelector(selector)?.value;
         const number = name => Number(value(`#${tab}_${name} input[type=number]`)) || undefined;
@@ -16,7 +16,7 @@ const loratorioCheck = {
         })];
     },
 
-    /** The table is there, or an error. */
+    /** The table, or an error, has arrived. */
     end(tab) {
         this.show(tab, false);
         return [];
@@ -29,7 +29,7 @@ const loratorioCheck = {
         }
     },
 
-    /** Without https a page has no clipboard but the old one. */
+    /** Without https, a page can use only the old clipboard interface. */
     async copy(text) {
         try {
             await navigator.clipboard.writeText(text);

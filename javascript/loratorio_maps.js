@@ -6,19 +6,19 @@
 const loratorioMaps = (function() {
     const MARK = ", LoRAtorio map: True";
 
-    /** The infotext of the picture that a map belongs to; nothing where the text is no map's. */
+    /** The infotext of the picture that a map belongs to; undefined if the text is not a map's. */
     function pictureOf(text) {
         return text?.endsWith(MARK) ? text.slice(0, -MARK.length) : undefined;
     }
 
-    /** Number of the chosen picture, or of the one that a chosen map belongs to; -1 where that is not known. */
+    /** Number of the chosen picture, or of the one that a chosen map belongs to; -1 if unknown. */
     function pictureIndex(info, chosen) {
         const own = pictureOf(info.infotexts[chosen]);
         return own === undefined ? chosen : info.infotexts.indexOf(own, info.index_of_first_image ?? 0);
     }
 
     /**
-     * The gallery, the chosen index and the pictures' infotexts as the button shall send them.
+     * The gallery, the chosen index and the pictures' infotexts that the button must send.
      *
      * A map that is chosen means its picture. Where the chosen picture stays in the gallery, its maps do.
      */

@@ -1,9 +1,9 @@
-// Places of the prompt's LoRAs: a small picture with a box for each, dragged, resized and drawn; what is drawn is written into the tags,
-// what is typed is shown. One for each tab, made by JavaScript alone. Uses loratorioTags (loratorio_tags.js) and loratorioMaps (loratorio_maps.js).
+// Places of the prompt's LoRAs: a small picture with a box for each, to drag, resize and draw. Drawn boxes are written into the tags, typed
+// ones are shown. One per tab, made by JavaScript alone. Uses loratorioTags (loratorio_tags.js) and loratorioMaps (loratorio_maps.js).
 "use strict";
 
 const loratorioPlaces = (function() {
-    // The same names stand in loratorio/places.py.
+    // The same names are in loratorio/prompt/places.py.
     const NAMED = {
         "left": [0, 0, 0.5, 1],
         "right": [0.5, 0, 1, 1],
@@ -20,13 +20,13 @@ const loratorioPlaces = (function() {
     const LEAST = 0.04; // a box's side, as a part of the picture's
     const SNAP = 0.025;
     const STEP = 0.05; // of the arrow keys
-    const HELP = "Drag on the picture to draw a place for the marked LoRA. Drag a box to move it, its edges to resize it; a double click removes it. "
-        + "Keys: arrows move, with Shift they resize, Delete removes, Ctrl+Z undoes.";
+    const HELP = "Drag on the picture to draw a place for the marked LoRA. Drag a box to move it, or its edges to resize it. Double-click removes it. "
+        + "Keys: arrows move, Shift+arrows resize, Delete removes, Ctrl+Z undoes.";
     const EVERYWHERE = "everywhere";
-    // Where a WebUI has the picture that img2img works on: one for each of its tabs.
+    // The elements with img2img's input picture, one for each of its tabs.
     const INPUTS = ["img2img_image", "img2img_sketch", "img2maskimg", "inpaint_sketch", "img_inpaint_base"];
 
-    /** An option `at=…` as boxes [x0, y0, x1, y1] and the text of its edge; null where it cannot be read. */
+    /** An option `at=…` as boxes [x0, y0, x1, y1] and the text of its edge; null if it cannot be read. */
     function parse(value) {
         const [places, ...edge] = value.trim().toLowerCase().split("~");
         const boxes = places.split("+").map(part => {
@@ -41,7 +41,7 @@ const loratorioPlaces = (function() {
 
     const nameOf = box => Object.keys(NAMED).find(each => NAMED[each].every((side, i) => Math.abs(side - box[i]) < 0.005));
 
-    /** Boxes as they are written: by name where there is one. */
+    /** Boxes as text, by name if there is one. */
     function written({boxes, edge}) {
         return boxes.map(box => nameOf(box) ?? box.map(side => String(Math.round(side * 100) / 100)).join(",")).join("+") + edge;
     }
@@ -125,7 +125,7 @@ const loratorioPlaces = (function() {
                 ? placed.map(lora => `${lora.name} ${described(lora)}`).join(" · ")
                 : "every LoRA everywhere");
             if (placed.length && !this.opened) {
-                this.opened = this.fold.open = true; // once: who folds it away wants it so
+                this.opened = this.fold.open = true; // only once, so that it stays folded if the user folds it
             }
             this.aspect();
             if (!this.dragging) {
@@ -133,7 +133,7 @@ const loratorioPlaces = (function() {
             }
         }
 
-        /** Draw the LoRAs anew, where they are others than those drawn: a box between two clicks, or under a finger, stays the same one. */
+        /** Redraw the LoRAs only if they have changed: during a double click or a drag, a box must stay the same element. */
         render() {
             const state = JSON.stringify(this.loras);
             if (this.drawn === state) {
@@ -157,7 +157,7 @@ const loratorioPlaces = (function() {
             this.canvas.style.width = `min(100%, ${Math.round(ratio >= 1 ? 320 : Math.max(140, 320 * ratio))}px)`;
         }
 
-        /** The picture that img2img works on, or else the gallery's, lies under the boxes. */
+        /** Show img2img's input picture, or else the gallery's, under the boxes. */
         underlay() {
             const inputs = this.tab === "img2img" ? INPUTS.map(id => gradioApp().querySelector(`#${id}`)) : [];
             const input = inputs.find(each => each?.offsetParent)?.querySelector("img");
@@ -179,7 +179,7 @@ const loratorioPlaces = (function() {
                 const info = JSON.parse(gradioApp().querySelector(`#generation_info_${this.tab} textarea`).value);
                 index = Math.max(loratorioMaps.pictureIndex(info, index), info.index_of_first_image ?? 0);
             } catch {
-                // Nothing is known of the pictures.
+                // Nothing is known about the pictures.
             }
             return items[index]?.querySelector("img") ?? gallery?.querySelector("img");
         }
@@ -218,7 +218,7 @@ const loratorioPlaces = (function() {
             return menu;
         }
 
-        /** For which LoRA the next place is drawn: the one picked, else the next that has none; a style has none by its nature. */
+        /** The LoRA that the next place is drawn for: the picked one, else the next content LoRA without a place. */
         get target() {
             const waiting = this.loras.findIndex(lora => lora.options.at === undefined && lora.role === "content");
             const chosen = this.picked ?? (waiting < 0 ? this.last : waiting);
@@ -280,7 +280,7 @@ const loratorioPlaces = (function() {
                 window.removeEventListener("pointerup", end);
                 window.removeEventListener("pointercancel", end);
                 this.dragging = false;
-                // A mere click leaves the boxes as they are: the next one may make it a double click.
+                // A click keeps the box elements: the next one may make it a double click.
                 if (far) {
                     this.drawn = null;
                 }
@@ -379,7 +379,7 @@ const loratorioPlaces = (function() {
         canvases[tab].show(textarea, loras);
     }
 
-    /** The picture's size, or the picture below the boxes, may be another. */
+    /** The picture's size, or the picture below the boxes, may have changed. */
     function update() {
         for (const canvas of Object.values(canvases)) {
             if (!canvas.dragging) {

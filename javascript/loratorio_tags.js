@@ -2,13 +2,13 @@
 "use strict";
 
 const loratorioTags = (function() {
-    /** The prompt as the WebUI reads it: with blanks for what stands behind a #, where its option for comments is on. */
+    /** The prompt as the WebUI reads it: with spaces for comments after a #, if its option for comments is on. */
     function withoutComments(prompt) {
         const on = typeof opts !== "undefined" && opts.enable_prompt_comments;
         return on ? prompt.replace(/#[^\n]*/g, comment => " ".repeat(comment.length)) : prompt;
     }
 
-    /** A tag's content cut at its colons, but for those inside brackets of own words. The same rule stands in loratorio/tags.py. */
+    /** A tag's content split at its colons, except those inside brackets of own words. The same rule is in loratorio/prompt/tags.py. */
     function split(content) {
         const parts = [];
         for (const part of content.split(":")) {
@@ -42,8 +42,8 @@ const loratorioTags = (function() {
     }
 
     /**
-     * The LoRAs and pools of a prompt, in its order: name, strength in the UNet and in the text encoder as text, options as they are
-     * written, the tag itself, where it begins and ends.
+     * The LoRAs and pools of a prompt, in its order: name, strengths in the UNet and in the text encoder as text, options as written,
+     * the tag itself, and its start and end.
      */
     function read(prompt) {
         const found = [];
@@ -66,17 +66,17 @@ const loratorioTags = (function() {
         return found;
     }
 
-    /** "0.80" as "0.8"; what is no number stays as it is. */
+    /** "0.80" as "0.8"; text that is not a number is unchanged. */
     function plain(number) {
         const value = Number(number);
         return number.trim() !== "" && Number.isFinite(value) ? String(value) : number;
     }
 
     /**
-     * Write an option of the LoRA whose tags are those of the textarea with these numbers; undefined takes it out.
+     * Write an option of the LoRA whose tags in the textarea have these numbers; undefined removes it.
      *
-     * Options stand before the strength: the WebUI's Ctrl+Up and Ctrl+Down change the number at a tag's end. `anchor` is what the user
-     * is looking at.
+     * Options come before the strength, because the WebUI's Ctrl+Up and Ctrl+Down change the number at a tag's end. `anchor` is the
+     * element that the user is looking at.
      */
     function write(textarea, numbers, option, value, anchor) {
         const written = read(textarea.value);
@@ -103,7 +103,7 @@ const loratorioTags = (function() {
         return `<${[kind, name, ...options, ...numbers].join(":")}>`;
     }
 
-    /** Put `text` in the place of a part of the textarea's, as if it were typed: the browser can undo it. */
+    /** Replace a part of the textarea's text as if it were typed, so that the browser can undo it. */
     function replace(textarea, start, end, text, anchor = textarea) {
         const done = edited(textarea, anchor, () => {
             textarea.setSelectionRange(start, end);
@@ -116,9 +116,9 @@ const loratorioTags = (function() {
     }
 
     /**
-     * Edit the textarea with it in focus; what `edit` returns, false where it cannot have the focus.
+     * Edit the textarea while it has the focus. Returns the result of `edit`, or false if it cannot have the focus.
      *
-     * The browser scrolls to the textarea, and Gradio makes it as high as its text: the anchor stays where it is all the same.
+     * The browser scrolls to the textarea, and Gradio makes it as high as its text. The anchor keeps its position all the same.
      */
     function edited(textarea, anchor, edit) {
         const before = anchor.getBoundingClientRect();
@@ -135,7 +135,7 @@ const loratorioTags = (function() {
         return done;
     }
 
-    /** Do what may take the focus, or may replace the element that has it by another one with its id; what `action` returns. */
+    /** Run `action`, which may take the focus or replace the focused element by one with the same id. Returns its result. */
     function keepingFocus(action) {
         const before = document.activeElement;
         const result = action();
@@ -148,7 +148,7 @@ const loratorioTags = (function() {
         return result;
     }
 
-    /** Ctrl+Z and the like outside of the textarea: undo, or do again, what was written into it. */
+    /** Ctrl+Z and the like outside of the textarea: undo or redo what was written into it. */
     function undoKey(event, textarea) {
         const key = (event.ctrlKey || event.metaKey) && !event.altKey ? event.key.toLowerCase() : "";
         if (key === "z" || key === "y") {
@@ -159,7 +159,7 @@ const loratorioTags = (function() {
 
     // -- the WebUI's own editing --------------------------------------------------------------------------------------
 
-    /** A click on a LoRA's card takes its tag out again; the WebUI itself finds only tags without options. */
+    /** A click on a LoRA's card removes its tag again; the WebUI itself finds only tags without options. */
     function removeOnCardClick() {
         const original = window.tryToRemoveExtraNetworkFromPrompt;
         if (typeof original !== "function" || original.knowsOptions) {
@@ -190,7 +190,7 @@ const loratorioTags = (function() {
         window.tryToRemoveExtraNetworkFromPrompt = extended;
     }
 
-    /** Ctrl+Up and Ctrl+Down in a tag whose options stand behind its strength, which the WebUI would not find. */
+    /** Ctrl+Up and Ctrl+Down in a tag whose options come after its strength, which the WebUI would not find. */
     function changeStrength(event) {
         const isUp = event.key === "ArrowUp";
         const area = event.composedPath()[0];

@@ -1,7 +1,7 @@
-"""The self-check: do LoRAtorio's pictures agree with the host's own, with the checkpoint and the LoRAs at hand?
+"""The self-check: do LoRAtorio's pictures agree with the host's own, with your checkpoint and LoRAs?
 
-It knows no host. A host makes the pictures that are asked for (`Asked`), and `check` compares them and fills the table.
-The comparisons are of latents, before the VAE: there a wrong row cannot hide behind rounding to 8 bits.
+It is independent of the host. A host makes the requested pictures (`Asked`), and `check` compares them and fills the table.
+It compares latents, before the VAE, so that rounding to 8 bits cannot hide a wrong row.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 STEPS = 4
-"""How many steps the pictures have, but for those of single steps."""
+"""Steps per picture, except for those of a single step."""
 
 MOST = 4
-"""So many of a prompt's LoRAs are checked."""
+"""The most LoRAs of a prompt that are checked."""
 
 EXACT = Settings(enabled=True, method="loratorio", top_k=0, recentre=0.0, share=0.0, reuse=1)
-"""Settings under which a LoRA that is alone in a place gives there what merging it gives."""
+"""Settings with which a LoRA that is alone in a place gives the same result there as merging it."""
 
 MERGED = Settings(enabled=True, method="merge")
 PAPER = Settings(enabled=True).with_values(PRESETS["paper"].values)
@@ -38,17 +38,17 @@ PASS, FAIL, NOT_CHECKED, MEASURED = "pass", "FAIL", "not checked", "measured"
 
 LIMITS = {"float32": 60.0, "float16": 35.0, "bfloat16": 30.0}
 LIMIT_QUANTISED = 25.0
-"""In dB, how close two results must be that only rounding may tell apart. A host that merges into weights of 8 bits or fewer
-rounds the result to them, LoRAtorio does not."""
+"""In dB, how close two results must be if they may differ only by rounding. A host that merges into weights of 8 bits or fewer
+rounds the result to them; LoRAtorio does not."""
 
 STOPPED = "The check was stopped."
 
 CLEARLY = 10.0
-"""So many dB closer to each other than to the picture without the LoRA must they be, or the comparison proves nothing."""
+"""Two results must be closer to each other than to the picture without the LoRA by this many dB, or the comparison proves nothing."""
 
 ABOUT_DB = (
-    "dB say how close two results are: the more, the closer. They compare the latents, before the VAE. "
-    "Above 35 dB the eye sees no difference."
+    "dB measure how close two results are: higher is closer. The latents are compared, before the VAE. "
+    "Above 35 dB no difference is visible."
 )
 
 
@@ -58,12 +58,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """A picture that the host shall make: always the same text, seed and size.
+    """A picture that the host must make. Text, seed and size are always the same.
 
     Attributes:
-        loras: numbers of the LoRAs that are in the prompt.
+        loras: numbers of the LoRAs in the prompt.
         settings: LoRAtorio's; None: unticked, so that the host merges the LoRAs.
-        places: for each of the LoRAs its place, as in a tag. Empty: none has one.
+        places: each LoRA's place, as in a tag. Empty: no places.
     """
 
     loras: tuple[int, ...] = ()
@@ -128,7 +128,7 @@ class Calls:
                 self.memory = torch.cuda.max_memory_allocated()
 
     def seconds(self, steps: int) -> float:
-        """Of a step. The first one is left out, in which hosts merge LoRAs."""
+        """Seconds per step, without the first step, in which hosts merge LoRAs."""
         per_step, rest = divmod(len(self.times), steps)
         if rest or steps < 2:
             return (self.times[-1][1] - self.times[0][0]) / steps
@@ -165,7 +165,7 @@ Make = Callable[[Asked], Made]
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the table: what was checked, PASS, FAIL, NOT_CHECKED or MEASURED, and what was found."""
+    """A row of the table: what was checked; PASS, FAIL, NOT_CHECKED or MEASURED; and the result."""
 
     what: str
     verdict: str
@@ -186,9 +186,9 @@ class Report:
         if failed:
             return f"{failed} of {failed + passed} checks failed. Please copy this table into a bug report."
         if not passed:
-            return "Nothing was checked: the table says why."
+            return "Nothing was checked: see the table for the reasons."
         skipped = any(finding.verdict == NOT_CHECKED for finding in self.findings)
-        return f"All {passed} checks passed.{' Some were not made: the table says why.' if skipped else ''}"
+        return f"All {passed} checks passed.{' Some were skipped: see the table for the reasons.' if skipped else ''}"
 
     @property
     def text(self) -> str:
@@ -211,14 +211,14 @@ def check(names: Sequence[str], host: str, make: Make, facts: Callable[[], Mappi
     findings = tuple(run.findings())
     about = {
         "LoRAs": names[:MOST],
-        "LoRAs that change nothing here": run.idle,
+        "LoRAs without effect": run.idle,
         f"LoRAs beyond the first {MOST}, not checked": names[MOST:],
     }
     return Report(findings, {**facts(), **{what: ", ".join(those) for what, those in about.items() if those}})
 
 
 class _NotChecked(Exception):
-    """Something cannot be checked, and why."""
+    """Something cannot be checked, with the reason."""
 
 
 class _Check:
@@ -266,7 +266,7 @@ class _Check:
         """What all of the rows need."""
         if not self._names:
             raise _NotChecked("There is no LoRA in the prompt.")
-        # The first picture after another job is not always that job's next one: warm up, and see whether the host repeats itself.
+        # Hosts do not always make the same picture first after another job: warm up, and see whether the host repeats itself.
         self._first = self._new(self._plain)
         self._before = self._new(self._plain)
         base = self._single_step(()).latents
@@ -275,7 +275,7 @@ class _Check:
         self.idle = [name for number, name in enumerate(self._names) if number not in self._active]
         if not self._active:
             raise _NotChecked(
-                "No LoRA of the prompt changes the picture: its file, its strength or its model does not fit."
+                "No LoRA of the prompt changes the picture. Check the files, the strengths and the checkpoint."
             )
 
     # -- the comparisons ----------------------------------------------------------------------------------------------
@@ -288,14 +288,14 @@ class _Check:
 
     def _merged(self) -> tuple[str, str]:
         if len(self._active) < 2:
-            raise _NotChecked("This needs two LoRAs in the prompt.")
+            raise _NotChecked("This needs two LoRAs in the prompt that change the picture.")
         ours = self._composed(Asked(self._active, MERGED))
         host, without = self._picture(Asked(self._active)), self._picture(Asked())
         return _compared("All LoRAs", ours.latents, host.latents, without.latents, host.calls.limit)
 
     def _rows(self) -> tuple[str, str]:
-        """In one step, each LoRA alone in a strip of the picture, and none in the last: every strip must be the host's with that
-        LoRA alone. A row that gets another's LoRA or another's text shows in its strip."""
+        """One step with each LoRA alone in a strip of the picture, and none in the last. Every strip must equal the host's result with
+        that LoRA alone, so a row with a wrong LoRA or a wrong text shows in its strip."""
         hosts = [self._single_step((number,)) for number in self._active] + [self._single_step(())]
         width = hosts[0].latents.shape[-1]
         edges = [width * place // len(hosts) for place in range(len(hosts) + 1)]
@@ -345,7 +345,7 @@ class _Check:
     def _memory(self) -> tuple[str, str]:
         plain, ours = (calls.memory for calls in self._plain_and_paper)
         if plain is None or ours is None:
-            return MEASURED, "On CUDA only."
+            return MEASURED, "Measured on CUDA only."
         return (
             MEASURED,
             f"at most {ours / 2**20:.0f} MiB with the preset Paper; {plain / 2**20:.0f} MiB without LoRAtorio.",
@@ -361,13 +361,15 @@ class _Check:
     def _after(self) -> tuple[str, str]:
         first, before, after = self._first, self._before, self._new(self._plain)
         if torch.equal(before.latents, after.latents) and before.picture == after.picture:
-            return PASS, "Equal in every bit."
+            return PASS, "Equal bit for bit."
         near = _db(after.latents, before.latents)
         if torch.equal(first.latents, before.latents):
             return FAIL, f"They differ: {_in_words(near)}."
-        # A host whose own pictures differ from one time to the next has no bits to compare.
+        # If a host's own pictures differ each time, bits cannot be compared.
         own = min(_db(first.latents, before.latents), before.calls.limit)
-        found = f"{_in_words(near)}; but two pictures before LoRAtorio ran differ as well ({_in_words(own)})."
+        found = (
+            f"{_in_words(near)}. Two pictures from before LoRAtorio ran differ as well ({_in_words(own)})."
+        )
         return (PASS if near >= own else FAIL), found
 
     # -- pictures -----------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ class _Check:
         """A picture that LoRAtorio composed, and all of the LoRAs in it."""
         made = self._picture(asked)
         if made.composed != len(asked.loras):
-            said = " ".join(made.notes) or "LoRAtorio did not say why."
+            said = " ".join(made.notes) or "LoRAtorio gave no reason."
             raise _NotChecked(f"{made.composed} of {len(asked.loras)} LoRAs were composed. {said}")
         return made
 
@@ -392,7 +394,7 @@ class _Check:
         made = self._make(asked)
         if not made.calls.rows:
             raise _NotChecked(
-                "The model could not be watched: something else, such as a compiled engine, takes its place."
+                "The model could not be observed: something else, such as a compiled engine, replaces it."
             )
         self._every.append(made.calls)
         return made
@@ -409,17 +411,17 @@ def _outcome(run: Callable[[], tuple[str, str] | None]) -> tuple[str, str] | Non
     except LoratorioError as problem:
         return FAIL, f"LoRAtorio refused: {problem}"
     except Exception as problem:  # whatever a host raises belongs into the table
-        return FAIL, f"An error ended the picture: {type(problem).__name__}: {problem}"
+        return FAIL, f"The picture failed with an error: {type(problem).__name__}: {problem}"
 
 
 def _compared(name: str, ours: Tensor, host: Tensor, other: Tensor, limit: float) -> tuple[str, str]:
-    """Verdict and sentence for ours against the host's; `other`: the nearest one that it must not be."""
+    """Verdict and sentence for our result against the host's. other: the closest result that it must not be."""
     near, far = _db(ours, host), _db(other, host)
-    found = f"{name}: {_in_words(near)} ({limit:g} dB or more is a pass; another LoRA or none gives {_in_words(far)})."
+    found = f"{name}: {_in_words(near)} (pass: {limit:g} dB or more; with another LoRA or none: {_in_words(far)})."
     if near < limit or math.isnan(near):
         return FAIL, found
     if far == math.inf or near < far + CLEARLY:
-        return NOT_CHECKED, f"{found} The LoRA changes too little here for this to prove anything."
+        return NOT_CHECKED, f"{found} The LoRA changes the picture too little for this check."
     return PASS, found
 
 
@@ -453,7 +455,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _now(device: torch.device) -> float:
-    """The time, when the device has done all that it was told."""
+    """The time after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

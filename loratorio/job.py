@@ -1,4 +1,4 @@
-"""One press of a WebUI's Generate button, as the page's part and the host's part of the extension both see it."""
+"""One press of a WebUI's Generate button, shared by the page's part and the host's part of the extension."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the user, and the pass that it is true of. batch, hires: as in `PassRecord`."""
+    """A sentence for the user, and the pass that it is about. batch, hires: as in `PassRecord`."""
 
     sentence: str
     batch: int
@@ -50,19 +50,19 @@ class Note:
 
 @dataclass
 class Job:
-    """What lasts for one press of the Generate button.
+    """The state of one press of the Generate button.
 
     Attributes:
         p: the WebUI's processing object.
         settings: the knobs.
-        standing: sentences that are true of every pass.
+        standing: sentences that are true for every pass.
         tell: called with every new sentence.
-        changed: called when a pass, or a note, has come.
-        passes: what was composed so far.
-        told: the notes so far, each once a pass.
+        changed: called after every new pass or note.
+        passes: the finished passes.
+        told: the notes so far, each once per pass.
         begun: the passes that have begun, as (batch, hires).
-        adapters: LoRAs that the host has read, kept for the job's other batches, since some kinds take seconds.
-        hires_prompts: the job's own prompts for the hires pass, while others stand in their place for the WebUI to read.
+        adapters: LoRAs that the host has read, kept for the job's other batches, because some kinds take seconds.
+        hires_prompts: the job's own prompts for the hires pass, while they are replaced by prompts that the WebUI can read.
     """
 
     p: Any
@@ -92,7 +92,7 @@ class Job:
         return list(dict.fromkeys(note.sentence for note in self.told))
 
     def end_batch(self) -> None:
-        """A batch of pictures is made: say so where nothing was sampled for it."""
+        """A batch of pictures is finished: add a note if nothing was sampled for it."""
         if self.batch not in {batch for batch, _ in self.begun}:
             self.note(NOT_COMPOSED)
 
@@ -103,7 +103,7 @@ class Job:
             self.note(sentence)
 
     def note(self, sentence: str) -> None:
-        """Tell the user `sentence`, of the pass that is being made."""
+        """Tell the user `sentence`, about the current pass."""
         note = Note(sentence, self.batch, self.is_hires)
         if note in self.told:
             return
@@ -119,16 +119,16 @@ class Job:
         self.changed()
 
     def release(self) -> None:
-        """The job is over: free what was read for it.
+        """The job is over: free the LoRAs that were read for it.
 
-        The job hangs on the WebUI's object and that on the job, so both last until Python looks for such rings, which it does by their
+        The job and the WebUI's object refer to each other, so both live until Python collects cycles, which it does by their
         number and not by the gigabytes that they hold.
         """
         self.adapters.clear()
 
     @contextmanager
     def ended_by_errors(self) -> Iterator[None]:
-        """While this lasts, an exception ends the job: the WebUI tells nobody that it is over."""
+        """Inside this block, an exception ends the job: the WebUI has no event for it."""
         try:
             yield
         except BaseException as problem:
@@ -138,7 +138,7 @@ class Job:
             raise
 
     def notes_of(self, batch: int) -> list[str]:
-        """The sentences about a batch's pictures; where it has two passes and one is true of one only, it says of which."""
+        """The sentences about a batch's pictures. With two passes, a sentence about only one of them names the pass."""
         has_two = {(batch, False), (batch, True)} <= self.begun
         of_batch = [note for note in self.told if note.batch == batch]
         sentences = []
@@ -150,7 +150,7 @@ class Job:
 
 
 NOT_COMPOSED = (
-    "LoRAtorio composed nothing in this picture: the WebUI sampled no step of it, or another extension samples in its own way, with the "
-    "LoRAs merged (Tiled Diffusion's DemoFusion does)."
+    "LoRAtorio composed nothing in this picture. Either the WebUI did not sample it, or another extension, such as Tiled Diffusion's "
+    "DemoFusion, samples in its own way with the LoRAs merged."
 )
 FIRST_PASS, HIRES_PASS = "First pass: ", "Hires pass: "

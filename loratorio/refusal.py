@@ -33,7 +33,7 @@ Refusal.__name__ = Refusal.__qualname__ = "LoRAtorio"
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """While this lasts, a LoratorioError becomes a `Refusal`."""
+    """Inside this block, a LoratorioError becomes a `Refusal`."""
     try:
         yield
     except Refusal:

@@ -1,4 +1,4 @@
-"""The doorway: the WebUI's events come in here and go on into `loratorio`. No logic of its own."""
+"""The extension's script: it passes the WebUI's events on to `loratorio` and has no logic of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ script_callbacks.on_app_started(self_check.add_route)
 
 
 class LoratorioScript(scripts.Script):
-    """An AlwaysOn script in txt2img and img2img. The job it is busy with hangs on the WebUI's processing object."""
+    """An AlwaysOn script in txt2img and img2img. Its current job is an attribute of the WebUI's processing object."""
 
     def title(self):
         return "LoRAtorio"
@@ -85,7 +85,7 @@ class LoratorioScript(scripts.Script):
                 from loratorio.hosts.shared.other_extensions import sampling_in_parts
                 from loratorio.webui import gallery
 
-                if not sampling_in_parts(p):  # such a script would take the maps for further parts
+                if not sampling_in_parts(p):  # such a script would treat the maps as further parts
                     gallery.add_maps(job_of(p), processed)
 
 
@@ -95,7 +95,7 @@ def job_of(p):
 
 @contextmanager
 def stopping(p):
-    """An error stops the job. The WebUI itself would print it and make another picture than was asked for."""
+    """An error stops the job. The WebUI itself would print it and make a different picture than the requested one."""
     try:
         yield
     except Exception as problem:

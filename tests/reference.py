@@ -1,4 +1,4 @@
-"""METHOD.md once more, slowly: float64, one patch after the other, as the formulas stand there."""
+"""The paper's formulas (arXiv 2508.11624), read literally and slowly: float64, one patch after the other."""
 
 from __future__ import annotations
 

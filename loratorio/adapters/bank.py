@@ -1,8 +1,8 @@
-"""All LoRAs of a generation, with the base weights left alone: each row of a batch gets its own.
+"""All LoRAs of a generation. Each row of a batch gets its own, and the base weights stay unchanged.
 
-While the bank is attached, a forward hook on every touched layer adds to each row the deltas of that row's mix. Rows of
-equal mix that stand together form a segment. What neighbouring segments have in common is added to all of them in one product, and
-what single LoRAs add beside it in another one.
+While the bank is attached, a forward hook on every touched layer adds to each row the deltas of that row's mix. Adjacent rows with
+the same mix form a segment. What neighbouring segments have in common is added to all of them in one product; the rest of each LoRA
+in another one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .stacks import Stacks, Target
 
 
 class Regrouped(Exception):
-    """A layer was given other entries than the rows of the call, so it is unknown which row an entry belongs to."""
+    """A layer's entries are not the rows of the call, so it is unknown which row an entry belongs to."""
 
 
 PLANS = 64
-"""So many ways to route rows are remembered, and so many dense sums of several LoRAs."""
+"""The most routings that are cached, and the most dense sums of several LoRAs."""
 
 _Plan = dict[tuple[str, Target], list[LayerProduct]]
 """The products of every layer for one way to route rows."""
@@ -38,9 +38,9 @@ class _Routing:
     """How the rows of the next model calls are routed.
 
     Attributes:
-        mixes: one for each row. segments: of the rows that any LoRA acts on.
-        by_layer: the mix that replaces every segment's in a layer.
-        plan: the products of this routing, as far as they are known.
+        mixes: one per row. segments: those that any LoRA acts on.
+        by_layer: by layer, the mix that replaces every segment's mix there.
+        plan: the products of this routing that are already planned.
     """
 
     mixes: tuple[Coefficients, ...] = ()
@@ -72,24 +72,24 @@ class Bank:
 
     @property
     def is_routed(self) -> bool:
-        """Whether model calls are those of rows that were routed."""
+        """Whether model calls get routed rows."""
         return bool(self._routing.mixes)
 
     def keep_apart(self, numbers: Iterable[int], most: int) -> None:
-        """Of these LoRAs, the candidates of a pool, only the `most` last used ones stay on the model's device. Before attaching."""
+        """Keep only the `most` last used of these LoRAs, a pool's candidates, on the model's device. Call before attaching."""
         self._apart, self._most_apart = frozenset(numbers), most
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Bring the attached LoRAs, but for those that are kept apart, to where the model's layers compute.
+        """Move the attached LoRAs, except those that are kept apart, to the device and dtype that the layers compute with.
 
-        Else that is done at the first call of each layer, and so is whatever was prepared for another dtype than a layer's output has.
+        Otherwise this happens at the first call of each layer, as it does for layers whose output has another dtype.
         """
         self._stacks.prepare(Target(device, dtype))
 
     @property
     def numbers(self) -> int:
-        """How many numbers are on the device when all is in use: each LoRA's once, of those kept apart the largest that may stay, and
-        where several change weights densely the sum of what rows have in common."""
+        """The most numbers on the device: each LoRA's once; of those kept apart, the largest that may stay; and the sum of several
+        dense changes, if there are any."""
         apart = sorted((self.adapters[number].size for number in self._apart), reverse=True)
         together = [adapter for number, adapter in enumerate(self.adapters) if number not in self._apart]
         dense = sorted(adapter.dense_size for adapter in together)
@@ -98,7 +98,7 @@ class Bank:
 
     @contextmanager
     def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Hook the layers that the adapters touch; on the way out every hook is gone, also after an exception.
+        """Hook the layers that the adapters touch. On exit every hook is removed, also after an exception.
 
         Raises:
             LoratorioError: a LoRA changes a layer that `layers` lacks, or one of another shape.
@@ -119,16 +119,16 @@ class Bank:
         mixes: Sequence[Coefficients],
         by_layer: Mapping[str, Coefficients] | None = None,
     ) -> Iterator[None]:
-        """While this lasts, row i of every model call gets `mixes[i]`, one coefficient per adapter.
+        """Inside this block, row i of every model call gets `mixes[i]`, one coefficient per adapter.
 
-        Target all mixes are equal a layer may be given any entries: rows repeated, regrouped, folded (frames, crops) or added. Else a
-        call raises `Regrouped` where a layer is given another number of them than there are rows.
+        If all mixes are equal, a layer may get any entries: rows repeated, regrouped, folded (frames, crops) or added. Otherwise a
+        call raises `Regrouped` if the number of a layer's entries is not the number of rows.
 
         Args:
-            by_layer: by a layer's name, the mix that every row with any LoRA gets there instead.
+            by_layer: by layer name, the mix that every row with any LoRA gets there instead.
 
         Raises:
-            ValueError: a mix has not one coefficient per adapter.
+            ValueError: a mix does not have one coefficient per adapter.
         """
         most = len(self.adapters) + self._has_assembled
         if any(not len(self.adapters) <= len(mix) <= most for mix in mixes):
@@ -136,7 +136,7 @@ class Bank:
         mixes = [(*mix, *[0.0] * (most - len(mix))) for mix in mixes]
         before, now = self._routing, tuple(segments(mixes))
         self._make_room(now)
-        # What differs between layers is another at each step: not worth keeping.
+        # Mixes by layer differ at each step: not worth caching.
         plan: _Plan = {} if by_layer else self._plan_for(now)
         self._routing = _Routing(tuple(mixes), now, by_layer or {}, plan)
         try:
@@ -146,7 +146,7 @@ class Bank:
 
     @contextmanager
     def routed_part(self, numbers: Sequence[int]) -> Iterator[None]:
-        """While this lasts, model calls have only those of the routed rows that have these numbers, in this order."""
+        """Inside this block, model calls have only the routed rows with these numbers, in this order."""
         routing = self._routing
         part = [routing.mixes[number] for number in numbers]
         with self.routed(part, routing.by_layer):
@@ -160,7 +160,7 @@ class Bank:
             yield name, {i: change for i, change in made.items() if change is not None}
 
     def products(self) -> Iterator[tuple[str, dict[int, tuple[Tensor, Tensor]]]]:
-        """Layer by layer, of each LoRA (by number) the low-rank part of what it adds to the layer's weight, at its strength, float32:
+        """Layer by layer, the low-rank part of what each LoRA (by number) adds to the layer's weight, at its strength, float32:
         down (r, in, …) and up (r, out). Nothing while the bank is not attached."""
         for name, by_number in self._fitted.items():
             low_rank = {i: fitted.low_rank for i, fitted in by_number.items()}
@@ -168,11 +168,11 @@ class Bank:
             yield name, {i: _product(own, strengths[i]) for i, own in low_rank.items() if own is not None}
 
     def assemble(self, products: Mapping[str, tuple[Tensor, Tensor]], mix: Coefficients) -> None:
-        """Add one LoRA, until the layers are left: the last coefficient of a mix is then its own.
+        """Add one LoRA until the bank is detached. The last coefficient of a mix is then its own.
 
         Args:
             products: its low-rank part by layer, down (r, in, …) and up (r, out). Only layers that the other LoRAs touch.
-            mix: its dense part is the sum of the other LoRAs' dense parts, in this measure.
+            mix: the weights of the other LoRAs' dense parts, whose sum is its dense part.
         """
         fitted = {name: dict(by_number) for name, by_number in self._fitted.items()}
         for name, by_number in fitted.items():
@@ -188,7 +188,7 @@ class Bank:
         self._plans.clear()
 
     def _make_room(self, now: Sequence[Segment]) -> None:
-        """Release the LoRAs kept apart that were not used for longest, where these segments need the room."""
+        """Release the least recently used of the LoRAs kept apart if these segments need the room."""
         for number in sorted(self._apart):
             if any(segment.mix[number] for segment in now):
                 self._resident.pop(number, None)
@@ -200,7 +200,7 @@ class Bank:
             self.release(gone)
 
     def release(self, numbers: Iterable[int]) -> None:
-        """Free what these LoRAs, of those kept apart, have on the model's device; it is made again when one is asked for."""
+        """Free the memory of these LoRAs, of those kept apart, on the model's device. They are moved there again when needed."""
         gone = self._apart & set(numbers)
         for number in gone:
             self._resident.pop(number, None)

@@ -79,7 +79,7 @@ Delta = LowRank | Dense
 
 
 class Fitted(NamedTuple):
-    """All that one LoRA does to one layer, in the shapes that the layer computes with (see `fit`)."""
+    """Everything that one LoRA changes in one layer, in the shapes that the layer computes with (see `fit`)."""
 
     low_rank: LowRank | None
     dense: Dense | None
@@ -102,13 +102,13 @@ class Adapter:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the layers are the same with it: strength 0, no layer, or nothing but zeros."""
+        """Whether it changes no layer: strength 0, no layers, or only zeros."""
         every = (delta for deltas in self.deltas.values() for delta in deltas)
         return self.strength == 0 or all(_is_zero(delta) for delta in every)
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of its numbers."""
         return sum(
             tensor.numel() for deltas in self.deltas.values() for each in deltas for tensor in _tensors(each)
         )
@@ -138,14 +138,14 @@ class Adapter:
             if name not in layers:
                 raise LoratorioError(
                     f"LoRA {self.name} changes the layer {name}, which this model does not have. "
-                    "It was made for another kind of model: remove it from the prompt."
+                    "The LoRA was made for another kind of model: remove it from the prompt."
                 )
             try:
                 made[name] = fit_all(deltas, layers[name])
             except ValueError as problem:
                 raise LoratorioError(
                     f"LoRA {self.name} does not fit the layer {name}: {problem}. "
-                    "It was made for another kind of model: remove it from the prompt."
+                    "The LoRA was made for another kind of model: remove it from the prompt."
                 ) from None
         return made
 
@@ -156,7 +156,7 @@ def check_tensors(lora: str, layer: str, tensors: Iterable[Tensor]) -> None:
         numbers = computable(tensor)
         if not bool(torch.isfinite(numbers).all()):
             raise LoratorioError(
-                f"LoRA {lora} holds NaN or infinite numbers in layer {layer}. The file is damaged: get it again."
+                f"LoRA {lora} contains NaN or infinite numbers in the layer {layer}. The file is damaged: get it again."
             )
         if numbers.numel():
             _check_size(lora, layer, float(numbers.abs().max()))
@@ -165,7 +165,7 @@ def check_tensors(lora: str, layer: str, tensors: Iterable[Tensor]) -> None:
 def _check_size(lora: str, layer: str, largest: float) -> None:
     if largest > LARGEST:
         raise LoratorioError(
-            f"LoRA {lora} changes layer {layer} by numbers as large as {largest:.1e}, of which no picture can be made. "
+            f"LoRA {lora} changes the layer {layer} by values up to {largest:.1e}, too large to make a picture. "
             "The file is damaged: get it again."
         )
 
@@ -192,7 +192,7 @@ def _tensors(delta: Delta) -> list[Tensor]:
 
 
 def computable(tensor: Tensor) -> Tensor:
-    """As it is, or in float32 where it is of 8-bit floating point, with which torch cannot reckon."""
+    """Unchanged, or as float32 if it is 8-bit floating point, which torch cannot compute with."""
     is_8_bit = tensor.is_floating_point() and tensor.element_size() == 1
     return tensor.to(torch.float32) if is_8_bit else tensor
 
@@ -218,9 +218,9 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
         try:
             fitted = _fit_low_rank(delta, weight_shape)
         except (RuntimeError, IndexError) as problem:
-            # What torch says of shapes that cannot be multiplied.
+            # torch's error for shapes that cannot be multiplied.
             raise ValueError(
-                f"its matrices {_shape(delta.up)} and {_shape(delta.down)} do not belong together"
+                f"its matrices {_shape(delta.up)} and {_shape(delta.down)} do not match each other"
             ) from problem
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
         # The product of a grouped convolution's low-rank matrices is its weight's change; the two steps are not.
@@ -230,11 +230,11 @@ def fit(delta: Delta, layer: nn.Module) -> Delta:
     weight, bias = delta.weight, delta.bias
     if weight is not None:
         if weight.numel() != weight_shape.numel():
-            raise ValueError(f"its weight is {_shape(weight)}, the model's {_shape(weight_shape)}")
+            raise ValueError(f"its weight is {_shape(weight)}, the model's is {_shape(weight_shape)}")
         weight = weight.reshape(weight_shape)
     if bias is not None:
         if bias.numel() != weight_shape[0]:
-            raise ValueError(f"its bias is {_shape(bias)}, the model's ({weight_shape[0]},)")
+            raise ValueError(f"its bias is {_shape(bias)}, the model's is ({weight_shape[0]},)")
         bias = bias.reshape(weight_shape[:1])
     return Dense(weight, bias)
 
@@ -294,7 +294,7 @@ def _fit_low_rank(delta: LowRank, weight_shape: torch.Size) -> Delta:
     )
     if not fits:
         raise ValueError(
-            f"its matrices are {_shape(delta.up)} and {_shape(delta.down)}, the model's weight {_shape(weight_shape)}"
+            f"its matrices are {_shape(delta.up)} and {_shape(delta.down)}, the model's weight is {_shape(weight_shape)}"
         )
     return LowRank(plain.down.reshape(-1, *weight_shape[1:]), plain.up, plain.scale)
 
@@ -302,11 +302,11 @@ def _fit_low_rank(delta: LowRank, weight_shape: torch.Size) -> Delta:
 def _dense_of_wide_up(delta: LowRank, weight_shape: torch.Size) -> Dense:
     """A convolution whose kernel sits in `up`, its down being 1×1: (out, r, kh, kw) and (r, in, 1, 1)."""
     if delta.mid is not None or delta.down[0, 0].numel() != 1 or delta.down.shape[0] != delta.up.shape[1]:
-        raise ValueError(f"its matrices {_shape(delta.up)} and {_shape(delta.down)} do not belong together")
+        raise ValueError(f"its matrices {_shape(delta.up)} and {_shape(delta.down)} do not match each other")
     dtype = torch.promote_types(delta.up.dtype, torch.float32)
     weight = torch.einsum("orkl,ri->oikl", delta.up.to(dtype), delta.down.flatten(1).to(dtype)) * delta.scale
     if weight.shape != weight_shape:
-        raise ValueError(f"its product is {_shape(weight)}, the model's weight {_shape(weight_shape)}")
+        raise ValueError(f"its product is {_shape(weight)}, the model's weight is {_shape(weight_shape)}")
     return Dense(weight)
 
 

@@ -1,4 +1,4 @@
-"""Which products a layer needs for the rows of a batch: what rows have in common once for all of them, the rest row by row."""
+"""The products that a layer needs for the rows of a batch: common parts once for all rows, the rest row by row."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def _stack_of_all(
 ) -> Stack | None:
     """The stack that one product for all of these rows needs; None where several products are fewer sums.
 
-    That is so where the rows have all of a stack's LoRAs in common, in whatever measure: what single rows have beside the common part
-    then costs nothing.
+    That is the case if the rows have all of a stack's LoRAs in common, at any factor: then the other parts of single rows cost
+    nothing.
     """
     if len(block) < 2 or any(part.factors.keys() != common.keys() for part in block):
         return None

@@ -1,4 +1,4 @@
-"""The LoRAs' deltas in the form the device computes with, each LoRA's made once and shared by all mixes.
+"""The LoRAs' deltas on the device that computes with them, each made once and shared by all mixes.
 
 Letters in shapes: r the rank of a LoRA in a layer, R the sum of several LoRAs' ranks.
 """
@@ -42,10 +42,10 @@ class Stack(NamedTuple):
 
 
 class Stacks:
-    """What layers need of each LoRA, made when first asked for.
+    """The tensors of each LoRA for each layer, made at first use.
 
     Attributes:
-        apart: numbers of the LoRAs that are kept each by itself, so that single ones can be let go.
+        apart: numbers of the LoRAs that are kept separately, so that single ones can be released.
     """
 
     def __init__(self, adapters: Sequence[Adapter], fitted: FittedByLayer, apart: Iterable[int] = ()) -> None:
@@ -56,7 +56,7 @@ class Stacks:
         self._dense: dict[tuple[str, Target, Factors], Dense] = {}
 
     def prepare(self, where: Target) -> None:
-        """Make what will be needed of all LoRAs but those that are kept apart."""
+        """Make the tensors of all LoRAs except those that are kept apart."""
         for name, by_number in self._fitted.items():
             for number in by_number:
                 if number not in self.apart:
@@ -64,7 +64,7 @@ class Stacks:
                     self.dense(name, {number: 1.0}, where)
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Free what was made of these LoRAs, which are kept apart; it is made again when asked for."""
+        """Free the tensors of these LoRAs, which are kept apart. They are made again at the next use."""
         gone = set(numbers)
         for key in [key for key in self._low_rank if gone & set(key[1])]:
             del self._low_rank[key]

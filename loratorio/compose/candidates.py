@@ -1,4 +1,4 @@
-"""Which of a pool's candidates a prompt calls, where their files do not say what calls them.
+"""Which of a pool's candidates a prompt calls, if their files have no trigger words.
 
 Letters in shapes: N LoRAs, Bc conditional and Bu unconditional rows.
 """
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from .methods.base import Predictions
 
 CALLED = 0.5
-"""A candidate that does so much more under the prompt than under the negative one, by what the prompt itself does, is called: found by
-measurement (docs/lab/METHODS.md)."""
+"""A candidate is called if its reaction (see `reactions`) is at least this: found by measurement (docs/lab/METHODS.md)."""
 
 
 def branches_for_reactions(participants: Participants) -> list[Branch]:
@@ -33,9 +32,9 @@ def branches_for_reactions(participants: Participants) -> list[Branch]:
 def reactions(predictions: Predictions, participants: Participants) -> dict[int, Tensor]:
     """By number of each candidate, how much further it is from the base under the prompt than under the negative one.
 
-    In units of what the prompt itself does to the base's prediction. A LoRA whose trigger words count says more where they stand; one that
-    draws its thing whatever the prompt says, or nothing, has about 0, whatever the size of its changes. LoraRetriever's aim
-    (arXiv 2402.09997), LoRAs by what is asked, without its encoder.
+    In units of the prompt's own effect on the base's prediction. A LoRA whose trigger words are in the prompt changes more under it; one
+    that draws the same for every prompt, or nothing, has about 0, however large its changes are. LoraRetriever (arXiv 2402.09997) has
+    the same aim, to choose LoRAs by the prompt, but needs an encoder.
 
     Returns:
         Scalars, float32: (|e_i − e_0| − |u_i − u_0|) / |e_0 − u_0|, the mean over the conditional rows; e a conditional row, u the

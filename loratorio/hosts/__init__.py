@@ -1,4 +1,4 @@
-"""Everything that knows a host. Only below here are a WebUI's modules or diffusers imported."""
+"""Everything that is specific to a host. A WebUI's modules are imported only in this package."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import importlib.util
 from ..errors import LoratorioError
 from .shared.host import WebUIHost
 
-# The first whose landmark (a top-level module that only this WebUI has) can be found is the host.
+# The host is the first whose landmark, a top-level module that only this WebUI has, is found.
 _LANDMARKS = (("modules_forge", "forge"), ("modules", "a1111"))
 
 
 def webui_host() -> WebUIHost:
-    """The WebUI that this code runs inside. Raises LoratorioError when it is none that is known."""
+    """The WebUI that this code runs inside. Raises LoratorioError for an unknown one."""
     for landmark, name in _LANDMARKS:
         if importlib.util.find_spec(landmark) is not None:
             host: WebUIHost = importlib.import_module(f".{name}", __name__).HOST
             return host
     raise LoratorioError(
-        "LoRAtorio does not know this WebUI: it works in AUTOMATIC1111's and in the Forge family."
+        "LoRAtorio does not support this WebUI. It works in AUTOMATIC1111's WebUI and in the Forge family."
     )

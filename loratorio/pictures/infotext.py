@@ -57,7 +57,7 @@ class LoraUse(NamedTuple):
 
 
 UNUSED = 0.005
-"""A candidate of a pool with less of the picture than this is not named in the infotext."""
+"""Candidates of a pool with a smaller share of the picture than this are not named in the infotext."""
 
 
 def params(
@@ -65,8 +65,8 @@ def params(
     loras: Iterable[tuple[Any, ...]],
     hires_loras: Iterable[tuple[Any, ...]] = (),
 ) -> dict[str, str]:
-    """The fields for `p.extra_generation_params`: what the picture was made with beside the defaults, the version that these belong
-    to, and the LoRAs that were composed (`LoraUse`, or its first fields).
+    """The fields for `p.extra_generation_params`: the settings that differ from the defaults, the version of those defaults, and the
+    LoRAs that were composed (`LoraUse`, or its first fields).
 
     Nothing when the box is unticked. The WebUI quotes the values itself where they need it; its rule mistakes a value
     that starts with a quotation mark, but quotes any that has a colon, and so every list of LoRAs is safe, whatever a

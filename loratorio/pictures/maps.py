@@ -33,7 +33,7 @@ def render(
     Args:
         weights: per recorded step Ω of this picture, (N, h, w): tensors or arrays, of any device and floating dtype.
         names: the LoRAs', N of them.
-        picture: what was made; the maps are laid over it.
+        picture: the finished picture, under the maps.
         steps: number of each recorded step, from 0; by default they are counted.
         single: whether each of several LoRAs has a map of its own, too.
 
@@ -76,7 +76,7 @@ _LEAST = 0.25
 def _decided(array: np.ndarray) -> np.ndarray:
     """(h, w) from 0 to 1: 1 where one LoRA has all the weight, `_LEAST` where all have the same, 0 where none has any."""
     total = array.sum(axis=0)
-    # Styles act everywhere beside the others, so that weights add up to more than 1.
+    # Styles act everywhere in addition to the others, so the weights may add up to more than 1.
     most = array.max(axis=0)
     if len(array) == 1:
         return np.minimum(most, 1)  # type: ignore[no-any-return]

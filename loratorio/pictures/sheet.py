@@ -86,7 +86,7 @@ def contact_sheet(
     cell: int = 256,
     per_line: int = 0,
 ) -> Image.Image:
-    """A grid of pictures under column labels, beside row labels, below a title.
+    """A grid of pictures with a title, column labels and row labels.
 
     Args:
         rows: pictures of one size; None leaves a cell empty.

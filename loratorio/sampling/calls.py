@@ -1,4 +1,4 @@
-"""A step's rows in several calls of the model: as many rows as limits and memory allow, and rows of one kind in a call."""
+"""A step's rows in several model calls, each with rows of one kind and as many as limits and memory allow."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class RowCalls:
     Attributes:
         limit: how many rows a call may have; 0 for no limit. Halved when memory runs out.
         scores_pool: whether many LoRAs are run only to be scored, which is limited to `POOL_ROWS` per call.
-        one_mix: whether a call has rows of one mix only, and of all pictures, so that other extensions may repeat, regroup, add or
-            join rows within it. Said by the host. Once a layer has got other entries than the call's rows, every call is so.
-        memory: says how many rows fit into a call; None where that shows only when memory runs out.
+        one_mix: whether each call has rows of one mix only, and of all pictures, so that other extensions may repeat, regroup, add
+            or join rows within it. Set by the host, and once a layer's entries are not the call's rows.
+        memory: how many rows fit into a call; None if only out-of-memory errors show that.
     """
 
     def __init__(self, limit: int = 0, scores_pool: bool = False) -> None:
@@ -102,8 +102,8 @@ class RowCalls:
                 raise
             if len(rows) == (_first_block(rows) if self.one_mix or self._were_regrouped else 1):
                 raise LoratorioError(
-                    "Out of memory even with as few rows at a time as possible. Make the picture or the batch smaller, or close what "
-                    "else uses the GPU."
+                    "Out of memory even with as few rows per call as possible. Make the picture or the batch smaller, or close "
+                    "other programs that use the GPU."
                 ) from problem
             return None
 

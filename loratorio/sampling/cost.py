@@ -1,4 +1,4 @@
-"""What composing costs: model rows, counted by running the engine on nothing."""
+"""The cost of composing in model rows, counted by running the engine without a model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ ROWS_OF_A_PLAIN_STEP = 2
 
 @lru_cache(maxsize=512)
 def plain_steps(settings: Settings, count: int, steps: int = 20) -> float:
-    """Work of a mean step with `count` LoRAs, in steps without any LoRA (a conditional and an unconditional row), at a guidance
-    other than 1."""
+    """The work of a mean step with `count` LoRAs, in plain steps (a conditional and an unconditional row), with guidance."""
     engine = Engine(settings, Bank([Adapter(str(number), {}) for number in range(count)]))
     side = 2 * settings.patch_size
     latents = torch.zeros(1, 1, side, side)

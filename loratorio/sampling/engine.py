@@ -92,7 +92,7 @@ class Engine:
         self.participants = participants or Participants.of(len(bank.adapters))
         check_places(settings, self.participants)
         if not bank.adapters:
-            raise LoratorioError("There is no LoRA to compose: put at least one into the prompt.")
+            raise LoratorioError("There is no LoRA to compose: add at least one to the prompt.")
         self.words = self.participants.words_by_mix(settings.share)
         self.history = WeightHistory()
         self.pool = PoolCalls(settings.pool_size)
@@ -302,21 +302,21 @@ class _WeightsNow:
 
 
 def check_places(settings: Settings, participants: Participants) -> None:
-    """Raise LoratorioError where a LoRA has a place, or words of its own, that would not be kept."""
+    """Raise LoratorioError if a LoRA has a place or own words that the settings would ignore."""
     if not participants.has_places and not any(lora.words for lora in participants.loras):
         return
     method = METHODS[settings.method]
     if not method.takes_places:
         able = [each.entry.label for each in METHODS.values() if each.takes_places]
         raise LoratorioError(
-            f"A place (at=…) or words of a LoRA's own (words=…) need a method with rows of its own for each LoRA: "
-            f"{', '.join(able[:-1])} or {able[-1]}, not {method.entry.label}. Choose one of those, or take them out of the prompt."
+            f"Places (at=…) and own words (words=…) do not work with {method.entry.label}. Choose {', '.join(able[:-1])} or {able[-1]}, "
+            "or remove them from the prompt."
         )
     if settings.start > 0 or settings.end < 1:
         start, end = settings.called("start"), settings.called("end")
         raise LoratorioError(
-            f"Places and own words hold in every step, but {start} and {end} leave some steps to merging, which has none. "
-            f"Set {start} to 0 and {end} to 1, or take at=… and words=… out of the prompt."
+            f"Places and own words must be composed in every step, but {start} and {end} leave some steps to merging. "
+            f"Set {start} to 0 and {end} to 1, or remove at=… and words=… from the prompt."
         )
 
 

@@ -1,4 +1,4 @@
-"""Ω over a sampling: for the weight maps, and how much of the picture each LoRA had."""
+"""Ω over a sampling: for the weight maps, and for each LoRA's share of the picture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WeightHistory:
         return shares
 
     def record(self, index: int, weights: Tensor) -> None:
-        """Keep Ω of step `index`; of a step that the sampler evaluates twice the last one counts."""
+        """Keep Ω of step `index`. If the sampler evaluates a step twice, the last evaluation counts."""
         if self.steps and self.steps[-1] == index:
             self.steps.pop()
             self.weights.pop()

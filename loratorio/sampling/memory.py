@@ -1,6 +1,6 @@
-"""How many rows a model call may have, by the memory that a row was seen to need.
+"""The number of rows that a model call may have, from the measured memory per row.
 
-Running out of memory is no guide everywhere: under Windows NVIDIA's driver goes on in main memory instead of failing, ten times slower.
+Waiting for out-of-memory errors is not enough: under Windows, NVIDIA's driver uses main memory instead of failing, ten times slower.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Protocol
 import torch
 
 MARGIN = 0.1
-"""Part of the free memory that is left alone: it is fragmented, and other programs want some."""
+"""The part of the free memory that is not used, because it is fragmented and other programs need some."""
 
 _COSTS: dict[Hashable, float] = {}
 """Bytes that a row needs, by model and size: kept for the next pictures."""
 
 
 class RowMemory(Protocol):
-    """What the engine asks before it runs rows."""
+    """The interface that the engine uses before it runs rows."""
 
     def fitting(self, wanted: int) -> int:
-        """How many of `wanted` rows may go into the next call, at least 1."""
+        """The number of the `wanted` rows that may be in the next call, at least 1."""
         ...
 
     def observed(self, rows: int) -> AbstractContextManager[None]:
-        """Surrounds a call of so many rows."""
+        """Encloses a call with this many rows."""
         ...
 
 
@@ -47,7 +47,7 @@ class DeviceMemory(Protocol):
 
 
 class CudaMemory:
-    """Of one CUDA device. Reading it makes nothing wait for the device."""
+    """The memory of one CUDA device. Reading it does not synchronise with the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,13 +67,13 @@ class CudaMemory:
 
 
 class MeasuredRows:
-    """Learns a row's cost from the first call, and takes no more rows than fit.
+    """Measures the memory per row in the first call, and then allows as many rows as fit.
 
     Args:
         memory: the device's.
-        size: what a row's cost depends on: the model, the latents' shape, the dtype.
-        first: how many rows the first call has: what a plain step has, which fits as it fits without us.
-        costs: bytes a row by `size`, as learnt before.
+        size: the model, the latents' shape and the dtype, which a row's memory depends on.
+        first: the number of rows of the first call: a plain step's, which fit without LoRAtorio too.
+        costs: bytes per row by `size`, as measured before.
     """
 
     def __init__(
@@ -103,5 +103,5 @@ class MeasuredRows:
 
 
 def measured_rows(device: torch.device, size: Hashable, first: int) -> MeasuredRows | None:
-    """For a device whose memory can be measured; None for others, where running out of it is the guide."""
+    """The limit for a device whose memory can be measured; None for others, which rely on out-of-memory errors."""
     return MeasuredRows(CudaMemory(device), (device, size), first) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Which of a pool's candidates the prompt calls, found at the first step that has what it takes."""
+"""Which of a pool's candidates the prompt calls, found at the first step that has the necessary rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..compose.methods import StepContext
 
 
 class PoolCalls:
-    """What is known of a pool in one sampling.
+    """The state of a pool in one sampling.
 
     Attributes:
         reactions: by number of a candidate, how much the prompt moves it (`compose.candidates.reactions`); None before that was looked

@@ -110,8 +110,8 @@ def load_checkpoint(
     loaded = _from_folder(path) if path.is_dir() else _from_file(path, config)
     if loaded.unet.config.in_channels != loaded.vae.config.latent_channels:  # type: ignore[union-attr]
         raise LoratorioError(
-            f"{path.name} is not a plain text-to-image model (its UNet takes {loaded.unet.config.in_channels} channels): "  # type: ignore[union-attr]
-            "inpainting and editing models cannot be used here."
+            f"{path.name} is not a plain text-to-image model: its UNet takes {loaded.unet.config.in_channels} channels. "  # type: ignore[union-attr]
+            "Inpainting and editing models are not supported."
         )
     with _quiet():
         for module in (loaded.unet, loaded.vae, *loaded.text_encoders):
@@ -184,7 +184,7 @@ def _from_file(path: Path, config: Path | None) -> Checkpoint:
     diffusers_layout = any(key.startswith("unet.") for key in tensors)
     if not diffusers_layout and not any(key.startswith("model.diffusion_model.") for key in tensors):
         raise LoratorioError(
-            f"{path.name} holds no Stable Diffusion UNet: it is not a checkpoint of SD 1.x, SD 2.x or SDXL."
+            f"{path.name} does not contain a Stable Diffusion UNet: it is not a checkpoint of SD 1.x, SD 2.x or SDXL."
         )
     try:
         with _quiet():
@@ -222,8 +222,8 @@ def _config_from_hub(path: Path, tensors: Mapping[str, Tensor]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
         raise LoratorioError(
-            f"{path.name} holds weights alone. Its configuration and tokenizer ({repository}) could not be fetched from the "
-            f"hub, and are not on this machine. Connect it once, or put a folder named {path.stem} beside the file, or give "
+            f"{path.name} contains only weights. Its configuration and tokenizer ({repository}) are not on this machine and could not "
+            f"be downloaded from the hub. Go online once, or put them into a folder named {path.stem} next to the file, or give "
             "--config: a folder in diffusers' layout with the .json and tokenizer files."
         ) from problem
 
@@ -271,7 +271,7 @@ def _from_diffusers_layout(path: Path, tensors: dict[str, Tensor], folder: Path)
         own = {key if key in names else key.removeprefix("text_model."): value for key, value in own.items()}
         missing = names - own.keys() - {key for key in names if key.endswith("position_ids")}
         if missing:
-            raise ValueError(f"{len(missing)} weights are missing, the first is {prefix}{min(missing)}")
+            raise ValueError(f"{len(missing)} weights are missing, first {prefix}{min(missing)}")
         model.load_state_dict({key: value for key, value in own.items() if key in names}, strict=False)
         return model
 
@@ -297,7 +297,7 @@ def _from_yaml(path: Path, tensors: dict[str, Tensor], yaml: Path) -> Checkpoint
     configuration lie in a folder that the .yaml names (``cond_stage_config.params.version``) or in ``text`` beside it."""
     original: Any = single_file_utils.fetch_original_config(str(yaml))
     if not isinstance(original, dict) or "model" not in original:
-        raise ValueError(f"{yaml.name} has no section named model")
+        raise ValueError(f"{yaml.name} has no section called model")
     params, sampling = original["model"]["params"], original.get("sampling") or {}
     folder = _text_folder(yaml, params.get("cond_stage_config") or {})
     schedule = {
@@ -328,7 +328,7 @@ def _text_folder(yaml: Path, section: Mapping[str, Any]) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise LoratorioError(
-        f"{yaml.name} says nothing of the tokenizer. Put the text encoder's config.json and the tokenizer's files into "
+        f"{yaml.name} does not name a tokenizer. Put the text encoder's config.json and the tokenizer's files into "
         f"{yaml.parent / 'text'}."
     )
 
@@ -353,7 +353,9 @@ def _device(name: str) -> str:
     if not there[kind]:
         raise LoratorioError(f"This machine, or its torch, has no {kind}: choose the device cpu.")
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-        raise LoratorioError(f"There is no {name} here: the last is cuda:{torch.cuda.device_count() - 1}.")
+        raise LoratorioError(
+            f"There is no device {name} on this machine: the last is cuda:{torch.cuda.device_count() - 1}."
+        )
     return name
 
 

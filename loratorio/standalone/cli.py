@@ -42,7 +42,7 @@ _TYPED = {
 """How what Python names is typed here."""
 
 _NAMED = re.compile(
-    rf"(?<![\w-])({'|'.join(_TYPED)})(?= must be| is \d| = | \(\d| and end leave| to [01]\b| is not)"
+    rf"(?<![\w-])({'|'.join(_TYPED)})(?= must be| is \d| = | \(\d| and end leave| leave some| to [01]\b| is not)"
 )
 """A name in a sentence, by what follows it: many are words of the language too."""
 
@@ -50,15 +50,15 @@ _PRESET_KNOBS = tuple(dict.fromkeys(name for preset in PRESETS.values() for name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. 0: done; 1: a check of the self-check failed; 2: something in the input is wrong, and a sentence on stderr says
-    what; 130: stopped by Ctrl-C."""
-    # What the libraries advise their programmers tells the user of a command nothing.
+    """Run a command. Returns 0: done; 1: the self-check found a failure; 2: wrong input, explained by a sentence on stderr; 130: stopped
+    by Ctrl-C."""
+    # The libraries' hints are for programmers, not for users of a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # File names may hold what cannot be printed; that is no reason to fail once a picture is made.
+            # A file name that cannot be printed must not be an error after the picture is made.
             stream.reconfigure(errors="replace")
     try:
         command: Callable[[argparse.Namespace], int | None] = options.command
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nloratorio: stopped. Files that were finished before are whole; no other was begun.",
+            "\nloratorio: stopped. Files that are already written are complete.",
             file=sys.stderr,
         )
         return 130
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="loratorio", description="Several LoRAs in one picture, without merging them."
+        prog="loratorio", description="Compose several LoRAs in one picture instead of merging them."
     )
     parser.add_argument("--version", action="version", version=f"loratorio {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -101,22 +101,22 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     demo = command(
-        "demo", _demo, "three of the toybox's LoRAs, composed by every method", _DEMO_HELP, "", "--serve"
+        "demo", _demo, "compose three of the toybox's LoRAs with every method", _DEMO_HELP, "", "--serve"
     )
     demo.add_argument("--out", type=Path, help=f"folder for the pictures (default: {_DEMO_OUT})")
-    demo.add_argument("--seed", help="of all pictures (default: 0)")
+    demo.add_argument("--seed", help="seed of all pictures (default: 0)")
     demo.add_argument("--steps", help="sampling steps (default: 12, and 20 for the two characters)")
     demo.add_argument(
-        "--serve", action="store_true", help="open a page for playing, instead of writing pictures"
+        "--serve", action="store_true", help="serve a web page to play with, instead of writing pictures"
     )
-    demo.add_argument("--port", help=f"of the page (default: {_PORT})")
+    demo.add_argument("--port", help=f"port of the page (default: {_PORT})")
     _add_model_options(demo)
 
-    about = "Makes pictures of a prompt whose LoRAs are composed, and prints their files' names. None is ever written over another."
+    about = "Makes pictures from a prompt, with its LoRAs composed, and prints their file names. Existing files are never overwritten."
     generate = command(
         "generate",
         _generate,
-        "pictures of a prompt with <lora:name:strength> tags",
+        "make pictures from a prompt with <lora:name:strength> tags",
         about,
         f'"{example.prompt()}" --weight-maps',
         f'"{example.pair_prompt("left", "right")}" --size 128x64 --cfg 3',
@@ -128,17 +128,20 @@ def _parser() -> argparse.ArgumentParser:
     compare = command(
         "compare",
         _compare,
-        "a grid over methods, or over the values of any knob",
+        "compare methods, or the values of any knob, in a grid",
         about,
         f'"{example.prompt()}" --by preset',
         f'"{example.prompt()}" --by patch-size --values 1,2,4 --batch 2',
     )
     compare.add_argument(
-        "--by", default="method", metavar="KNOB", help="what changes from column to column (default: method)"
+        "--by",
+        default="method",
+        metavar="KNOB",
+        help="the knob that differs between columns (default: method)",
     )
     compare.add_argument(
         "--values",
-        help="its values, with commas between (default: all, where it is a choice such as the method)",
+        help="its values, separated by commas (default: all, if it is a choice such as the method)",
     )
     _add_picture_options(compare)
     _add_knobs(compare)
@@ -146,15 +149,17 @@ def _parser() -> argparse.ArgumentParser:
     check = command(
         "check",
         _check,
-        "whether composing agrees with merging on your checkpoint and LoRAs",
+        "check that composing agrees with merging on your checkpoint and LoRAs",
         _CHECK_HELP,
         "",
     )
-    check.add_argument("prompt", nargs="?", help="with one <lora:name> or more; default: one for the toybox")
+    check.add_argument(
+        "prompt", nargs="?", help="a prompt with one <lora:name> or more (default: one for the toybox)"
+    )
     _add_model_options(check)
     check.add_argument("--negative", default="", help="negative prompt")
     check.add_argument("--cfg", help="guidance scale (default: the model's own)")
-    check.add_argument("--size", help="512 or 512x768, in pixels (default: the model's own)")
+    check.add_argument("--size", help="in pixels, 512 or 512x768 (default: the model's own)")
     return parser
 
 
@@ -169,15 +174,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 _DEMO_OUT, _PORT = Path("loratorio-demo"), 7861
 
 _DEMO_HELP = (
-    "Composes three LoRAs of different categories by every method with the same seed, and two characters beside each other, "
-    "merged and each in its place. Writes the pictures, each LoRA's weight maps over the picture and over time, and a contact "
-    "sheet of either. Needs no download and no GPU."
+    "Composes three LoRAs of different categories with every method and the same seed. Then two characters next to each other, "
+    "merged and each in its place. Writes the pictures, weight maps over the picture and over time, and a contact sheet of each. "
+    "Needs no download and no GPU."
 )
 
 
 _CHECK_HELP = (
-    "Makes about a dozen pictures of one to four steps, composed and with the LoRAs merged into the weights, and prints a table of how "
-    "well they agree, to be copied into a report. Writes no file. The exit code is 1 if a check failed."
+    "Makes about a dozen pictures of one to four steps, composed and with the LoRAs merged into the weights. Prints a table of how well "
+    "they agree, which you can copy into a bug report. Writes no file. The exit code is 1 if a check failed."
 )
 
 
@@ -186,47 +191,47 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         type=Path,
-        help="a .safetensors file or a diffusers folder (default: the toybox, which ships)",
+        help="a .safetensors file or a diffusers folder (default: the toybox, which is included)",
     )
     group.add_argument(
         "--config",
         type=Path,
-        help="for a file: a folder with a diffusers model's configuration, or the model's .yaml (default: a folder or .yaml of "
-        "the file's name beside it, else the hub's)",
+        help="for a file: a folder with the configuration of a diffusers model, or the model's .yaml (default: a folder or .yaml with "
+        "the file's name next to it, else from the hub)",
     )
     group.add_argument(
-        "--lora-dir", type=Path, help="folder of LoRA files (default: the toybox's with the toybox)"
+        "--lora-dir", type=Path, help="folder of LoRA files (default: for the toybox, its own)"
     )
     group.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps, or the fastest there is (default: auto)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, or auto: the fastest available (default: auto)",
     )
     group.add_argument(
-        "--dtype", default="auto", help="fp32, fp16 or bf16 (default: auto: fp16 on CUDA, else fp32)"
+        "--dtype", default="auto", help="fp32, fp16, bf16, or auto: fp16 on CUDA, else fp32 (default: auto)"
     )
 
 
 def _add_picture_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="words and <lora:name:strength> tags; see the examples")
+    parser.add_argument("prompt", help="text with <lora:name:strength> tags, as in the examples")
     _add_model_options(parser)
     group = parser.add_argument_group("picture")
     group.add_argument("--negative", default="", help="negative prompt (default: none)")
     group.add_argument("--steps", help="sampling steps (default: 20)")
-    group.add_argument("--cfg", help="guidance scale (default: 7, for the toybox 2); 1 is without guidance")
+    group.add_argument("--cfg", help="guidance scale; 1: no guidance (default: 7, for the toybox 2)")
     group.add_argument("--sampler", default="euler", help=f"{', '.join(SAMPLERS)} (default: euler)")
-    group.add_argument("--seed", help="of the first picture; the next has the next (default: 0)")
-    group.add_argument("--size", help="512 or 512x768, in pixels (default: the model's own)")
-    group.add_argument("--batch", help="how many pictures (default: 1)")
-    group.add_argument("--init-image", type=Path, help="a picture to start from, img2img (default: none)")
-    group.add_argument(
-        "--strength", help="how much of the initial picture is made anew, 0 to 1 (default: 0.75)"
-    )
+    group.add_argument("--seed", help="seed of the first picture; each further one has the next (default: 0)")
+    group.add_argument("--size", help="in pixels, 512 or 512x768 (default: the model's own)")
+    group.add_argument("--batch", help="number of pictures (default: 1)")
+    group.add_argument("--init-image", type=Path, help="picture to start from, for img2img (default: none)")
+    group.add_argument("--strength", help="how much to change the initial picture, 0 to 1 (default: 0.75)")
     group.add_argument(
         "--out", type=Path, default=Path("out"), help="folder for the pictures, or a .png file (default: out)"
     )
 
 
 def _add_knobs(parser: argparse.ArgumentParser) -> None:
-    """An option for every knob. Values stay text here: the knob itself says what is wrong with them."""
+    """An option for every knob. Values stay text here: the knob itself checks them."""
     groups = {
         name: parser.add_argument_group(heading[0].lower() + heading[1:]) for name, heading in GROUPS.items()
     }
@@ -234,8 +239,8 @@ def _add_knobs(parser: argparse.ArgumentParser) -> None:
     groups["method"].add_argument(
         f"--{PRESET}",
         metavar="VALUE",
-        help=f"{about} Sets {', '.join(KNOB_BY_NAME[name].option for name in _PRESET_KNOBS)}; they may be given beside it (default: "
-        "balanced).",
+        help=f"{about} Sets {', '.join(KNOB_BY_NAME[name].option for name in _PRESET_KNOBS)}; options that you give as well override it "
+        "(default: balanced).",
     )
     for knob in KNOBS:
         if knob.name in _NOT_OPTIONS:
@@ -290,7 +295,7 @@ def _model_files(options: argparse.Namespace) -> ModelFiles:
 
 
 def _tags(request: Request, files: ModelFiles, variants: Iterable[Settings]) -> list[PromptLora]:
-    """The tags of the prompt. Raises LoratorioError for a LoRA, role or place that cannot be had with one of these settings."""
+    """The tags of the prompt. Raises LoratorioError for a LoRA, role or place that does not exist or work with these settings."""
     from ..prompt.roles import participants_of
     from .lora_lookup import look_up
     from .prompt import split_loras
@@ -347,7 +352,7 @@ def _generate(options: argparse.Namespace) -> None:
     outcome = model.run(request)
     _say(outcome.notes)
     if not tags:
-        _say(["there is no <lora:name> in the prompt, so this is the model's plain picture."])
+        _say(["there is no <lora:name> in the prompt, so nothing was composed."])
 
     from .describe import describe
     from .model import map_files
@@ -377,7 +382,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _say(notes: Iterable[str]) -> None:
-    """What a user should know of the pictures, beside the list of files; knobs by the names that are typed."""
+    """Print notes to stderr, apart from the list of files on stdout, with the knobs' names as options."""
     for note in notes:
         print(f"loratorio: {_NAMED.sub(lambda name: _TYPED[name.group()], note)}", file=sys.stderr)
 
@@ -385,7 +390,7 @@ def _say(notes: Iterable[str]) -> None:
 def _without_effect(
     options: argparse.Namespace, request: Request, tags: Sequence[PromptLora], variants: Iterable[Settings]
 ) -> Iterator[str]:
-    """Sentences on what was typed and changes nothing beside the rest of it. variants: all settings that pictures are made with."""
+    """Sentences about options that have no effect with the others. variants: the settings of all pictures."""
     settings = request.settings
     given = [name for name, value in _given(options).items() if value is not False]
     comparing = hasattr(options, "by")
@@ -403,8 +408,8 @@ def _without_effect(
             options.checkpoint is not None and options.checkpoint.is_dir(),
             "with a folder as --checkpoint",
         ),
-        (["negative", "recentre", "rescale"], request.cfg == 1, "with --cfg 1, which is without guidance"),
-        (["weight_maps", "single_maps"], comparing, "with compare, which writes one sheet"),
+        (["negative", "recentre", "rescale"], request.cfg == 1, "with --cfg 1, which has no guidance"),
+        (["weight_maps", "single_maps"], comparing, "with compare, which writes only one sheet"),
         (["single_maps"], not comparing and not settings.weight_maps, "without --weight-maps"),
         (["pool_size", "pool_interval"], not any(tag.pool for tag in tags), "without a <pool:…> tag"),
         (
@@ -416,7 +421,7 @@ def _without_effect(
         (
             ["reuse"],
             (request.steps or SHORT + 1) <= SHORT,
-            f"in {SHORT} steps or fewer: every LoRA is run at each",
+            f"in {SHORT} steps or fewer: every LoRA runs at every step",
         ),
         ([*given], not tags, "without a <lora:name> tag"),
     ):
@@ -442,7 +447,7 @@ def _compare(options: argparse.Namespace) -> None:
     replaced = (PRESET, *_PRESET_KNOBS) if by == PRESET else (by,)
     typed = {PRESET: options.preset, **_given(options)}
     idle = [f"--{name.replace('_', '-')}" for name in replaced if typed.get(name) is not None]
-    _say(f"{name} has no effect: --by {options.by} sets it from column to column." for name in idle)
+    _say(f"{name} has no effect: --by {options.by} sets it for each column." for name in idle)
     model = files.load()
     labels = list(variants)
     outcomes = [model.run(replace(request, settings=variant), label) for label, variant in variants.items()]
@@ -485,7 +490,7 @@ def _compared(by: str, values: str | None, settings: Settings) -> dict[str, Sett
         chosen = [False, True]
     else:
         raise LoratorioError(
-            f"Say which values of {knob.option} to compare, e.g. --values {knob.minimum:g},{knob.default}."
+            f"Give the values of {knob.option} to compare, e.g. --values {knob.minimum:g},{knob.default}."
         )
     if knob.ignored_by(settings.method):
         used = ", ".join(name for name, method in METHODS.items() if knob.name in method.knobs)
@@ -543,7 +548,7 @@ def _check(options: argparse.Namespace) -> int:
     check(request)
     files = _model_files(options)
     if not _tags(request, files, [request.settings]):
-        raise LoratorioError("There is no <lora:name> in the prompt: the check needs one or more.")
+        raise LoratorioError("There is no <lora:name> in the prompt: the check needs at least one.")
     model = files.load()
     from .self_check import run_check
 

@@ -25,7 +25,7 @@ STEPS, PAIR_STEPS = 12, 20
 
 
 def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | None = None) -> None:
-    """Make the pictures, and write them only when all are there: into `out`, or a folder beside it where that has some already."""
+    """Make the pictures, and write them when all are finished: into `out`, or a folder next to it if `out` has some already."""
     request = Request(
         example.prompt(),
         settings=Settings(enabled=True, weight_maps=True, single_maps=True),
@@ -95,5 +95,5 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     print(f"{len(files)} files in {out.resolve()}, after {time.monotonic() - started:.0f} s:")
     print(f"  {out / 'contact-sheet.png'}    every method side by side")
     print(f"  {out / 'method-*.png'}         each picture, with its settings for a WebUI's PNG Info")
-    print(f"  {out / 'two-characters.png'}   two characters beside each other, merged and each in its place")
+    print(f"  {out / 'two-characters.png'}   two characters next to each other, merged and each in its place")
     print(f"  {out / 'map-*.png'}            where and when each LoRA was used")

@@ -1,4 +1,4 @@
-"""Words that a LoRA file brings along: textual-inversion embeddings in ``bundle_emb``, as OneTrainer and others write them.
+"""Embeddings that are bundled with a LoRA file: textual inversion in ``bundle_emb``, as OneTrainer and others write it.
 
 Letters in shapes: V vectors (token places) that a word takes, E width of a text encoder's token embedding.
 """
@@ -36,14 +36,14 @@ class Embedding:
 def read_embeddings(
     name: str, bundled: Mapping[str, Mapping[str, Tensor]], encoders: Sequence[nn.Module]
 ) -> tuple[tuple[Embedding, ...], list[str]]:
-    """The LoRA's words that fit these text encoders, and sentences on those that do not."""
+    """The LoRA's embeddings that fit these text encoders, and sentences about those that do not."""
     fitting: list[Embedding] = []
     notes: list[str] = []
     for word, tensors in bundled.items():
         vectors = [_of_encoder(tensors, number) for number in range(len(encoders))]
         problem = _problem(vectors, [_token_embedding(encoder) for encoder in encoders])
         if problem:
-            notes.append(f"The word {word[:40]!r} that LoRA {name} brings along was left out: {problem}.")
+            notes.append(f"The embedding {word[:40]!r} inside LoRA {name} was not used: {problem}.")
         else:
             fitting.append(
                 Embedding(word, tuple(each.to(torch.float32) for each in vectors if each is not None))
@@ -66,11 +66,11 @@ def _problem(vectors: Sequence[Tensor | None], tables: Sequence[Tensor]) -> str:
             return "it has no vectors for one of this model's text encoders"
         if each.ndim != 2 or each.shape[1] != table.shape[1] or not 1 <= len(each) <= LONGEST:
             shape = "×".join(map(str, each.shape))
-            return f"its vectors are {shape}, and this model's have {table.shape[1]} numbers, {LONGEST} of them at most"
+            return f"its vectors are {shape}, but this model takes at most {LONGEST} vectors of {table.shape[1]} numbers"
         if not bool(torch.isfinite(each).all()):
-            return "it holds what are no finite numbers"
+            return "it contains NaN or infinite numbers"
     if len({len(each) for each in vectors if each is not None}) > 1:
-        return "it has not as many vectors for each of this model's text encoders"
+        return "its numbers of vectors for this model's text encoders differ"
     return ""
 
 

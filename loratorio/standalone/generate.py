@@ -145,14 +145,14 @@ def _generate(
 
 
 def _without_effect(settings: Settings, steps: int, history: WeightHistory) -> list[str]:
-    """Sentences on what was asked for and could not be had in this sampling."""
+    """Sentences about settings that had no effect in this sampling."""
     if not any(settings.active_at(index, steps) for index in range(steps)):
         return [
-            f"start = {settings.start:g} and end = {settings.end:g} leave none of the {steps} steps to compose: the LoRAs were merged."
+            f"The LoRAs were merged: start = {settings.start:g} and end = {settings.end:g} leave none of the {steps} steps to compose."
         ]
     if settings.weight_maps and not history.weights:
         label = METHODS[settings.method].entry.label
-        return [f"There are no weight maps: {label} does not choose between LoRAs patch by patch."]
+        return [f"There are no weight maps: {label} does not weight LoRAs patch by patch."]
     return []
 
 

@@ -46,8 +46,8 @@ _MATRIX = re.compile(r"lora_(up|down|mid)\.weight|hada_w[12]_[ab]|lokr_w[12](_[a
 class LoadedLora:
     """One LoRA of a generation: its part of the UNet, and of each text encoder (without deltas where it has none).
 
-    notes: sentences on what its file holds and was not used.
-    embeddings: of words that its file brings along.
+    notes: sentences about contents of its file that were not used.
+    embeddings: those that are bundled with it.
     """
 
     name: str
@@ -72,7 +72,7 @@ def load_lora(
     A DoRA counts as its full change at strength 1, times the strength, as in the WebUI.
 
     Raises:
-        LoratorioError: a pickle, damaged, made for another model, holding NaN or infinity, or of an unknown kind.
+        LoratorioError: a pickle, damaged, made for another model, containing NaN or infinity, or of an unknown kind.
     """
     tensors = read_safetensors(file, f"LoRA {name}")
     parts: dict[str, nn.Module] = {"unet": checkpoint.unet}
@@ -89,7 +89,7 @@ def load_lora(
             found = _deltas(name, layer.path, own, parts[layer.part].get_submodule(layer.path))
             deltas[layer.part].setdefault(layer.path, []).extend(found)
     if any(_does_nothing(own) for own in layers.values()):
-        notes.append(f"LoRA {name} has alpha 0 or rank 0 in some layers: it changes nothing there.")
+        notes.append(f"LoRA {name} has alpha 0 or rank 0 in some layers, so it has no effect there.")
     embeddings, unused = read_embeddings(name, named.embeddings, checkpoint.text_encoders)
     loaded = LoadedLora(
         name,
@@ -104,7 +104,7 @@ def load_lora(
 
 
 def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> list[Delta]:
-    """What a file has for one layer, all of which add up."""
+    """The deltas of a file for one layer, which add up."""
     found: list[Delta] = []
     others = {tail: tensor for tail, tensor in own.items() if _OF_LYCORIS.fullmatch(tail)}
     if "diff" in own:
@@ -123,7 +123,7 @@ def _deltas(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -
         found.append(_by_lycoris(name, path, {**others, **further}, layer))
     if not found:
         tails = ", ".join(sorted(own.keys() - {"alpha"})) or "alpha alone"
-        raise LoratorioError(f"LoRA {name} is of a kind that cannot be read here: layer {path} has {tails}.")
+        raise LoratorioError(f"LoRA {name} is of an unsupported kind: the layer {path} has {tails}.")
     return found
 
 
@@ -162,7 +162,7 @@ def _sparse(own: Mapping[str, Tensor], shape: torch.Size) -> Tensor | None:
 
 
 def _unread(name: str, weights: Mapping[Layer, Mapping[str, Tensor]]) -> Iterable[str]:
-    """A sentence on tensors of known layers that no kind here knows."""
+    """A sentence about tensors of known layers whose kind is unknown."""
     low_rank = {
         "lora_up.weight",
         "lora_down.weight",
@@ -180,11 +180,11 @@ def _unread(name: str, weights: Mapping[Layer, Mapping[str, Tensor]]) -> Iterabl
     ]
     if unread:
         several = f"{len(unread)} of its tensors, {unread[0]} and others" if len(unread) > 1 else unread[0]
-        yield f"LoRA {name} was read without {several}: they are of no kind that is known here."
+        yield f"LoRA {name} was read without {several}: their kind is unknown."
 
 
 def _as_numbers(name: str, key: str, tensor: Tensor) -> Tensor:
-    """As it is where torch can reckon with its dtype; 8-bit floating point and whole numbers in float32, which holds them exactly."""
+    """Unchanged if torch can compute with its dtype; 8-bit floating point and whole numbers as float32, which is exact."""
     if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return tensor
     try:
@@ -198,7 +198,7 @@ def _as_numbers(name: str, key: str, tensor: Tensor) -> Tensor:
     except (RuntimeError, TypeError, NotImplementedError) as problem:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise LoratorioError(
-            f"LoRA {name} holds {key[:80]} as {kind}, which cannot be reckoned with here: get it as fp16 or bf16."
+            f"LoRA {name} stores {key[:80]} as {kind}, which is not supported: get it as fp16 or bf16."
         ) from problem
 
 
@@ -207,14 +207,14 @@ def _check_shapes(name: str, layer: str, own: Mapping[str, Tensor]) -> None:
         number = own.get(tail)
         if number is not None and not (number.numel() == 1 and math.isfinite(float(number))):
             raise LoratorioError(
-                f"LoRA {name} has an alpha of {_shape(number)} for the layer {layer[:120]} that is not one finite number: "
-                "the file is damaged. Get it again."
+                f"LoRA {name} has an alpha of shape {_shape(number)} for the layer {layer[:120]}, which must be one finite number. "
+                "The file is damaged: get it again."
             )
     for tail, tensor in own.items():
         if _MATRIX.fullmatch(tail) and tensor.ndim < 2:
             raise LoratorioError(
-                f"LoRA {name} has a {tail} of {_shape(tensor)} for the layer {layer[:120]}, which is no matrix: "
-                "the file is damaged. Get it again."
+                f"LoRA {name} has a {tail} of shape {_shape(tensor)} for the layer {layer[:120]}, which must be a matrix. "
+                "The file is damaged: get it again."
             )
 
 
@@ -225,7 +225,7 @@ def _without_idle_alpha(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _does_nothing(own: Mapping[str, Tensor]) -> bool:
-    """Whether its rank is 0, or alpha is where it is a strength: not with OFT's blocks."""
+    """Whether its rank is 0, or its alpha is 0 and scales it, which it does not in OFT's blocks."""
     has_rank = any(tail.startswith(("lora_", "hada_", "lokr_")) for tail in own)
     no_alpha = has_rank and "alpha" in own and float(own["alpha"]) == 0
     return no_alpha or not all(tensor.numel() for tensor in own.values())
@@ -244,13 +244,13 @@ def _weight_shape(layer: nn.Module) -> torch.Size:
 
 @contextlib.contextmanager
 def _fitting(name: str, path: str, own: Mapping[str, Tensor], layer: nn.Module) -> Iterator[None]:
-    """What torch and lycoris raise for shapes that do not belong together, as a sentence."""
+    """Errors of torch and lycoris for shapes that do not match, as a sentence."""
     try:
         yield
     except (RuntimeError, ValueError, AttributeError, IndexError) as problem:
         raise LoratorioError(
             f"LoRA {name} does not fit the layer {path}, whose weight is {_shape(_weight(layer))}: it has {described(own)}. "
-            "It was made for another kind of model: remove it from the prompt."
+            "The LoRA was made for another kind of model: remove it from the prompt."
         ) from problem
 
 
@@ -288,7 +288,7 @@ def _by_lycoris(name: str, path: str, own: dict[str, Tensor], layer: nn.Module) 
 def _lokr(own: Mapping[str, Tensor]) -> Tensor:
     """alpha/rank · w₁ ⊗ w₂, each whole or as a product (LoKr, arXiv 2309.14859); whole ones have no rank, and no alpha.
 
-    By the formula, since lycoris guesses from a layer's shape how it is to be factored, and refuses what was factored otherwise.
+    Computed by the formula, because lycoris derives the factors' shapes from the layer's and rejects other factorisations.
     """
     factors: list[Tensor] = []
     rank = 0
@@ -343,7 +343,7 @@ def _lycoris_module(name: str, path: str, own: Mapping[str, Tensor], layer: nn.M
             module = make_module(kind, parameters, "layer", layer)
     if module is None:
         tails = ", ".join(sorted(own.keys() - {"alpha"}))
-        raise LoratorioError(f"LoRA {name} is of a kind that cannot be read here: layer {path} has {tails}.")
+        raise LoratorioError(f"LoRA {name} is of an unsupported kind: the layer {path} has {tails}.")
     return module
 
 
@@ -353,7 +353,7 @@ def _dora(merged: Tensor, dora_scale: Tensor) -> Tensor:
         dora_scale = dora_scale.reshape(-1, 1)
     sides = ((merged.shape[0], 1), (1, merged.shape[1]))
     if dora_scale.shape[:2] not in sides or dora_scale.numel() != max(dora_scale.shape[:2]):
-        raise ValueError("its magnitudes are for another number of outputs")
+        raise ValueError("its magnitudes are for a different number of outputs")
     per_output = dora_scale.shape[0] == merged.shape[0]
     scale = dora_scale.reshape(*dora_scale.shape[:2], *[1] * (merged.ndim - 2))
     decomposed: Tensor = weight_decompose(merged, scale, 1, per_output)

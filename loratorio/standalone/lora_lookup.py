@@ -1,4 +1,4 @@
-"""Which LoRA files a prompt's tags name, and what those say of themselves. Imports no torch: what is missing is said at once."""
+"""The LoRA files that a prompt's tags name, and their metadata. Imports no torch, so that errors appear at once."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class TagFiles:
 
 
 def look_up(tags: Sequence[PromptLora], folder: Path | None, prompt: str) -> tuple[list[TagFiles], list[str]]:
-    """The files of every tag, in order, and notes for the user. Of a pool those that `prompt`, without tags, calls.
+    """The files of every tag, in order, and notes for the user. For a pool: those that `prompt`, without tags, calls.
 
     Raises:
-        LoratorioError: no folder, a LoRA that is not there or whose file cannot be opened, a role or a place that cannot be read.
+        LoratorioError: no folder, a LoRA that is missing or whose file cannot be opened, a role or a place that cannot be read.
     """
     if not tags:
         return [], []
     if folder is None:
         raise LoratorioError(
-            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: lora_dir is not given."
+            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: lora_dir is not set."
         )
     there = LoraFolder(folder)
     found: list[TagFiles] = []
@@ -95,14 +95,18 @@ def find_lora(folder: LoraFolder, name: str) -> tuple[Path, str]:
     by_folded = {folded(folder.name_of(file)): folder.name_of(file) for file in folder.files}
     near = difflib.get_close_matches(folded(name), by_folded, n=3, cutoff=0.4)
     names = [by_folded[each] for each in near]
-    hint = f"The nearest names are: {', '.join(names)}." if names else f"It has {len(by_folded)} other LoRAs."
+    hint = (
+        f"The closest names are: {', '.join(names)}."
+        if names
+        else f"It contains {len(by_folded)} other LoRAs."
+    )
     raise LoratorioError(
         f"LoRA {name} is not in {readable(folder.root)}. {hint} {folder.cannot_be_read}".strip()
     )
 
 
 def read_metadata(file: Path) -> Mapping[str, str]:
-    """What a .safetensors file says of itself; nothing if it cannot be read."""
+    """The metadata of a .safetensors file; nothing if it cannot be read."""
     with (
         contextlib.suppress(SafetensorError, OSError, ValueError),
         safe_open(str(file), framework="np") as opened,
@@ -119,7 +123,7 @@ def check_safetensors(path: Path, what: str) -> None:
     """
     if path.suffix.lower() in PICKLES:
         raise LoratorioError(
-            f"{what} is a pickle ({path.name}), which can run any program when it is opened, so it was not. "
+            f"{what} is a pickle ({path.name}), which can run any program when it is opened. It was not opened. "
             "Get it as .safetensors."
         )
     if path.suffix.lower() != SUFFIX:
@@ -130,7 +134,7 @@ def check_safetensors(path: Path, what: str) -> None:
             file.read(1)
     except (OSError, ValueError) as problem:
         raise LoratorioError(
-            f"{what} cannot be read: {readable(path)} cannot be opened ({reason(problem)}). Check who may read it."
+            f"{what} cannot be read: {readable(path)} cannot be opened ({reason(problem)}). Check its permissions."
         ) from problem
     try:
         with safe_open(str(path), framework="np"):

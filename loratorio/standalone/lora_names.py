@@ -117,7 +117,7 @@ class Named:
     Attributes:
         layers: by layer of the model and by tail.
         embeddings: of words that the file brings along (``bundle_emb``), their tensors by what the file calls them.
-        notes: sentences on what was left out.
+        notes: sentences about what was not used.
     """
 
     layers: dict[Layer, dict[str, Tensor]]
@@ -129,10 +129,10 @@ def by_layer(name: str, tensors: Mapping[str, Tensor], file: Path, parts: Mappin
     """What is in the LoRA `name`, read from `file`, for the model's `parts`.
 
     Raises:
-        LoratorioError: nothing, or next to nothing, in the file is for this model; or its configuration cannot be made sense of.
+        LoratorioError: nothing, or almost nothing, in the file is for this model; or its configuration cannot be read.
     """
     if not tensors:
-        raise LoratorioError(f"LoRA {name} is empty: the file holds no weights. Get it again.")
+        raise LoratorioError(f"LoRA {name} is empty: the file has no weights. Get it again.")
     config = _Config.beside(file, name)
     embeddings, others = _bundled(tensors)
     plain = [(_common(key), tensor) for key, tensor in others.items()]
@@ -142,7 +142,7 @@ def by_layer(name: str, tensors: Mapping[str, Tensor], file: Path, parts: Mappin
         whole = _unified(key, own_layers)
         if whole in unified:
             raise LoratorioError(
-                f"LoRA {name} holds {whole[:120]} twice: several adapters are in one file. Save each to a file of its own."
+                f"LoRA {name} contains {whole[:120]} twice: the file has several adapters. Save each to a file of its own."
             )
         unified[whole] = tensor
     kohyas = {key: tensor for key, tensor in unified.items() if key.startswith(tuple(_KOHYA_PARTS))}
@@ -154,7 +154,7 @@ def by_layer(name: str, tensors: Mapping[str, Tensor], file: Path, parts: Mappin
     strange = [key for key in unified if key not in kohyas and key not in pefts]
     if not kohyas and not pefts:
         raise LoratorioError(
-            f"LoRA {name} is not a LoRA that can be read here: its weights have names like {next(iter(tensors))[:80]}."
+            f"LoRA {name} is not a supported LoRA: its weights have names like {next(iter(tensors))[:80]}."
         )
     named: dict[tuple[str, str, str], dict[str, Tensor]] = {}
     for part, prefix, layer, tail, tensor in (*_kohya_names(kohyas), *_peft_names(pefts)):
@@ -179,8 +179,8 @@ def by_layer(name: str, tensors: Mapping[str, Tensor], file: Path, parts: Mappin
     if not grouped or len(grouped) < _LEAST_PART * (len(grouped) + len(missing)):
         first = next(iter(missing.values()), strange[0] if strange else "")
         raise LoratorioError(
-            f"LoRA {name} changes the layer {first}, and this model has no such layer. It was made for another kind of model: "
-            "remove it from the prompt, or use the checkpoint that it is for."
+            f"LoRA {name} changes the layer {first}, which this model does not have. The LoRA was made for another kind of model: "
+            "remove it from the prompt, or use a checkpoint that it is for."
         )
     notes = (*config.notes, *_leftovers(name, len(grouped), list(missing), strange))
     return Named(grouped, embeddings, notes)
@@ -244,7 +244,7 @@ def _leftovers(name: str, used: int, missing: Sequence[str], strange: Sequence[s
     if strange:
         yield (
             f"LoRA {name} was read without {strange[0][:120]}{f' and {len(strange) - 1} more tensors' if len(strange) > 1 else ''}: "
-            "they are none of a LoRA's weights that are known here."
+            "unknown kinds of weights."
         )
 
 
@@ -322,10 +322,10 @@ def _is_peft(tensors: Iterable[str]) -> bool:
 
 
 class _Config:
-    """What a trainer wrote down beside the tensors: alpha and rank for all layers, and patterns of layers' names with others.
+    """A trainer's configuration: alpha and rank for all layers, and patterns of layer names with other values.
 
     Attributes:
-        notes: a sentence where a configuration lies beside the file and may be another's.
+        notes: a sentence if a configuration lies next to the file but may be that of another one.
     """
 
     def __init__(self, values: Mapping[str, object], name: str, unused: bool = False) -> None:
@@ -352,7 +352,7 @@ class _Config:
             read = _decoded(own.read_text(encoding="utf-8", errors="replace"))
         except OSError as problem:
             raise LoratorioError(
-                f"{own.name} beside LoRA {name} cannot be opened ({reason(problem)}): check who may read it."
+                f"{own.name} next to LoRA {name} cannot be opened ({reason(problem)}): check its permissions."
             ) from problem
         return cls({**values, **(read if isinstance(read, Mapping) else {})}, name)
 
@@ -375,7 +375,7 @@ class _Config:
             return {}
         if self._unused and not self.notes:
             self.notes = (
-                f"adapter_config.json beside LoRA {self._name} was not used: there are several LoRAs in that folder. "
+                f"adapter_config.json next to LoRA {self._name} was not used, because the folder has several LoRAs. "
                 "If it belongs to this one, move both to a folder of their own.",
             )
         alpha, rank = (self._given(part, layer, what) for what in ("alpha", "rank"))
@@ -426,7 +426,7 @@ class _Config:
         except (TypeError, ValueError, OverflowError):
             raise LoratorioError(
                 f"The configuration of LoRA {self._name} gives the layer {layer[:80]} the {what} {str(value)[:40]!r}, "
-                "which is no number. Get it again."
+                "which is not a number. Get it again."
             ) from None
 
     def _fits(self, pattern: str, layer: str) -> bool:
@@ -444,7 +444,7 @@ class _Config:
 
     def _unreadable(self, pattern: str) -> LoratorioError:
         return LoratorioError(
-            f"The configuration of LoRA {self._name} has the pattern {pattern[:40]!r} of layers, which cannot be read here. Get it again."
+            f"The configuration of LoRA {self._name} has the layer pattern {pattern[:40]!r}, which cannot be read. Get it again."
         )
 
 

@@ -80,7 +80,7 @@ def load_lora_set(
     load: Load = load_lora,
     prompt: str = "",
 ) -> LoraSet:
-    """Load what the tags ask for, each file by `load`; of pools what `prompt`, without tags, calls.
+    """Load the LoRAs of the tags, each file by `load`; from pools those that `prompt`, without tags, calls.
 
     Raises:
         LoratorioError: a LoRA that is named cannot be used (one out of a pool is skipped instead), or a pool is empty.
@@ -122,7 +122,7 @@ def _candidate(
     tagged = chosen[file]
     if "role" not in tag.options and looks_like_speed_lora(file.stem, tagged.metadata):
         raise LoratorioError(
-            f"{file.stem} is a speed LoRA, which is no matter of choice: name it in the prompt."
+            f"{file.stem} is a speed LoRA: these are never picked from a pool. Name it in the prompt."
         )
     own = replace(tag, name=tagged.name, pool=tagged.is_candidate)
     return _load(own, replace(tagged, pooled=own.pool), file, checkpoint, load)

@@ -1,4 +1,4 @@
-"""A model that commands and page work with: what they share."""
+"""The model of the commands and of the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model and its LoRAs lie, and on what it shall run; checked, not yet read."""
+    """The paths of a model and its LoRAs, and its device; checked, not yet read."""
 
     checkpoint: Path
     lora_dir: Path | None
@@ -40,7 +40,7 @@ class ModelFiles:
         """The checkpoint in that file or folder; None: the toybox, with its LoRAs unless `lora_dir` names others. Imports no torch.
 
         Raises:
-            LoratorioError: anything that is not there, or can be seen to be no use before it is read.
+            LoratorioError: a file is missing, or is unusable as far as that is known without reading it.
         """
         if checkpoint is None:
             if not toybox.CHECKPOINT.exists():
@@ -52,7 +52,7 @@ class ModelFiles:
         return cls(checkpoint, lora_dir, config, device, dtype)
 
     def load(self) -> LoadedModel:
-        """Read it. Raises LoratorioError: damaged, no Stable Diffusion, no such device."""
+        """Read it. Raises LoratorioError: damaged, not Stable Diffusion, no such device."""
         from .checkpoint import load_checkpoint
 
         if self.checkpoint == toybox.CHECKPOINT:
@@ -79,7 +79,7 @@ class LoadedModel:
 
 
 def weight_maps(outcome: Outcome, image: int) -> list[Image.Image]:
-    """Pictures of where each LoRA was used: first all in one, then, if asked for, each; none if none were recorded."""
+    """Pictures of where each LoRA was used: first all in one, then each if requested. None if no weights were recorded."""
     from ..pictures.maps import render
 
     if not outcome.history.weights:
@@ -103,8 +103,8 @@ def map_files(outcome: Outcome, image: int, path: Path) -> dict[Path, bytes]:
 
 
 def _use_one_thread() -> None:
-    """For a model as small as the toybox more threads gain nothing, and where other programs want the processors they cost four times as
-    long: the threads of each small product wait for one another."""
+    """A model as small as the toybox does not profit from more threads. If other programs use the processors, it takes four times as
+    long with them, because the threads of each small product wait for each other."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What can be said of a model before it is read. Imports no torch."""
+"""Checks of a model's files before they are read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def check_model(path: Path, config: Path | None = None, device: str = "auto", dt
 def _check_folder(path: Path) -> None:
     index = path / MODEL_INDEX
     if not index.is_file():
-        raise LoratorioError(f"{path} is a folder without {MODEL_INDEX}: not a diffusers model.")
+        raise LoratorioError(f"{path} is a folder without {MODEL_INDEX}, so it is not a diffusers model.")
     try:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as problem:
         raise LoratorioError(f"{index} is damaged ({problem}): get it again.") from problem
     if kind not in _KNOWN_PIPELINES:
-        raise LoratorioError(f"{path} is a {kind}; only {' and '.join(_KNOWN_PIPELINES)} can be used here.")
+        raise LoratorioError(f"{path} is a {kind}. Only {' and '.join(_KNOWN_PIPELINES)} are supported.")

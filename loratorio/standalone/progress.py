@@ -12,7 +12,7 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def bar(label: str = "") -> Iterator[Progress]:
-    """A progress bar on stderr, from the first step on: what is wrong with the input stands alone."""
+    """A progress bar on stderr, from the first step on, so that errors in the input have no bar."""
     from tqdm import tqdm
 
     bars: list[Any] = []

@@ -53,47 +53,45 @@ def split_loras(prompt: str) -> tuple[str, list[PromptLora]]:
     """The prompt without its tags, and the LoRAs that they name, in order.
 
     Raises:
-        LoratorioError: a tag that cannot be read, is mistyped or of another kind, or text that is no UTF-8.
+        LoratorioError: a tag that cannot be read, is mistyped or of another kind, or text that is not UTF-8.
     """
     check_text("prompt", prompt)
     loras: list[PromptLora] = []
     for kind, content in _TAG.findall(prompt):
         if kind.lower() not in ("lora", "lyco", "pool"):
             raise LoratorioError(
-                f"<{kind}:{content}> is not known here: only <lora:name:strength> and <pool:folder> tags are."
+                f"<{kind}:{content}> is an unknown tag. Only <lora:name:strength> and <pool:folder> are supported."
             )
         loras.append(_read_tag(kind, content))
     text = re.sub(r"[ \t]{2,}", " ", _TAG.sub("", prompt)).strip()
     if mistyped := _LOOKS_LIKE_A_TAG.search(text):
-        raise LoratorioError(f"{mistyped.group().strip()} is not a whole tag: write it like <lora:name:0.8>.")
+        raise LoratorioError(
+            f"{mistyped.group().strip()} is not a complete tag: write it like <lora:name:0.8>."
+        )
     return text, loras
 
 
 def plain_text_notes(prompt: str, negative: str) -> list[str]:
-    """Sentences on what looks like the WebUI's language and is plain text here."""
+    """Sentences about the WebUIs' prompt syntax that is plain text here."""
     notes = []
     if re.search(r"\bAND\b", prompt):
-        notes.append(
-            "AND is a word like any other here: only the WebUIs compose several prompts into one picture."
-        )
+        notes.append("AND is an ordinary word here: only the WebUIs combine several prompts in one picture.")
     edited = _EDITED.search(prompt) or _EDITED.search(negative)
     if edited:
-        notes.append(
-            f"{edited.group()} is plain text here: only the WebUIs change a prompt while they sample."
-        )
+        notes.append(f"{edited.group()} is plain text here: only the WebUIs change a prompt during sampling.")
     if has_tag(negative):
         notes.append(IN_NEGATIVE)
     return notes
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise LoratorioError if `text` has bytes that are no UTF-8, as a command's arguments may."""
+    """Raise LoratorioError if `text` has bytes that are not UTF-8, as a command's arguments may."""
     try:
         text.encode()
     except UnicodeEncodeError as problem:
         where = readable(text[max(0, problem.start - 20) : problem.start + 1])
         raise LoratorioError(
-            f"The {what} is not UTF-8 text: it goes wrong at {where!r}. Type it anew."
+            f"The {what} is not UTF-8 text: the first error is at {where!r}. Type it again."
         ) from None
 
 
@@ -105,7 +103,7 @@ def _read_tag(kind: str, content: str) -> PromptLora:
     name, numbers, named = read_tag(content)
     if len(numbers) > 2:
         raise LoratorioError(
-            f"<{kind}:{content}> has more than two numbers: one is the strength, two are those in the text encoder and in the UNet."
+            f"<{kind}:{content}> has more than two numbers. One is the strength; two are the strengths in the text encoder and the UNet."
         )
     options = dict(named)
     te = options.pop("te", numbers[0] if numbers else "1")

@@ -28,7 +28,7 @@ class Request:
         settings: the knobs. `enabled` off means that the LoRAs are merged.
         width, height: in pixels, divisible by 8.
         seed: of the first image; image i of the batch has seed + i, so that it comes out the same alone.
-        init_image, strength: for img2img: the picture, and how much of it is made anew (0 to 1).
+        init_image, strength: for img2img: the picture, and how much to change it (0 to 1).
     """
 
     prompt: str
@@ -66,7 +66,7 @@ def whole(request: Request, checkpoint: Checkpoint) -> WholeRequest:
 
 
 def check(request: Request, latent_scale: int = LATENT_PIXEL) -> None:
-    """Raise LoratorioError for everything that is wrong with a request whatever the model is; what is left out is right."""
+    """Raise LoratorioError for values that are wrong with any model. Values that are left out are valid."""
     find_sampler(request.sampler)
     check_text("negative prompt", request.negative)
     for what, number, lowest, highest in (

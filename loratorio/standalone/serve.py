@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .model import LoadedModel
 
 _SECONDS = 15
-"""How long a sentence on what cannot be made stays."""
+"""How long an error message stays."""
 
 _PICTURE_ENDINGS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
@@ -86,7 +86,7 @@ _TO_PICTURES = """() => {
   if (pictures.getBoundingClientRect().top > window.innerHeight / 2)
     pictures.scrollIntoView({ behavior: "smooth", block: "start" });
 }"""
-"""In the browser: where what was made lies below, as on a phone, go there."""
+"""In the browser: scroll to the pictures if they are below, as on a phone."""
 
 
 def serve(model: LoadedModel, port: int) -> None:
@@ -106,9 +106,9 @@ def serve(model: LoadedModel, port: int) -> None:
         )
     except OSError as problem:
         raise LoratorioError(
-            f"Port {port} cannot be had, perhaps because another program has it ({problem}): choose another --port."
+            f"Port {port} is not available, perhaps because another program uses it ({problem}): choose another --port."
         ) from problem
-    print(f"Open http://127.0.0.1:{port} in a browser. Ctrl-C ends it.", flush=True)
+    print(f"Open http://127.0.0.1:{port} in a browser. Ctrl-C stops it.", flush=True)
     try:
         page.block_thread()
     finally:
@@ -128,15 +128,15 @@ def build(model: LoadedModel) -> Any:
 
     loras = list_loras(model.lora_dir) if model.lora_dir else {}
     with gr.Blocks(title="LoRAtorio", analytics_enabled=False) as page:
-        gr.Markdown("# LoRAtorio\nSeveral LoRAs in one picture, each where it knows best.", elem_id="title")
+        gr.Markdown("# LoRAtorio\nSeveral LoRAs in one picture, each where it fits best.", elem_id="title")
         with gr.Row(equal_height=False, elem_id="main"):
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
                     _first_prompt(loras), label="Prompt", lines=3, max_lines=8, elem_id="prompt",
-                    placeholder="words and <lora:name:strength> tags",
+                    placeholder="text with <lora:name:strength> tags",
                 )  # fmt: skip
                 gr.Markdown(
-                    "LoRAs *· click to put one into the prompt, or to take it out*", elem_classes="heading"
+                    "LoRAs *· click to add one to the prompt, or to remove it*", elem_classes="heading"
                 )
                 _cards(gr, loras, prompt)
                 button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
@@ -159,7 +159,7 @@ def build(model: LoadedModel) -> Any:
                             [(each.label, each.name) for each in SAMPLERS.values()], value="euler", label="Sampler", min_width=140,
                         )  # fmt: skip
                         seed = gr.Number(
-                            0, label="Seed", precision=0, info="-1: a new one each time", min_width=140
+                            0, label="Seed", precision=0, info="-1: a random one each time", min_width=140
                         )
                         batch = gr.Slider(1, 4, 1, step=1, label="Pictures", min_width=140)
             with gr.Column(scale=6, min_width=320):
@@ -204,7 +204,10 @@ def build(model: LoadedModel) -> Any:
                 )
             except LoratorioError as problem:
                 raise gr.Error(
-                    str(problem), duration=_SECONDS, title="That cannot be made", print_exception=False
+                    str(problem),
+                    duration=_SECONDS,
+                    title="This picture cannot be made",
+                    print_exception=False,
                 ) from problem
             return _shown(model, outcome)
 
@@ -291,5 +294,5 @@ def _shown(model: LoadedModel, outcome: Outcome) -> tuple[Any, ...]:
     maps = [picture for i in range(len(outcome.images)) for picture in weight_maps(outcome, i)]
     notes = list(outcome.notes)
     if not split_loras(outcome.request.prompt)[1]:
-        notes.append("There is no LoRA in the prompt, so this is the model's plain picture.")
+        notes.append("There is no LoRA in the prompt, so nothing was composed.")
     return files, maps, texts[0], "\n\n".join(notes)

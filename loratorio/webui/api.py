@@ -1,4 +1,4 @@
-"""The knobs of a generation from what the WebUI hands to the script: the page's values, or an API call's arguments."""
+"""The knobs of a generation from the script's arguments: the page's values, or those of an API call."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from . import options, xyz
 
 
 def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
-    """The settings that `args` ask for, with what an X/Y/Z plot set on the processing object `p` on top.
+    """The settings of `args`, overridden by those that an X/Y/Z plot set on the processing object `p`.
 
     Args:
-        args: one value per knob in the order of `KNOBS`, or one mapping of knob names first, after which nothing else counts: the WebUI
-            fills the rest with the panel's defaults. Missing ones and None: the settings page's defaults. Sentences name the knobs
-            as the caller does: by name after a mapping, else by the panel's labels.
+        args: one value per knob in the order of `KNOBS`; or first one mapping of knob names, and then the rest is ignored, because the
+            WebUI fills it with the panel's defaults. Missing values and None: the settings page's defaults. Sentences name the knobs
+            as the caller does: by name for a mapping, else by the panel's labels.
 
     Raises:
-        LoratorioError: an unknown knob, a bad value, too many values. Not where the panel's box is unticked: what is typed into a panel
-            that is off is nobody's matter.
+        LoratorioError: an unknown knob, a bad value, too many values. Not if the panel's box is unticked: then its values are not
+            validated.
     """
     values = {**_values(args), **xyz.chosen(p)}
     by_name = bool(args) and isinstance(args[0], Mapping)
@@ -36,8 +36,8 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
 
 
 def standing(settings: Settings, args: Sequence[Any], p: Any) -> list[str]:
-    """What is true of every picture of the job `p`: a sentence for each knob that an API call names, or a plot sets, and that changes
-    nothing (the panel greys those), and one on LoRA tags in the negative prompt."""
+    """Sentences about every picture of the job `p`: one for each knob that an API call or a plot sets without effect (the panel greys
+    those out), and one about LoRA tags in the negative prompt."""
     named = _values(args) if args and isinstance(args[0], Mapping) else {}
     sentences = settings.without_effect({**named, **xyz.chosen(p)})
     negative = (getattr(p, name, None) or () for name in ("all_negative_prompts", "all_hr_negative_prompts"))
@@ -46,11 +46,11 @@ def standing(settings: Settings, args: Sequence[Any], p: Any) -> list[str]:
     return sentences
 
 
-OFF = 'The call names settings of LoRAtorio and does not switch it on: add "enabled": true. The LoRAs were merged.'
+OFF = 'The LoRAs were merged: the call has LoRAtorio settings but does not enable it. Add "enabled": true.'
 
 
 def is_off_by_mistake(settings: Settings, args: Sequence[Any]) -> bool:
-    """Whether an API call says how to compose, and not whether."""
+    """Whether an API call has settings but does not say whether to compose."""
     named = _values(args) if args and isinstance(args[0], Mapping) else {}
     return bool(named) and not settings.enabled and "enabled" not in named
 
@@ -62,7 +62,7 @@ def _values(args: Sequence[Any]) -> dict[str, Any]:
         }
     if len(args) > len(KNOBS):
         raise LoratorioError(
-            f"LoRAtorio takes {len(KNOBS)} arguments ({', '.join(knob.name for knob in KNOBS)}), but {len(args)} came. "
-            "One object of knob names as the only argument is easier."
+            f"LoRAtorio takes {len(KNOBS)} arguments ({', '.join(knob.name for knob in KNOBS)}), not {len(args)}. "
+            'It is easier to give one object as the only argument, such as {"enabled": true}.'
         )
     return {knob.name: value for knob, value in zip(KNOBS, args, strict=False) if value is not None}

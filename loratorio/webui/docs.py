@@ -1,4 +1,4 @@
-"""Where a WebUI's user reads the documentation: at the repository that the extension came from, or rendered here from the files."""
+"""The documentation for a WebUI's user: in the repository that the extension came from, or rendered here from the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The knobs in a picture's infotext, one readable field each, and back from there into the panel."""
+"""The knobs in a picture's infotext, one readable field each, and from there back into the panel."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Params = Mapping[str, Any]
 
 
 def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
-    """Bring the WebUI's `p.extra_generation_params` up to date: the knobs, and what is true of the batch that is being made.
+    """Update the WebUI's `p.extra_generation_params` with the knobs, and with the LoRAs and notes of the current batch.
 
-    The knobs are written as the job begins, because the WebUI writes the file that its paste button reads before the first picture
-    is sampled; LoRAs and notes after each pass, because a picture may be saved between two of them. What was there is taken out: the
-    pictures of an X/Y/Z plot, and the batches of a job, share one mapping.
+    The knobs are written when the job begins, because the WebUI writes the file for its paste button before the first picture is
+    sampled. LoRAs and notes are written after each pass, because a picture may be saved between two passes. Earlier fields are removed,
+    because the pictures of an X/Y/Z plot and the batches of a job share one mapping.
     """
     for key in [key for key in fields if key.split(" ")[0] == "LoRAtorio"]:
         del fields[key]
@@ -41,14 +41,14 @@ def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
 
 
 class Comments:
-    """The job's notes below the pictures in the page, each with the batches that it is true of."""
+    """The job's notes below the pictures in the page, each with the batches that it is about."""
 
     def __init__(self, comments: dict[str, Any]) -> None:
         self._comments = comments  # the WebUI's, which jobs of one script share
         self._own: list[str] = []
 
     def update(self, job: Job) -> None:
-        """To be called after each batch."""
+        """Call this after each batch."""
         for line in self._own:
             self._comments.pop(line, None)
         batches = range(job.batch + 1)
@@ -62,7 +62,7 @@ class Comments:
 
 
 def value_from(knob: Knob, params: Params) -> Any:
-    """What the panel's component shows after pasting `params`; None leaves it as it is.
+    """The value of the panel's component after pasting `params`; None leaves it unchanged.
 
     A picture made without LoRAtorio unticks the box. Text without a line of parameters is only a prompt and changes
     nothing. Knobs that an infotext does not mention had the defaults of the version that made the picture.
@@ -91,13 +91,13 @@ PASTERS: dict[str, Callable[[Params], Any]] = {knob.name: _paster(knob) for knob
 
 
 def paste_fields(components: Sequence[Any]) -> list[tuple[Any, Callable[[Params], Any]]]:
-    """For `self.infotext_fields`: each component of the panel with what an infotext makes of it."""
+    """For `self.infotext_fields`: each component of the panel with the function that reads its value from an infotext."""
     return [(component, PASTERS[knob.name]) for component, knob in zip(components, KNOBS, strict=True)]
 
 
 def paste_field_names() -> list[Callable[[Params], Any]]:
     """For `self.paste_field_names`: what "send to img2img" takes along from tab to tab.
 
-    The WebUI compares these with the second half of the paste fields; that they are functions, not names, is no matter to it.
+    The WebUI compares these with the second half of the paste fields; they may be functions instead of names.
     """
     return list(PASTERS.values())

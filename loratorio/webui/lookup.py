@@ -1,4 +1,4 @@
-"""What the panel's line asks of the WebUI: which LoRAs of a prompt there are, and how many candidates a pool has."""
+"""Answers for the panel's line: which LoRAs of a prompt exist, and how many candidates a pool has."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from . import pools
 
 PATH = "/loratorio/found"
 MOST = 100
-"""So many names and pools are looked up at most."""
+"""The most names and pools that are looked up."""
 
 
 def add_route(_: Any, app: Any) -> None:
     """For the WebUI's callback when its server has started: answer the page's questions.
 
-    The answer has no names but those that were asked for.
+    The answer contains only the requested names.
     """
 
     def answer(asked: dict[str, Any]) -> dict[str, Any]:
@@ -34,14 +34,14 @@ def found(
     count: Callable[[str], int],
     is_new: Callable[[str], bool],
 ) -> dict[str, Any]:
-    """`missing`: those of the LoRAs that the WebUI does not find; `pools`: by pattern, how many LoRAs it finds, or why none."""
+    """`missing`: the LoRAs that the WebUI does not find; `pools`: by pattern, how many LoRAs it finds, or why none."""
     known = getattr(sys.modules.get("networks"), "available_network_aliases", None)
     missing = [] if known is None else [name for name in loras if not _has(name, known) and not is_new(name)]
     return {"missing": missing, "pools": {pattern: _count(pattern, count) for pattern in patterns}}
 
 
 def wrong(tags: Sequence[str]) -> dict[str, str]:
-    """By tag, why it cannot be read; those that can be are left out."""
+    """By tag, why it cannot be read, without the readable tags."""
     if pools.numbers_are_others():
         return {}
     troubles = {tag: trouble(*tag.strip("<>").partition(":")[::2]) for tag in tags}

@@ -27,11 +27,11 @@ def defaults() -> Settings:
             try:
                 values[knob.name] = knob.check(stored[option_name(knob)], "label")
             except LoratorioError as problem:
-                print(f"LoRAtorio: the settings page's default is not used: {problem}")
+                print(f"LoRAtorio: a default of the settings page was ignored: {problem}")
     try:
         return Settings(naming="label").with_values(values)
     except LoratorioError as problem:
-        print(f"LoRAtorio: the settings page's defaults are not used: {problem}")
+        print(f"LoRAtorio: the defaults of the settings page were ignored: {problem}")
         return Settings()
 
 
@@ -61,9 +61,11 @@ TICKED = "loratorio_ticked"
 calls that never heard of this extension would be composed."""
 
 RESEARCH = "loratorio_research"
-"""The option to have the panel list the methods that are there to compare with, too."""
+"""The option to list the methods of other papers, for comparison, in the panel too."""
 
-RESEARCH_HELP = "The panel's list of methods then has those of other papers too. X/Y/Z plots and API calls can use them in any case."
+RESEARCH_HELP = (
+    "List the methods of other papers in the panel too. X/Y/Z plots and API calls can always use them."
+)
 
 VERSION = "loratorio_version"
 """Under this name the version whose defaults were last in force stands in the WebUI's config.json."""

@@ -21,12 +21,12 @@ from .components import component, shown
 
 TITLE = "LoRAtorio"
 
-CHECKING = "Checking: about a dozen pictures of one to four steps. None of them is kept."
+CHECKING = "Checking: this makes about a dozen pictures of one to four steps and keeps none of them."
 
-NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
-"""What the line says before javascript/loratorio.js has read the prompt; the same sentence is there."""
+NONE_YET = "No LoRA in the prompt yet, so nothing is composed. Add one, for example <lora:name:0.8>."
+"""The line's text before javascript/loratorio.js has read the prompt. The same sentence is there."""
 
-CUSTOM, CUSTOM_HELP = "Custom", "What you set under All settings."
+CUSTOM, CUSTOM_HELP = "Custom", "Your own values under All settings."
 
 
 def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
@@ -68,7 +68,7 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
 
 
 def _self_check(tab: str) -> None:
-    """The button of the self-check, and the place for its table. javascript/loratorio_check.js reads what it runs with off the page."""
+    """The button of the self-check, and its table. javascript/loratorio_check.js reads the check's inputs from the page."""
     button = gr.Button(
         "Self-check", elem_id=f"loratorio_{tab}_check", elem_classes="loratorio-small", size="sm"
     )
@@ -90,7 +90,7 @@ def _row(knobs: Sequence[Knob], settings: Settings, tab: str) -> dict[str, Any]:
 
 
 def _preset(tab: str, settings: Settings) -> Any:
-    """The preset in force. It follows the knobs and sets them, and is nothing else: its own value is neither sent nor kept."""
+    """The preset that the knobs match. It follows the knobs and sets them; its own value is neither sent nor saved."""
     in_force = next(
         (each.label for each in PRESETS.values() if settings.with_values(each.values) == settings), CUSTOM
     )
@@ -105,7 +105,7 @@ def _preset(tab: str, settings: Settings) -> Any:
 
 
 def _connect_preset(preset: Any, components: dict[str, Any], tab: str) -> None:
-    """All in the page: a choice is there at once, and no answer comes late over a newer one."""
+    """In the page alone: a choice applies at once, and no late answer overwrites a newer one."""
     knobs = [KNOB_BY_NAME[name] for name in PRESET_KNOBS]
     outputs = [components[knob.name] for knob in knobs]
     wanted = json.dumps(
@@ -146,7 +146,7 @@ _COST_KNOBS = ("method", "recentre", "share", "reuse", "start", "end")
 
 
 def _follow_knobs(components: dict[str, Any], cost: Any, about: Any) -> None:
-    """What a step costs, what the method does, and which knobs it looks at, whenever that changes."""
+    """Update a step's cost, the method's summary and the greyed knobs when they change."""
     asked = [components[name] for name in _COST_KNOBS]
     of_methods = [knob for knob in KNOBS if any(knob.ignored_by(method) for method in METHODS)]
 
@@ -183,7 +183,7 @@ def _about(method: str) -> str:
 
 
 def _cost(settings: Settings) -> str:
-    """What a step with one LoRA, two, … costs, of which JavaScript shows the prompt's."""
+    """The costs of a step with one LoRA, two, …; JavaScript shows the one for the prompt."""
     return f'<p class="loratorio-cost" data-costs="{escape(json.dumps(_costs(settings)))}"></p>'
 
 
@@ -200,7 +200,7 @@ def _costs(settings: Settings) -> list[float]:
 
 
 def _line(tab: str) -> str:
-    """What the tick box does, the line about the prompt's LoRAs, and their places, which JavaScript keeps true."""
+    """The tick box's help, the line about the prompt's LoRAs, and their places. JavaScript keeps them up to date."""
     helps = {preset.label: preset.help for preset in PRESETS.values()} | {CUSTOM: CUSTOM_HELP}
     repeats = "each" if "modules_forge" in sys.modules else "last"  # see hosts/a1111/loras.py
     methods = escape(json.dumps([method.entry.label for method in METHODS.values() if method.takes_places]))
@@ -221,7 +221,8 @@ def _line(tab: str) -> str:
 
 
 def speed_loras() -> list[str]:
-    """Names (and aliases) of the WebUI's LoRAs that act in every pass unless the prompt says otherwise: LCM, Lightning and the like."""
+    """Names and aliases of the WebUI's speed LoRAs, which act in every pass unless the prompt gives them a role: LCM, Lightning and
+    the like."""
     known = getattr(sys.modules.get("networks"), "available_network_aliases", None) or {}
     return sorted(
         str(name)

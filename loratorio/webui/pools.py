@@ -1,4 +1,4 @@
-"""A WebUI's prompts as it can read them: pools as the LoRAs that they stand for, own words without what divides a tag's parts."""
+"""A WebUI's prompts in the form that it can read: pools replaced by their LoRAs, own words without separators of a tag's parts."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 
 def expand(job: Job, prompts: list[str]) -> None:
-    """Replace each `<pool:…>` in a batch's prompts, and in those of its hires pass, by the LoRAs it stands for, and what the WebUI
-    could not read in a LoRA's tag.
+    """Replace each `<pool:…>` in a batch's prompts, and in those of its hires pass, by its LoRAs, and rewrite parts of LoRA tags that
+    the WebUI could not read.
 
     Raises:
-        LoratorioError: a tag that cannot be read, a pool that leaves the LoRA folders, or that no LoRA fits.
+        LoratorioError: a tag that cannot be read, or a pool that leaves the LoRA folders or matches no LoRA.
     """
     p = job.p
     hires = getattr(p, "all_hr_prompts", None) or []
     damaged: dict[str, None] = {}
 
-    @cache  # the pictures of a batch mostly have one prompt, and each time the folders are read and the files opened
+    @cache  # the pictures of a batch mostly have one prompt, and each expansion reads the folders and opens the files
     def expanded_of(prompt: str) -> str:
         prompt = for_webui(prompt, numbers_are_others())
         if not has_pool(prompt):
             return prompt
         return expanded(prompt, folders(), _name_of, partial(_is_candidate, damaged=damaged))
 
-    # The infotext keeps the tag: it is made of the job's prompts, of which these are copies.
+    # The infotext keeps the tag: it is made from the job's prompts, and these are copies.
     changed = [*map(expanded_of, prompts)]
     if changed != list(prompts):
         prompts[:] = changed
     own = slice(p.iteration * p.batch_size, (p.iteration + 1) * p.batch_size) if hires else slice(0)
     changed = [*map(expanded_of, hires[own])]
     if changed != list(hires[own]):
-        # These are no copies, and so have to be put back.
+        # These are not copies, so they must be restored later.
         job.hires_prompts = hires
         p.all_hr_prompts = list(hires)
         p.all_hr_prompts[own] = changed
@@ -52,14 +52,14 @@ def expand(job: Job, prompts: list[str]) -> None:
 
 
 def numbers_are_others() -> bool:
-    """Whether an extension is loaded that reads the strengths of LoRA tags, and knows other ways to write them."""
+    """Whether an extension is loaded that reads the strengths of LoRA tags and allows other spellings."""
     scripts = getattr(sys.modules.get("modules.scripts"), "scripts_data", ())
     paths = [str(getattr(script, "path", "")).lower() for script in scripts]
     return any(word in path for path in paths for word in READERS)
 
 
 def restore(job: Job) -> None:
-    """Once the WebUI has read the batch's prompts: the job's prompts for the infotext are as the user wrote them."""
+    """After the WebUI has read the batch's prompts, restore the job's own prompts for the infotext."""
     if job.hires_prompts is not None:
         job.p.all_hr_prompts, job.hires_prompts = job.hires_prompts, None
 
@@ -70,7 +70,7 @@ def count(pattern: str) -> int:
 
 
 def is_new(name: str) -> bool:
-    """Whether a LoRA lies in the WebUI's folders that it has not listed yet: it looks for such a one itself."""
+    """Whether a LoRA is in the WebUI's folders but not yet in its list. The WebUI itself finds such a LoRA when it is used."""
     for folder in folders():
         try:
             if LoraFolder(folder).find(name):

@@ -291,8 +291,6 @@ def _who_may(cmd_opts: Any) -> Sequence[Any]:
     from fastapi import Depends
     from modules.api.api import Api
 
-    known = Api.__new__(
-        Api
-    )  # of the WebUI's own one only this method is needed, and nothing hands that one out
+    known = Api.__new__(Api)  # only this method is needed, and the WebUI's own instance cannot be reached
     known.credentials = dict(pair.split(":", 1) for pair in cmd_opts.api_auth.split(","))
     return [Depends(known.auth)]

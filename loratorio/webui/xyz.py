@@ -53,12 +53,12 @@ def _axis(script: ModuleType, knob: Knob) -> Any:
     if knob.kind in ("bool", "choice"):
         choices = ["True", "False"] if knob.kind == "bool" else [label for _, label in knob.choices]
         return script.AxisOption(label, str, _apply(knob), confirm=confirm, choices=lambda: choices)
-    # Not int or float: of text the plot would make an error of its own, before it asks `confirm`.
+    # Not int or float: for text the plot would raise its own error before it calls `confirm`.
     return script.AxisOption(label, _number(knob), _apply(knob), confirm=confirm, prepare=_expand(script))
 
 
 def _number(knob: Knob) -> Callable[[Any], Any]:
-    """What makes a number of what is typed into the axis; text that is none is left for `confirm`."""
+    """A reader of the axis's values: numbers as numbers; other text is left for `confirm`."""
 
     def read(value: Any) -> Any:
         try:
@@ -84,10 +84,10 @@ def _preset_axis(script: ModuleType) -> Any:
 
 
 def _apply(knob: Knob) -> Callable[[Any, Any, Any], None]:
-    """What the plot calls before each picture. It hands a shallow copy of one `p`, so the mapping is made anew each time."""
+    """The function that the plot calls before each picture, with a shallow copy of one `p`, so the mapping is copied each time."""
 
     def apply(p: Any, value: Any, values: Any) -> None:
-        # A plot over our knobs with the box unticked would be the same picture again and again.
+        # With the box unticked, a plot over our knobs would repeat the same picture.
         setattr(p, _FIELD, {"enabled": True, **chosen(p), knob.name: value})
 
     return apply
@@ -97,7 +97,7 @@ def _confirm(label: str, check: Callable[[Any], Any]) -> Callable[[Any, Sequence
     """What the plot calls before the first picture: the place to stop with a sentence."""
 
     def confirm(p: Any, values: Sequence[Any]) -> None:
-        if not values:  # the plot would make no picture, and say nothing
+        if not values:  # the plot would silently make no picture
             raise Refusal(f"X/Y/Z plot, {PREFIX}{label}: the axis has no values. Choose at least one.")
         for value in values:
             try:

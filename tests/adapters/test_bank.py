@@ -287,7 +287,7 @@ def test_a_lora_that_does_not_fit_leaves_no_trace() -> None:
         ({"norm": [LowRank(torch.zeros(1, 6), torch.zeros(6, 1))]}, "does not fit the layer norm.*low-rank"),
         ({"conv": [Dense(torch.zeros(6, 6, 1, 1))]}, "does not fit the layer conv.*6×6×1×1.*6×6×3×3"),
         ({"norm": [Dense(bias=torch.zeros(5))]}, "does not fit the layer norm.*5.*6"),
-        ({"conv": [LowRank(torch.zeros(1, 6, 3, 3), torch.zeros(6, 1, 3, 3))]}, "do not belong together"),
+        ({"conv": [LowRank(torch.zeros(1, 6, 3, 3), torch.zeros(6, 1, 3, 3))]}, "do not match each other"),
         ({"": [Dense(torch.zeros(6))]}, "a layer of type Model cannot take a LoRA"),
     ):
         bank = Bank([good, Adapter("bad", bad)])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What follows exactly from the method (METHOD.md), on random predictions of any shape."""
+"""Exact consequences of the published method (arXiv 2508.11624), on random predictions of any shape."""
 
 from __future__ import annotations
 

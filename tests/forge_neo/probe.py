@@ -314,7 +314,7 @@ class Probe:
         return sampler.launch_sampling(4, step)[0]
 
     def reference(self):
-        """METHOD.md's formulas on what the host predicts with one LoRA merged at a time, λ = 0.5."""
+        """The paper's formulas on what the host predicts with one LoRA merged at a time, λ = 0.5."""
         base, *solos = [self.host(self.merged(*files)) for files in ([], *([file] for file in self.files))]
         conds = torch.stack([solo[1] for solo in solos])
 

@@ -201,7 +201,7 @@ def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:
 def slowly(
     a1111: Any, standin: Any, loras: list[Any], settings: Settings, steps: int = 4, until: int | None = None
 ) -> torch.Tensor:
-    """One picture by METHOD.md's formulas, float64, switching the WebUI's LoRAs for every pass.
+    """One picture by the paper's formulas in float64, switching the WebUI's LoRAs for every pass.
 
     until: from this step on the last LoRA is off.
     """
@@ -295,7 +295,7 @@ def test_a_refiner_without_a_loras_text_encoder_is_said(standin: Any) -> None:
     composed, job = compose(standin.job(a, b, **fields), method="merge")
     assert close(composed, standin.run(standin.job(a, b, **fields)))
     assert job.notes == [
-        "The text encoder part of LoRA a does not fit the refiner: its steps are without it."
+        "The text encoder part of LoRA a does not match the refiner, so its steps do not use it."
     ]
     del layers["diffusion_model_down"]
     _, job = compose(standin.job(b, **fields))
@@ -314,8 +314,11 @@ def test_a_hires_pass_takes_what_fits_of_a_lora(standin: Any) -> None:
     composed, job = compose(standin.job(a, **fields), method="merge")
     assert close(composed, standin.run(standin.job(a, **fields)))
     assert [(each.loras, each.hires) for each in job.passes] == [(("a",), False), (("a", "b"), True)]
-    assert any("LoRA b cannot be applied" in note and note.endswith("what fits of it.") for note in job.notes)
-    assert any("LoRA c cannot be applied" in note and note.endswith("without it.") for note in job.notes)
+    assert any(
+        "LoRA b cannot be applied" in note and note.endswith("uses the parts that match.")
+        for note in job.notes
+    )
+    assert any("LoRA c cannot be applied" in note and note.endswith("does not use it.") for note in job.notes)
     none, job = compose(standin.job(a, hires=(["a blue square"], [c])), method="merge")
     assert close(none, standin.run(standin.job(a, hires=(["a blue square"], [c]))))
     assert [each.hires for each in job.passes] == [False]
@@ -441,7 +444,7 @@ def test_a_pools_misfits_are_left_out(a1111: Any, standin: Any) -> None:
     assert "the pool" in job.notes[1]
     alone, _ = compose(standin.job(*tags[:2]), pool_size=2)
     assert torch.equal(samples, alone)
-    with pytest.raises(LoratorioError, match="No LoRA of the pool fits"):
+    with pytest.raises(LoratorioError, match="No LoRA of the pool matches"):
         compose(standin.job(tags[2]))
     with pytest.raises(LoratorioError, match="another kind of model"):
         compose(standin.job(tags[0], Tag(loras[2])))
@@ -537,7 +540,7 @@ def test_a_lora_for_another_model_stops_the_job(a1111: Any, standin: Any) -> Non
         compose(standin.job(a, odd))
     bad = standin.lora("bad", 3)
     bad.modules[key].up_model.weight[0, 0] = float("nan")
-    with pytest.raises(LoratorioError, match="bad holds NaN"):
+    with pytest.raises(LoratorioError, match="bad contains NaN"):
         compose(standin.job(a, bad))
 
 
@@ -545,7 +548,7 @@ def test_a_model_called_past_the_callback_stops_the_job(a1111: Any, standin: Any
     import modules.sd_samplers_cfg_denoiser as module
 
     monkeypatch.setattr(module, "cfg_denoiser_callback", lambda params: None)
-    with pytest.raises(LoratorioError, match="past LoRAtorio"):
+    with pytest.raises(LoratorioError, match="calls the model without LoRAtorio"):
         compose(standin.job(standin.lora("a", 1)))
 
 
@@ -587,8 +590,8 @@ def test_a_bad_place_and_a_method_without_rows_stop_the_job(a1111: Any, standin:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     for named, knobs, sentence in (
         ({"at": "lefft"}, {}, "did you mean left"),
-        ({"at": "left"}, {"method": "merge"}, "rows of its own"),
-        ({"words": "red"}, {"method": "switch"}, "rows of its own"),
+        ({"at": "left"}, {"method": "merge"}, "do not work with Merge"),
+        ({"words": "red"}, {"method": "switch"}, "do not work with Switch"),
         ({"at": "left"}, {"start": 0.5}, "every step"),
     ):
         calls = len(standin.model.calls)

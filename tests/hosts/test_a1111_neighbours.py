@@ -144,8 +144,8 @@ def test_replaced_attention_is_left_to_the_webui(a1111: Any, standin: Any, path:
         if "extensions" in path:
             assert torch.equal(found, standin.run(standin.job(*loras)))
             assert job.notes == [
-                "LoRAtorio merged the LoRAs as the WebUI does without it: the extension sd-webui-negpip replaces the model's "
-                "attention, and counts on the WebUI's own rows."
+                "LoRAtorio did not compose the LoRAs, and the WebUI merged them: the extension sd-webui-negpip replaces the model's "
+                "attention and depends on the WebUI's own rows."
             ]
         else:  # the WebUI's own ways to put a function there look at one row at a time
             assert job.notes == []

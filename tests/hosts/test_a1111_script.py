@@ -95,8 +95,8 @@ def test_a_call_that_forgets_to_switch_it_on_is_told_so(standin: Any, script: An
     a, b = standin.lora("a", 1), standin.lora("b", 2)
     samples, p = run(standin, script, [{"preset": "fast"}], a, b)
     assert torch.equal(samples, standin.run(standin.job(a, b)))
-    assert 'add "enabled": true' in p.processed.infotexts[0]
-    assert 'add "enabled": true' in "".join(p.comments)
+    assert 'Add "enabled": true' in p.processed.infotexts[0]
+    assert 'Add "enabled": true' in "".join(p.comments)
     assert "LoRAtorio: " not in p.processed.infotexts[0]
 
 
@@ -105,17 +105,20 @@ def test_a_picture_without_a_step_says_that_nothing_was_composed(
 ) -> None:
     loras = standin.lora("a", 1), standin.lora("b", 2)
     _, p = run(standin, script, [{"enabled": True}], *loras, steps=0)
-    assert "called the model in no step" in p.processed.infotexts[0]
+    assert "the sampler did not call the model in any step" in p.processed.infotexts[0]
     p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
     p.sample = lambda **conds: torch.zeros(1, 4, 8, 8)  # an extension's
     standin.run(p)
-    assert "the WebUI sampled no step of it" in p.processed.infotexts[0]
+    assert "the WebUI did not sample it" in p.processed.infotexts[0]
     a1111.shared.state.interrupted = True
     p = standin.job(*loras, script=script, script_args=[{"enabled": True}])
     with contextlib.suppress(TypeError):  # the stand-in makes no picture of nothing
         standin.run(p)
     a1111.shared.state.interrupted = False
-    assert "Interrupted before the first step" in p.extra_generation_params["LoRAtorio note"]
+    assert (
+        "LoRAtorio composed nothing: interrupted before the first step"
+        in p.extra_generation_params["LoRAtorio note"]
+    )
 
 
 def test_bad_knobs_stop_the_job(standin: Any, script: Any) -> None:
@@ -216,7 +219,10 @@ def test_a_pass_that_another_extension_makes_by_itself_is_said(standin: Any, scr
     p.sample = sample_past_us
     samples = standin.run(p)
     assert torch.equal(samples, standin.run(standin.job(*loras)))
-    assert "another extension samples in its own way" in p.processed.infotexts[0]
+    assert (
+        "another extension, such as Tiled Diffusion's DemoFusion, samples in its own way"
+        in p.processed.infotexts[0]
+    )
 
 
 def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
@@ -243,7 +249,7 @@ def test_a_script_that_samples_parts_gets_no_maps_among_them(standin: Any, scrip
     p.script, p.own_args, p.script_args = script, [{"enabled": True, "weight_maps": True}], [1]
     standin.run(p)
     assert len(p.processed.images) == 1
-    assert "There are no weight maps with the script SD upscale" in p.processed.infotexts[0]
+    assert "Weight maps are not available with the script SD upscale" in p.processed.infotexts[0]
 
 
 def test_pools_become_loras_and_stay_pools_in_the_infotext(

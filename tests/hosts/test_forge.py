@@ -109,7 +109,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 def slow_reference(standin: Any, p: Any, names: list[str], recentre: float, **knobs: Any) -> torch.Tensor:
-    """Every prediction by the host's own merging of one LoRA, composed by METHOD.md's formulas. No AND."""
+    """Every prediction by the host's own merging of one LoRA, composed by the paper's formulas. No AND."""
     import networks
     from backend.sampling import sampling_function
     from backend.sampling.condition import compile_conditions
@@ -405,15 +405,15 @@ def test_loras_that_do_not_fit_the_refiner_are_left_out_there(webui: Any, standi
     own = standin.run(standin.job("b", refiner=refiner))
     composed, done = compose(standin, standin.job("b", refiner=refiner), recentre=0, **KNOBS)
     assert close(composed, own)
-    assert done.notes == ["No LoRA of the prompt fits the refiner: its steps are without them."]
+    assert done.notes == ["No LoRA of the prompt matches the refiner, so its steps have no LoRAs."]
     # The one with a text encoder part is composed by that.
     merged = standin.run(standin.job("a", "b", refiner=refiner))
     knobs = {**KNOBS, "method": "merge"}
     composed, done = compose(standin, standin.job("a", "b", refiner=refiner), **knobs)
     assert close(composed, merged)
     assert done.notes == [
-        "LoRA b does not fit the refiner, whose steps are without it.",
-        "Refiner: Only the text encoder part of LoRA a is used: its other part fits nothing in this model.",
+        "LoRA b does not match the refiner, so its steps do not use it.",
+        "Refiner: LoRA a: only its text encoder part is used. The other part does not match this model.",
     ]
 
 
@@ -427,12 +427,12 @@ def test_a_hires_pass_is_made_without_a_lora_that_does_not_fit(webui: Any, stand
     assert close(composed, standin.run(job()))
     assert [each.loras for each in done.passes] == [("a",), ("b",)]
     (note,) = done.notes
-    assert note.startswith("LoRA other fits nothing in this model")
-    assert note.endswith("The hires pass was made without it.")
-    with pytest.raises(LoratorioError, match="fits nothing in this model"):
+    assert note.startswith("LoRA other does not match this model")
+    assert note.endswith("The hires pass does not use it.")
+    with pytest.raises(LoratorioError, match="does not match this model"):
         compose(standin, standin.job("a", "other"))
     other["double_blocks.0.processor.qkv_lora1.down.weight"] = other["elsewhere.weight"]
-    with pytest.raises(LoratorioError, match="LoRA other has XLabs' names"):
+    with pytest.raises(LoratorioError, match="LoRA other uses XLabs' layer names"):
         compose(standin, standin.job("a", "other"))
 
 
@@ -632,7 +632,7 @@ def test_a_wrapper_that_passes_us_by_is_an_error(standin: Any) -> None:
         unet.model_options[host(standin)._variant.hook_option] = []
         p.sd_model.forge_objects.unet = unet
 
-    with pytest.raises(LoratorioError, match="past LoRAtorio"):
+    with pytest.raises(LoratorioError, match="calls the model without LoRAtorio"):
         compose(standin, standin.job("a"), after=evict, **KNOBS)
 
 
@@ -683,7 +683,7 @@ def test_speed_loras_are_recognised_and_said(webui: Any, standin: Any) -> None:
     assert "speed LoRA" in job.notes[0]
     composed, job = compose(standin, standin.job("lcm"), **KNOBS)
     assert torch.equal(composed, standin.run(standin.job("lcm")))
-    assert "nothing to compose" in job.notes[-1]
+    assert "LoRAtorio composed nothing: every LoRA of the prompt acts on every row" in job.notes[-1]
 
 
 def test_text_that_sees_pictures_is_left_as_the_host_made_it(standin: Any, monkeypatch: Any) -> None:
@@ -715,7 +715,7 @@ def test_without_a_lora_the_picture_is_the_hosts_and_the_job_says_so(standin: An
 
 def test_a_lora_for_another_model_is_a_sentence(webui: Any, standin: Any) -> None:
     webui.networks.files["/loras/strange"] = {"diffusion_model.nowhere.weight": ("diff", torch.ones(3))}
-    with pytest.raises(LoratorioError, match="LoRA strange fits nothing") as caught:
+    with pytest.raises(LoratorioError, match="LoRA strange does not match this model") as caught:
         compose(standin, standin.job("a", "strange"), **KNOBS)
     assert caught.value.status_code == 422  # type: ignore[attr-defined]
 
@@ -727,7 +727,7 @@ def test_a_lora_of_which_only_the_text_fits_is_told(webui: Any, standin: Any) ->
     composed, job = compose(standin, standin.job(half), recentre=0, **KNOBS)
     assert close(composed, own)
     assert job.notes == [
-        "Only the text encoder part of LoRA half is used: its other part fits nothing in this model."
+        "LoRA half: only its text encoder part is used. The other part does not match this model."
     ]
     standin.lora("text alone", 8, unet=False)
     _, job = compose(standin, standin.job("text alone"), **KNOBS)
@@ -738,7 +738,7 @@ def test_a_damaged_lora_is_a_sentence(webui: Any, standin: Any) -> None:
     webui.networks.files["/loras/nan"] = {
         "diffusion_model.norm.weight": ("diff", torch.full((8,), float("nan")))
     }
-    with pytest.raises(LoratorioError, match="LoRA nan holds NaN"):
+    with pytest.raises(LoratorioError, match="LoRA nan contains NaN"):
         compose(standin, standin.job("nan"), **KNOBS)
 
 
@@ -760,7 +760,7 @@ def test_regions_of_other_extensions_are_refused(standin: Any) -> None:
         unet.model_options[option] = [narrow_in_reforge if standin.model.variant == "reforge" else narrow]
         p.sd_model.forge_objects.unet = unet
 
-    with pytest.raises(LoratorioError, match="area of its own"):
+    with pytest.raises(LoratorioError, match="its own area of the picture"):
         compose(standin, standin.job("a"), before=install, **KNOBS)
 
 
@@ -867,7 +867,7 @@ def test_a_bad_place_and_a_method_without_rows_stop_the_job(webui: Any, standin:
     tag = webui.run.tag
     for options, knobs, sentence in (
         ({"at": "lefft"}, {}, "did you mean left"),
-        ({"at": "left"}, {"method": "merge"}, "rows of its own"),
+        ({"at": "left"}, {"method": "merge"}, "do not work with Merge"),
     ):
         before = trace(standin)
         with pytest.raises(LoratorioError, match=sentence):
@@ -963,7 +963,7 @@ def test_strengths_that_another_extension_changed_are_left_to_the_host(webui: An
 
     composed, done = compose(standin, job(), before=halve, **KNOBS)
     assert done.passes == []
-    assert "changed the strengths of the LoRAs layer by layer" in done.notes[0]
+    assert "changed the LoRAs' strengths layer by layer" in done.notes[0]
     standin.model.current_lora_hash = ""  # so does the extension, and the host makes its patches anew
     own = job()
     own.events = [("process_before_every_sampling", halve)]
@@ -1172,7 +1172,7 @@ def test_what_runs_the_model_past_us_is_refused(standin: Any, past: str) -> None
         p.sampler.model_wrap_cfg(torch.zeros(1, 4, 8, 8), torch.ones(1), p.c, p.uc, 1)
 
     p, before = standin.job("a"), trace(standin)
-    with pytest.raises(LoratorioError, match="past LoRAtorio"):
+    with pytest.raises(LoratorioError, match="calls the model without LoRAtorio"):
         compose(standin, p, after=with_options(sampler_post_cfg_function=[after]), **KNOBS)
     assert same(before, trace(standin))
 
@@ -1205,7 +1205,7 @@ def test_a_replaced_file_is_read_whole(webui: Any, standin: Any, names: tuple[st
     composed, job = compose(standin, standin.job(*names), **ticked)
     assert close(composed, expected)
     assert job.notes == [
-        "The file of LoRA a was replaced on disk since the WebUI read it. The new contents are used from now on."
+        "The file of LoRA a has changed on disk since the WebUI read it. From now on the new contents are used."
     ]
     # And from now on, ticked or not.
     assert torch.equal(standin.run(standin.job(*names)), own)

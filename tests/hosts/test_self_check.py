@@ -185,7 +185,7 @@ def test_other_numbers_of_loras(webui: Webui) -> None:
     assert verdicts(one) == [PASS, NOT_CHECKED, PASS, PASS, *[MEASURED] * 3, PASS], one.text
     three = webui.check("a <lora:a:1> <lora:b:1> <lora:gone:1> <lora:c:1>")
     assert verdicts(three)[0] == PASS
-    assert "gone" in three.facts["LoRAs that change nothing here"]
+    assert "gone" in three.facts["LoRAs without effect"]
     assert verdicts(three) == verdicts(webui.check()), three.text
 
 
@@ -233,12 +233,12 @@ def test_an_error_in_the_middle_is_a_row_of_the_table(webui: Webui) -> None:
     webui.before = fail
     report = webui.check()
     assert verdicts(report) == [PASS, FAIL, PASS, PASS, *[MEASURED] * 3, PASS], report.text
-    assert "An error ended the picture: ZeroDivisionError: theirs \\| ours" in report.text
+    assert "The picture failed with an error: ZeroDivisionError: theirs \\| ours" in report.text
     webui.before = lambda p: 1 / 0
     report = webui.check()
     assert verdicts(report) == [NOT_CHECKED] * 8
     assert (
-        "No picture without LoRAtorio could be made. An error ended the picture: ZeroDivisionError"
+        "No picture without LoRAtorio could be made. The picture failed with an error: ZeroDivisionError"
         in report.text
     )
     assert not webui.shared.state.job

@@ -157,7 +157,7 @@ def test_places_need_a_method_with_rows_for_each_lora(method: str, option: str) 
     else:
         with pytest.raises(
             LoratorioError,
-            match=r"LoRAtorio, LoRAtorio by divergence, Composite, W-Composite or Composite, re-centred, not",
+            match=r"do not work with .*LoRAtorio, LoRAtorio by divergence, Composite, W-Composite or Composite, re-centred, or remove them",
         ):
             check_places(settings, participants)
 

@@ -205,7 +205,7 @@ def test_loras_that_always_act_are_in_every_row() -> None:
 
 
 def test_without_a_lora_there_is_nothing_to_compose() -> None:
-    with pytest.raises(LoratorioError, match="put at least one into the prompt"):
+    with pytest.raises(LoratorioError, match="add at least one to the prompt"):
         Engine(paper(), loras(0))
 
 
@@ -263,7 +263,7 @@ def test_one_mix_per_call_keeps_all_pictures_together(most: int, sizes: list[int
     engine.calls.one_mix = True
     engine.step(step_of(latents), fake(latents, calls, most))
     assert [len(rows) for rows in calls if len(rows) <= most] == sizes
-    with pytest.raises(LoratorioError, match="as few rows at a time as possible"):
+    with pytest.raises(LoratorioError, match="as few rows per call as possible"):
         engine.step(step_of(latents), fake(latents, most=1))
 
 
@@ -291,7 +291,7 @@ def test_all_calls_of_a_step_draw_the_same(most: int, one_mix: bool) -> None:
 
 def test_one_row_too_many_is_said_in_a_sentence() -> None:
     latents = torch.randn(1, 4, 4, 4)
-    with pytest.raises(LoratorioError, match="as few rows at a time as possible"):
+    with pytest.raises(LoratorioError, match="as few rows per call as possible"):
         Engine(paper(), loras(2)).step(step_of(latents), fake(latents, most=0))
 
 

@@ -1,4 +1,4 @@
-"""Rows by measured memory, on a device whose memory is reckoned with here."""
+"""Rows by measured memory, on a simulated device."""
 
 from __future__ import annotations
 

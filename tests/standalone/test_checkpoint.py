@@ -177,7 +177,7 @@ def test_a_checkpoint_without_configuration_and_network(
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(LoratorioError, match=r"holds weights alone.*--config"):
+    with pytest.raises(LoratorioError, match=r"contains only weights.*--config"):
         load_checkpoint(tmp_path / "alone.safetensors")
 
 
@@ -189,7 +189,7 @@ def test_not_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LoratorioError, match="There is no checkpoint"):
         load_checkpoint(tmp_path / "none.safetensors")
     save_file({"lora_unet_x.alpha": torch.ones(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(LoratorioError, match="holds no Stable Diffusion UNet"):
+    with pytest.raises(LoratorioError, match="does not contain a Stable Diffusion UNet"):
         load_checkpoint(tmp_path / "lora.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(LoratorioError, match="damaged or incomplete"):

@@ -161,7 +161,7 @@ def test_one_lora(run: Callable[..., tuple[int, str, str]]) -> None:
 
 
 BAD = {
-    "not found": (["generate", "a <lora:rosa>"], r"LoRA rosa is not in .*nearest names are: rose"),
+    "not found": (["generate", "a <lora:rosa>"], r"LoRA rosa is not in .*closest names are: rose"),
     "other architecture": (
         ["generate", "a <lora:forxl>"],
         r"LoRA forxl does not fit the layer \S+: its matrices are \S+ and \S+, the model's weight \S+",
@@ -169,7 +169,7 @@ BAD = {
     "cut short": (["generate", "a <lora:cut>"], r"LoRA cut cannot be read: .* damaged or incomplete"),
     "pickle": (["generate", "a <lora:evil>"], r"LoRA evil is a pickle \(evil\.pt\)"),
     "another pickle": (["generate", "a <lora:evil2>"], r"LoRA evil2 is a pickle"),
-    "NaN": (["generate", "a <lora:sick>"], r"LoRA sick holds NaN or infinite numbers in layer"),
+    "NaN": (["generate", "a <lora:sick>"], r"LoRA sick contains NaN or infinite numbers in the layer"),
     "patch": (
         ["generate", PROMPT, "--patch-size", "9"],
         r"--patch-size is 9, but the latent of a 64×64 picture is only 8×8",
@@ -219,7 +219,7 @@ BAD = {
     ),
     "compare places by all methods": (
         ["compare", "a <lora:rose:at=left> <lora:dusk>"],
-        r"A place .* need a method with rows of its own",
+        r"Places .* do not work with .*\. Choose ",
     ),
     "a preset there is not": (
         ["generate", PROMPT, "--preset", "quick"],
@@ -231,7 +231,7 @@ BAD = {
     ),
     "compare without values": (
         ["compare", PROMPT, "--by", "temperature"],
-        r"Say which values of --temperature",
+        r"Give the values of --temperature",
     ),
     "compare bad value": (
         ["compare", PROMPT, "--by", "temperature", "--values", "0.1,x"],
@@ -245,13 +245,13 @@ BAD = {
     "a seed out of range": (["generate", PROMPT, "--seed", str(2**63 - 1)], r"--seed must be from 0"),
     "a tag that is not closed": (
         ["generate", "<lora:rose> a <lora:dusk"],
-        r"<lora:dusk is not a whole tag: write it like <lora:name:0\.8>",
+        r"<lora:dusk is not a complete tag: write it like <lora:name:0\.8>",
     ),
     "a role there is not": (["generate", "a <lora:rose:role=stile>"], r"did you mean style"),
     "a place there is not": (["generate", "a <lora:rose:at=lft>"], r"did you mean left"),
     "a place without rows of its own": (
         ["generate", "a <lora:rose:at=left> <lora:dusk>", "--method", "merge"],
-        r"A place .* need a method with rows of its own",
+        r"Places .* do not work with Merge\. Choose ",
     ),
     "no such pool": (["generate", "a <pool:hats/*>"], r"No LoRA matches"),
     "no LoRA folder": (["generate", PROMPT, "--lora-dir", "none"], r"There is no LoRA folder none"),
@@ -312,7 +312,7 @@ NO_EFFECT = {
     "another method": (["--temperature", "0.5"], "--temperature = 0.5 has no effect with "),
     "no step": (
         ["--start", "0.5", "--end", "0.5"],
-        "--start = 0.5 and --end = 0.5 leave none of the 2 steps to compose: the LoRAs were merged.",
+        "The LoRAs were merged: --start = 0.5 and --end = 0.5 leave none of the 2 steps to compose.",
     ),
 }
 
@@ -336,7 +336,7 @@ def test_knobs_without_effect_when_comparing(run: Callable[..., tuple[int, str, 
     options = ("--by", "preset", "--top-k", "1", "--weight-maps", "--temperature", "0.2")
     code, _, said = run("compare", PROMPT, *options)
     assert code == 0
-    assert "--top-k has no effect: --by preset sets it from column to column." in said
+    assert "--top-k has no effect: --by preset sets it for each column." in said
     assert "--weight-maps has no effect with compare" in said
     assert "--temperature" not in said  # Paper has it
 

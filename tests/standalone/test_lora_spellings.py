@@ -267,7 +267,7 @@ def test_the_configuration_beside_the_only_file(model: Checkpoint, tmp_path: Pat
     second = read(model, peft(LINEAR, own), tmp_path, "second")
     assert_equal(change_of(second, model, LINEAR), formula(own, ZERO))
     (note,) = second.notes
-    assert "adapter_config.json beside LoRA second was not used" in note
+    assert "adapter_config.json next to LoRA second was not used" in note
     # Where each layer has its alpha, it makes no difference.
     told = read(model, peft(LINEAR, {**own, "alpha": torch.tensor(2.0)}), tmp_path, "third")
     assert not told.notes

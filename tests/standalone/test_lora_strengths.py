@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import fit_all
 from loratorio.errors import LoratorioError
-from loratorio.standalone import checkpoint as checkpoint_module
+from loratorio.standalone import lora_lookup
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.lora_files import LoadedLora, load_lora
 from tests import tiny
@@ -384,7 +384,7 @@ def test_a_key_that_names_no_layer_but_a_container(
     loaded = read(model, kohya(LINEAR, own) | stray, tmp_path)
     assert_equal(change_of(loaded, model, LINEAR), formula(own, torch.zeros(32, 32)))
     assert any("only 1 of 2 layers match this model" in note for note in loaded.notes)
-    with pytest.raises(LoratorioError, match="no such layer"):
+    with pytest.raises(LoratorioError, match="which this model does not have"):
         read(model, stray, tmp_path)
 
 
@@ -437,7 +437,7 @@ def test_patterns_that_are_broken_or_without_end(model: Checkpoint, tmp_path: Pa
     own = peft(LINEAR, weights_of("lora", (32, 32), 4, None, torch.float32))
     file = tmp_path / "x.safetensors"
     save_file(own, file, {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 8}})})
-    with pytest.raises(LoratorioError, match="the pattern"):
+    with pytest.raises(LoratorioError, match="has the layer pattern"):
         load_lora(file, "x", model)
 
 
@@ -470,7 +470,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
     def refused(path: Path, mode: str) -> object:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoint_module, "open", refused, raising=False)
+    monkeypatch.setattr(lora_lookup, "open", refused, raising=False)
     with pytest.raises(LoratorioError, match=r"cannot be opened \(permission denied\)") as told:
         load_lora(tmp_path / "x.safetensors", "x", model)
     assert "damaged" not in str(told.value)

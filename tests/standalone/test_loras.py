@@ -276,7 +276,7 @@ def test_layers_that_the_model_does_not_have(model: Checkpoint, tmp_path: Path, 
 
 def test_a_kind_that_nobody_reads(model: Checkpoint, tmp_path: Path) -> None:
     save_file({"lora_unet_conv_in.strange_a": torch.ones(2, 5)}, tmp_path / "s.safetensors")
-    with pytest.raises(LoratorioError, match=r"LoRA s is of a kind that cannot be read here: .*strange_a"):
+    with pytest.raises(LoratorioError, match=r"LoRA s is of an unsupported kind: .*strange_a"):
         load_lora(tmp_path / "s.safetensors", "s", model)
 
 
@@ -287,7 +287,7 @@ def test_nan_and_infinity(model: Checkpoint, tmp_path: Path, bad: float) -> None
     key = next(key for key in tensors if key.endswith("up.weight"))
     tensors[key].view(-1)[3] = bad
     save_file(tensors, file)
-    with pytest.raises(LoratorioError, match="LoRA n holds NaN or infinite"):
+    with pytest.raises(LoratorioError, match="LoRA n contains NaN or infinite"):
         load_lora(file, "n", model)
 
 
@@ -324,7 +324,7 @@ def test_pickles_are_never_opened(
 def test_not_found(model: Checkpoint, tmp_path: Path) -> None:
     tiny.save_kohya(tmp_path / "more" / "watercolour.safetensors", model.unet)
     assert find_lora(LoraFolder(tmp_path), "Watercolour")[0].stem == "watercolour"
-    with pytest.raises(LoratorioError, match=r"LoRA watercolor is not in .* nearest names are: watercolour"):
+    with pytest.raises(LoratorioError, match=r"LoRA watercolor is not in .* closest names are: watercolour"):
         find_lora(LoraFolder(tmp_path), "watercolor")
     with pytest.raises(LoratorioError, match="no LoRA folder"):
         LoraFolder(tmp_path / "none")

@@ -25,7 +25,7 @@ def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel
     made = load_checkpoint(save(root / "model"))
     for seed, name in enumerate(("rose", "dusk")):
         tiny.save_kohya(root / f"{name}.safetensors", made.unet, made.text_encoders[0], size=0.5, seed=seed)
-    return LoadedModel(made, root, 3.0, 64)
+    return LoadedModel(made, root)
 
 
 def checked(model: LoadedModel, prompt: str = "a <lora:rose:0.8> <lora:dusk:0.5:role=style>") -> Any:
@@ -64,7 +64,7 @@ def test_rows_of_the_wrong_lora_fail(model: LoadedModel, monkeypatch: pytest.Mon
 
 def test_a_lora_of_no_effect_is_named(model: LoadedModel) -> None:
     report = checked(model, "a <lora:rose:0.8> <lora:dusk:0> <pool:x>")
-    assert report.facts["LoRAs that change nothing here"] == "dusk"
+    assert report.facts["LoRAs without effect"] == "dusk"
     assert verdicts(report)[:3] == [PASS, NOT_CHECKED, PASS]
 
 
@@ -85,6 +85,6 @@ def test_the_command(
     assert cli.main(typed) == 1
     assert "1 of 4 checks failed" in capsys.readouterr().out
     assert cli.main([*typed[:4], "--device", "cpu"]) == 2
-    assert "give --lora-dir" in capsys.readouterr().err
+    assert "there is no LoRA folder: --lora-dir is not set" in capsys.readouterr().err
     assert cli.main(["check", "a fox"]) == 2
     assert "no <lora:name> in the prompt" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_a_port_that_is_taken(model_and_loras: LoadedModel) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(LoratorioError, match="another program has it"):
+        with pytest.raises(LoratorioError, match="another program uses it"):
             serve.serve(model_and_loras, taken.getsockname()[1])
 
 

@@ -45,7 +45,7 @@ def test_one_lora_and_none(webui: WebUI, loras: list[str]) -> None:
     assert results(check(webui, loras[0])) == ["pass", "not checked", "pass", "pass", *MEASURED, "pass"]
     assert results(check(webui)) == ["not checked"] * 8
     missing = check(webui, loras[0], "no-such-lora")
-    assert missing["facts"]["LoRAs that change nothing here"] == "no-such-lora"
+    assert missing["facts"]["LoRAs without effect"] == "no-such-lora"
     assert results(missing)[0] == "pass"
 
 

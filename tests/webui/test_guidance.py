@@ -189,7 +189,7 @@ def test_an_evaluation_inside_another_is_refused(webui: WebUI, loras: list[str])
     before = webui.txt2img(**fields)
     # The WebUI shows its picture, too.
     assert psnr(before.image, webui.txt2img(scripts={"controlnet": [unit]}, **fields).image) < 65
-    with pytest.raises(Refused, match="past LoRAtorio") as caught:
+    with pytest.raises(Refused, match="calls the model without LoRAtorio") as caught:
         webui.txt2img(KNOBS, scripts={"controlnet": [unit]}, **fields)
     assert caught.value.status == 422
     assert likeness(before, webui.txt2img(**fields)) == float("inf")

@@ -23,7 +23,7 @@ from loratorio.webui.gallery import MARK
 
 pytestmark = pytest.mark.timeout(900)
 
-NONE_YET = "No LoRA in the prompt yet. Add one, as in <lora:name:0.8>, or the pictures stay the WebUI's own."
+NONE_YET = "No LoRA in the prompt yet, so nothing is composed. Add one, for example <lora:name:0.8>."
 PROMPT = "a red circle <lora:{0}:0.8> <lora:{1}:0.65>"
 CHOSEN = Settings(
     enabled=True,

@@ -70,7 +70,7 @@ def test_places_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
 def test_bad_places_are_sentences(webui: WebUI, loras: list[str]) -> None:
     for option, knobs, words in (
         ("at=lefft", {}, "did you mean left"),
-        ("at=left", {"method": "merge"}, "rows of its own"),
+        ("at=left", {"method": "merge"}, "do not work with Merge"),
         ("at=left", {"end": 0.5}, "every step"),
     ):
         with pytest.raises(Refused, match=words) as refused:

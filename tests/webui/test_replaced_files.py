@@ -55,5 +55,5 @@ def test_a_replaced_file_is_read_whole(webui: WebUI, loras: list[str], made: tup
     print(f"\nreplaced: to the old picture {figures[0]:.1f}, to the new one {figures[1:]} dB")
     assert figures[0] < 40
     assert min(figures[1:]) >= 70
-    if "was replaced on disk" in composed.infotext:  # A1111 reads it again by itself
-        assert "was replaced on disk" not in again.infotext
+    if "has changed on disk" in composed.infotext:  # A1111 reads it again by itself
+        assert "has changed on disk" not in again.infotext

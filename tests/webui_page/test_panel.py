@@ -278,12 +278,12 @@ def test_the_method_says_what_it_does_and_greys_what_it_ignores(page: Any) -> No
 def test_unticked_the_line_promises_nothing(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.prompt("a <lora:fox:0.8> <lora:gone:0.5>")
-    tab.wait_for_line("Off. Ticked, it would compose fox 0.8 gone 0.5 not found")
+    tab.wait_for_line("Off. If ticked, it composes fox 0.8 gone 0.5 not found")
     tab.tick()
     tab.wait_for_line("Will compose fox 0.8 gone 0.5 not found")
     tab.paste(written("a <lora:fox:0.8>", {}))
     page.wait_for_function(
-        "document.querySelector('#loratorio_txt2img_loras').textContent.startsWith('Off. Ticked')"
+        "document.querySelector('#loratorio_txt2img_loras').textContent.startsWith('Off. If ticked')"
     )
 
 
@@ -323,7 +323,7 @@ def test_line_follows_the_prompt(page: Any) -> None:
     assert NONE_YET in tab.line()
     tab.prompt("a fox <lora:fox:0.80>")
     assert tab.line() == (
-        "One LoRA fox 0.8 With a single LoRA, only re-centring, reuse and guidance rescale change the picture."
+        "One LoRA fox 0.8 With a single LoRA, only Re-centring, Reuse and Guidance rescale change the picture."
     )
     tab.prompt("a fox <lora:fox:0.8> in <lora:ink:1:0.6> <lora:dog> <pool:animals/*:0.7>")
     tab.wait_for_line("Will compose fox 0.8 ink 0.6 text 1 dog 1 pool animals/* 0.7 1 LoRA")
@@ -338,7 +338,7 @@ def test_line_follows_the_prompt(page: Any) -> None:
     other = Tab(page, "img2img").open()
     assert NONE_YET in other.line()
     other.prompt("<lora:dog:0.3>")
-    assert other.line().startswith("Off. Ticked, it would compose dog 0.3")
+    assert other.line().startswith("Off. If ticked, it composes dog 0.3")
     # An update of the page that changes nothing for us does not touch the page, or it would call itself for ever.
     page.wait_for_timeout(600)
     before = page.evaluate("window.updates")
@@ -383,8 +383,8 @@ def test_places_with_a_method_that_has_none_are_said(page: Any) -> None:
     assert "Places" not in tab.line()
     tab.choose("method", "Merge")
     tab.wait_for_line(
-        "Will compose fox 1 ink 1 Places and own words need the method LoRAtorio, relative, LoRAtorio, LoRAtorio by divergence, "
-        "Composite, W-Composite or Composite, re-centred: with Merge the job stops."
+        "Will compose fox 1 ink 1 Places and own words do not work with Merge: the job will stop. Choose LoRAtorio, relative, "
+        "LoRAtorio, LoRAtorio by divergence, Composite, W-Composite or Composite, re-centred."
     )
     tab.prompt("<lora:fox:1> <lora:ink:1>")
     tab.wait_for_line("Will compose fox 1 ink 1")
@@ -520,7 +520,7 @@ def test_twelve_loras_are_all_in_sight(page: Any) -> None:
 def test_a_role_that_there_is_not_is_marked(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.prompt("<lora:fox:role=stile:1> <lora:ink:role=style:1>")
-    assert tab.role("fox").locator("option:checked").inner_text() == "stile: no such role"
+    assert tab.role("fox").locator("option:checked").inner_text() == "stile: unknown role"
     assert tab.role("fox").get_attribute("aria-invalid") == "true"
     assert tab.role("ink").get_attribute("aria-invalid") == "false"
     assert tab.find("_loras .loratorio-wrong").count() == 1
@@ -532,9 +532,9 @@ def test_the_cost_counts_loras_that_will_be_composed(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.find("_cost .loratorio-cost").evaluate("each => { each.dataset.costs = '[2, 3, 4, 5]'; }")
     for prompt, said in (
-        ("<lora:fox:1> <lora:ink:1>", "With 2 LoRAs a step takes about 3.0 times the work of a plain one."),
-        ("<lora:fox:1> <lora:ink:0> <lora:dog:te=1:unet=0>", "With 1 LoRA a step takes about 2.0 times the work of a plain one."),
-        ("<lora:fox:1> <lora:gone:1> <lora:dog:1>", "With 2 LoRAs a step takes about 3.0 times the work of a plain one."),
+        ("<lora:fox:1> <lora:ink:1>", "With 2 LoRAs, a step costs about 3.0 times as much as a plain one."),
+        ("<lora:fox:1> <lora:ink:0> <lora:dog:te=1:unet=0>", "With 1 LoRA, a step costs about 2.0 times as much as a plain one."),
+        ("<lora:fox:1> <lora:gone:1> <lora:dog:1>", "With 2 LoRAs, a step costs about 3.0 times as much as a plain one."),
         ("<lora:gone:1>", ""),
     ):  # fmt: skip
         tab.prompt(prompt)

@@ -201,7 +201,7 @@ def test_an_answer_about_the_names_leaves_the_boxes(places: Places) -> None:
     places.page.wait_for_timeout(100)
     assert len(held) == 1
     held[0].fulfill(json={"missing": ["fox"], "pools": {"late/*": 3}})
-    places.wait_for_line("Off. Ticked, it would compose fox 1 not found pool late/* 1 3 LoRAs")
+    places.wait_for_line("Off. If ticked, it composes fox 1 not found pool late/* 1 3 LoRAs")
     assert places.boxes().first.evaluate("box => box.sameElement") is True
     # A prompt that changes while a box is held is shown when it is let go.
     area = places.canvas().bounding_box()

@@ -28,7 +28,7 @@ class CMLoRA(Method):
         "cmlora",
         "CMLoRA",
         "arXiv 2502.04923",
-        "One LoRA after the other, those that change high frequencies first; the others' last predictions are added.",
+        "One LoRA after the other, first those that change high frequencies. The others' latest predictions are added.",
     )
 
     def begin(self, participants: Participants, weights: Weights) -> Method:

@@ -48,18 +48,14 @@ class Composite(Loratorio):
         return None
 
 
-PLAIN = Composite(
-    Entry(
-        "composite", "Composite", "arXiv 2402.16843", "The plain mean of what the LoRAs predict one by one."
-    )
-)
+PLAIN = Composite(Entry("composite", "Composite", "arXiv 2402.16843", "The mean of the LoRAs' predictions."))
 
 RECENTRED = Composite(
     Entry(
         "composite_anchored",
         "Composite, re-centred",
         "re-centring after arXiv 2508.11624",
-        "The plain mean of what the LoRAs predict, with the base model's unconditional prediction.",
+        "The mean of the LoRAs' predictions, with the base model's unconditional prediction.",
     ),
     ("recentre",),
 )
@@ -69,7 +65,7 @@ BY_IMPORTANCE = Composite(
         "w_composite",
         "W-Composite",
         "arXiv 2606.03792",
-        "The mean of what the LoRAs predict, weighted by how much their trigger words matter in the prompt.",
+        "The mean of the LoRAs' predictions, weighted by how much their trigger words matter in the prompt.",
     ),
     uses_importance=True,
 )

@@ -102,6 +102,6 @@ FREQUENCY = Frequency(
         "frequency",
         "Frequency bands",
         "after MultLFG, arXiv 2505.20525",
-        "Each LoRA in the frequency bands in which it differs most.",
+        "Gives each LoRA the frequency bands in which it differs most from the base model.",
     )
 )

@@ -98,5 +98,10 @@ def top_and_total(weight: Tensor, count: int) -> tuple[float, float]:
 
 
 KLORA = KLoRA(
-    Entry("klora", "K-LoRA", "arXiv 2502.18461", "Layer by layer, the LoRA whose largest weights are larger.")
+    Entry(
+        "klora",
+        "K-LoRA",
+        "arXiv 2502.18461",
+        "Uses one LoRA per layer: the one whose largest weights are larger.",
+    )
 )

@@ -123,6 +123,6 @@ LEGO = Lego(
         "lego",
         "LoRA-LEGO",
         "arXiv 2409.16167",
-        "One LoRA made of what the ranks of all LoRAs have in common, by clusters.",
+        "Builds one LoRA by clustering the ranks of all LoRAs and averaging each cluster.",
     )
 )

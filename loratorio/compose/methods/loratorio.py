@@ -119,7 +119,7 @@ def in_proportion(parts: Tensor, allowed: Tensor | None = None) -> Tensor:
 
 
 def relative_divergence(distance: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """√D·(D / D̄)^1.5, D̄ the mean of D over the picture: a LoRA's divergence where it counts beside what it has everywhere.
+    """√D·(D / D̄)^1.5 with D̄ the mean of D over the picture: a LoRA's divergence compared with its divergence elsewhere.
 
     A background diverges in all patches, a thing in its own alone: there it comes first, though the background diverges as far. How
     the exponents were found: docs/lab/METHODS.md. A LoRA that predicts what the base does has exactly 0.
@@ -347,7 +347,7 @@ PUBLISHED = Loratorio(
         "loratorio",
         "LoRAtorio",
         "arXiv 2508.11624",
-        "Weights each LoRA, patch by patch, by how far its prediction diverges from the base model's.",
+        "Weights each LoRA, patch by patch, by how far its prediction diverges from that of the base model.",
     ),
     lambda knobs: by_similarity(knobs["temperature"], knobs["adaptive"]),
     ("temperature", "adaptive"),
@@ -358,12 +358,12 @@ DIVERGENCE = Loratorio(
         "divergence",
         "LoRAtorio by divergence",
         "after arXiv 2508.11624",
-        "As LoRAtorio, without a temperature: a LoRA that changes nothing in a patch has no weight there.",
+        "Like LoRAtorio, but without a temperature: a LoRA that changes nothing in a patch gets no weight there.",
     ),
     lambda knobs: BY_DIVERGENCE,
 )
-"""SoftMin gives a LoRA that predicts what the base does, S = 1, nearly as much as one that diverges while S is near 1, as in the first
-steps: 0.475 next to one with S = 0.99 at τ = 0.1. Here it has exactly 0."""
+"""In the first steps every S is near 1, and SoftMin gives a LoRA that predicts the same as the base (S = 1) nearly as much as one that
+diverges: 0.475 next to one with S = 0.99 at τ = 0.1. Here it gets exactly 0."""
 
 RELATIVE = Loratorio(
     Entry(

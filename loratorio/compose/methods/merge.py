@@ -52,7 +52,7 @@ MERGE = OneMix(
         "merge",
         "Merge",
         "the hosts' own way",
-        "All LoRAs in the model at once, as the WebUI does without this extension.",
+        "Adds all LoRAs to the model at once, as the WebUI does without this extension.",
     )
 )
 
@@ -61,9 +61,9 @@ RECENTRED = OneMix(
         "merge_anchored",
         "Merge, re-centred",
         "re-centring after arXiv 2508.11624",
-        "All LoRAs at once, with the base model's unconditional prediction.",
+        "Like Merge, but with the base model's unconditional prediction.",
     ),
     ("recentre",),
 )
 
-NAMED = Named(Entry("merge_named", "Merge of the named", "", "All LoRAs that the prompt names at once."))
+NAMED = Named(Entry("merge_named", "Merge of the named", "", "Adds all LoRAs that the prompt names at once."))

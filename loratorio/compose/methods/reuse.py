@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KNOBS = ("reuse", "pool_size", "pool_interval")
-"""What a method must declare beside its own knobs, to be composed by `Reuse`."""
+"""The knobs that a method must declare in addition to its own, to be composed by `Reuse`."""
 
 SHORT = 10
 """Schedules of up to this many steps run all named LoRAs at all steps: predictions change too much from step to step."""

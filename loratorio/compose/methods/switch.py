@@ -21,4 +21,4 @@ class Switch(OneMix):
         return mixes[now.index // self.steps_per_lora % len(mixes)]
 
 
-SWITCH = Switch(Entry("switch", "Switch", "arXiv 2402.16843", "One LoRA after the other, five steps each."))
+SWITCH = Switch(Entry("switch", "Switch", "arXiv 2402.16843", "One LoRA at a time, five steps each."))

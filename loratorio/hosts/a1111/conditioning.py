@@ -26,10 +26,10 @@ def conditioning_under(
 
 @contextmanager
 def _undisturbed(p: Any) -> Iterator[None]:
-    """Everything that making conditioning leaves behind is as before afterwards, and the caches are passed by.
+    """Inside this block, conditioning bypasses the WebUI's caches. Afterwards its side effects are undone.
 
-    The WebUI's caches are keyed by the prompt and by the LoRAs named in it, not by the LoRAs that are active: what is
-    made here must neither come from them nor stay in them.
+    The caches are keyed by the prompt and by the LoRAs named in it, not by the LoRAs that are active. So conditioning made
+    here must neither come from them nor stay in them.
     """
     from modules import devices, sd_hijack, shared
 

@@ -1,6 +1,6 @@
-"""The LoRAs that the WebUI has activated: which ones, whether they change text, and what each adds to the UNet.
+"""The LoRAs that the WebUI has activated: which they are, whether they change text, and what each adds to the UNet.
 
-The WebUI's own Lora extension (`networks`) reads the files and knows every kind of LoRA; here its modules are turned
+The WebUI's own Lora extension (`networks`) reads the files and supports every kind of LoRA. This module turns its modules
 into deltas.
 """
 
@@ -37,7 +37,7 @@ def lora_extension() -> Any:
         import networks
     except ImportError:
         raise LoratorioError(
-            "The WebUI's built-in extension Lora is disabled. Switch it on in the tab Extensions: LoRAtorio needs it to read LoRAs."
+            "The WebUI's built-in extension Lora is disabled. LoRAtorio needs it to read LoRAs: enable it in the tab Extensions."
         ) from None
     return networks
 
@@ -50,7 +50,7 @@ def unet_layers(sd_model: Any) -> dict[str, nn.Module]:
 
 @contextmanager
 def activated(loras: Sequence[Network]) -> Iterator[None]:
-    """While this lasts, the WebUI believes that the prompt names just these LoRAs.
+    """Inside this block, exactly these LoRAs are active in the WebUI.
 
     It merges them into a layer's weights when the layer is next used, or takes them out again.
     """
@@ -65,7 +65,7 @@ def activated(loras: Sequence[Network]) -> Iterator[None]:
 
 @contextmanager
 def bundled_embeddings(loras: Sequence[Network], every: Sequence[Network]) -> Iterator[None]:
-    """While this lasts, of the textual inversions that come inside `every` LoRA only those of `loras` are known."""
+    """Inside this block, of the textual inversions bundled with `every` LoRA, only those of `loras` are known."""
     from modules import sd_hijack, shared
 
     database = sd_hijack.model_hijack.embedding_db
@@ -144,12 +144,12 @@ def identity(lora: Network) -> tuple[Any, ...]:
 
 
 def changes_by_step(lora: Network) -> bool:
-    """Whether an extension works the LoRA's strength out anew whenever it is asked for, as loractl does."""
+    """Whether an extension computes the LoRA's strength at every read, as loractl does."""
     return isinstance(getattr(type(lora), "unet_multiplier", None), property)
 
 
 def at_text_strength(lora: Network, strength: float) -> Network:
-    """What stands for `lora` among the activated ones with this strength in the text encoder; `lora` itself stays as it is."""
+    """A copy of `lora` for the list of active LoRAs, with this strength in the text encoder. `lora` itself is unchanged."""
     twin = SimpleNamespace(**vars(lora))
     twin.te_multiplier = twin.unet_multiplier = strength
     twin.modules = {}
@@ -161,7 +161,7 @@ def at_text_strength(lora: Network, strength: float) -> Network:
 
 
 def restore_base(layers: Mapping[str, nn.Module]) -> None:
-    """Take whatever LoRAs the WebUI has merged into these layers out of their weights, now rather than when they run."""
+    """Remove the LoRAs that the WebUI has merged into these layers' weights, now rather than when the layers run."""
     extension = lora_extension()
     takes_lora = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
     with activated(()), torch.no_grad():
@@ -171,11 +171,11 @@ def restore_base(layers: Mapping[str, nn.Module]) -> None:
 
 
 def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: bool = False) -> Adapter:
-    """What `lora` adds to the UNet at strength 1, which every kind that the WebUI reads is proportional to.
+    """The changes of `lora` to the UNet at strength 1. Every kind that the WebUI reads is proportional to its strength.
 
     Args:
         layers: the UNet's layers, with the base weights in them (see `restore_base`).
-        skip_misfits: leave out what is for another model, as the WebUI does for a refiner.
+        skip_misfits: skip parts for another model, as the WebUI does for a refiner.
 
     Raises:
         LoratorioError: a part of the LoRA is not for this model, or is of a kind that has no delta.
@@ -201,7 +201,7 @@ def adapter_of(lora: Network, layers: Mapping[str, nn.Module], skip_misfits: boo
 
 
 def check_text_numbers(lora: Network) -> None:
-    """Raise LoratorioError if the text encoder's part holds numbers that no model could take."""
+    """Raise LoratorioError if the text encoder's part contains numbers that no model could use."""
     for name, module in lora.modules.items():
         if not name.startswith(UNET):
             own = vars(module).values()
@@ -214,7 +214,7 @@ def check_text_numbers(lora: Network) -> None:
 
 
 def partly_fitting(lora: Network, adapter: Adapter, sd_model: Any) -> str:
-    """A sentence where only a part of what the WebUI has of a LoRA, which may be for another model, fits this one, or nothing."""
+    """A sentence if only some of a LoRA's layers in the WebUI, which may be for another model, match this one; else nothing."""
     text = [
         name for name in lora.modules if not name.startswith(UNET) and name in sd_model.network_layer_mapping
     ]
@@ -223,7 +223,7 @@ def partly_fitting(lora: Network, adapter: Adapter, sd_model: Any) -> str:
 
 
 def partly_used(lora: Network) -> str:
-    """Sentences where the WebUI found no layer of its model for a part of the LoRA's file, or does not read it all; or nothing."""
+    """Sentences if the WebUI's model has no layer for some parts of the LoRA's file, or the WebUI does not read all of it; or nothing."""
     names = _names_in(lora.network_on_disk)
     used = layers(module.network_key for module in lora.modules.values())
     every = layers(names) | used
@@ -232,7 +232,7 @@ def partly_used(lora: Network) -> str:
 
 
 def _names_in(file: Any) -> list[str]:
-    """Names of the tensors in a LoRA file; nothing for one of a format that is not looked into."""
+    """Names of the tensors in a LoRA file; empty for other formats than .safetensors."""
     if not getattr(file, "is_safetensors", False):
         return []
     try:
@@ -244,8 +244,8 @@ def _names_in(file: Any) -> list[str]:
 
 def _not_for_this_model(lora: Network, name: str, why: str) -> LoratorioError:
     return LoratorioError(
-        f"LoRA {name_of(lora)} cannot be applied to the layer {name}: {why}. It may be made for another kind of model: "
-        "remove it from the prompt, or untick LoRAtorio."
+        f"LoRA {name_of(lora)} cannot be applied to the layer {name}: {why}. It may have been made for another kind of model. "
+        "Remove it from the prompt, or untick LoRAtorio."
     )
 
 

@@ -1,4 +1,4 @@
-"""The rows of one denoising step: what goes into the WebUI's model for any of them."""
+"""The rows of one denoising step, and the inputs of the WebUI's model for any of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = Any
 
 @dataclass
 class A1111Rows:
-    """What the WebUI's denoiser was about to run, and how to make the same for any mix.
+    """The rows that the WebUI's denoiser was about to run, and the same rows for any mix.
 
     Attributes:
         params: the callback's CFGDenoiserParams, after every extension has seen it.
@@ -65,16 +65,13 @@ class A1111Rows:
         return cls(params, denoiser, texts, owners, len(parts), skips, guidance, place, own, (cond, uncond))
 
     def trouble(self) -> str | None:
-        """Why these rows cannot be composed, if so."""
+        """The reason why these rows cannot be composed, or None."""
         if len(self.params.x) != len(self.owners) + self.images:
-            return (
-                "Another extension adds rows to the sampler's steps, which LoRAtorio cannot compose: "
-                "the LoRAs were merged as usual."
-            )
+            return "The LoRAs were merged as usual: another extension adds rows to the sampler's steps, which LoRAtorio cannot compose."
         if not self.texts.is_the_hosts and not self._text_is_the_webuis():
             return (
-                "Another extension changes the text conditioning while sampling, which LoRAtorio cannot do for each "
-                "LoRA: the LoRAs were merged as usual."
+                "The LoRAs were merged as usual: another extension changes the text conditioning while sampling, which LoRAtorio "
+                "cannot do for each LoRA."
             )
         return None
 
@@ -155,14 +152,14 @@ class A1111Rows:
 
 
 def _of(rows: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Some rows, by slices: a tensor of their numbers would have to be copied to the device, and the copy be waited for."""
+    """Some rows, by slices: copying a tensor of their numbers to the device would synchronise with it."""
     return torch.cat([rows[number : number + 1] for number in numbers])
 
 
 def _skips_uncond(denoiser: Any, sigma: Tensor, s_min_uncond: float) -> bool:
     """Whether the WebUI is about to drop the unconditional rows: "skip early CFG" or negative guidance minimum sigma.
 
-    The WebUI decides after its callback and tells nobody, so its two rules stand here again. If they ever differ, it
+    The WebUI decides after its callback without an event, so its two rules are repeated here. If they ever differ, it
     asks for rows that were not composed, and the job stops (see `A1111Pass`).
     """
     from modules.shared import opts

@@ -46,7 +46,7 @@ from .rows import A1111Rows
 
 @dataclass
 class A1111Evaluation:
-    """What lasts for one evaluation of the model: the callback's parameters, composed rows (R, C, H, W), how many were asked for."""
+    """The state of one evaluation: the callback's parameters, the composed rows (R, C, H, W), and how many were requested."""
 
     params: Any
     answers: Tensor | None = None
@@ -54,7 +54,7 @@ class A1111Evaluation:
 
 
 class A1111Pass(SamplingPass):
-    """Composes what the job's sampler samples."""
+    """Composes one sampling of the job's sampler."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -67,10 +67,10 @@ class A1111Pass(SamplingPass):
         self._given_up = False
 
     def sample(self, sample: Callable[[], Result]) -> Result:
-        """`sample()`, composed where that is possible and with the WebUI's own merging where it is not.
+        """`sample()`, composed if possible, else with the WebUI's own merging.
 
         Raises:
-            LoratorioError: the picture would not be what was asked for.
+            LoratorioError: the picture would not be the requested one.
         """
         participants = self.admit()
         if participants is None:
@@ -114,7 +114,7 @@ class A1111Pass(SamplingPass):
         return ReadLora(lora, adapter, remark=remark)
 
     def read_once(self, lora: ActiveLora, skip_misfits: bool = False) -> ReadLora:
-        # The WebUI may have made the network anew since its deltas were kept: text is made with the present one.
+        # The WebUI may have rebuilt the network since its deltas were cached: text is made with the present one.
         from modules import shared
 
         text = lora.source if changes_text(lora, shared.sd_model) else None
@@ -154,7 +154,7 @@ class A1111Pass(SamplingPass):
         )
 
     def _follow_refiner(self) -> None:
-        """The same LoRAs on the model that has come in."""
+        """Attach the same LoRAs to the refiner that was loaded."""
         self.attachment.close()
         self.loras = self.loras_of_refiner([lora.active for lora in self.loras])
         self.engine.rebind(self.bank())
@@ -167,7 +167,7 @@ class A1111Pass(SamplingPass):
         return unet_layers(shared.sd_model)
 
     def _sampler_args(self) -> dict[str, Any]:
-        """What the WebUI's sampler hands to its denoiser at every step."""
+        """The arguments that the WebUI's sampler gives its denoiser at every step."""
         args: dict[str, Any] = self.p.sampler.sampler_extra_args
         return args
 
@@ -196,7 +196,7 @@ class A1111Pass(SamplingPass):
             self._wrap(self._denoiser.inner_model)
 
     def _wrap(self, model: Any) -> None:
-        """Answer in the place of the sampler's model wrapper. The refiner brings a new one."""
+        """Answer instead of the sampler's model wrapper. The refiner has a new one."""
         if model is not self._model:
             self._unwrap()
             self._model, self._own_forward = model, vars(model).get("forward")
@@ -210,9 +210,9 @@ class A1111Pass(SamplingPass):
             self._model = None
 
     def _answer(self, model: Callable[..., Tensor], x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """Called by the WebUI in the place of its model, with the next `len(x)` rows of the step.
+        """Called by the WebUI instead of its model, with the next `len(x)` rows of the step.
 
-        x: (R, C, H, W). Gives what the model would: denoised latents, or noise for a timestep sampler.
+        x: (R, C, H, W). Returns the same kind as the model: denoised latents, or noise for a timestep sampler.
         """
         evaluation = self._evaluation
         if evaluation is None:
@@ -244,7 +244,7 @@ class A1111Pass(SamplingPass):
             return None
         size = (self._bound_to.filename, tuple(params.x.shape[1:]), params.x.dtype)
         self.engine.calls.memory = measured_rows(params.x.device, size, len(params.x))
-        # Only here: what other extensions find activated between the steps, and what they do to it, is as without us.
+        # Only here: between the steps, other extensions must find the same LoRAs activated as without LoRAtorio.
         with activated(()):
             composition = self.engine.step(
                 self._at_strengths(rows.step()), partial(self._predict, model, rows)
@@ -255,7 +255,7 @@ class A1111Pass(SamplingPass):
         return torch.cat(parts)
 
     def _at_strengths(self, step: Step) -> Step:
-        """The step with the strengths that the LoRAs have by now: extensions change them from step to step."""
+        """The step with the LoRAs' present strengths, which extensions may change from step to step."""
         strengths = tuple(unet_strength(lora.active) for lora in self.loras)
         self.saw_strengths(strengths)
         gone = (i for i, lora in enumerate(self.loras) if strengths[i] == 0 and lora.text is None)

@@ -34,7 +34,7 @@ def _clip(p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix) -> Any:
 
 @contextmanager
 def text_encoder(p: Any, clip: Any) -> Iterator[None]:
-    """While this lasts, the model's text encoder is `clip`."""
+    """Inside this block, the model's text encoder is `clip`."""
     objects = p.sd_model.forge_objects
     before, objects.clip = objects.clip, clip
     try:
@@ -56,7 +56,7 @@ def forget_conditioning(p: Any) -> None:
 
 @contextmanager
 def _undisturbed(p: Any) -> Iterator[None]:
-    """Conditioning made inside neither comes from the host's caches nor stays in them, and `p` is as before afterwards.
+    """Conditioning made inside this block neither comes from the host's caches nor stays in them. Afterwards `p` is unchanged.
 
     The caches are keyed by the prompt and the LoRAs named in it, not by the LoRAs that are active.
     """

@@ -25,34 +25,36 @@ def read(lora: ActiveLora, sd_model: Any, variant: Variant) -> ReadLora:
     """Let the host read a LoRA.
 
     Raises:
-        LoratorioError: it fits nothing in this model, or changes what is no layer's weight or bias.
+        LoratorioError: nothing in it matches this model, or it changes something other than a layer's weight or bias.
     """
     file: LoraFile = lora.source
     original = sd_model.forge_objects_original
     try:
         unet, clip = variant.load(original.unet, original.clip, file)
         names = set(variant.names_in(file))
-    except Exception as problem:  # whatever the host's reader says of a damaged file
+    except Exception as problem:  # whatever the host's reader raises for a damaged file
         raise UnreadableLora(f"LoRA {file.name} cannot be read ({problem}): get the file again.") from problem
     if unet is original.unet and clip is original.clip:
         if any(map(_XLABS.search, names)):
             raise LoratorioError(
-                f"LoRA {file.name} has XLabs' names for its layers, which this WebUI does not read: convert it to kohya's or "
-                "diffusers' names. Remove it from the prompt, or untick LoRAtorio."
+                f"LoRA {file.name} uses XLabs' layer names, which this WebUI does not read: convert it to kohya's or diffusers' "
+                "names. Else remove it from the prompt, or untick LoRAtorio."
             )
         raise LoratorioError(
-            f"LoRA {file.name} fits nothing in this model: it was made for another kind of model, or its layers have names that this "
-            f"WebUI does not read ({min(names, default='')[:80]}). Remove it from the prompt, or untick LoRAtorio."
+            f"LoRA {file.name} does not match this model. Either it was made for another kind of model, or this WebUI does not know "
+            f"its layer names ({min(names, default='')[:80]}). Remove it from the prompt, or untick LoRAtorio."
         )
     adapter = Adapter(file.name, {} if unet is original.unet else _deltas(file, unet, variant))
     adapter.check_numbers()
-    # The host would leave out what does not fit, and say so in its log only.
+    # The host would skip what does not fit, and report it in its log only.
     adapter.fitted(layers_of([adapter], unet))
     if clip is not original.clip:
         for key, patches in variant.patches(clip.patcher):
             check_tensors(file.name, key, _tensors_in([patch[1] for patch in patches]))
     if not adapter.deltas and file.unet and any(map(_is_of_unet, names)):
-        remark = f"Only the text encoder part of LoRA {file.name} is used: its other part fits nothing in this model."
+        remark = (
+            f"LoRA {file.name}: only its text encoder part is used. The other part does not match this model."
+        )
     else:
         used = _added(variant, unet, original.unet) + _added(variant, clip.patcher, original.clip.patcher)
         remark = partly_used_note(file.name, used, len(layers(names)))
@@ -65,7 +67,7 @@ def read(lora: ActiveLora, sd_model: Any, variant: Variant) -> ReadLora:
 
 
 def _is_applied(own: Patcher, applied: Patcher, variant: Variant) -> bool:
-    """Whether the host has made of the LoRA, when it read it, what it makes of it now."""
+    """Whether the host's patches of the LoRA, from when it read the file, are the same as the present ones."""
     of_host: dict[str, list[Patch]] = {}
     for key, patches in variant.patches(applied):
         of_host.setdefault(key, []).extend(patches)
@@ -118,7 +120,7 @@ def _deltas(file: LoraFile, unet: Patcher, variant: Variant) -> dict[str, list[D
         layer, _, parameter = key.rpartition(".")
         if parameter not in ("weight", "bias"):
             raise LoratorioError(
-                f"LoRA {file.name} changes {key}, which is no layer's weight: LoRAtorio cannot compose it. "
+                f"LoRA {file.name} changes {key}, which is not a layer's weight: LoRAtorio cannot compose it. "
                 "Remove it from the prompt, or untick LoRAtorio."
             )
         low_rank, others = [], []
@@ -161,7 +163,7 @@ def _dense(patches: list[Patch], unet: Patcher, key: str, variant: Variant) -> T
         change = variant.merged(patches, base.clone(), key).to(torch.float32)
         if change.shape != base.shape:
             raise LoratorioError(
-                f"A LoRA changes {key} from {tuple(base.shape)} to {tuple(change.shape)}: LoRAtorio cannot compose LoRAs that "
-                "give a layer another shape. Remove it from the prompt, or untick LoRAtorio."
+                f"A LoRA changes the shape of {key} from {tuple(base.shape)} to {tuple(change.shape)}, which LoRAtorio cannot compose. "
+                "Remove it from the prompt, or untick LoRAtorio."
             )
         return (change - base).to("cpu", variant.computation_dtype(unet))

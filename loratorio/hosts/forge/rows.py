@@ -1,4 +1,4 @@
-"""The rows of one evaluation of the model: what the host is about to run, and the same under other mixes of LoRAs."""
+"""The rows of one evaluation of the model: those of the host, and the same rows under other mixes of LoRAs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..shared.text import TextConditioning
 from .variants import Sampling
 
 MARK = "loratorio_block"
-"""The name of a condition that travels with a block of rows through the host's batching, so that the block is known again.
+"""The name of a condition that stays with a block of rows through the host's batching and identifies the block.
 Conditional blocks are numbered 0, 1, … (several where the prompt has AND), unconditional ones −1, −2, …"""
 
 COND, UNCOND = 0, 1
@@ -97,8 +97,8 @@ class ForgeRows:
         block = self._functions.get_area_and_mult(entry, self.x, self.sigma)
         if block is not None and block.input_x.shape != self.x.shape:
             raise LoratorioError(
-                "Another extension gives a prompt an area of its own, which LoRAtorio cannot compose. "
-                "Untick LoRAtorio, or switch the other extension off."
+                "Another extension gives a prompt its own area of the picture, which LoRAtorio cannot compose. "
+                "Untick LoRAtorio, or switch off the other extension."
             )
         return block
 
@@ -117,9 +117,9 @@ class ForgeRows:
     # -- the host's side ------------------------------------------------------------------------------------------
 
     def mark(self) -> set[int]:
-        """Give each of the host's conditions its number, until `unmark`; the numbers of those that hold now.
+        """Give each of the host's conditions its number, until `unmark`. Returns the numbers of those that hold now.
 
-        In the host's own objects: a guidance extension gets those, not what we hand on, and may run the model on them once more.
+        The marks are in the host's own objects, because guidance extensions get those and may run the model on them once more.
         """
         for kind, entries in self._marked.items():
             for number, entry in enumerate(entries):
@@ -214,7 +214,7 @@ class ForgeRows:
         return self._blocks[key]
 
     def _entries(self, mix: Mix, cond: bool, words: str) -> list[Any]:
-        """The host's conditions with the text of `mix` and of own words in the place of their own, and everything else kept."""
+        """The host's conditions with the text of `mix` and of own words instead of their own text; everything else is kept."""
         host, prompts = self._host[cond], self._texts.of(mix, words)
         if prompts is None:
             return host
@@ -229,7 +229,7 @@ class ForgeRows:
         if len(own) != len(host):
             raise LoratorioError(
                 "Another extension changes the parts of the prompt while sampling, which LoRAtorio cannot follow. "
-                "Untick LoRAtorio, or switch the other extension off."
+                "Untick LoRAtorio, or switch off the other extension."
             )
         return [self._with(entry, other["model_conds"]) for entry, other in zip(host, own, strict=True)]
 

@@ -30,21 +30,23 @@ from .loras import layers_of, read
 from .rows import MARK, Call, ForgeRows
 from .variants import Patcher, Variant
 
-MERGED_TEXT = "The LoRAs' text encoder parts are merged: this model reads the prompt together with a picture."
-REFINER_MERGED = "The refiner's steps were not composed: it has the LoRAs merged."
+MERGED_TEXT = (
+    "The LoRAs' text encoder parts are merged, because this model reads the prompt together with a picture."
+)
+REFINER_MERGED = "The refiner's steps were not composed: its LoRAs are merged."
 
 
 def replaced_note(names: Sequence[str]) -> str:
-    """The note on LoRAs whose files are others than those that the host has put onto its model."""
+    """The note about LoRAs whose files have changed since the host applied them to its model."""
     one = len(names) == 1
     return (
-        f"The {'file of LoRA' if one else 'files of LoRAs'} {', '.join(names)} {'was' if one else 'were'} replaced on disk since "
-        f"the WebUI read {'it' if one else 'them'}. The new contents are used from now on."
+        f"The {'file of LoRA' if one else 'files of LoRAs'} {', '.join(names)} {'has' if one else 'have'} changed on disk since "
+        f"the WebUI read {'it' if one else 'them'}. From now on the new contents are used."
     )
 
 
 class Hook:
-    """The function that the clone carries among its model options. Hosts copy it with the patcher: it stays the same one."""
+    """The function in the clone's model options. Hosts copy it with the patcher; it stays the same object."""
 
     def __init__(self, function: Callable[..., tuple[Any, ...]]) -> None:
         self.function: Callable[..., tuple[Any, ...]] | None = function
@@ -58,11 +60,11 @@ class Hook:
 
 @dataclass
 class ForgeEvaluation:
-    """What lasts for one evaluation of the model.
+    """The state of one evaluation of the model.
 
     Attributes:
-        rows: the host's. step: what they stand for. composition: the composed predictions of it.
-        waiting: marks of the blocks that the host has not asked for yet. Whoever asks for one again runs the model once more.
+        rows: the host's. step: the engine's step for them. composition: its composed predictions.
+        waiting: marks of the blocks that the host has not requested yet. A repeated request runs the model once more.
     """
 
     rows: ForgeRows
@@ -72,7 +74,7 @@ class ForgeEvaluation:
 
 
 class ForgePass(SamplingPass):
-    """Composes what the job's sampler is about to sample. `install` it, and the pass does the rest."""
+    """Composes the next sampling of the job's sampler, after `install`."""
 
     def __init__(self, job: Job, variant: Variant) -> None:
         super().__init__(job)
@@ -89,9 +91,9 @@ class ForgePass(SamplingPass):
         self._refiner_note = REFINER_MERGED
 
     def install(self) -> None:
-        """Put a clone without LoRAs in the place of the pass's UNet, and enclose the sampling loop.
+        """Replace the pass's UNet by a clone without LoRAs, and enclose the sampling loop.
 
-        Where the LoRAs cannot be composed, nothing is changed and the job is told why.
+        If the LoRAs cannot be composed, nothing changes and the job gets a note with the reason.
         """
         self._variant.forget_files()
         participants = self.admit()
@@ -135,9 +137,9 @@ class ForgePass(SamplingPass):
         )
 
     def _changed_strengths(self, loras: Sequence[ActiveLora]) -> str | None:
-        """A reason not to compose, where an extension has changed what the host made of the LoRAs, as LoRA Block Weight does.
+        """The reason not to compose if an extension has changed the LoRAs that the host applied, as LoRA Block Weight does.
 
-        They are read from their files again, one by one.
+        LoRAtorio reads them again from their files, which do not have such changes.
         """
         applied = self.p.sd_model.forge_objects_after_applying_lora.unet
         originals = {
@@ -148,9 +150,7 @@ class ForgePass(SamplingPass):
         for key, patches in self._variant.patches(applied):
             for patch in list(patches)[originals.get(key, 0) :]:
                 if not any(math.isclose(float(patch[0]), strength, abs_tol=1e-9) for strength in asked):
-                    return merged_because(
-                        "another extension has changed the strengths of the LoRAs layer by layer"
-                    )
+                    return merged_because("another extension has changed the LoRAs' strengths layer by layer")
         return None
 
     def remarks(self) -> Iterator[str]:
@@ -176,7 +176,7 @@ class ForgePass(SamplingPass):
     # -- what lasts for a model: once, and again when the refiner comes in --------------------------------------------
 
     def _make_texts(self) -> None:
-        """Text conditioning under every mix. Before the UNet is loaded: on a small GPU the text encoder would drive it out."""
+        """Text conditioning under every mix. Made before the UNet is loaded: on a small GPU the text encoder would evict it."""
         merged_text = self._variant.text_sees_pictures()
         changes_text = [lora.text is not None and not merged_text for lora in self.loras]
         self._texts = TextConditioning(
@@ -222,12 +222,12 @@ class ForgePass(SamplingPass):
         bank.prepare(self._unet.load_device, self._variant.computation_dtype(self._unet))
 
     def _refuse_unrouted(self, *args: Any) -> None:
-        """Before each call of the model: one that did not come to us would be the base's, without any LoRA."""
+        """Before each call of the model: a call that bypasses LoRAtorio would be the base's, without any LoRA."""
         if not self.engine.bank.is_routed:
             raise LoratorioError(BYPASSED)
 
     def _follow_refiner(self, objects: Any) -> None:
-        """Compose on the model that is the host's now. LoRAs that do not fit it do nothing there, as without us."""
+        """Compose on the host's present model. LoRAs that do not match it have no effect there, as without LoRAtorio."""
         self.attachment.close()
         self._give_back_unet(objects)  # the host may keep the first model in memory
         taking_part = {lora.active.source for lora in self.loras}
@@ -286,7 +286,7 @@ class ForgePass(SamplingPass):
         sigma: Tensor,
         options: dict[str, Any],
     ) -> tuple[Any, ...]:
-        """The host is about to run these conditions on `x` (B, C, H, W): mark them, and answer in the place of the model."""
+        """The host is about to run these conditions on `x` (B, C, H, W): mark them, and answer instead of the model."""
         denoiser = self.p.sampler.model_wrap_cfg
         self._end_evaluation()
         if self._evaluated_at == denoiser.step:  # an evaluation inside another extension's function
@@ -311,9 +311,9 @@ class ForgePass(SamplingPass):
         return float(self.p.cfg_scale if own is None else own)
 
     def _answer(self, model: Any, inner: Any, apply_model: Any, args: dict[str, Any]) -> Tensor:
-        """The composed denoised rows (R, C, H, W) of the blocks that the host asks for; all of the step's at its first call.
+        """The composed denoised rows (R, C, H, W) of the requested blocks. The step's first call composes all of them.
 
-        A guidance extension that runs the model once more gets the same blocks, run as it says and composed as they were.
+        A guidance extension that runs the model once more gets the same blocks, run with its inputs and the step's weights.
         """
         c = dict(args["c"])
         marks, evaluation = c.pop(MARK, None), self._evaluation
@@ -353,7 +353,7 @@ class ForgePass(SamplingPass):
 
 
 def _has_functions(options: Any) -> bool:
-    """Whether the host's transformer options hold functions, which are others' and run inside the model."""
+    """Whether the host's transformer options contain functions, which belong to other extensions and run inside the model."""
     if isinstance(options, Mapping):
         options = options.values()
     elif not isinstance(options, (list, tuple)):
@@ -362,7 +362,7 @@ def _has_functions(options: Any) -> bool:
 
 
 class DeclaredRows:
-    """As many rows a call as fit into what the host says is free, by what it says a call needs."""
+    """As many rows per call as fit into the host's free memory, by its own estimate of a call's memory."""
 
     def __init__(self, variant: Variant, model: Any, rows: ForgeRows) -> None:
         self._variant = variant

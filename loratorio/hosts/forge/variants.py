@@ -1,4 +1,4 @@
-"""What differs between the members of the Forge family: where LoRA patches stand, and how a weight is read and merged."""
+"""The differences between the members of the Forge family: where LoRA patches are, and how a weight is read and merged."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Patch = Sequence[Any]  # [strength, value, strength of the model, offset, functi
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as the prompt asks for it.
+    """A LoRA of the prompt.
 
     Attributes:
         unet, text: its strengths.
-        options: the named arguments of its tag; the host passes over those that it does not know.
+        options: the named arguments of its tag; the host ignores unknown ones.
         metadata: of its file.
-        written: when it was, in nanoseconds, and how many bytes it has.
+        written: its file's time of modification in nanoseconds, and its size in bytes.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Variant:
     """See `SamplingPass.idle_extensions`."""
 
     def applied(self, p: Any) -> list[LoraFile]:
-        """The LoRAs that the host has put onto the model, in the prompt's order."""
+        """The LoRAs that the host has applied to the model, in the prompt's order."""
         import networks
 
         known = {each.network_on_disk.filename: each for each in networks.loaded_networks}
@@ -86,18 +86,18 @@ class Variant:
         return sum(set(strengths))
 
     def forget_files(self) -> None:
-        """The next time that the host reads a LoRA's file, it reads the disk. Some keep the last ones, whatever became of them."""
+        """Make the host read LoRA files from disk again. Some hosts cache the last ones, even if they have changed."""
         import networks
 
         if hasattr(networks.load_lora_state_dict, "cache_clear"):
             networks.load_lora_state_dict.cache_clear()
 
     def forget_loras(self, sd_model: Any) -> None:
-        """With the next prompt the host puts its LoRAs onto the model again, even where they are the same as now."""
+        """Make the host apply its LoRAs again with the next prompt, even if they are the same."""
         sd_model.current_lora_hash = ""
 
     def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
-        """Clones of `unet` and `clip` with this LoRA's patches; what it does not touch is returned as it is."""
+        """Clones of `unet` and `clip` with this LoRA's patches. If it does not touch one of them, that one is returned itself."""
         import networks
 
         tensors = dict(networks.load_lora_state_dict(lora.path))
@@ -117,7 +117,7 @@ class Variant:
         return names
 
     def patches(self, patcher: Patcher) -> Iterator[tuple[str, Sequence[Patch]]]:
-        """Names of weights, and what the patcher would merge into them."""
+        """Names of weights, and the patches that the patcher would merge into them."""
         for patches in patcher.lora_patches.values():
             yield from patches.items()
 
@@ -171,7 +171,7 @@ class Variant:
         return None
 
     def text_sees_pictures(self) -> bool:
-        """Whether the prompt's conditioning was made of reference pictures too, which the host has used up by now."""
+        """Whether the prompt's conditioning was also made from reference pictures, which the host no longer has."""
         return False
 
     def free_memory(self, device: torch.device) -> float:
@@ -194,7 +194,7 @@ class Variant:
         )
 
     def needed_memory(self, model: Any, shape: Sequence[int]) -> float:
-        """Bytes that the host reckons with for a model call on latents of this shape."""
+        """Bytes that the host reserves for a model call on latents of this shape."""
         return float(model.memory_required(list(shape)))
 
     def computation_dtype(self, unet: Patcher) -> torch.dtype:
@@ -202,7 +202,7 @@ class Variant:
         return dtype
 
     hook_option = "sampler_pre_cfg_function"
-    """The model option, a list of functions, that is asked before the host batches a step's conditions."""
+    """The model option, a list of functions, that the host calls before it batches a step's conditions."""
 
     def hook(self, before: BeforeEvaluation) -> Callable[..., tuple[Any, ...]]:
         """`before` in the form that the host calls."""
@@ -262,7 +262,7 @@ class Neo(Comfy):
         from backend.args import dynamic_args
 
         if dynamic_args.nunchaku:
-            return "LoRAtorio cannot compose the LoRAs of a Nunchaku (SVDQ) model, whose own code applies them: they are merged."
+            return "The LoRAs were merged: LoRAtorio cannot compose with a Nunchaku (SVDQ) model, whose own code applies LoRAs."
         return None
 
     def text_sees_pictures(self) -> bool:
@@ -297,10 +297,7 @@ class ReForge(Comfy):
 
     def obstacle(self, p: Any) -> str | None:
         if getattr(p, "dynamic_clip_skip_schedule", None):
-            return (
-                "LoRAtorio cannot follow a clip skip that changes from step to step (Settings, dynamic clip skip): "
-                "the LoRAs are merged."
-            )
+            return "The LoRAs were merged: LoRAtorio cannot follow a clip skip that changes during sampling (Settings, dynamic clip skip)."
         return None
 
     def free_memory(self, device: torch.device) -> float:
@@ -364,12 +361,12 @@ def add_control(control: Any, c: dict[str, Any], x: Tensor, sigma: Tensor, block
 
 
 def _targets(text: str) -> list[Any]:
-    """What the host has written of the LoRAs on its model: a list of paths and strengths."""
+    """The host's record of the LoRAs on its model: a list of paths and strengths."""
     try:
         targets: list[Any] = ast.literal_eval(text or "[]")
     except ValueError:
         raise LoratorioError(
-            "A strength in a LoRA tag of the prompt is not a number: write it as in <lora:name:0.8>."
+            "A strength in a LoRA tag of the prompt is not a number. Write tags like <lora:name:0.8>."
         ) from None
     return targets
 

@@ -1,4 +1,4 @@
-"""What surrounds a WebUI's sampling loop: entered once for each pass, and then gone."""
+"""A wrapper around a WebUI's sampling loop, for one pass."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Around = Callable[[Callable[[], Any]], Any]
 def enclose(job: Job, around: Around) -> None:
     """Have `around` run the next sampling loop of the job's sampler.
 
-    It runs one loop: a sampler may live longer than a pass (A1111's img2img makes one for all of a job's batches), and further loops
-    are the WebUI's own until this is called again. Called twice before the loop (Forge's hires fix), the second call replaces the first.
+    It encloses one loop. A sampler may live longer than a pass (A1111's img2img has one for all of a job's batches), so further loops
+    are the WebUI's own until this is called again. If it is called twice before the loop (Forge's hires fix), the second call counts.
     """
     sampler = job.p.sampler
     if isinstance(sampler.launch_sampling, _Enclosure):
@@ -25,8 +25,8 @@ def enclose(job: Job, around: Around) -> None:
 
 
 class _Enclosure:
-    """Stands in the place of a sampler's `launch_sampling`. Afterwards it holds nothing, and passes calls on where it could not be
-    taken off because another extension has wrapped it."""
+    """Replaces a sampler's `launch_sampling`. Afterwards it holds no references; if another extension has wrapped it, so that it cannot
+    be removed, it passes calls on."""
 
     def __init__(self, job: Job, around: Around, sampler: Any) -> None:
         self._sampler = sampler

@@ -1,4 +1,4 @@
-"""What the WebUI script asks of a host."""
+"""The interface between the WebUI script and a host."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from ...refusal import refusals
 
 
 class WebUIHost(Protocol):
-    """A WebUI, as the script sees it.
+    """A WebUI, for the script.
 
-    A WebUI prints exceptions of a script's event methods and goes on: an error must not leave this method, but
+    A WebUI prints exceptions of a script's event methods and continues. So an error must not leave this method; it must
     come from inside the sampling itself, where it stops the job with its sentence.
     """
 
     name: str
 
     def before_sampling(self, job: Job) -> None:
-        """`job.p.sampler` is about to sample: once a pass, so twice with hires fix."""
+        """Called before `job.p.sampler` samples: once per pass, so twice with hires fix."""
 
 
 def refuse(p: Any, problem: Exception) -> None:
     """Make the job `p` stop with `problem` as soon as it would sample.
 
-    An exception in a script's event is only printed by the WebUI, and the picture would be another than asked for. One
-    out of the sampling stops the job, is shown on the page, and is answered by the API: with status 422 and the sentence
+    The WebUI only prints an exception in a script's event, and the picture would not be the requested one. An exception
+    in the sampling stops the job, is shown on the page, and is answered by the API: with status 422 and the sentence
     for a LoratorioError, with 500 for anything else.
     """
 
-    # Its frames hold LoRAs, and `p`, which holds it, may last for long.
+    # Its frames hold LoRAs, and `p`, which keeps the exception, may live long.
     traceback.clear_frames(problem.__traceback__)
 
     def stop(*args: Any, **kwargs: Any) -> None:
@@ -38,8 +38,8 @@ def refuse(p: Any, problem: Exception) -> None:
             raise problem
 
     p.sample = stop
-    # Before the LoRAs are activated, too: what other extensions make of them then would wait for a sampling that never comes.
+    # Also before the LoRAs are activated: other extensions' changes to them would wait for a sampling that never comes.
     p.parse_extra_network_prompts = stop
-    # Within `p.sample` it is too late for that; the pass itself is yet to come.
+    # Inside `p.sample` it is too late for that, but the pass itself has not started.
     if getattr(p, "sampler", None) is not None:
         p.sampler.launch_sampling = p.sampler.sample = p.sampler.sample_img2img = stop

@@ -15,16 +15,16 @@ _MAGNITUDE = re.compile(r"\.(lora_magnitude_vector(\.[^.]+)?(\.weight)?|magnitud
 
 
 def layers(names: Iterable[str]) -> set[str]:
-    """The layers that a LoRA file's tensors are for, as the file names them; what else it holds (bundled embeddings) is left out."""
+    """The layers of a LoRA file's tensors, by the file's names, without bundled embeddings."""
     return {_PARTS.sub("", _PARTS.sub("", name)) for name in names if not name.startswith("bundle_emb.")}
 
 
 def unread_magnitudes_note(lora: str, names: Iterable[str]) -> str:
-    """A sentence on a DoRA whose magnitudes have names that the WebUIs pass over (theirs is ``dora_scale``), or nothing."""
+    """A sentence about a DoRA whose magnitudes have names that the WebUIs ignore (they read ``dora_scale``), or nothing."""
     unread = next((name for name in names if _MAGNITUDE.search(name)), None)
     if unread is None:
         return ""
     return (
-        f"LoRA {lora} is a DoRA, but this WebUI does not read its magnitudes, which are called {unread[:120]}: it acts as a plain LoRA, "
-        "ticked and unticked. Get it in kohya's names (dora_scale)."
+        f"LoRA {lora} is a DoRA, but this WebUI does not read its magnitudes ({unread[:120]}). It acts as a plain LoRA, with and without "
+        "LoRAtorio. Get it with kohya's names (dora_scale)."
     )

@@ -1,6 +1,6 @@
-"""Other extensions that reach into the sampling itself, recognised in every WebUI alike.
+"""Other extensions that change the sampling itself, recognised in every WebUI.
 
-Read from the sources of LoRA Block Weight (June 2025), NegPiP (November 2025) and loractl.
+From the sources of LoRA Block Weight (June 2025), NegPiP (November 2025) and loractl.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _ATTENTION = ("attention", "streamblock")
 
 
 def merged_because(why: str) -> str:
-    """The note on a pass that is left to the WebUI."""
-    return f"LoRAtorio merged the LoRAs as the WebUI does without it: {why}."
+    """The note about a pass that is left to the WebUI."""
+    return f"LoRAtorio did not compose the LoRAs, and the WebUI merged them: {why}."
 
 
 def known_options(p: Any, idle: Collection[str] = ()) -> list[str]:
-    """Named arguments of LoRA tags that the WebUI, or an extension that is installed, reads.
+    """Named arguments of LoRA tags that the WebUI or an installed extension reads.
 
     idle: words in the paths of extensions that do nothing in this WebUI.
     """
@@ -45,22 +45,22 @@ def known_options(p: Any, idle: Collection[str] = ()) -> list[str]:
 
 
 def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
-    """A reason not to compose, where LoRA Block Weight was asked to change a LoRA's strength while sampling."""
+    """The reason not to compose if LoRA Block Weight changes a LoRA's strength while sampling."""
     asked = any(option in lora.options for lora in loras for option in _BY_STEP)
     if asked and _has_script(p, BLOCK_WEIGHT):
         return merged_because(
             "the extension LoRA Block Weight changes a LoRA's strength from step to step (start=, stop= or step= in its tag), "
-            "which cannot be followed in this WebUI"
+            "which LoRAtorio cannot follow in this WebUI"
         )
     return None
 
 
 _SAMPLES_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
-"""Scripts of the WebUIs that hand parts of a picture over as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
+"""Scripts of the WebUIs that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
 
 
 def sampling_in_parts(p: Any) -> str:
-    """The script that was chosen from the WebUI's list, where it samples parts of a picture, or nothing."""
+    """The script that is chosen in the WebUI's list, if it samples parts of a picture; else nothing."""
     scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", None) or ()
     number = next(iter(getattr(p, "script_args", None) or ()), 0)
     title = scripts[number - 1].title() if isinstance(number, int) and 0 < number <= len(scripts) else ""
@@ -68,9 +68,9 @@ def sampling_in_parts(p: Any) -> str:
 
 
 def replaced_attention(unet: nn.Module) -> str | None:
-    """A reason not to compose, where an extension has put a function of its own in the place of an attention layer's.
+    """The reason not to compose if an extension has replaced the function of an attention layer.
 
-    Such a function (NegPiP's is one) tells conditional from unconditional rows by where they stand in the WebUI's own batch.
+    Such a function (NegPiP's is one) tells conditional from unconditional rows by their position in the WebUI's own batch.
     """
     for module in unet.modules():
         forward = vars(module).get("forward")
@@ -79,7 +79,7 @@ def replaced_attention(unet: nn.Module) -> str | None:
         extension = _extension_of(forward)
         if extension:
             return merged_because(
-                f"the extension {extension} replaces the model's attention, and counts on the WebUI's own rows"
+                f"the extension {extension} replaces the model's attention and depends on the WebUI's own rows"
             )
     return None
 

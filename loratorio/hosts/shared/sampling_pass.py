@@ -1,6 +1,6 @@
-"""One sampling pass of a WebUI, composed: what is the same in every one of them.
+"""One composed sampling pass of a WebUI: the part that all hosts share.
 
-A host derives from `SamplingPass` and says where LoRAs come from, how text is made and how rows are run.
+A host derives from `SamplingPass` and defines where LoRAs come from, how text is encoded and how rows are run.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from ...sampling.engine import Engine
 from .other_extensions import known_options, sampling_in_parts
 from .tags import WrittenTags
 
-NO_LORA = "The prompt names no LoRA, so LoRAtorio had nothing to compose: the picture is the WebUI's own."
+NO_LORA = "LoRAtorio composed nothing: the prompt names no LoRA. The picture is the WebUI's own."
 
-ALL_ALWAYS = "Every LoRA of the prompt acts on every row (role=always), so LoRAtorio had nothing to compose."
+ALL_ALWAYS = "LoRAtorio composed nothing: every LoRA of the prompt acts on every row (role=always)."
 
-REFINER_WITHOUT = "No LoRA of the prompt fits the refiner: its steps are without them."
+REFINER_WITHOUT = "No LoRA of the prompt matches the refiner, so its steps have no LoRAs."
 
 NO_STEP = (
-    "The sampler called the model in no step, so LoRAtorio had nothing to compose: the picture is the WebUI's own. "
+    "LoRAtorio composed nothing: the sampler did not call the model in any step. The picture is the WebUI's own. "
     "Raise the steps, or the denoising strength."
 )
 
-INTERRUPTED = "Interrupted before the first step: nothing was composed."
+INTERRUPTED = "LoRAtorio composed nothing: interrupted before the first step."
 
 BYPASSED = (
-    "Another extension, or a newer WebUI, calls the model past LoRAtorio, so the picture would not be composed. "
-    "Untick LoRAtorio, or switch the other extension off."
+    "Another extension, or a newer WebUI, calls the model without LoRAtorio, so the picture would not be composed. "
+    "Untick LoRAtorio, or switch off the other extension."
 )
 
 _LATENT_PIXEL = 8
@@ -68,7 +68,7 @@ Result = TypeVar("Result")
 
 
 class UnreadableLora(LoratorioError):
-    """A LoRA's file cannot be read. The WebUI goes on without it, and so does a pass."""
+    """A LoRA's file cannot be read. The WebUI continues without it, and so does a pass."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class ActiveLora:
     """A LoRA that the WebUI has activated for the pass.
 
     Attributes:
-        tagged: what the prompt and its file say of it.
-        strength, text: in the UNet and in the text encoder, when the pass begins.
-        source: what the host reads it from.
-        may_change: whether its strength may be another at each step.
-        is_own: whether these are its strengths throughout, the source's being those of another tag.
+        tagged: its tag and its file's metadata.
+        strength, text: its strengths in the UNet and in the text encoder, when the pass begins.
+        source: the host's object that it is read from.
+        may_change: whether its strength may differ from step to step.
+        is_own: whether these strengths hold throughout, because the source has those of another tag.
     """
 
     tagged: TaggedLora
@@ -96,10 +96,10 @@ class ReadLora:
     """A LoRA as it acts on one model.
 
     Attributes:
-        adapter: what it adds to the UNet: at its strength, or at strength 1 where the host says the strength at every step.
-        text: what the host makes text conditioning with it from; None if it leaves text as it is.
-        remark: what the user should know of it, or nothing.
-        was_replaced: whether its file is another by now than the WebUI has put onto its model.
+        adapter: its changes to the UNet, at its strength; at strength 1 if the host gives the strength at every step.
+        text: the host's object for its text conditioning; None if it does not change text.
+        remark: a note for the user, or nothing.
+        was_replaced: whether its file has changed since the WebUI applied it to its model.
     """
 
     active: ActiveLora
@@ -115,15 +115,15 @@ class SamplingPass(ABC):
     Attributes:
         job, p: the press of the button that it belongs to, and the WebUI's processing object.
         loras: those that take part, in the order of a mix's coefficients.
-        all_take_part: whether those are all that the WebUI has activated, and made its own conditioning with.
+        all_take_part: whether those are all that the WebUI has activated and used for its own conditioning.
         engine: composes the pass's steps.
-        attachment: what is undone when the pass ends, or its model goes.
-        evaluations: how often the model was composed so far.
+        attachment: everything to undo when the pass ends or its model is replaced.
+        evaluations: how many times the model was composed so far.
         owners: image of each conditional row of the last evaluation.
     """
 
     idle_extensions: Collection[str] = ()
-    """Of the extensions that read options of LoRA tags (`neighbours`), those that do nothing in this WebUI."""
+    """Words in the paths of extensions that read options of LoRA tags, but do nothing in this WebUI (`other_extensions`)."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -191,28 +191,26 @@ class SamplingPass(ABC):
 
     @abstractmethod
     def enclosed(self) -> AbstractContextManager[Any]:
-        """What surrounds the sampling loop beside `attachment`."""
+        """The context that encloses the sampling loop, in addition to `attachment`."""
 
     def missed(self) -> None:
-        """The WebUI's sampler has evaluated a model oftener, or more rarely, than it was composed."""
+        """The sampler called the model a different number of times than LoRAtorio composed it."""
         raise LoratorioError(BYPASSED)
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def admit(self) -> Participants | None:
-        """Who is composed in this pass; None, and a note, where the WebUI's own merging takes it.
+        """The LoRAs that are composed in this pass; None, and a note, if the pass is left to the WebUI's own merging.
 
         Raises:
-            LoratorioError: the picture would not be what was asked for.
+            LoratorioError: the picture would not be the requested one.
         """
         self.job.begin_pass()
         active = self.active_loras()
         missing = self._missing()
         why_not = self.obstacle() if active else "" if missing else NO_LORA
         if why_not and any(lora.tagged.is_candidate for lora in active):
-            raise LoratorioError(
-                f"{why_not} With a pool that is no picture of use: take the pool out of the prompt."
-            )
+            raise LoratorioError(f"{why_not} A pool cannot be merged: remove it from the prompt.")
         if why_not:
             self.job.note(why_not)
             return None
@@ -227,15 +225,15 @@ class SamplingPass(ABC):
         script = sampling_in_parts(self.p)
         if script and participants.has_places:
             raise LoratorioError(
-                f"The script {script} samples the picture in parts, each of which would have the LoRAs' places anew. "
-                "Take at=… out of the prompt, or use hires fix or Ultimate SD upscale."
+                f"The script {script} samples the picture in parts, so places (at=…) would apply to each part. "
+                "Remove at=… from the prompt, or use hires fix or Ultimate SD upscale."
             )
         own_remarks = [lora.remark for lora in self.loras]
         of_tags = (
             recognised_note(assigned_roles(tagged)),
             unknown_options_note(tagged, known_options(self.p, self.idle_extensions)),
             no_room_note(tagged, *self._latent_size(), self.region),
-            f"There are no weight maps with the script {script}."
+            f"Weight maps are not available with the script {script}."
             if script and self.job.settings.weight_maps
             else "",
         )
@@ -249,7 +247,7 @@ class SamplingPass(ABC):
         return participants
 
     def _missing(self) -> dict[str, bool]:
-        """Names of LoRAs that have a tag and that the WebUI has not loaded, and whether they are only candidates of a pool."""
+        """Names of LoRAs that have a tag but are not loaded by the WebUI, and whether they are only candidates of a pool."""
         tags = WrittenTags(self.p)
         for lora in self.activated():
             tags.take(lora.tagged.name)
@@ -291,23 +289,24 @@ class SamplingPass(ABC):
         if without_effect:
             self.job.note(without_effect_note(without_effect))
         if skipped and not found and not unread:
-            raise LoratorioError("No LoRA of the pool fits this model: choose another folder or pattern.")
+            raise LoratorioError("No LoRA of the pool matches this model: choose another folder or pattern.")
         if skipped:
             self.job.note(Candidates((), tuple(skipped)).note)
 
     def _fitting_part(self, lora: ActiveLora, problem: LoratorioError) -> Iterator[ReadLora]:
-        """What fits of a LoRA of the hires pass, as without us: the picture is half made. A note says what the `problem` is."""
+        """The matching parts of a LoRA in the hires pass, as the WebUI itself would use them, with a note about the `problem`. An error
+        would waste the first pass."""
         part = None
         with suppress(LoratorioError):
             part = self.read_once(lora, skip_misfits=True)
         if part is None or (part.adapter.changes_nothing and part.text is None):
-            self.job.note(f"{problem} The hires pass was made without it.")
+            self.job.note(f"{problem} The hires pass does not use it.")
         else:
-            self.job.note(f"{problem} The hires pass has what fits of it.")
+            self.job.note(f"{problem} The hires pass uses the parts that match.")
             yield part
 
     def read_once(self, lora: ActiveLora, skip_misfits: bool = False) -> ReadLora:
-        """`read`, kept for the job's other batches, since some kinds take seconds to make."""
+        """`read`, kept for the job's other batches, because some kinds take seconds to read."""
         key = (self.identity(lora), self.model_identity(), skip_misfits)
         if key not in self.job.adapters:
             self.job.adapters[key] = self.read(lora, skip_misfits)
@@ -315,7 +314,7 @@ class SamplingPass(ABC):
         return replace(known, active=lora)  # the tag may say something else in the next batch
 
     def loras_of_refiner(self, active: Sequence[ActiveLora]) -> tuple[ReadLora, ...]:
-        """The pass's LoRAs on the refiner that has come in; a note says which of them do not fit it."""
+        """The pass's LoRAs on the refiner that was loaded, with a note about those that do not match it."""
         loras = tuple(self.read_once(lora, skip_misfits=True) for lora in active)
         gone = [
             now.active.tagged.name
@@ -324,8 +323,8 @@ class SamplingPass(ABC):
         ]
         if gone and len(gone) < len(loras):
             self.job.note(
-                f"LoRA{'s' if len(gone) > 1 else ''} {', '.join(gone)} {'do' if len(gone) > 1 else 'does'} not fit the refiner, "
-                f"whose steps are without {'them' if len(gone) > 1 else 'it'}."
+                f"LoRA{'s' if len(gone) > 1 else ''} {', '.join(gone)} {'do' if len(gone) > 1 else 'does'} not match the refiner, "
+                f"so its steps do not use {'them' if len(gone) > 1 else 'it'}."
             )
         elif gone:
             self.job.note(REFINER_WITHOUT)
@@ -333,7 +332,7 @@ class SamplingPass(ABC):
             name = now.active.tagged.name
             if before.text is not None and now.text is None and name not in gone:
                 self.job.note(
-                    f"The text encoder part of LoRA {name} does not fit the refiner: its steps are without it."
+                    f"The text encoder part of LoRA {name} does not match the refiner, so its steps do not use it."
                 )
             elif now.remark:
                 self.job.note(f"Refiner: {now.remark}")
@@ -383,7 +382,7 @@ class SamplingPass(ABC):
         """`sample()`, the WebUI's sampling loop, composed and accounted for.
 
         Raises:
-            LoratorioError: the picture would not be what was asked for.
+            LoratorioError: the picture would not be the requested one.
         """
         from modules.sd_samplers_common import InterruptedException
 
@@ -407,7 +406,7 @@ class SamplingPass(ABC):
         return result
 
     def record(self) -> None:
-        """Account for what was composed."""
+        """Record what was composed in the job."""
         self.engine.history.settle()
         if self.engine.pool.reactions:
             names = [lora.active.tagged.name for lora in self.loras]
@@ -438,7 +437,7 @@ class SamplingPass(ABC):
     def place_in_sampling(self) -> tuple[int, int]:
         """Number of the step, from 0, at which the WebUI's sampler stands, and how many steps there are.
 
-        A WebUI's denoiser counts evaluations, of which Heun and its like make two a step, and some samplers more than it reckons with.
+        A WebUI's denoiser counts evaluations. Heun and similar samplers make two per step, and some make more than it expects.
         """
         denoiser = self.p.sampler.model_wrap_cfg
         total = max(1, denoiser.steps or 1)

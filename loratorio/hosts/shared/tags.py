@@ -1,4 +1,4 @@
-"""What the LoRA tags of a pass's prompt say beside name and strength."""
+"""The options and strengths in the LoRA tags of a pass's prompt."""
 
 from __future__ import annotations
 

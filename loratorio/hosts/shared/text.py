@@ -22,9 +22,9 @@ class TextConditioning:
     """The conditioning of one sampling pass under any mix of its LoRAs, each made once.
 
     Args:
-        changes_text: for each LoRA whether text conditioning depends on it. Mixes that differ only in others share theirs.
-        make: the conditioning under a mix whose coefficients of LoRAs without text are 0, with a LoRA's own words or none.
-        host_has_merged: whether the conditioning that the WebUI made itself is the one with all of these LoRAs.
+        changes_text: for each LoRA, whether text conditioning depends on it. Mixes that differ only in other LoRAs share it.
+        make: the conditioning under a mix, with a LoRA's own words or none. LoRAs that do not change text have coefficient 0.
+        host_has_merged: whether the WebUI's own conditioning has all of these LoRAs.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class TextConditioning:
         self._merged = self._state((1.0,) * len(self._changes_text)) if host_has_merged else None
 
     def prepare(self, mixes: Iterable[Mix], words: Mapping[Mix, str]) -> None:
-        """Make what is missing for these mixes, and for those of LoRAs with own words."""
+        """Make the missing conditioning of these mixes, and of those with own words."""
         for mix in mixes:
             self.of(mix)
         for mix, own in words.items():
             self.of(mix, own)
 
     def of(self, mix: Mix, words: str = "") -> Prompts | None:
-        """The conditioning of `mix`, with a LoRA's own words or none; None where it is what the WebUI made itself."""
+        """The conditioning of `mix`, with a LoRA's own words or none; None if it is the WebUI's own."""
         state = self._state(mix)
         if state == self._merged and not words:
             return None
@@ -57,7 +57,7 @@ class TextConditioning:
 
     @property
     def is_the_hosts(self) -> bool:
-        """Whether all mixes have, but for own words, the conditioning that the WebUI made itself."""
+        """Whether all mixes, except for own words, have the WebUI's own conditioning."""
         return self._merged is not None and not any(self._changes_text)
 
     def _state(self, mix: Mix) -> Mix:
@@ -68,7 +68,7 @@ class TextConditioning:
 
 
 def set_up_conds(p: Any, words: str = "") -> Prompts:
-    """Let the WebUI parse the pass's prompts, with a LoRA's own words behind them, and encode them."""
+    """Let the WebUI parse and encode the pass's prompts, each followed by a LoRA's own words."""
     name = "hr_prompts" if getattr(p, "is_hr_pass", False) else "prompts"
     prompts = getattr(p, name)
     setattr(p, name, [with_words(prompt, words) for prompt in prompts])

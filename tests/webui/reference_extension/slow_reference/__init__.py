@@ -1,4 +1,5 @@
-"""LoRAtorio the slow way: the composition as a loop over patches in float64, as METHOD.md's formulas read. One file for each kind of host.
+"""LoRAtorio the slow way: the composition as a loop over patches in float64, as the paper's formulas read (arXiv
+2508.11624). One file for each kind of host.
 
 Shares no code with LoRAtorio.
 """
