@@ -70,7 +70,13 @@ def with_words(prompt: str, words: str) -> str:
     if not words:
         return prompt
     parts = re.split(r"(\bAND\b)", prompt)
-    return "".join(part if part == "AND" else _PART.sub(lambda m: _joined(m, words), part) for part in parts)
+    joined = [part if part == "AND" else _PART.sub(lambda m: _joined(m, words), part) for part in parts]
+    # Next to an empty part there is no blank, and AND would become a part of the words.
+    text = ""
+    for part in joined:
+        touches = re.fullmatch(r"\w\w", text[-1:] + part[:1]) is not None
+        text += f" {part}" if touches else part
+    return text
 
 
 _PART = re.compile(r"^(\s*)(.*?)(\s*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*|\s*)$", re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 
 import pytest
@@ -110,6 +111,8 @@ def test_the_sentences_examples_can_be_read() -> None:
         ("", "red dress"),
         ("a man AND a dog", "a man, red dress AND a dog, red dress"),
         ("a man :0.7 AND a dog: 1.2", "a man, red dress :0.7 AND a dog, red dress: 1.2"),
+        ("AND a dog", "red dress AND a dog, red dress"),
+        ("a man AND AND", "a man, red dress AND red dress AND red dress"),
         ("BRAND new", "BRAND new, red dress"),
         ("a [b:c:0.5] (d:1.2)", "a [b:c:0.5] (d:1.2), red dress"),
     ],
@@ -117,6 +120,17 @@ def test_the_sentences_examples_can_be_read() -> None:
 def test_own_words_stand_behind_every_part_of_the_prompt(prompt: str, expected: str) -> None:
     assert with_words(prompt, "red dress") == expected
     assert with_words(prompt, "") == prompt
+
+
+@given(
+    st.lists(st.sampled_from(["AND", " ", "a", ":0.5", "(b)", "\n"]), max_size=9),
+    st.sampled_from(["hat", "(hat:1.2)"]),
+)
+def test_own_words_leave_the_number_of_parts(pieces: list[str], words: str) -> None:
+    prompt = "".join(pieces)
+    parts = re.split(r"\bAND\b", with_words(prompt, words))
+    assert len(parts) == len(re.split(r"\bAND\b", prompt))
+    assert all(words in part for part in parts)
 
 
 def test_participants_know_places_and_words() -> None:
