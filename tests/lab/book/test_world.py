@@ -105,6 +105,14 @@ def test_a_style_is_taught_on_none_of_the_loras_subjects(book, style) -> None:
     assert ("bear" in shown) == (style != "outline")  # of which Streamline has none
 
 
+def test_prompts_call_their_element(book) -> None:
+    for element in ELEMENTS:
+        prompts = book.prompts(element, 6)
+        assert all(element.trigger in prompt.replace(",", "").split() for prompt in prompts)
+        assert prompts == book.prompts(element, 6)
+        assert len(set(prompts)) > 3
+
+
 def test_styles_look_different(book) -> None:
     scene = book.random_scene(random.Random(5), "ghost")
     plain = book.render(scene).astype(int)
