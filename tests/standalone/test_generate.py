@@ -350,7 +350,8 @@ def test_a_bar_in_a_terminal_and_nowhere_else(
     assert capfd.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     generate(model, loras, request(steps=2))
-    assert "2/2" in capfd.readouterr().err
+    # Whether a later state is drawn depends on the time that passes.
+    assert " 0/2 [" in capfd.readouterr().err
     generate(model, loras, request(steps=2), progress=False)
     assert capfd.readouterr().err == ""
     told: list[tuple[int, int]] = []
