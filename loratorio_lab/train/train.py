@@ -40,7 +40,7 @@ PLANS: dict[str, dict[str, tuple[int, int, float]]] = {
         "loras": (1200, 16, 2e-3),
     },
     "book": {
-        "vae_coarse": (3000, 8, 4e-3),
+        "vae_coarse": (8000, 8, 4e-3),
         "vae_fine": (5000, 8, 3e-3),
         "classifier": (6000, 32, 2e-3),
         "base": (12000, 32, 2e-3),
