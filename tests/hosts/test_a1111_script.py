@@ -242,14 +242,17 @@ def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
     assert torch.equal(plain, samples)
 
 
-def test_a_script_that_samples_parts_gets_no_maps_among_them(standin: Any, script: Any) -> None:
+@pytest.mark.parametrize("title", ["SD upscale", "Prompt matrix"])
+def test_a_script_that_puts_its_images_together_gets_no_maps_among_them(
+    standin: Any, script: Any, title: str
+) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2)
-    listed = [SimpleNamespace(title=lambda: "SD upscale")]
+    listed = [SimpleNamespace(title=lambda: title)]
     p = standin.job(a, b, scripts=SimpleNamespace(selectable_scripts=listed))
     p.script, p.own_args, p.script_args = script, [{"enabled": True, "weight_maps": True}], [1]
     standin.run(p)
     assert len(p.processed.images) == 1
-    assert "Weight maps are not available with the script SD upscale" in p.processed.infotexts[0]
+    assert f"Weight maps are not available with the script {title}" in p.processed.infotexts[0]
 
 
 def test_pools_become_loras_and_stay_pools_in_the_infotext(

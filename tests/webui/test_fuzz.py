@@ -167,7 +167,7 @@ WRONG = {
     r"role": "role=",
     r"^The strength of LoRA .* must be a number": "<l",
     r"^The tag <(\w+):": "<{}:",
-    r"^The WebUI does not know the tag <(\w+):": "<{}:",
+    r"^The WebUI does not read the tag <(\w+):": "<{}:",
 }
 """By what a refusal says, what must stand in the call for it; of settings that are right each, and wrong together, or of a wrong one."""
 

@@ -193,6 +193,7 @@ def test_reset_brings_back_what_the_page_began_with(page: Any) -> None:
     tab.number("rescale", 0.3)
     tab.find("_weight_maps input").check()
     tab.choose("method", "Merge")
+    page.wait_for_function("document.querySelector('#loratorio_txt2img_top_k input').disabled")
     tab.find("_reset").click()
     page.wait_for_function("!document.querySelector('#loratorio_txt2img_top_k input').disabled")
     assert tab.generate()[0] == as_dict(Settings(enabled=True))

@@ -61,10 +61,20 @@ _SAMPLES_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
 
 def sampling_in_parts(p: Any) -> str:
     """The script that is chosen in the WebUI's list, if it samples parts of a picture; else nothing."""
+    title = _chosen_script(p)
+    return title if title in _SAMPLES_PARTS else ""
+
+
+def without_maps(p: Any) -> str:
+    """The chosen script, if it takes every image that it gets for a picture of its own; else nothing."""
+    title = _chosen_script(p)
+    return title if title in (*_SAMPLES_PARTS, "Prompt matrix") else ""
+
+
+def _chosen_script(p: Any) -> str:
     scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", None) or ()
     number = next(iter(getattr(p, "script_args", None) or ()), 0)
-    title = scripts[number - 1].title() if isinstance(number, int) and 0 < number <= len(scripts) else ""
-    return title if title in _SAMPLES_PARTS else ""
+    return str(scripts[number - 1].title()) if isinstance(number, int) and 0 < number <= len(scripts) else ""
 
 
 def replaced_attention(unet: nn.Module) -> str | None:

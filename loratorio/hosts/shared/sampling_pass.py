@@ -40,7 +40,7 @@ from ...prompt.roles import (
     without_effect_note,
 )
 from ...sampling.engine import Engine
-from .other_extensions import known_options, sampling_in_parts
+from .other_extensions import known_options, sampling_in_parts, without_maps
 from .tags import WrittenTags
 
 NO_LORA = "LoRAtorio composed nothing: the prompt names no LoRA. The picture is the WebUI's own."
@@ -233,8 +233,8 @@ class SamplingPass(ABC):
             recognised_note(assigned_roles(tagged)),
             unknown_options_note(tagged, known_options(self.p, self.idle_extensions)),
             no_room_note(tagged, *self._latent_size(), self.region),
-            f"Weight maps are not available with the script {script}."
-            if script and self.job.settings.weight_maps
+            f"Weight maps are not available with the script {without_maps(self.p)}."
+            if without_maps(self.p) and self.job.settings.weight_maps
             else "",
         )
         for remark in (*own_remarks, *self.remarks(), *of_tags):
