@@ -55,6 +55,10 @@ class RowCalls:
         self._were_regrouped = False
         self.memory: RowMemory | None = None
 
+    @property
+    def _is_apart(self) -> bool:
+        return self.one_mix or self._were_regrouped
+
     def run(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor:
         """The predictions of all rows, (rows, …), in order.
 
@@ -83,14 +87,13 @@ class RowCalls:
 
     def _next(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The first of these rows, those of the next call."""
-        apart = self.one_mix or self._were_regrouped
-        if apart:
+        if self._is_apart:
             rows = [*takewhile(lambda row: row.mix == rows[0].mix, rows)]
         wanted = len(rows)
         most = min(wanted, self.limit or wanted, POOL_ROWS if self.scores_pool else wanted)
         if self.memory is not None:
             most = max(1, min(most, self.memory.fitting(most)))
-        return rows[: _first_block(rows) if apart and most < wanted else most]
+        return rows[: _first_block(rows) if self._is_apart and most < wanted else most]
 
     def _predicted(self, rows: Sequence[Row], call: Callable[[Sequence[Row]], Tensor]) -> Tensor | None:
         """These rows in one call; None if there was not enough memory, and there are fewer rows to try."""
@@ -100,7 +103,7 @@ class RowCalls:
         except (RuntimeError, MemoryError) as problem:
             if not is_out_of_memory(problem):
                 raise
-            if len(rows) == (_first_block(rows) if self.one_mix or self._were_regrouped else 1):
+            if len(rows) == (_first_block(rows) if self._is_apart else 1):
                 raise LoratorioError(
                     "Out of memory even with as few rows per call as possible. Make the picture or the batch smaller, or close "
                     "other programs that use the GPU."

@@ -98,9 +98,8 @@ class Engine:
         self.pool = PoolCalls(settings.pool_size)
         self.calls = RowCalls(row_limit, scores_pool=self.participants.has_pool)
         self._masks_of_places = PlaceMasks(region)
-        self._present = self._acting = (
-            self.participants
-        )  # at the present step: with, and without, candidates that were left out
+        # At the present step: with, and without, candidates that were left out.
+        self._present = self._acting = self.participants
         self._strengths: tuple[float, ...] = ()
         self._sessions: dict[str, Method] = {}
         self._last: _Evaluated
@@ -117,6 +116,7 @@ class Engine:
             raise ValueError(f"the bank must have {len(self.bank.adapters)} LoRAs, not {len(bank.adapters)}")
         self.bank = bank
         self._sessions.clear()
+        self._assembled = frozenset()  # it was the former bank's
         # Candidates that are only scored leave the device again with the next ones.
         bank.keep_apart([lora.number for lora in self.participants.loras if lora.pooled], POOL_RESIDENT)
 

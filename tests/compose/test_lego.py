@@ -239,3 +239,16 @@ def test_a_strength_that_changes_is_followed() -> None:
             expected = with_changes(model, first, torch.zeros(6, 6), torch.zeros(6), rows)
             torch.testing.assert_close(made, expected)
     assert not model.first._forward_hooks
+
+
+def test_on_a_refiner_that_no_lora_fits_nothing_of_the_first_models_lora_is_left() -> None:
+    model, rows = TwoLayers().requires_grad_(False), torch.randn(3, 6)
+    adapters = [Adapter(name, {"first": [low_rank(seed)]}) for seed, name in enumerate("ab")]
+    first, refiner = Bank(adapters), Bank([Adapter(name, {}) for name in "ab"])
+    engine = Engine(paper(method="lego"), first)
+    for bank in (first, refiner):
+        if bank is refiner:
+            engine.rebind(bank)
+        with torch.no_grad(), bank.attached(dict(model.named_children())):
+            found = engine.step(Step(0, 20, rows, 0, denoised=False), lambda asked: model(rows)).cond
+    assert torch.equal(found, model(rows))
