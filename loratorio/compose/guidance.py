@@ -23,10 +23,7 @@ def compose(adapters: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) float32.
     """
-    composed = adapters[0].to(torch.float32) * weights[0].unsqueeze(1)
-    for adapter, weight in zip(adapters[1:], weights[1:], strict=True):
-        composed.addcmul_(adapter.to(torch.float32), weight.unsqueeze(1))
-    return composed
+    return (adapters.to(torch.float32) * weights.unsqueeze(2)).sum(dim=0)
 
 
 def recentre(base_uncond: Tensor, adapter_unconds: Tensor, weights: Tensor, strength: float) -> Tensor:

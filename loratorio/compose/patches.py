@@ -5,6 +5,7 @@ Letters in shapes: N LoRAs, B images, C channels, H×W latent pixels, h×w patch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .lazy_torch import torch
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 BLENDS = ("hard", "interpolated", "overlapping")
 """How weights change from patch to patch: at once, by interpolation between patch centres, or as the mean of overlapping patches."""
+
+AT_ONCE = 2**20
+"""The most numbers of the LoRAs' predictions that are compared in one go."""
 
 NEAR = 0.01
 """Below this part of the base's square a patch's divergence is computed from its difference: a cosine near 1 has lost its figures."""
@@ -29,16 +33,20 @@ def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: in
     """
     _check(base, adapters, patch_size)
     scale = _scale(base)
-    reference, _ = _patch_products(base, base, scale, patch_size, stride)
-    similarity = base.new_empty((adapters.shape[0], *reference.shape), dtype=torch.float32)
-    for own, adapter in zip(similarity, adapters, strict=True):
-        square, dot = _patch_products(adapter, base, scale, patch_size, stride)
-        both_empty = (square == 0) & (reference == 0)
+    reference = base.to(torch.float32) * scale
+    (reference_square,) = _patch_sums([(reference * reference).unsqueeze(0)], patch_size, stride)
+
+    def of_some(some: Tensor) -> Tensor:
+        own = some.to(torch.float32) * scale
+        square, dot = _patch_sums([own * own, own * reference], patch_size, stride)
+        both_empty = (square == 0) & (reference_square == 0)
         # √(a·a) is exactly a in binary floating point, so that equal patches give exactly 1.
-        norm = square.mul_(reference).sqrt_()
-        torch.div(dot, norm, out=own)
-        own.clamp_(-1.0, 1.0).masked_fill_(norm == 0, 0.0).masked_fill_(both_empty, 1.0)
-    return similarity
+        norm = (square * reference_square).sqrt_()
+        similarity = (dot / norm).clamp_(-1.0, 1.0)
+        return similarity.masked_fill_(norm == 0, 0.0).masked_fill_(both_empty, 1.0)
+
+    each = _at_once(base)
+    return torch.cat([of_some(adapters[i : i + each]) for i in range(0, len(adapters), each)])
 
 
 def patch_divergence(base: Tensor, adapters: Tensor, patch_size: int, stride: int | None = None) -> Tensor:
@@ -50,28 +58,30 @@ def patch_divergence(base: Tensor, adapters: Tensor, patch_size: int, stride: in
     A patch that equals the base's has exactly 0. The rest as in `patch_similarity`.
     """
     _check(base, adapters, patch_size)
-    scale = _scale(base)
-    reference, _ = _patch_products(base, base, scale, patch_size, stride)
-    divergence = base.new_empty((adapters.shape[0], *reference.shape), dtype=torch.float32)
-    for own, adapter in zip(divergence, adapters, strict=True):
-        square, dot = _patch_products(adapter, base, scale, patch_size, stride)
-        moved = base.new_zeros((len(base), *base.shape[2:]), dtype=torch.float32)
-        longer = torch.zeros_like(moved)
-        for one, other in zip(adapter.unbind(1), base.unbind(1), strict=True):
-            here, there = one.to(torch.float32), other.to(torch.float32)
-            # Subtracted before anything is rounded: of numbers that are close, the difference is exact.
-            difference = (here - there) * scale
-            moved.addcmul_(difference, difference)
-            longer.addcmul_(difference, (here + there) * scale)
-        moved, longer = (_patch_sum(each, patch_size, stride) for each in (moved, longer))
-        both_empty = (square == 0) & (reference == 0)
-        norm = (square * reference).sqrt_()
-        longer = longer / square.sqrt_().add_(reference.sqrt())
-        own[:] = torch.where(
-            moved < NEAR * reference, (moved - longer.square_()) / (2 * norm), 1 - dot / norm
-        )
-        own.clamp_(0.0, 2.0).masked_fill_(norm == 0, 1.0).masked_fill_(both_empty, 0.0)
-    return divergence
+    scale, whole = _scale(base), base.to(torch.float32)
+    reference = whole * scale
+    (reference_square,) = _patch_sums([(reference * reference).unsqueeze(0)], patch_size, stride)
+
+    def of_some(some: Tensor) -> Tensor:
+        own = some.to(torch.float32)
+        # Subtracted before anything is rounded: of numbers that are close, the difference is exact.
+        difference, both, own = (own - whole) * scale, (own + whole) * scale, own * scale
+        products = [own * own, own * reference, difference * difference, difference * both]
+        square, dot, moved, longer = _patch_sums(products, patch_size, stride)
+        both_empty = (square == 0) & (reference_square == 0)
+        norm = (square * reference_square).sqrt_()
+        longer = longer / (square.sqrt_() + reference_square.sqrt())
+        near = (moved - longer.square_()) / (2 * norm)
+        divergence = torch.where(moved < NEAR * reference_square, near, 1 - dot / norm).clamp_(0.0, 2.0)
+        return divergence.masked_fill_(norm == 0, 1.0).masked_fill_(both_empty, 0.0)
+
+    each = _at_once(base)
+    return torch.cat([of_some(adapters[i : i + each]) for i in range(0, len(adapters), each)])
+
+
+def _at_once(base: Tensor) -> int:
+    """How many LoRAs are compared in one go: few operations for pictures, little memory for many LoRAs and for clips."""
+    return max(1, AT_ONCE // max(1, base.numel()))
 
 
 def _check(base: Tensor, adapters: Tensor, patch_size: int) -> None:
@@ -97,9 +107,9 @@ def upsample(weights: Tensor, patch_size: int, height: int, width: int) -> Tenso
     """Give every latent pixel its patch's weight: (N, B, h, w) to (N, B, height, width)."""
     if patch_size == 1:
         return weights
-    rows = torch.arange(height, device=weights.device) // patch_size
-    columns = torch.arange(width, device=weights.device) // patch_size
-    return weights[..., rows, :][..., columns]
+    *count, rows, columns = weights.shape
+    each = weights[..., :, None, :, None].expand(*count, rows, patch_size, columns, patch_size)
+    return each.reshape(*count, rows * patch_size, columns * patch_size)[..., :height, :width]
 
 
 def _interpolated(weights: Tensor, patch_size: int, height: int, width: int) -> Tensor:
@@ -122,36 +132,28 @@ def _mean_of_covering(weights: Tensor, patch_size: int, height: int, width: int)
 
 
 def _scale(base: Tensor) -> Tensor:
-    """(B, 1, 1) float32: what brings each image's largest magnitude to 1, so that squares neither overflow nor vanish."""
-    dims = (-3, -2, -1)
-    largest = torch.maximum(base.amax(dims), -base.amin(dims)).to(torch.float32)
-    return torch.where(largest > 0, 1 / largest.clamp_min(1e-30), torch.ones_like(largest)).view(-1, 1, 1)
+    """(B, 1, 1, 1) float32: what brings each image's largest magnitude to 1, so that squares neither overflow nor vanish."""
+    largest = base.abs().amax((-3, -2, -1), keepdim=True).to(torch.float32)
+    return torch.where(largest > 0, 1 / largest.clamp_min(1e-30), 1.0)
 
 
-def _patch_products(
-    prediction: Tensor, base: Tensor, scale: Tensor, patch_size: int, stride: int | None
-) -> tuple[Tensor, Tensor]:
-    """The patches' products p·p and p·b over all channels, (B, h, w) each, of predictions times `scale`."""
-    square = prediction.new_zeros((len(prediction), *prediction.shape[2:]), dtype=torch.float32)
-    dot = torch.zeros_like(square)
-    # Channel by channel, so that no prediction is ever held in float32 as a whole.
-    for own, other in zip(prediction.unbind(1), base.unbind(1), strict=True):
-        scaled = own.to(torch.float32) * scale
-        square.addcmul_(scaled, scaled)
-        dot.addcmul_(scaled, other.to(torch.float32) * scale)
-    return _patch_sum(square, patch_size, stride), _patch_sum(dot, patch_size, stride)
+def _patch_sums(products: Sequence[Tensor], patch_size: int, stride: int | None) -> Tensor:
+    """Sums over all channels and each patch's pixels: k times (N, B, C, H, W) to (k, N, B, h, w).
 
-
-def _patch_sum(values: Tensor, patch_size: int, stride: int | None) -> Tensor:
-    """Sum over each patch's pixels: (B, H, W) to (B, h, w). Of overlapping patches the mean, which is as good for a cosine."""
+    Of overlapping patches the mean, which is as good for a cosine. Equal products give equal sums.
+    """
+    values = torch.stack(list(products))
     if patch_size == 1:
-        return values
+        return values.sum(dim=3)
     height, width = values.shape[-2:]
     # A patch never reaches over more than the picture.
     rows, columns = min(patch_size, height), min(patch_size, width)
     if stride is not None:
-        return torch.nn.functional.avg_pool2d(values.unsqueeze(1), (rows, columns), stride).squeeze(1)
+        summed = values.sum(dim=3)
+        means = torch.nn.functional.avg_pool2d(summed.flatten(0, 1), (rows, columns), stride)
+        return means.reshape(*summed.shape[:-2], *means.shape[-2:])
     # Zeros add nothing to a border patch's sums: it is made of the pixels that are there.
-    padded = torch.nn.functional.pad(values, (0, -width % columns, 0, -height % rows))
-    across = padded.shape[-1] // columns
-    return padded.reshape(len(values), -1, rows, across, columns).sum(dim=(2, 4))
+    if height % rows or width % columns:
+        values = torch.nn.functional.pad(values, (0, -width % columns, 0, -height % rows))
+    down, across = values.shape[-2] // rows, values.shape[-1] // columns
+    return values.reshape(*values.shape[:-2], down, rows, across, columns).sum(dim=(3, 5, 7))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from loratorio.compose import patches
 from loratorio.compose.guidance import compose, guide, recentre
 from loratorio.compose.methods.loratorio import keep_top_k, softmin
 from loratorio.compose.patches import patch_similarity, upsample
@@ -273,11 +274,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [2, 5])
 @pytest.mark.parametrize(("patch_size", "top_k"), [(1, 0), (2, 0), (3, 1)])
-def test_extra_memory_is_at_most_twice_the_input(
-    dtype: torch.dtype, count: int, patch_size: int, top_k: int
+def test_extra_memory_is_little_more_than_the_input(
+    dtype: torch.dtype, count: int, patch_size: int, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However many LoRAs there are: they are compared a few at a time, each prediction with some numbers of float32 beside it."""
+    monkeypatch.setattr(patches, "AT_ONCE", 1)
     base = torch.randn(2, 4, 64, 48).to(dtype)
     adapters = torch.randn(count, 2, 4, 64, 48).to(dtype)
     peak = peak_bytes(lambda: spatial_weights(base, adapters, patch_size, 0.1, top_k))
     weights_bytes = 4 * adapters[:, :, 0].numel()
-    assert weights_bytes <= peak <= 2 * (base.nbytes + adapters.nbytes)
+    assert weights_bytes <= peak <= base.nbytes + adapters.nbytes + 16 * 4 * base.numel()

@@ -111,9 +111,10 @@ def at_reference_spread(similarity: Tensor) -> Tensor:
 
 def in_proportion(parts: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Parts (N, …) over their sum. Where all are 0, equal parts of what is `allowed`: there the predictions are alike."""
-    ones = torch.ones_like(parts) if allowed is None else allowed
     total = parts.sum(dim=0, keepdim=True)
-    even = (ones / ones.sum(dim=0, keepdim=True)).nan_to_num(0.0)
+    even: Tensor | float = 1 / len(parts)
+    if allowed is not None:
+        even = (allowed / allowed.sum(dim=0, keepdim=True)).nan_to_num(0.0)
     # Far above the smallest numbers, whose quotients are not to be trusted.
     return torch.where(total > 1e-30, parts / total.clamp_min(1e-30), even)
 

@@ -1,4 +1,4 @@
-"""Reuse: a LoRA that is not run at an evaluation of the model counts with what it predicted before.
+"""Reuse: a row that is not run at an evaluation of the model counts with what it predicted before.
 
 Letters in shapes: Bc conditional and Bu unconditional rows of a branch, C channels, H×W latent pixels.
 """
@@ -25,7 +25,7 @@ SHORT = 10
 FEW = 17
 """Schedules of up to this many steps run a LoRA at every other evaluation at least: else it would run five times or fewer."""
 
-LATE = 0.9
+LATE = 0.95
 """From this part of the steps on, a LoRA is run at every other evaluation at least: predictions change fastest at the end."""
 
 DAMPING = 0.75
@@ -35,29 +35,55 @@ TURN = 2.0
 """The σ above which a LoRA's difference from the base lasts in the denoised picture, and below which it lasts in the noise: found by
 measurement (docs/lab/METHODS.md)."""
 
+FIRST = 2
+"""The unconditional prediction is run at this many evaluations before it is first carried on."""
+
 UNCOND = 2
-"""A LoRA's unconditional rows run at every second of its runs: they count for less, and follow the conditional ones."""
+"""A LoRA's unconditional rows run once for every second of its runs: they count for less, and follow the conditional ones."""
+
+UNCOND_APART = 3
+"""The base's unconditional rows are run at every third evaluation at least."""
+
+MANY = 3
+"""With more LoRAs than this, each waits two evaluations longer for every three more: rows per evaluation hardly grow with them."""
 
 LEAST_SHARE = 0.02
 """A pool's candidate with less than this share of the picture, times the evaluations since it last ran, is not run."""
 
 
-@dataclass(frozen=True)
-class Residual:
-    """How far a LoRA's predictions were from the base's at an evaluation, in the unit of that evaluation (`_unit`).
+class Carried:
+    """A difference between two predictions, carried on from the last two evaluations at which both were run.
 
-    Attributes:
-        time: number of the evaluation.
-        cond: the conditional rows' difference, (Bc, C, H, W) float32.
+    It is kept in the unit of its evaluation (`_unit`). `time`: the number of the last one.
     """
 
-    time: int
-    cond: Tensor
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Tensor]] = []
+
+    @property
+    def is_kept(self) -> bool:
+        return bool(self._kept)
+
+    @property
+    def time(self) -> int:
+        return self._kept[-1][0]
+
+    def keep(self, time: int, difference: Tensor) -> None:
+        """The difference as it was measured, (B, C, H, W) float32."""
+        self._kept = [*self._kept[-1:], (time, difference)]
+
+    def at(self, time: int) -> Tensor:
+        """What it is taken to be at an evaluation: as it was, and a part of its last change further."""
+        (before, former), (last, difference) = self._kept[0], self._kept[-1]
+        if last == before or time == last:
+            return difference
+        part = DAMPING * min(1.0, (time - last) / (last - before))
+        return difference + part * (difference - former)
 
 
 @dataclass(frozen=True)
 class UncondResidual:
-    """The same for the unconditional rows, with the conditional ones of that evaluation.
+    """How far a LoRA's unconditional rows were from the base's, with its conditional ones of that evaluation.
 
     Attributes:
         uncond: (Bu, C, H, W) float32.
@@ -84,47 +110,45 @@ class UncondResidual:
 
 
 class Reuse(Method):
-    """LoRAtorio with only some of the LoRAs run at an evaluation of the model.
+    """LoRAtorio with only some of the rows run at an evaluation of the model.
 
-    The base runs at every evaluation. A LoRA that does not is taken to differ from it as it did when it last ran, in a unit that makes
-    differences last (`_unit`), with `DAMPING` of its last change going on. Its unconditional rows run at every `UNCOND`-th of its
-    runs, and at each of its late ones; in between they are taken to change as its conditional rows do.
+    What every other prediction is compared with, the reference's conditional one, is run at every evaluation. A LoRA that is not is taken
+    to differ from it as when it last ran, in a unit that makes differences last (`_unit`), with `DAMPING` of its last change going on.
+    So is the base's unconditional prediction. A LoRA's unconditional one is compared with the base's, and is taken to change as its
+    conditional one does.
 
     Each LoRA that the prompt names, or that is left of a settled pool, runs at every n-th evaluation, in turn, n being the knob `reuse`;
-    all of them run at the first. Of another pool's candidates the `pool_size` most urgent ones run: those with the largest share of the
-    picture times the evaluations since they last ran; all of them run at every `pool_interval`-th step. A LoRA is weighted at every
-    evaluation, run or not. Evaluations count, not steps: some samplers make two per step.
+    all of them run at the first. Unconditional rows run at every n-th as well (`UNCOND_APART` at most): the base's, and those of LoRAs
+    that have run `UNCOND` times since theirs did. Of another pool's candidates the `pool_size` most urgent ones run: those with the
+    largest share of the picture times the evaluations since they last ran; all of them run at every `pool_interval`-th step. A LoRA is
+    weighted at every evaluation, run or not. Evaluations count, not steps: some samplers make two per step.
     """
 
     def __init__(self, method: Method) -> None:
         self._method = method
         self._time = 0
-        self._kept: dict[int, list[Residual]] = {}  # by a LoRA's number, the last two
-        self._unconds: dict[int, UncondResidual] = {}
-        self._until_uncond: dict[int, int] = {}  # by number, runs left without the unconditional rows
-        self._carried: dict[Branch, Tensor] = {}  # what the last step's missing rows were taken to be
+        self._conds: dict[Mix, Carried] = {}  # the LoRAs' conditional rows, less the reference's
+        self._guidance = Carried()  # the base's unconditional rows, less the reference's conditional ones
+        self._unconds: dict[Mix, UncondResidual] = {}
+        self._runs: dict[Mix, int] = {}  # a LoRA's runs since its unconditional rows ran
+        self._carried: dict[Branch, Tensor] = {}  # what the last evaluation's missing rows were taken to be
         self._shape: Hashable = None
+        self._is_asked_again = False
         self._shares: Tensor | None = None
         self._listed: list[float] = []
 
     def branches(self, now: StepContext) -> list[Branch]:
-        requested = self._method.branches(now)
-        if not self._reuses(now):
-            return requested
-        left_out = self._left_out(now)
-        branches = [branch for branch in requested if branch not in left_out]
-        if any(not branch.cond for branch in requested):
-            # Unconditional predictions are compared with it, also where the method itself does without.
-            branches.append(Branch(now.participants.base, False))
-        return list(dict.fromkeys(branches))
+        requested = self._requested(now)
+        waiting = self._waiting(now, requested) if self._reuses(now) else set()
+        return [branch for branch in requested if branch not in waiting]
 
     def compose(self, now: StepContext, predictions: Predictions) -> Composition:
         self._carried = {}
         if not self._reuses(now):
             return self._method.compose(now, predictions)
+        self._begin(now)
         unit = _unit(now, predictions)
-        self._remember(now, predictions, unit)
-        self._carried = self._carried_on(now, predictions, unit)
+        self._carried = self._measured_or_carried(now, predictions, unit)
         composed = self._method.compose(now, predictions.with_branches(self._carried))
         if now.participants.has_pool:
             assert composed.weights is not None
@@ -133,60 +157,80 @@ class Reuse(Method):
         return composed
 
     def again(self, now: StepContext, predictions: Predictions) -> Composition:
-        own, participants = predictions.measured, now.participants
+        own = predictions.measured
         assert own is not None
-        # A row that was not run then is not run now: it is taken to change as the row that it was compared with.
-        changed = {}
-        for branch, carried in self._carried.items():
-            reference = Branch(participants.reference if branch.cond else participants.base, branch.cond)
-            changed[branch] = carried + (predictions.by_branch[reference] - own.by_branch[reference])
+        if now.has_uncond:
+            # Whoever runs rows again may want the unconditional ones: from now on they are there.
+            self._is_asked_again = True
+        by_branch, participants = predictions.by_branch, now.participants
+        reference, base = Branch(participants.reference, True), Branch(participants.base, False)
+        changes = {True: by_branch[reference] - own.by_branch[reference]}
+        if base in own.by_branch:
+            changes[False] = by_branch[base] - own.by_branch[base]
+        # A row that was not run then is not run now: it is taken to change as the row that it was compared with, if that one was run.
+        changed = {
+            branch: carried + changes[branch.cond] if branch.cond in changes else carried
+            for branch, carried in self._carried.items()
+        }
         measured = own.with_branches(self._carried)
         return self._method.compose(now, replace(predictions.with_branches(changed), measured=measured))
 
-    # -- which LoRAs are run --------------------------------------------------------------------------------------------
+    # -- which rows are run ---------------------------------------------------------------------------------------------
 
     def _reuses(self, now: StepContext) -> bool:
-        """Whether any LoRA may be left out at this step."""
+        """Whether any row may be left out at this step."""
         loras = now.participants.loras
         return len(loras) > 1 and any(self._may_wait(lora, now) for lora in loras)
-
-    def _left_out(self, now: StepContext) -> set[Branch]:
-        """The LoRAs' rows that are not run at this evaluation."""
-        participants = now.participants
-        due = self._due(now)
-        stale = self._is_stale(now)
-        with_uncond = [lora for lora in due if stale or self._is_uncond_due(lora, now)]
-        # LoRAs that share all of themselves are one mix, and the reference's.
-        needed = {participants.base, participants.reference, *(each.mix for each in participants.additions)}
-        left_out: set[Branch] = set()
-        for cond, run in ((True, due), (False, with_uncond)):
-            mixes = {*participants.mixes} - {lora.mix for lora in run} - needed
-            left_out |= {Branch(mix, cond) for mix in mixes}
-        return left_out
-
-    def _due(self, now: StepContext) -> list[ComposedLora]:
-        """The LoRAs that are run at this evaluation."""
-        loras = now.participants.loras
-        if self._is_stale(now):
-            return list(loras)
-        by_turn = self._by_turn([lora for lora in loras if not lora.scored], now)
-        return [*by_turn, *self._by_urgency(now)]
 
     def _may_wait(self, lora: ComposedLora, now: StepContext) -> bool:
         """Whether a LoRA is one that need not be run at every evaluation."""
         return _every_nth(now) > 1 or lora.scored
 
-    def _is_uncond_due(self, lora: ComposedLora, now: StepContext) -> bool:
-        """Whether a LoRA that is run is run with its unconditional rows, too."""
-        if not self._may_wait(lora, now) or _is_late(now) or self._until_uncond.get(lora.number, 0) == 0:
-            return True
-        return lora.scored and _is_whole_pool_run(now)
+    def _requested(self, now: StepContext) -> list[Branch]:
+        """The rows that the method asks for, and what they are compared with."""
+        requested = self._method.branches(now)
+        if self._reuses(now) and any(not branch.cond for branch in requested):
+            # Unconditional predictions are compared with the base's, also where the method itself does without.
+            requested.append(Branch(now.participants.base, False))
+        return list(dict.fromkeys(requested))
 
-    def _is_stale(self, now: StepContext) -> bool:
+    def _waiting(self, now: StepContext, requested: Sequence[Branch]) -> set[Branch]:
+        """The requested rows that are not run at this evaluation."""
+        if self._is_stale(now, requested):
+            return set()
+        participants = now.participants
+        # LoRAs that share all of themselves are one mix, and the reference's.
+        always = {participants.base, participants.reference, *(each.mix for each in participants.additions)}
+        due = self._due(now)
+        run = {Branch(mix, True) for mix in always | {lora.mix for lora in due}}
+        if self._is_uncond_due(now):
+            own = {lora.mix for lora in participants.loras if self._is_own_uncond_due(lora, lora in due, now)}
+            run |= {Branch(mix, False) for mix in always | own}
+        return {branch for branch in requested if branch not in run}
+
+    def _is_stale(self, now: StepContext, requested: Sequence[Branch]) -> bool:
         """Whether nothing is kept that fits this evaluation's rows, or something that it needs is missing."""
-        of_uncond = now.has_uncond and now.recentring < 1
-        lacking = of_uncond and self._unconds.keys() != self._kept.keys()
-        return not self._kept or lacking or self._shape != _shape(now)
+        reference, base = Branch(now.participants.reference, True), Branch(now.participants.base, False)
+        compared = [branch for branch in requested if branch not in (reference, base)]
+        kept = {*(Branch(mix, True) for mix in self._conds), *(Branch(mix, False) for mix in self._unconds)}
+        lacking = not kept.issuperset(compared) or (base in requested and not self._guidance.is_kept)
+        return lacking or self._shape != _shape(now)
+
+    def _due(self, now: StepContext) -> list[ComposedLora]:
+        """The LoRAs that are run at this evaluation."""
+        by_turn = self._by_turn([lora for lora in now.participants.loras if not lora.scored], now)
+        return [*by_turn, *self._by_urgency(now)]
+
+    def _is_uncond_due(self, now: StepContext) -> bool:
+        """Whether any unconditional rows are run at this evaluation."""
+        apart = min(_every_nth(now), UNCOND_APART)
+        return self._time < FIRST or _is_late(now) or self._is_asked_again or self._time % apart == 0
+
+    def _is_own_uncond_due(self, lora: ComposedLora, is_run: bool, now: StepContext) -> bool:
+        """Whether a LoRA's own unconditional rows are run with the base's. is_run: whether its conditional ones are."""
+        if not self._may_wait(lora, now) or (lora.scored and _is_whole_pool_run(now)):
+            return True
+        return self._runs[lora.mix] + is_run >= UNCOND
 
     def _by_turn(self, loras: Sequence[ComposedLora], now: StepContext) -> list[ComposedLora]:
         every_nth = _every_nth(now)
@@ -201,52 +245,66 @@ class Reuse(Method):
         if self._shares is not None and not self._listed:
             # The one thing that a step's plan reads off the device.
             self._listed = self._shares.tolist()
-        urgency = {i: self._listed[i] * (self._time - self._kept[lora.number][-1].time) for i, lora in scored}
+        urgency = {i: self._listed[i] * (self._time - self._conds[lora.mix].time) for i, lora in scored}
         ranked = sorted(urgency, key=lambda i: -urgency[i])[: now.knobs["pool_size"]]
         return [lora for i, lora in scored if i in ranked and urgency[i] >= LEAST_SHARE]
 
     # -- what the others would predict ------------------------------------------------------------------------------------
 
-    def _remember(self, now: StepContext, predictions: Predictions, unit: Tensor) -> None:
-        """Keep how far those that were run are from the base."""
-        if self._shape != _shape(now):
-            self._kept.clear()
-            self._unconds.clear()
-            self._until_uncond.clear()
-            self._shape, self._time = _shape(now), 0
-        participants = now.participants
-        for position, (number, mix) in enumerate(zip(participants.numbers, participants.mixes, strict=True)):
-            cond = _difference(predictions, mix, participants.reference, True)
-            if cond is None:
-                continue
-            residual = Residual(self._time, cond / unit)
-            self._kept[number] = [*self._kept.get(number, [])[-1:], residual]
-            uncond = _difference(predictions, mix, participants.base, False)
-            if uncond is not None:
-                # After the first evaluation every second LoRA's unconditional rows run sooner, so that each step has about as many.
-                first = number not in self._unconds
-                self._unconds[number] = UncondResidual.of(uncond / unit, residual.cond)
-                self._until_uncond[number] = position % UNCOND if first else UNCOND - 1
-            else:
-                self._until_uncond[number] = max(0, self._until_uncond.get(number, 0) - 1)
+    def _begin(self, now: StepContext) -> None:
+        """Forget what does not fit this evaluation's rows."""
+        if self._shape == _shape(now):
+            return
+        self._conds, self._unconds, self._guidance = {}, {}, Carried()
+        self._runs = {lora.mix: 0 for lora in now.participants.loras}
+        self._shape, self._time = _shape(now), 0
 
-    def _carried_on(self, now: StepContext, predictions: Predictions, unit: Tensor) -> dict[Branch, Tensor]:
-        """The predictions, float32, of the LoRAs that were not run."""
-        participants = now.participants
+    def _measured_or_carried(
+        self, now: StepContext, predictions: Predictions, unit: Tensor
+    ) -> dict[Branch, Tensor]:
+        """Keep the differences of those rows that were run. Returns the predictions, float32, of those that were not."""
+        participants, by_branch, time = now.participants, predictions.by_branch, self._time
+        requested = self._requested(now)
         made: dict[Branch, Tensor] = {}
-        for number, mix in zip(participants.numbers, participants.mixes, strict=True):
-            kept = self._kept[number]
-            residual = kept[-1].cond
-            if Branch(mix, True) not in predictions.by_branch:
-                since = self._time - kept[-1].time
-                before = kept[-1].time - kept[0].time
-                onward = DAMPING * min(1.0, since / before) if before else 0.0
-                residual = _onward([each.cond for each in kept], onward)
-                reference = predictions.cond(participants.reference).to(torch.float32)
-                made[Branch(mix, True)] = reference + unit * residual
-            if now.has_uncond and number in self._unconds and Branch(mix, False) not in predictions.by_branch:
-                reference = predictions.uncond(participants.base).to(torch.float32)
-                made[Branch(mix, False)] = reference + unit * self._unconds[number].now(residual)
+
+        def difference(branch: Branch, compared_with: Tensor) -> Tensor | None:
+            own = by_branch.get(branch)
+            return None if own is None else (own.to(torch.float32) - compared_with) / unit
+
+        reference = predictions.cond(participants.reference).to(torch.float32)
+        conds = {participants.reference: torch.zeros_like(reference)}
+        for branch in requested:
+            if not branch.cond or branch.mix == participants.reference:
+                continue
+            found = difference(branch, reference)
+            carried = self._conds.setdefault(branch.mix, Carried())
+            if found is not None:
+                carried.keep(time, found)
+                self._runs[branch.mix] = self._runs.get(branch.mix, 0) + 1
+            conds[branch.mix] = carried.at(time)
+            if found is None:
+                made[branch] = reference + unit * conds[branch.mix]
+        base = Branch(participants.base, False)
+        if base not in requested:
+            return made
+        of_images = predictions.per_image(reference.unsqueeze(0), 1 + max(predictions.owners))[0]
+        found = difference(base, of_images)
+        if found is not None:
+            self._guidance.keep(time, found)
+            uncond = by_branch[base].to(torch.float32)
+        else:
+            uncond = made[base] = of_images + unit * self._guidance.at(time)
+        for branch in requested:
+            if branch.cond or branch == base:
+                continue
+            found = difference(branch, uncond)
+            if found is not None:
+                # After the first evaluation every second LoRA's rows run sooner, so that each evaluation has about as many.
+                sooner = branch.mix not in self._unconds and len(self._unconds) % UNCOND == 0
+                self._runs[branch.mix] = UNCOND - 1 if sooner else 0
+                self._unconds[branch.mix] = UncondResidual.of(found, conds[branch.mix])
+            else:
+                made[branch] = uncond + unit * self._unconds[branch.mix].now(conds[branch.mix])
         return made
 
 
@@ -255,6 +313,9 @@ def _every_nth(now: StepContext) -> int:
     if now.total <= SHORT:
         return 1
     every_nth: int = now.knobs["reuse"]
+    if every_nth > 1:
+        many = sum(not lora.scored for lora in now.participants.loras) - MANY
+        every_nth += 2 * max(0, many) // 3
     return min(every_nth, 2) if _is_late(now) or now.total <= FEW else every_nth
 
 
@@ -264,18 +325,6 @@ def _is_late(now: StepContext) -> bool:
 
 def _is_whole_pool_run(now: StepContext) -> bool:
     return bool(now.index % now.knobs["pool_interval"] == 0)
-
-
-def _onward(kept: Sequence[Tensor], part: float) -> Tensor:
-    """The last of one or two, and a part of the change between them further."""
-    return kept[-1] + part * (kept[-1] - kept[0]) if part and len(kept) > 1 else kept[-1]
-
-
-def _difference(predictions: Predictions, mix: Mix, reference: Mix, cond: bool) -> Tensor | None:
-    """The prediction of one mix less that of another, float32; None where they were not both run."""
-    own = predictions.by_branch.get(Branch(mix, cond))
-    other = predictions.by_branch.get(Branch(reference, cond))
-    return None if own is None or other is None else own.to(torch.float32) - other.to(torch.float32)
 
 
 def _shape(now: StepContext) -> Hashable:
