@@ -42,7 +42,7 @@ def patch_similarity(base: Tensor, adapters: Tensor, patch_size: int, stride: in
         both_empty = (square == 0) & (reference_square == 0)
         # √(a·a) is exactly a in binary floating point, so that equal patches give exactly 1.
         norm = (square * reference_square).sqrt_()
-        similarity = (dot / norm).clamp_(-1.0, 1.0)
+        similarity: Tensor = (dot / norm).clamp_(-1.0, 1.0)
         return similarity.masked_fill_(norm == 0, 0.0).masked_fill_(both_empty, 1.0)
 
     each = _at_once(base)
@@ -72,7 +72,9 @@ def patch_divergence(base: Tensor, adapters: Tensor, patch_size: int, stride: in
         norm = (square * reference_square).sqrt_()
         longer = longer / (square.sqrt_() + reference_square.sqrt())
         near = (moved - longer.square_()) / (2 * norm)
-        divergence = torch.where(moved < NEAR * reference_square, near, 1 - dot / norm).clamp_(0.0, 2.0)
+        divergence: Tensor = torch.where(moved < NEAR * reference_square, near, 1 - dot / norm).clamp_(
+            0.0, 2.0
+        )
         return divergence.masked_fill_(norm == 0, 1.0).masked_fill_(both_empty, 0.0)
 
     each = _at_once(base)

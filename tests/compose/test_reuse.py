@@ -17,6 +17,7 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.methods.reuse import (
     DAMPING,
     FIRST,
+    GROWTH,
     LATE,
     MANY,
     SHORT,
@@ -174,26 +175,28 @@ def test_what_is_composed_is_the_formula(
         torch.testing.assert_close(found.uncond, wanted.uncond, rtol=1e-2, atol=20 * tolerance)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 7])
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 12])
 @pytest.mark.parametrize("every_nth", [2, 3, 4, 10])
 def test_turns(count: int, every_nth: int) -> None:
-    """All at first; then each LoRA once in n evaluations, at the end once in two, and about as many at each."""
-    total = 40
-    every_nth, asked_for = every_nth + 2 * max(0, count - MANY) // 3, every_nth
-    engine, model = Engine(paper(reuse=asked_for, recentre=1.0), bank(count)), Model((4, 4, 4))
+    """All at first; then neighbours in turn, three of them in n evaluations, a few more where there are more; at the end faster."""
+    total = 60
+    engine, model = Engine(paper(reuse=every_nth, recentre=1.0), bank(count)), Model((4, 4, 4))
     for index in range(total):
         model.begin(index)
         engine.step(Step(index, total, latents(1, (4, 4, 4)), 1, denoised=False), model)
     runs = [model.run_at(index, engine.participants) for index in range(total)]
     assert runs[0] == list(range(count))
-    late = int(LATE * total)
-    for first in range(1, late - every_nth):
-        window = runs[first : first + every_nth]
-        assert sorted(place for run in window for place in run) == list(range(count))
-        assert all(len(run) in (count // every_nth, -(-count // every_nth)) for run in window)
-        assert all(run == list(range(run[0], run[-1] + 1)) for run in window if run)
+    late = math.ceil(LATE * total)
+    rate = min(count, MANY) / every_nth * max(1, count / MANY) ** GROWTH
+    assert all(math.floor(rate) <= len(run) <= math.ceil(rate) for run in runs[1:late])
+    assert sum(map(len, runs[1:late])) == math.ceil(rate * (late - 1) - 1e-6)
+    for place in range(count):
+        ran = [index for index, run in enumerate(runs[:late]) if place in run]
+        assert all(
+            later - earlier <= math.ceil(count / rate) + 1 for earlier, later in itertools.pairwise(ran)
+        )
     for first in range(late, total - 1):
-        assert sorted(runs[first] + runs[first + 1]) == list(range(count))
+        assert {*runs[first], *runs[first + 1]} == {*range(count)}
     # The base is run at every evaluation; of unconditional rows only the base's, at every n-th.
     for index, asked in enumerate(model.asked):
         apart = min(every_nth, UNCOND_APART)
@@ -253,7 +256,7 @@ def test_a_sampler_with_two_evaluations_a_step_takes_turns_by_evaluation() -> No
         engine.step(Step(evaluation // 2, 12, latents(1, (4, 4, 4)), 1), model)
     runs = [model.run_at(evaluation, engine.participants) for evaluation in range(20)]
     assert runs[0] == [0, 1]
-    assert runs[1:] == [[1], [0]] * 9 + [[1]]
+    assert runs[1:] == [[0], [1]] * 9 + [[0]]
 
 
 def test_a_sampler_that_goes_on_at_its_last_step_never_forgets_a_lora() -> None:
@@ -331,9 +334,67 @@ def test_styles_places_and_shared_parts_are_composed_too(
             assert rows < len(model.asked[-1]) - rows
 
 
-def test_one_lora_is_run_at_every_step() -> None:
-    engine, model = Engine(paper(reuse=4, recentre=1.0), bank(1)), Model((4, 4, 4))
-    for index in range(15):
+@pytest.mark.parametrize("recentre", [0.0, 0.5, 1.0])
+def test_one_lora_is_run_at_every_step(recentre: float) -> None:
+    """Its unconditional rows at some, except where it is all that there is: then the picture is the host's own."""
+    engine, model = Engine(paper(reuse=3, recentre=recentre), bank(1)), Model((4, 4, 4))
+    asked = []
+    for index in range(20):
         model.begin(index)
-        engine.step(Step(index, 15, latents(1, (4, 4, 4)), 1), model)
-        assert len(model.asked[-1]) == 2
+        engine.step(Step(index, 20, latents(1, (4, 4, 4)), 1), model)
+        assert sum(row.cond for row in model.asked[-1]) == 1
+        asked.append(len(model.asked[-1]))
+    full = {0.0: 2, 0.5: 3, 1.0: 2}[recentre]
+    uncond_runs = [
+        index for index in range(20) if index < FIRST or index >= LATE * 20 or index % UNCOND_APART == 0
+    ]
+    assert asked == [full if recentre == 0 or index in uncond_runs else 1 for index in range(20)]
+
+
+@pytest.mark.parametrize("total", [4, SHORT])
+def test_short_schedules_run_unconditional_rows_at_every_other_evaluation(total: int) -> None:
+    engine, model = Engine(paper(reuse=3, recentre=1.0), bank(3)), Model((4, 4, 4))
+    for index in range(total):
+        model.begin(index)
+        engine.step(Step(index, total, latents(1, (4, 4, 4)), 1), model)
+        assert model.run_at(index, engine.participants) == [0, 1, 2]
+    ran = [model.base_uncond_was_run_at(index, engine.participants) for index in range(total)]
+    assert ran == [index < FIRST or index >= LATE * total or index % 2 == 0 for index in range(total)]
+
+
+def test_rows_that_are_run_again_have_their_unconditional_ones_from_then_on() -> None:
+    """As guidance does that runs the model again: what it does to the unconditional prediction must act."""
+    engine, model = Engine(paper(reuse=3), bank(3)), Model((4, 4, 4))
+    for index in range(12):
+        model.begin(index)
+        step = Step(index, 40, latents(1, (4, 4, 4), index), 1, denoised=False)
+        first = engine.step(step, model)
+        assert model.base_uncond_was_run_at(index, engine.participants)
+        unchanged = engine.again(model, cond=True, uncond=True)
+        torch.testing.assert_close(unchanged.cond, first.cond)
+        torch.testing.assert_close(unchanged.uncond, first.uncond)
+        only_cond = engine.again(lambda rows: model(rows) + 1, cond=True, uncond=False)
+        torch.testing.assert_close(only_cond.cond, first.cond + 1, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(only_cond.uncond, first.uncond)
+
+
+def test_with_and_prompts_the_unconditional_prediction_is_carried_by_picture() -> None:
+    """Two conditional rows of one picture: between its runs the unconditional one moves with their mean."""
+
+    class Steady(Model):
+        def predicts(self, mix: Mix, cond: bool, slot: int) -> Tensor:
+            own = torch.randn(3, *self.shape, generator=torch.Generator().manual_seed(5))
+            noise = own[slot] if cond else own[:2].mean(dim=0) + own[2]
+            return (noise + 0.1 * sum(mix) * own[2]) * 0.9**self.evaluation
+
+    model = Steady((4, 4, 4))
+    knobs = paper(reuse=3, recentre=1.0)
+    engine, plain = Engine(knobs, bank(2)), Engine(knobs.with_values({"reuse": 1}), bank(2))
+    for index in range(12):
+        model.begin(index)
+        step = Step(index, 40, latents(2, model.shape, index), 1, owners=(0, 0), denoised=False)
+        found = engine.step(step, model)
+        model.begin(index)
+        wanted = plain.step(step, model)
+        torch.testing.assert_close(found.uncond, wanted.uncond, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.cond, wanted.cond, rtol=1e-3, atol=1e-4)

@@ -5,6 +5,7 @@ Letters in shapes: Bc conditional and Bu unconditional rows of a branch, C chann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 KNOBS = ("reuse", "pool_size", "pool_interval")
 """The knobs that a method must declare in addition to its own, to be composed by `Reuse`."""
 
-SHORT = 10
+SHORT = 9
 """Schedules of up to this many steps run all named LoRAs at all steps: predictions change too much from step to step."""
 
 FEW = 17
@@ -45,7 +46,10 @@ UNCOND_APART = 3
 """The base's unconditional rows are run at every third evaluation at least."""
 
 MANY = 3
-"""With more LoRAs than this, each waits two evaluations longer for every three more: rows per evaluation hardly grow with them."""
+"""So many LoRAs run once in n evaluations. With more of them each waits longer."""
+
+GROWTH = 0.4
+"""The LoRAs that are run at an evaluation grow with their number to this power above `MANY`: found by measurement."""
 
 LEAST_SHARE = 0.02
 """A pool's candidate with less than this share of the picture, times the evaluations since it last ran, is not run."""
@@ -117,16 +121,18 @@ class Reuse(Method):
     So is the base's unconditional prediction. A LoRA's unconditional one is compared with the base's, and is taken to change as its
     conditional one does.
 
-    Each LoRA that the prompt names, or that is left of a settled pool, runs at every n-th evaluation, in turn, n being the knob `reuse`;
-    all of them run at the first. Unconditional rows run at every n-th as well (`UNCOND_APART` at most): the base's, and those of LoRAs
-    that have run `UNCOND` times since theirs did. Of another pool's candidates the `pool_size` most urgent ones run: those with the
-    largest share of the picture times the evaluations since they last ran; all of them run at every `pool_interval`-th step. A LoRA is
-    weighted at every evaluation, run or not. Evaluations count, not steps: some samplers make two per step.
+    Each LoRA that the prompt names, or that is left of a settled pool, runs at every n-th evaluation, in turn, n being the knob `reuse`,
+    and less often where there are more than `MANY`; all of them run at the first. Unconditional rows run at every n-th as well
+    (`UNCOND_APART` at most): the base's, and those of LoRAs that have run `UNCOND` times since theirs did. Of another pool's candidates
+    the `pool_size` most urgent ones run: those with the largest share of the picture times the evaluations since they last ran; all of
+    them run at every `pool_interval`-th step. A LoRA is weighted at every evaluation, run or not. Evaluations count, not steps: some
+    samplers make two per step.
     """
 
     def __init__(self, method: Method) -> None:
         self._method = method
         self._time = 0
+        self._turn = 0.0  # the LoRAs' runs by turn so far
         self._conds: dict[Mix, Carried] = {}  # the LoRAs' conditional rows, less the reference's
         self._guidance = Carried()  # the base's unconditional rows, less the reference's conditional ones
         self._unconds: dict[Mix, UncondResidual] = {}
@@ -153,6 +159,8 @@ class Reuse(Method):
         if now.participants.has_pool:
             assert composed.weights is not None
             self._shares, self._listed = composed.weights.mean(dim=(1, 2, 3)), []
+        if self._time:
+            self._turn += _rate(sum(not lora.scored for lora in now.participants.loras), now)
         self._time += 1
         return composed
 
@@ -163,8 +171,8 @@ class Reuse(Method):
             # Whoever runs rows again may want the unconditional ones: from now on they are there.
             self._is_asked_again = True
         by_branch, participants = predictions.by_branch, now.participants
-        reference, base = Branch(participants.reference, True), Branch(participants.base, False)
-        changes = {True: by_branch[reference] - own.by_branch[reference]}
+        anchor, base = Branch(_anchor(now), True), Branch(participants.base, False)
+        changes = {True: by_branch[anchor] - own.by_branch[anchor]}
         if base in own.by_branch:
             changes[False] = by_branch[base] - own.by_branch[base]
         # A row that was not run then is not run now: it is taken to change as the row that it was compared with, if that one was run.
@@ -180,7 +188,9 @@ class Reuse(Method):
     def _reuses(self, now: StepContext) -> bool:
         """Whether any row may be left out at this step."""
         loras = now.participants.loras
-        return len(loras) > 1 and any(self._may_wait(lora, now) for lora in loras)
+        if any(self._may_wait(lora, now) for lora in loras) and len(loras) > 1:
+            return True
+        return _uncond_apart(now) > 1 and now.has_uncond and now.recentring > 0
 
     def _may_wait(self, lora: ComposedLora, now: StepContext) -> bool:
         """Whether a LoRA is one that need not be run at every evaluation."""
@@ -200,18 +210,24 @@ class Reuse(Method):
             return set()
         participants = now.participants
         # LoRAs that share all of themselves are one mix, and the reference's.
-        always = {participants.base, participants.reference, *(each.mix for each in participants.additions)}
-        due = self._due(now)
-        run = {Branch(mix, True) for mix in always | {lora.mix for lora in due}}
+        always = {
+            participants.base,
+            _anchor(now),
+            participants.reference,
+            *(each.mix for each in participants.additions),
+        }
+        run = always | {lora.mix for lora in self._due(now)}
+        run_uncond: set[Mix] = set()
         if self._is_uncond_due(now):
-            own = {lora.mix for lora in participants.loras if self._is_own_uncond_due(lora, lora in due, now)}
-            run |= {Branch(mix, False) for mix in always | own}
-        return {branch for branch in requested if branch not in run}
+            run_uncond = always | {
+                lora.mix for lora in participants.loras if self._is_own_uncond_due(lora, lora.mix in run, now)
+            }
+        return {branch for branch in requested if branch.mix not in (run if branch.cond else run_uncond)}
 
     def _is_stale(self, now: StepContext, requested: Sequence[Branch]) -> bool:
         """Whether nothing is kept that fits this evaluation's rows, or something that it needs is missing."""
-        reference, base = Branch(now.participants.reference, True), Branch(now.participants.base, False)
-        compared = [branch for branch in requested if branch not in (reference, base)]
+        anchor, base = Branch(_anchor(now), True), Branch(now.participants.base, False)
+        compared = [branch for branch in requested if branch not in (anchor, base)]
         kept = {*(Branch(mix, True) for mix in self._conds), *(Branch(mix, False) for mix in self._unconds)}
         lacking = not kept.issuperset(compared) or (base in requested and not self._guidance.is_kept)
         return lacking or self._shape != _shape(now)
@@ -223,20 +239,20 @@ class Reuse(Method):
 
     def _is_uncond_due(self, now: StepContext) -> bool:
         """Whether any unconditional rows are run at this evaluation."""
-        apart = min(_every_nth(now), UNCOND_APART)
+        apart = _uncond_apart(now)
         return self._time < FIRST or _is_late(now) or self._is_asked_again or self._time % apart == 0
 
     def _is_own_uncond_due(self, lora: ComposedLora, is_run: bool, now: StepContext) -> bool:
         """Whether a LoRA's own unconditional rows are run with the base's. is_run: whether its conditional ones are."""
-        if not self._may_wait(lora, now) or (lora.scored and _is_whole_pool_run(now)):
+        if lora.scored and _is_whole_pool_run(now):
             return True
         return self._runs[lora.mix] + is_run >= UNCOND
 
     def _by_turn(self, loras: Sequence[ComposedLora], now: StepContext) -> list[ComposedLora]:
-        every_nth = _every_nth(now)
         # Neighbours take turns together: they stand together in the batch, and in what it is multiplied with.
-        turns = [position * every_nth // max(len(loras), every_nth) for position in range(len(loras))]
-        return [lora for lora, turn in zip(loras, turns, strict=True) if turn == self._time % every_nth]
+        first, behind = (math.ceil(turn - 1e-6) for turn in (self._turn, self._turn + _rate(len(loras), now)))
+        due = {turn % len(loras) for turn in range(first, behind)}
+        return [lora for position, lora in enumerate(loras) if position in due]
 
     def _by_urgency(self, now: StepContext) -> list[ComposedLora]:
         scored = [(i, lora) for i, lora in enumerate(now.participants.loras) if lora.scored]
@@ -257,7 +273,7 @@ class Reuse(Method):
             return
         self._conds, self._unconds, self._guidance = {}, {}, Carried()
         self._runs = {lora.mix: 0 for lora in now.participants.loras}
-        self._shape, self._time = _shape(now), 0
+        self._shape, self._time, self._turn = _shape(now), 0, 0.0
 
     def _measured_or_carried(
         self, now: StepContext, predictions: Predictions, unit: Tensor
@@ -271,23 +287,26 @@ class Reuse(Method):
             own = by_branch.get(branch)
             return None if own is None else (own.to(torch.float32) - compared_with) / unit
 
-        reference = predictions.cond(participants.reference).to(torch.float32)
-        conds = {participants.reference: torch.zeros_like(reference)}
+        anchor = predictions.cond(_anchor(now)).to(torch.float32)
+        conds = {_anchor(now): torch.zeros_like(anchor)}
         for branch in requested:
-            if not branch.cond or branch.mix == participants.reference:
+            if not branch.cond:
                 continue
-            found = difference(branch, reference)
+            if branch in by_branch:
+                self._runs[branch.mix] = self._runs.get(branch.mix, 0) + 1
+            if branch.mix in conds:
+                continue
+            found = difference(branch, anchor)
             carried = self._conds.setdefault(branch.mix, Carried())
             if found is not None:
                 carried.keep(time, found)
-                self._runs[branch.mix] = self._runs.get(branch.mix, 0) + 1
             conds[branch.mix] = carried.at(time)
             if found is None:
-                made[branch] = reference + unit * conds[branch.mix]
+                made[branch] = anchor + unit * conds[branch.mix]
         base = Branch(participants.base, False)
         if base not in requested:
             return made
-        of_images = predictions.per_image(reference.unsqueeze(0), 1 + max(predictions.owners))[0]
+        of_images = predictions.per_image(anchor.unsqueeze(0), 1 + max(predictions.owners))[0]
         found = difference(base, of_images)
         if found is not None:
             self._guidance.keep(time, found)
@@ -308,15 +327,38 @@ class Reuse(Method):
         return made
 
 
+def _anchor(now: StepContext) -> Mix:
+    """The mix whose conditional prediction is run at every evaluation, and compared with: the reference's, or that of the only LoRA."""
+    participants = now.participants
+    alone = len(participants.loras) == 1 and not participants.additions and not now.has_gap
+    return participants.loras[0].mix if alone else participants.reference
+
+
 def _every_nth(now: StepContext) -> int:
-    """n: a LoRA that the prompt names runs at every n-th evaluation."""
+    """n: a LoRA that the prompt names runs at every n-th evaluation, if there are no more than `MANY`."""
     if now.total <= SHORT:
         return 1
     every_nth: int = now.knobs["reuse"]
-    if every_nth > 1:
-        many = sum(not lora.scored for lora in now.participants.loras) - MANY
-        every_nth += 2 * max(0, many) // 3
-    return min(every_nth, 2) if _is_late(now) or now.total <= FEW else every_nth
+    return min(every_nth, 2) if _is_hurried(now) else every_nth
+
+
+def _rate(count: int, now: StepContext) -> float:
+    """How many of `count` LoRAs that the prompt names are run at an evaluation, on average."""
+    if count <= MANY or _is_hurried(now) or _every_nth(now) == 1:
+        return count / _every_nth(now)
+    growth: float = (count / MANY) ** GROWTH
+    return MANY / _every_nth(now) * growth
+
+
+def _uncond_apart(now: StepContext) -> int:
+    """The base's unconditional rows run at every so many evaluations."""
+    reuse: int = now.knobs["reuse"]
+    return min(reuse, 2 if now.total <= FEW else UNCOND_APART)
+
+
+def _is_hurried(now: StepContext) -> bool:
+    """Whether predictions change fast from one evaluation to the next."""
+    return _is_late(now) or now.total <= FEW
 
 
 def _is_late(now: StepContext) -> bool:
@@ -336,7 +378,7 @@ def _unit(now: StepContext, predictions: Predictions) -> Tensor:
 
     For denoised latents D that root mean square is σ itself: while σ is large, differences of D last.
     """
-    noise = predictions.noise(now.participants.reference).to(torch.float32)
+    noise = predictions.noise(_anchor(now)).to(torch.float32)
     size = noise.square().mean().sqrt().clamp_min(1e-20)
     sigma = predictions.sigma if predictions.latents is None else size
     return size if sigma is None else size / (1 + (sigma / TURN) ** 2) ** 0.5
