@@ -61,7 +61,7 @@ def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Target) -> 
         common = _common(block)
         stack = _stack_of_all(name, block, common, stacks, where)
         if stack is not None:
-            yield _by_row(block, stack)
+            yield _by_row(block, stack, stacks, where)
             continue
         if common:
             yield from _products(name, [_Part(block[0].start, block[-1].stop, common)], stacks, where)
@@ -85,16 +85,16 @@ def _stack_of_all(
     return None if stacks.has_dense(name, common) else first
 
 
-def _by_row(block: Sequence[_Part], stack: Stack) -> LayerProduct:
+def _by_row(block: Sequence[_Part], stack: Stack, stacks: Stacks, where: Target) -> LayerProduct:
     ordered = sorted(stack.ranks, key=lambda number: stack.ranks[number])
-    ranks = [stack.ranks[number][1] - stack.ranks[number][0] for number in ordered]
-    factors = []
-    for part in block:
-        own = _factor([part.factors[number] for number in ordered], ranks, stack.down, False)
-        if not isinstance(own, torch.Tensor):
-            own = torch.full((1, sum(ranks)), own, device=stack.down.device, dtype=stack.down.dtype)
-        factors.append(own.expand(part.stop - part.start, -1))
-    add = partial(add_low_rank_by_row, down=stack.down, up=stack.up, factors=torch.cat(factors))
+    ranks = tuple(stack.ranks[number][1] - stack.ranks[number][0] for number in ordered)
+    rows = tuple(
+        tuple(part.factors[number] for number in ordered)
+        for part in block
+        for _ in range(part.start, part.stop)
+    )
+    factors = stacks.factors_by_row(rows, ranks, where)
+    add = partial(add_low_rank_by_row, down=stack.down, up=stack.up, factors=factors)
     return LayerProduct(block[0].start, block[-1].stop, add)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Stacks:
         self.apart = frozenset(apart)
         self._low_rank: dict[tuple[str, tuple[int, ...]], tuple[Target, Stack]] = {}
         self._dense: dict[tuple[str, Target, Factors], Dense] = {}
+        self._factors_by_row: dict[tuple[Any, ...], Tensor] = {}
 
     def prepare(self, where: Target) -> None:
         """Make the tensors of all LoRAs except those that are kept apart."""
@@ -72,7 +73,8 @@ class Stacks:
             del self._dense[dense]
 
     def drop_sums(self) -> None:
-        """Free the dense sums of several LoRAs."""
+        """Free the dense sums of several LoRAs, and what rows are multiplied by."""
+        self._factors_by_row.clear()
         for key in [key for key in self._dense if len(key[2]) > 1]:
             del self._dense[key]
 
@@ -104,6 +106,23 @@ class Stacks:
             # What was made for another dtype is not needed any more.
             known = self._low_rank[name, together] = (where, self._stack(name, together, where))
         return known[1]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def factors_by_row(
+        self, rows: tuple[tuple[float, ...], ...], ranks: tuple[int, ...], where: Target
+    ) -> Tensor:
+        """Each row's factors of some LoRAs, for each of their ranks: (rows, R). One tensor for all layers with these ranks."""
+        key = (rows, ranks, where)
+        if key not in self._factors_by_row:
+            # Filled on the device: a tensor of numbers of ours would have to be copied there.
+            parts = [
+                torch.full((rank,), factor, device=where.device, dtype=where.dtype)
+                for row in rows
+                for factor, rank in zip(row, ranks, strict=True)
+            ]
+            self._factors_by_row[key] = torch.cat(parts).view(len(rows), -1)
+        return self._factors_by_row[key]
 
     def has_dense(self, name: str, numbers: Iterable[int]) -> bool:
         """Whether any of these LoRAs changes this layer densely."""
