@@ -300,9 +300,9 @@ def _tags(request: Request, files: ModelFiles, variants: Iterable[Settings]) -> 
     from .lora_lookup import look_up
     from .prompt import split_loras
 
-    text, tags = split_loras(request.prompt)
-    found, _ = look_up(tags, files.lora_dir, text)
-    participants = participants_of([lora for each in found for lora in each.loras.values()])
+    _, tags = split_loras(request.prompt)
+    found, _ = look_up(tags, files.lora_dir)
+    participants = participants_of([lora.tagged for lora in found])
     if participants.has_places or any(lora.words for lora in participants.loras):
         from ..sampling.engine import check_places  # imports torch
 

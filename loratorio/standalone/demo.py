@@ -34,7 +34,7 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     )
     check(request)
     for text in (example.prompt(), example.pair_prompt()):
-        look_up(split_loras(text)[1], model_files.lora_dir, text)
+        look_up(split_loras(text)[1], model_files.lora_dir)
     check_writable(out)
     model = model_files.load()
 

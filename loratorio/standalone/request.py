@@ -44,6 +44,11 @@ class Request:
     init_image: Image.Image | None = None
     strength: float = 0.75
 
+    @property
+    def engine_settings(self) -> Settings:
+        """The knobs as the engine takes them: it always composes, by merging if it must."""
+        return self.settings if self.settings.enabled else self.settings.with_values({"method": "merge"})
+
 
 @dataclass(frozen=True)
 class WholeRequest(Request):

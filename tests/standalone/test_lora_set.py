@@ -102,7 +102,7 @@ def test_an_unknown_role(model: Checkpoint, loras: Path) -> None:
 def test_a_pool_beside_a_named_lora(model: Checkpoint, loras: Path) -> None:
     outcome = make(model, loras, "a <lora:cat:0.8> <pool:hats:0.7>", pool_size=1, weight_maps=True)
     assert outcome.composed == ["cat", "blue", "red"]
-    assert [tag.unet for tag in outcome.loras] == [0.8, 0.7, 0.7]
+    assert [lora.strength for lora in outcome.loras] == [0.8, 0.7, 0.7]
     assert any("broken" in note and "sd_turbo_lora" in note for note in outcome.notes)
     for weights in outcome.history.weights:
         assert weights.shape[0] == 3  # those that are not run at a step count by their last word
