@@ -28,7 +28,7 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     """Make the pictures, and write them when all are finished: into `out`, or a folder next to it if `out` has some already."""
     request = Request(
         example.prompt(),
-        settings=Settings(enabled=True, weight_maps=True, single_maps=True),
+        settings=Settings(enabled=True, weight_maps=True, single_maps=True, naming="option"),
         steps=STEPS if steps is None else steps,
         seed=seed,
     )

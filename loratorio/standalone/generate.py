@@ -145,8 +145,9 @@ def _use(number: int, lora: ActiveLora, shares: Mapping[int, float]) -> LoraUse:
 def _without_effect(settings: Settings, steps: int, history: WeightHistory) -> list[str]:
     """Sentences about settings that had no effect in this sampling."""
     if not any(settings.active_at(index, steps) for index in range(steps)):
+        start, end = settings.called("start"), settings.called("end")
         return [
-            f"The LoRAs were merged: start = {settings.start:g} and end = {settings.end:g} leave none of the {steps} steps to compose."
+            f"The LoRAs were merged: {start} = {settings.start:g} and {end} = {settings.end:g} leave none of the {steps} steps to compose."
         ]
     if settings.weight_maps and not history.weights:
         label = METHODS[settings.method].entry.label

@@ -28,7 +28,7 @@ def look_up(tags: Sequence[PromptLora], folder: Path | None) -> tuple[list[Activ
         return [], []
     if folder is None:
         raise LoratorioError(
-            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: lora_dir is not set."
+            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: give lora_dir (--lora-dir)."
         )
     there = LoraFolder(folder)
     found: list[ActiveLora] = []

@@ -85,6 +85,6 @@ def test_the_command(
     assert cli.main(typed) == 1
     assert "1 of 4 checks failed" in capsys.readouterr().out
     assert cli.main([*typed[:4], "--device", "cpu"]) == 2
-    assert "there is no LoRA folder: --lora-dir is not set" in capsys.readouterr().err
+    assert "there is no LoRA folder: give lora_dir (--lora-dir)" in capsys.readouterr().err
     assert cli.main(["check", "a fox"]) == 2
     assert "no <lora:name> in the prompt" in capsys.readouterr().err
