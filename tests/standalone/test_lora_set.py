@@ -69,6 +69,17 @@ def test_own_words_may_have_emphasis(model: Checkpoint, loras: Path) -> None:
     assert differ(with_it.images[0], without.images[0])
 
 
+def test_only_the_texts_of_the_rows_are_encoded(model: Checkpoint, loras: Path) -> None:
+    rows: list[int] = []
+    hook = model.text_encoders[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        make(model, loras, "a <lora:cat:words=hat> <lora:ink:words=wig>")
+    finally:
+        hook.remove()
+    # The base's text and the two LoRAs', each with its own words; the negative prompt for all three.
+    assert sum(rows) == 3 + 3
+
+
 def test_roles_change_the_picture(model: Checkpoint, loras: Path) -> None:
     plain = make(model, loras, "a <lora:cat> <lora:ink>")
     style = make(model, loras, "a <lora:cat> <lora:ink:1:role=style>")

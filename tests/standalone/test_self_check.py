@@ -50,7 +50,9 @@ def test_composing_agrees_with_merging(model: LoadedModel) -> None:
 
 def test_texts_of_the_wrong_lora_fail(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     right = TextConditioner.of
-    monkeypatch.setattr(TextConditioner, "of", lambda self, text, mix: right(self, text, mix[::-1]))
+    monkeypatch.setattr(
+        TextConditioner, "of", lambda self, wanted: right(self, [(text, mix[::-1]) for text, mix in wanted])
+    )
     assert checked(model).findings[2].verdict == FAIL
 
 
