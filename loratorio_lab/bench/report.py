@@ -293,22 +293,23 @@ def plots(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def ablation_table(knobs: Sequence[str], results: Sequence[Result]) -> str:
-    """One row per knob, with the figures of each value; differences of edges and saturation are to rendered truth."""
-    lines = [["knob", "value: found (95 %)", "all in one picture", "Fréchet", "edges", "saturation"]]
-    lines += [["---"] * len(lines[0])]
+    """One row a value of each knob; differences of edges and saturation are to rendered truth."""
+    lines = [["knob", "value", "found (95 %)", "all in one picture", "Fréchet", "edges", "saturation"]]
+    lines += [["---", *["---:"] * (len(lines[0]) - 1)]]
     for knob in knobs:
         own = comparable(ABLATIONS[knob], results)
         truth = [result for result in own if result.cell.made == "truth"]
-        each = [(variant, row(variant, own, truth)) for variant in ABLATIONS[knob]]
-        rows = [(variant.knobs[knob], found) for variant, found in each if found is not None]
-        columns = [
-            [f"{value}: {with_interval(found)}" for value, found in rows],
-            [percent(found.every) for _, found in rows],
-            [figure(found.frechet, ".0f") for _, found in rows],
-            [figure(found.edges, "+.2f") for _, found in rows],
-            [figure(found.saturation, "+.2f") for _, found in rows],
-        ]
-        lines.append([knob, *(", ".join(column) for column in columns)])
+        for variant in ABLATIONS[knob]:
+            each = row(variant, own, truth)
+            if each is not None:
+                figures = [
+                    figure(each.frechet, ".1f"),
+                    figure(each.edges, "+.2f"),
+                    figure(each.saturation, "+.2f"),
+                ]
+                lines.append(
+                    [knob, f"{variant.knobs[knob]}", with_interval(each), percent(each.every), *figures]
+                )
     return markdown(lines)
 
 
