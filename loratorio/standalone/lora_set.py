@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,10 +35,6 @@ def load_loras(
     text, tags = split_loras(request.prompt)
     active, notes = look_up(tags, folder)
 
-    def read(lora: ActiveLora) -> LoadedLora:
-        assert lora.tagged.file is not None
-        return load(lora.tagged.file, lora.tagged.name, checkpoint, lora.text, lora.strength)
-
     def encode(texts: list[str]) -> list[Tensor]:
         with torch.inference_mode():
             found = conditioner(checkpoint, (), texts).of([(text, ()) for text in texts])
@@ -45,8 +42,16 @@ def load_loras(
 
     size = request.height // checkpoint.latent_scale, request.width // checkpoint.latent_scale
     weighs_words = METHODS[request.engine_settings.method].uses_importance
-    admitted = admit(active, text, read, size, encode=encode if weighs_words else None)
+    admitted = admit(
+        active, text, partial(loaded, checkpoint, load), size, encode=encode if weighs_words else None
+    )
     return replace(admitted, notes=(*notes, *admitted.notes))
+
+
+def loaded(checkpoint: Checkpoint, load: Load, lora: ActiveLora) -> LoadedLora:
+    """The LoRA at its strengths. Raises LoratorioError as `load_lora`."""
+    assert lora.tagged.file is not None
+    return load(lora.tagged.file, lora.tagged.name, checkpoint, lora.text, lora.strength)
 
 
 def conditioner(checkpoint: Checkpoint, loras: Sequence[LoadedLora], texts: Sequence[str]) -> TextConditioner:
