@@ -4,16 +4,13 @@
 "use strict";
 
 (function() {
-    // The same sentence stands in loratorio/webui/panel.py, for the moment before this file has run.
-    const NONE_YET = "No LoRA in the prompt yet, so nothing is composed. Add one, for example <lora:name:0.8>.";
-    const ONE_ONLY = "With a single LoRA, only Re-centring, Reuse and Guidance rescale change the picture.";
     const ALWAYS_ONLY = "These act in every pass, so there is nothing to compose.";
     const NONE_FOLDED = "no LoRA yet";
     const OFF = "Off. If ticked, it composes";
     const STYLES_TOO = "The LoRAs of the selected styles are added.";
-    const ROLES = ["content", "style", "always"];
-    const ROLES_HELP = "content: composed patch by patch, where it fits. style: acts everywhere, in all the other LoRAs' passes. always: acts in "
-        + "every pass and is never composed (LCM, Lightning, Turbo and other speed LoRAs).";
+
+    /** What Python calls things, from the panel's line: roles, a help for them, sentences. */
+    let names = {roles: []};
 
     // A tag that is certainly readable: a name, options, plain numbers.
     const PLAIN = /^<\w+:[^:]+(:(?!te=|unet=|dyn=)\w+=[^=:]*|:\s*[-+]?(\d+\.?\d*|\.\d+)\s*)*>$/;
@@ -44,7 +41,7 @@
         if (!lora.pool) {
             made.append(roleMenu(lora, textarea));
         }
-        made.classList.toggle("loratorio-wrong", !ROLES.includes(lora.role) || found.missing.has(lora.name) && !lora.pool);
+        made.classList.toggle("loratorio-wrong", !names.roles.includes(lora.role) || found.missing.has(lora.name) && !lora.pool);
         return made;
     }
 
@@ -53,11 +50,11 @@
         const menu = element("select", "loratorio-role", "");
         menu.id = `loratorio_role_${textarea.parentElement?.closest("[id]")?.id}_${lora.numbers[0]}`;
         menu.setAttribute("aria-label", "Role of " + lora.name);
-        menu.title = ROLES_HELP;
-        const isRole = ROLES.includes(lora.role);
+        menu.title = names.roles_help;
+        const isRole = names.roles.includes(lora.role);
         menu.setAttribute("aria-invalid", String(!isRole));
-        for (const role of isRole ? ROLES : [lora.role, ...ROLES]) {
-            menu.append(new Option(ROLES.includes(role) ? role : `${role}: unknown role`, role, false, role === lora.role));
+        for (const role of isRole ? names.roles : [lora.role, ...names.roles]) {
+            menu.append(new Option(names.roles.includes(role) ? role : `${role}: unknown role`, role, false, role === lora.role));
         }
         // The LoRA's default role need not be written.
         const written = () => menu.value === lora.own ? undefined : menu.value;
@@ -131,8 +128,8 @@
     /** A sentence if LoRAs have places or own words and the chosen method does not support them, or nothing. */
     function placeless(tab, loras) {
         const method = gradioApp().querySelector(`#loratorio_${tab}_method input`)?.value;
-        const able = JSON.parse(gradioApp().querySelector(`#loratorio_${tab}_places`)?.dataset.methods ?? "[]");
-        return !method || !able.length || able.includes(method) || !loras.some(isPlaced) ? ""
+        const able = names.with_places;
+        return !method || able.includes(method) || !loras.some(isPlaced) ? ""
             : `Places and own words do not work with ${method}: the job will stop. Choose ${able.slice(0, -1).join(", ")} or ${able[able.length - 1]}.`;
     }
 
@@ -163,16 +160,10 @@
     }
 
     /** The LoRAs of a textarea's prompt with their roles: what is written, else "always" for those that Python recognised. */
-    function rolesOf(textarea, line) {
-        let speed = [];
-        try {
-            speed = JSON.parse(line.dataset.speed ?? "[]");
-        } catch {
-            // A list that cannot be read recognises nothing.
-        }
+    function rolesOf(textarea) {
         const loras = loratorioTags.read(textarea?.value ?? "").map(({start, end, ...lora}) => lora);
-        return joined(loras, line.dataset.repeats === "last").map(lora => {
-            const own = !lora.pool && speed.includes(lora.name) ? "always" : "content";
+        return joined(loras, names.repeats === "last").map(lora => {
+            const own = !lora.pool && names.speed.includes(lora.name) ? "always" : "content";
             return {...lora, own, role: lora.pool ? "content" : lora.options.role?.trim().toLowerCase() ?? own};
         });
     }
@@ -222,9 +213,10 @@
         if (!line || !prompt) {
             return;
         }
+        names = JSON.parse(line.dataset.names);
         const hiresArea = hiresPrompt(tab);
-        const loras = rolesOf(prompt, line);
-        const hires = rolesOf(hiresArea, line);
+        const loras = rolesOf(prompt);
+        const hires = rolesOf(hiresArea);
         const styles = gradioApp().querySelector(`#${tab}_styles .token`) !== null;
         const on = tickBox(tab)?.checked ?? true;
         const composed = loras.filter(lora => lora.role !== "always" && !found.wrong[lora.tag]);
@@ -244,9 +236,9 @@
         if (hires.length) {
             parts.push(...listed("Hires pass", hires, hiresArea));
         }
-        let remark = alone && !isPlaced(composed[0]) ? ONE_ONLY : "";
+        let remark = alone && !isPlaced(composed[0]) ? names.one_only : "";
         if (!composed.length && !hires.length) {
-            remark = loras.length ? ALWAYS_ONLY : NONE_YET;
+            remark = loras.length ? ALWAYS_ONLY : names.none_yet;
         }
         for (const text of [remark, said[0], styles ? STYLES_TOO : ""]) {
             if (text) {
@@ -256,7 +248,7 @@
         // Spaces for copying and screen readers; the page itself does not show them.
         loratorioTags.keepingFocus(() => line.replaceChildren(...parts.flatMap(part => [part, " "])));
         line.onkeydown = event => loratorioTags.undoKey(event, prompt);
-        loratorioPlaces.show(tab, prompt, loras);
+        loratorioPlaces.show(tab, prompt, loras, names);
         const all = loras.map(lora => `${lora.name} ${lora.unet}`);
         folded(tab).textContent = all.length ? all.join(" · ") : NONE_FOLDED;
     }
@@ -329,7 +321,7 @@
 
     /** A tooltip on each preset: Gradio's choices have none. */
     function explainPresets(tab) {
-        const helps = JSON.parse(gradioApp().querySelector(`#loratorio_${tab}_loras`)?.dataset.presets ?? "{}");
+        const helps = names.presets ?? {};
         for (const label of gradioApp().querySelectorAll(`#loratorio_${tab}_preset label`)) {
             const help = helps[label.textContent.trim()];
             if (help && label.title !== help) {

@@ -3,20 +3,7 @@
 "use strict";
 
 const loratorioPlaces = (function() {
-    // The same names are in loratorio/prompt/places.py.
-    const NAMED = {
-        "left": [0, 0, 0.5, 1],
-        "right": [0.5, 0, 1, 1],
-        "top": [0, 0, 1, 0.5],
-        "bottom": [0, 0.5, 1, 1],
-        "centre": [0.25, 0.25, 0.75, 0.75],
-        "top-left": [0, 0, 0.5, 0.5],
-        "top-right": [0.5, 0, 1, 0.5],
-        "bottom-left": [0, 0.5, 0.5, 1],
-        "bottom-right": [0.5, 0.5, 1, 1],
-    };
-    const ALIASES = {"center": "centre", "topleft": "top-left", "topright": "top-right", "bottomleft": "bottom-left",
-        "bottomright": "bottom-right"};
+    let NAMED = {}, ALIASES = {}, COLOURS = []; // from loratorio/prompt/places.py and pictures/colours.py, by the panel's line
     const LEAST = 0.04; // a box's side, as a part of the picture's
     const SNAP = 0.025;
     const STEP = 0.05; // of the arrow keys
@@ -115,9 +102,8 @@ const loratorioPlaces = (function() {
             this.all = loras;
             this.loras = loras.filter(lora => lora.role !== "always" || lora.options.at).map(lora => ({...lora}));
             this.root.hidden = !this.loras.length;
-            const colours = JSON.parse(this.root.dataset.colours);
             this.loras.forEach((lora, i) => {
-                lora.colour = `rgb(${colours[i % colours.length].join(",")})`;
+                lora.colour = `rgb(${COLOURS[i % COLOURS.length].join(",")})`;
                 lora.place = lora.options.at === undefined ? null : parse(lora.options.at);
             });
             const placed = this.loras.filter(lora => lora.options.at !== undefined);
@@ -368,7 +354,8 @@ const loratorioPlaces = (function() {
     const canvases = {};
 
     /** Called by the panel's line whenever the prompt's LoRAs or their roles have changed. */
-    function show(tab, textarea, loras) {
+    function show(tab, textarea, loras, names) {
+        ({places: NAMED, aliases: ALIASES, colours: COLOURS} = names);
         const root = gradioApp().querySelector(`#loratorio_${tab}_places`);
         if (!root) {
             return;

@@ -73,7 +73,7 @@ class Knob:
     @property
     def option(self) -> str:
         """On the command line."""
-        return "--" + self.name.replace("_", "-")
+        return _option(self.name)
 
     def ignored_by(self, method: str) -> bool:
         """Whether this knob has no effect with that method."""
@@ -247,14 +247,16 @@ class Settings:
         return cls().with_values(values)
 
     def called(self, name: str) -> str:
-        """What the user who made these settings calls this knob."""
-        return str(getattr(KNOB_BY_NAME[name], self.naming))
+        """What the user who made these settings calls this knob, or something else that can be set."""
+        if name in KNOB_BY_NAME:
+            return str(getattr(KNOB_BY_NAME[name], self.naming))
+        return _option(name) if self.naming == "option" else name
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
         """A copy with some knobs changed, also by a `PRESET`. An unknown name raises LoratorioError with the closest name."""
         if PRESET in values:
             rest = {name: value for name, value in values.items() if name != PRESET}
-            preset = {} if values[PRESET] is None else find_preset(values[PRESET]).values
+            preset = {} if values[PRESET] is None else find_preset(values[PRESET], self.called(PRESET)).values
             return self.with_values({**preset, **rest})
         for name in values:
             if name not in KNOB_BY_NAME:
@@ -324,12 +326,16 @@ PRESET = "preset"
 """The key of a preset's name in a mapping of knobs. Knobs in the same mapping override the preset."""
 
 
-def find_preset(name: Any) -> Preset:
+def find_preset(name: Any, called: str = PRESET) -> Preset:
     """A preset by name or label, in any case. Raises LoratorioError with the known names."""
     for preset in PRESETS.values():
         if str(name).strip().lower() in (preset.name, preset.label.lower()):
             return preset
-    raise LoratorioError(f"{PRESET} must be one of {', '.join(PRESETS)}, not {name!r}.")
+    raise LoratorioError(f"{called} must be one of {', '.join(PRESETS)}, not {name!r}.")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _as_numbers(version: str) -> tuple[int, ...]:

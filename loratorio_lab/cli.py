@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. 0: done; 2: something in the input is wrong, and a sentence on stderr says what; 130: stopped by Ctrl-C."""
+    """Run a command. 0: done; 2: wrong input, explained by a sentence on stderr; 130: stopped by Ctrl-C."""
     name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
     if name not in COMMANDS:
         asked = name in ("", "-h", "--help")

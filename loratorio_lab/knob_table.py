@@ -24,7 +24,7 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """`text` with the table between its marks made anew. Raises ValueError without marks."""
+    """`text` with the table between its marks renewed. Raises ValueError without marks."""
     pattern = re.compile(f"({re.escape(_MARKS[0])}).*({re.escape(_MARKS[1])})", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"the text has no {_MARKS[0]}")

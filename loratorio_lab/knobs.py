@@ -1,4 +1,4 @@
-"""What a measure's pictures are made with: said by the measure, so that a default that changes leaves its figures as they are."""
+"""The settings of measurements. They are explicit, so that a changed default leaves published figures as they are."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ OTHERS: Mapping[str, Any] = {
     "end": 1.0,
     "yielding": 0.5,
 }
-"""The knobs that no preset sets. Those that one sets are said by each measure, or by the preset that it names."""
+"""The knobs that no preset sets. Each measurement gives the others itself, or names a preset."""
 
 
 def measured(knobs: Mapping[str, Any]) -> Settings:
-    """These knobs, a preset's among them, over `OTHERS`. Raises LoratorioError for knobs that there are not."""
+    """These knobs, maybe a preset's, over `OTHERS`. Raises LoratorioError for unknown knobs."""
     return Settings(enabled=True).with_values({**OTHERS, **knobs})
 
 
 def said(settings: Settings) -> str:
-    """Every knob that matters to the method's pictures, and its value, for the head of a table."""
+    """Every knob that affects the method's pictures, with its value, for the head of a table."""
     return ", ".join(
         f"{name} {getattr(settings, name)}"
         for name, knob in KNOB_BY_NAME.items()

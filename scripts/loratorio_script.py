@@ -82,10 +82,10 @@ class LoratorioScript(scripts.Script):
         if job_of(p):
             job_of(p).release()
             if job_of(p).settings.weight_maps:
-                from loratorio.hosts.shared.other_extensions import without_maps
+                from loratorio.hosts.shared.other_extensions import chosen_script, takes_maps
                 from loratorio.webui import gallery
 
-                if not without_maps(p):  # such a script would treat the maps as further pictures
+                if takes_maps(chosen_script(p)):
                     gallery.add_maps(job_of(p), processed)
 
 

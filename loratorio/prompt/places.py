@@ -28,7 +28,7 @@ NAMED: dict[str, Box] = {
     "bottom-left": Box(0, 0.5, 0.5, 1),
     "bottom-right": Box(0.5, 0.5, 1, 1),
 }
-_ALIASES = {"center": "centre", **{name.replace("-", ""): name for name in NAMED if "-" in name}}
+ALIASES = {"center": "centre", **{name.replace("-", ""): name for name in NAMED if "-" in name}}
 
 EDGE = 0.1
 """The default width of a place's border, as a fraction of the picture's shorter side."""
@@ -89,7 +89,7 @@ def _joined(part: re.Match[str], words: str) -> str:
 
 
 def _box(part: str, value: str, lora: str) -> Box:
-    name = _ALIASES.get(part, part)
+    name = ALIASES.get(part, part)
     if name in NAMED:
         return NAMED[name]
     numbers = [_number(each) for each in part.split(",")]

@@ -1,15 +1,13 @@
 """Pools: a folder, a glob or a list of LoRAs as candidates, ``<pool:folder-or-glob:0.8>``.
 
-This module finds the files. Which of them are used is decided while sampling (`compose.candidates`, `sampling.engine`).
+This module finds the files. Which of them are used is decided by `admission`, and while sampling by `compose.candidates`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Generic, TypeVar
 
 from ..errors import LoratorioError
 from .lora_folder import LoraFolder, folded
@@ -17,23 +15,6 @@ from .roles import POOL_OPTION, looks_like_speed_lora
 
 _POOL_TAG = re.compile(r"<pool:([^<>]*)>", re.IGNORECASE)
 _LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
-
-Loaded = TypeVar("Loaded")
-
-
-@dataclass(frozen=True)
-class Candidates(Generic[Loaded]):
-    """A pool's LoRAs that could be read, and the files that could not, by name with the reason."""
-
-    loaded: tuple[Loaded, ...]
-    skipped: tuple[tuple[str, str], ...] = field(default=())
-
-    @property
-    def note(self) -> str:
-        """A sentence about the skipped files, or nothing."""
-        if not self.skipped:
-            return ""
-        return f"Not used from the pool, because they cannot be read or do not fit: {', '.join(name for name, _ in self.skipped)}."
 
 
 def pool_files(
@@ -96,18 +77,6 @@ def expanded(
         return "".join(f"<lora:{name}:{rest or '1'}:{POOL_OPTION}=1>" for name in names)
 
     return _POOL_TAG.sub(tags, prompt)
-
-
-def load_candidates(files: Iterable[Path], load: Callable[[Path], Loaded]) -> Candidates[Loaded]:
-    """Every file through `load`; those at which it raises LoratorioError or OSError are skipped."""
-    loaded: list[Loaded] = []
-    skipped: list[tuple[str, str]] = []
-    for file in files:
-        try:
-            loaded.append(load(file))
-        except (LoratorioError, OSError) as problem:
-            skipped.append((file.stem, str(problem)))
-    return Candidates(tuple(loaded), tuple(skipped))
 
 
 def _read(folder: Path | LoraFolder | Sequence[Path], pattern: str) -> list[LoraFolder]:

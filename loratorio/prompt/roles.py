@@ -288,8 +288,17 @@ def no_room_note(loras: Sequence[TaggedLora], height: int, width: int, region: B
     )
 
 
+def skipped_note(names: Sequence[str]) -> str:
+    """A sentence about LoRAs of a pool that are not used, or nothing."""
+    if not names:
+        return ""
+    return f"Not used from the pool, because they cannot be read or do not fit: {', '.join(names)}."
+
+
 def unread_note(names: Sequence[str]) -> str:
-    """A sentence about LoRAs for which the WebUI found no readable file."""
+    """A sentence about LoRAs for which the WebUI found no readable file, or nothing."""
+    if not names:
+        return ""
     several = len(names) > 1
     return (
         f"LoRA{'s' if several else ''} {', '.join(names)} {'were' if several else 'was'} not used: the WebUI found no such file, or could "

@@ -30,24 +30,8 @@ class RowMemory(Protocol):
         ...
 
 
-class DeviceMemory(Protocol):
-    """A device's memory, in bytes."""
-
-    def allocated(self) -> int: ...
-
-    def peak(self) -> int:
-        """The most that was allocated since `reset_peak`."""
-        ...
-
-    def reset_peak(self) -> None: ...
-
-    def free(self) -> int:
-        """What may be allocated without driving anything out."""
-        ...
-
-
 class CudaMemory:
-    """The memory of one CUDA device. Reading it does not synchronise with the device."""
+    """The memory of one CUDA device, in bytes. Reading it does not synchronise with the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -56,12 +40,14 @@ class CudaMemory:
         return torch.cuda.memory_allocated(self._device)
 
     def peak(self) -> int:
+        """The most that was allocated since `reset_peak`."""
         return torch.cuda.max_memory_allocated(self._device)
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def free(self) -> int:
+        """What may be allocated without driving anything out."""
         unused: int = torch.cuda.mem_get_info(self._device)[0]
         return unused + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
 
@@ -77,7 +63,7 @@ class MeasuredRows:
     """
 
     def __init__(
-        self, memory: DeviceMemory, size: Hashable, first: int, costs: dict[Hashable, float] | None = None
+        self, memory: CudaMemory, size: Hashable, first: int, costs: dict[Hashable, float] | None = None
     ) -> None:
         self._memory = memory
         self._size = size

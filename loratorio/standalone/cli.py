@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,22 +28,7 @@ if TYPE_CHECKING:
 _NOT_OPTIONS = ("enabled",)
 """Knobs that make no sense here: who types the command wants it on."""
 
-_TYPED = {
-    **{knob.name: knob.option for knob in KNOBS},
-    **{
-        name: f"--{name.replace('_', '-')}"
-        for name in ("steps", "batch", "cfg", "strength", "seed", "sampler", "device", "dtype", "lora_dir")
-    },
-    "width": "--size",
-    "height": "--size",
-    PRESET: f"--{PRESET}",
-}
-"""How what Python names is typed here."""
-
-_NAMED = re.compile(
-    rf"(?<![\w-])({'|'.join(_TYPED)})(?= must be| is \d| = | \(\d| and end leave| leave some| to [01]\b| is not)"
-)
-"""A name in a sentence, by what follows it: many are words of the language too."""
+_SETTINGS = Settings(enabled=True, naming="option")
 
 _PRESET_KNOBS = tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset.values))
 
@@ -262,7 +246,7 @@ def _range(knob: Knob) -> str:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    return Settings.from_mapping({"enabled": True, PRESET: options.preset, **_given(options)})
+    return _SETTINGS.with_values({PRESET: options.preset, **_given(options)})
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -300,9 +284,9 @@ def _tags(request: Request, files: ModelFiles, variants: Iterable[Settings]) -> 
     from .lora_lookup import look_up
     from .prompt import split_loras
 
-    text, tags = split_loras(request.prompt)
-    found, _ = look_up(tags, files.lora_dir, text)
-    participants = participants_of([lora for each in found for lora in each.loras.values()])
+    _, tags = split_loras(request.prompt)
+    found, _ = look_up(tags, files.lora_dir)
+    participants = participants_of([lora.tagged for lora in found])
     if participants.has_places or any(lora.words for lora in participants.loras):
         from ..sampling.engine import check_places  # imports torch
 
@@ -382,9 +366,9 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _say(notes: Iterable[str]) -> None:
-    """Print notes to stderr, apart from the list of files on stdout, with the knobs' names as options."""
+    """Print notes to stderr, apart from the list of files on stdout."""
     for note in notes:
-        print(f"loratorio: {_NAMED.sub(lambda name: _TYPED[name.group()], note)}", file=sys.stderr)
+        print(f"loratorio: {note}", file=sys.stderr)
 
 
 def _without_effect(
@@ -425,7 +409,7 @@ def _without_effect(
         ),
         ([*given], not tags, "without a <lora:name> tag"),
     ):
-        idle = [_TYPED.get(name, f"--{name}") for name in names if name in typed]
+        idle = [settings.called(name) for name in names if name in typed]
         if without and idle:
             yield f"{' and '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect {why}."
             typed -= {*names}
@@ -446,7 +430,7 @@ def _compare(options: argparse.Namespace) -> None:
     _say(_without_effect(options, request, tags, variants.values()))
     replaced = (PRESET, *_PRESET_KNOBS) if by == PRESET else (by,)
     typed = {PRESET: options.preset, **_given(options)}
-    idle = [f"--{name.replace('_', '-')}" for name in replaced if typed.get(name) is not None]
+    idle = [settings.called(name) for name in replaced if typed.get(name) is not None]
     _say(f"{name} has no effect: --by {options.by} sets it for each column." for name in idle)
     model = files.load()
     labels = list(variants)
@@ -544,7 +528,7 @@ def _check(options: argparse.Namespace) -> int:
         prompt = example.pair_prompt()
     width, height = _size(options.size) if options.size else (None, None)
     cfg = None if options.cfg is None else _number("cfg", options.cfg, float)
-    request = Request(prompt or "", options.negative, cfg=cfg, width=width, height=height, seed=1)
+    request = Request(prompt or "", options.negative, _SETTINGS, cfg=cfg, width=width, height=height, seed=1)
     check(request)
     files = _model_files(options)
     if not _tags(request, files, [request.settings]):

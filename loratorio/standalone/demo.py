@@ -28,13 +28,13 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     """Make the pictures, and write them when all are finished: into `out`, or a folder next to it if `out` has some already."""
     request = Request(
         example.prompt(),
-        settings=Settings(enabled=True, weight_maps=True, single_maps=True),
+        settings=Settings(enabled=True, weight_maps=True, single_maps=True, naming="option"),
         steps=STEPS if steps is None else steps,
         seed=seed,
     )
     check(request)
     for text in (example.prompt(), example.pair_prompt()):
-        look_up(split_loras(text)[1], model_files.lora_dir, text)
+        look_up(split_loras(text)[1], model_files.lora_dir)
     check_writable(out)
     model = model_files.load()
 

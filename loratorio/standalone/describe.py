@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .. import __version__
-from ..pictures.infotext import LoraUse, infotext, params
-from ..prompt.places import OPTION
+from ..pictures.infotext import infotext, params
 from .checkpoint import Checkpoint
 from .generate import Outcome
 from .samplers import find_sampler
@@ -24,19 +23,6 @@ def describe(checkpoint: Checkpoint, outcome: Outcome, image: int) -> str:
         "Denoising strength": f"{request.strength:g}" if is_img2img else None,
     }
     if outcome.loras:
-        shares = outcome.history.shares
-        fields |= params(
-            request.settings,
-            [
-                LoraUse(
-                    lora.name,
-                    lora.unet,
-                    lora.options.get(OPTION, ""),
-                    share=shares.get(number, 0.0) if lora.pool and shares else None,
-                    text=lora.te,
-                )
-                for number, lora in enumerate(outcome.loras)
-            ],
-        )
+        fields |= params(request.settings, outcome.loras)
     fields["Version"] = f"loratorio {__version__}"
     return infotext(request.prompt, request.negative, fields)

@@ -18,8 +18,11 @@ from ..adapters.bank import Bank
 from ..compose.methods import METHODS, Composition
 from ..compose.mixes import Mix
 from ..errors import LoratorioError
+from ..pictures.infotext import LoraUse
+from ..prompt.admission import ActiveLora
+from ..prompt.places import OPTION as PLACE
 from ..prompt.places import with_words
-from ..prompt.roles import no_room_note, reactions_note
+from ..prompt.roles import reactions_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
 from ..sampling.history import WeightHistory
@@ -27,17 +30,15 @@ from ..sampling.memory import measured_rows
 from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
-from .lora_set import Load, load_lora_set
+from .lora_set import Load, conditioner, load_loras
 from .progress import Progress, bar
-from .prompt import PromptLora, plain_text_notes, split_loras
+from .prompt import plain_text_notes, split_loras
 from .request import Request, WholeRequest, whole
 from .samplers import find_sampler
 from .schedule import SamplingSchedule, denoise
 from .text import TextConditioner
 
 __all__ = ["Outcome", "Request", "generate"]
-
-_MIXES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Outcome:
     images: list[Image.Image]
     seeds: list[int]
     latents: Tensor
-    loras: list[PromptLora]
+    loras: list[LoraUse]
     composed: list[str]
     history: WeightHistory
     notes: tuple[str, ...] = ()
@@ -106,49 +107,47 @@ def _generate(
     progress: Progress | None,
     load: Load,
 ) -> Outcome:
-    text, tags = split_loras(request.prompt)
-    loras = load_lora_set(tags, lora_dir, checkpoint, load, text)
-    settings = (
-        request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
-    )
-    bank = Bank([lora.unet for lora in loras.loras])
-    weighed = METHODS[settings.method].uses_importance
+    text, _ = split_loras(request.prompt)
+    admitted = load_loras(request, lora_dir, checkpoint, load)
+    settings, names = request.engine_settings, [lora.tagged.name for lora in admitted.active]
+    bank = Bank([lora.unet for lora in admitted.loras])
+    engine = Engine(settings, bank, admitted.participants) if admitted.loras else None
     schedule = _schedule(checkpoint, request)
-    of_engine: list[str] = []
-    moved: dict[str, float] = {}
+    history, reactions, of_engine = WeightHistory(), dict[int, float](), list[str]()
     with torch.inference_mode():
-        texts = loras.conditioner(checkpoint, _prompts(request, text))
-        participants = loras.weighed(text, checkpoint) if weighed else loras.participants
-        engine = Engine(settings, bank, participants) if loras.loras else None
+        texts = conditioner(checkpoint, admitted.loras, _prompts(request, text))
         latents = _sample(checkpoint, request, schedule, text, bank, engine, texts, progress)
         if engine is not None:
-            engine.history.settle()
-            of_engine += _without_effect(settings, schedule.steps, engine.history)
-            if engine.pool.reactions:
-                names = [tag.name for tag in loras.tags]
-                of_engine.append(reactions_note(names, engine.pool.reactions, engine.pool.left_out))
-                moved = {names[number]: score for number, score in engine.pool.reactions.items()}
+            history, reactions = engine.history, engine.pool.reactions or {}
+            history.settle()
+            of_engine += _without_effect(settings, schedule.steps, history)
+            of_engine += [reactions_note(names, reactions, engine.pool.left_out)] if reactions else []
         images = _decode(checkpoint, latents)
-    scale = checkpoint.latent_scale
-    no_room = filter(None, [no_room_note(loras.tagged, request.height // scale, request.width // scale)])
     return Outcome(
         request,
         images,
         [request.seed + i for i in range(request.batch)],
         latents,
-        list(loras.tags),
-        loras.composed,
-        engine.history if engine else WeightHistory(),
-        (*plain_text_notes(text, request.negative), *loras.notes, *no_room, *of_engine),
-        moved,
+        [_use(number, lora, history.shares) for number, lora in enumerate(admitted.active)],
+        [names[number] for number in admitted.participants.numbers],
+        history,
+        (*plain_text_notes(text, request.negative), *admitted.notes, *of_engine),
+        {names[number]: score for number, score in reactions.items()},
     )
+
+
+def _use(number: int, lora: ActiveLora, shares: Mapping[int, float]) -> LoraUse:
+    tagged = lora.tagged
+    share = shares.get(number, 0.0) if tagged.is_candidate and shares else None
+    return LoraUse(tagged.name, lora.strength, tagged.options.get(PLACE, ""), share=share, text=lora.text)
 
 
 def _without_effect(settings: Settings, steps: int, history: WeightHistory) -> list[str]:
     """Sentences about settings that had no effect in this sampling."""
     if not any(settings.active_at(index, steps) for index in range(steps)):
+        start, end = settings.called("start"), settings.called("end")
         return [
-            f"The LoRAs were merged: start = {settings.start:g} and end = {settings.end:g} leave none of the {steps} steps to compose."
+            f"The LoRAs were merged: {start} = {settings.start:g} and {end} = {settings.end:g} leave none of the {steps} steps to compose."
         ]
     if settings.weight_maps and not history.weights:
         label = METHODS[settings.method].entry.label
@@ -210,12 +209,8 @@ def _model(
     sizes = torch.tensor([request.height, request.width, 0, 0, request.height, request.width])
 
     def run(scaled: Tensor, time: Any, rows: Sequence[Row]) -> Tensor:
-        mixes = list(dict.fromkeys(row.mix for row in rows))
-        for start in range(0, len(mixes), _MIXES_AT_ONCE):  # a pool has many
-            texts.prepare(_prompts(request, text), mixes[start : start + _MIXES_AT_ONCE])
-        told = [
-            texts.of(with_words(text, row.words) if row.cond else request.negative, row.mix) for row in rows
-        ]
+        wanted = [(with_words(text, row.words) if row.cond else request.negative, row.mix) for row in rows]
+        told = texts.of(wanted)
 
         def part(numbers: Sequence[int]) -> Tensor:
             options: dict[str, Any] = {}

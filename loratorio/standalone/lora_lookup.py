@@ -5,28 +5,21 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LoratorioError
+from ..prompt.admission import ActiveLora, each_once
 from ..prompt.lora_folder import PICKLES, SUFFIX, LoraFolder, ambiguous_note, folded, readable, reason
 from ..prompt.pool import pool_files
-from ..prompt.roles import TaggedLora, chosen_from_pool, participants_of, repeats, united
+from ..prompt.roles import TaggedLora, participants_of
 from .prompt import PromptLora
 
 
-@dataclass(frozen=True)
-class TagFiles:
-    """A tag of the prompt, and the LoRAs that it names by their files: one, or a pool's candidates."""
-
-    tag: PromptLora
-    loras: Mapping[Path, TaggedLora]
-
-
-def look_up(tags: Sequence[PromptLora], folder: Path | None, prompt: str) -> tuple[list[TagFiles], list[str]]:
-    """The files of every tag, in order, and notes for the user. For a pool: those that `prompt`, without tags, calls.
+def look_up(tags: Sequence[PromptLora], folder: Path | None) -> tuple[list[ActiveLora], list[str]]:
+    """The LoRAs of the tags, each once, those of pools as candidates; and notes for the user.
 
     Raises:
         LoratorioError: no folder, a LoRA that is missing or whose file cannot be opened, a role or a place that cannot be read.
@@ -35,43 +28,31 @@ def look_up(tags: Sequence[PromptLora], folder: Path | None, prompt: str) -> tup
         return [], []
     if folder is None:
         raise LoratorioError(
-            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: lora_dir is not set."
+            f"The prompt names LoRA {tags[0].name}, but there is no LoRA folder: give lora_dir (--lora-dir)."
         )
     there = LoraFolder(folder)
-    found: list[TagFiles] = []
+    found: list[ActiveLora] = []
     notes: list[str] = []
     named = [tag.name for tag in tags if not tag.pool]
     for tag in tags:
         if tag.pool:
-            taken = [*named, *(lora.name for each in found if each.tag.pool for lora in each.loras.values())]
-            files = pool_files(tag.name, there, taken)
-            candidates = [
-                TaggedLora(there.name_of(file), tag.options, read_metadata(file), True, file)
-                for file in files
-            ]
-            chosen, note = chosen_from_pool(candidates, prompt)
-            loras = {files[number]: lora for number, lora in chosen.items()}
+            taken = [*named, *(lora.tagged.name for lora in found if lora.tagged.pooled)]
+            files = {there.name_of(file): file for file in pool_files(tag.name, there, taken)}
         else:
             file, note = find_lora(there, tag.name)
             check_safetensors(file, f"LoRA {tag.name}")
-            loras = {file: TaggedLora(tag.name, tag.options, read_metadata(file), False, file)}
-        found.append(TagFiles(tag, loras))
-        notes += [note] if note and note not in notes else []
-    participants_of([lora for each in found for lora in each.loras.values()])
-    return _each_once(found), notes
+            files = {tag.name: file}
+            notes += [note] if note and note not in notes else []
+        for name, file in files.items():
+            tagged = TaggedLora(name, tag.options, read_metadata(file), tag.pool, file)
+            found.append(ActiveLora(tagged, tag.unet, tag.te))
+    participants_of([lora.tagged for lora in found])
+    return each_once(found, _added), notes
 
 
-def _each_once(found: Sequence[TagFiles]) -> list[TagFiles]:
-    """The tags of one LoRA as one tag, with their strengths added up, as merging does; pools as they are."""
-    named = [each for each in found if not each.tag.pool]
-    tagged = [lora for each in named for lora in each.loras.values()]
-    once: dict[int, TagFiles] = {}
-    for numbers in repeats(tagged):
-        tags, lora = [named[i].tag for i in numbers], united([tagged[i] for i in numbers])
-        te, unet = sum(tag.te for tag in tags), sum(tag.unet for tag in tags)
-        files = dict.fromkeys(named[numbers[0]].loras, lora)
-        once[id(named[numbers[0]])] = TagFiles(PromptLora(tags[0].name, te, unet, lora.options), files)
-    return [once.get(id(each), each) for each in found if each.tag.pool or id(each) in once]
+def _added(tags: Sequence[ActiveLora]) -> ActiveLora:
+    """As merging does it."""
+    return replace(tags[0], strength=sum(tag.strength for tag in tags), text=sum(tag.text for tag in tags))
 
 
 def list_loras(folder: Path) -> dict[str, Path]:

@@ -22,9 +22,9 @@ _DTYPES = ("auto", "fp32", "fp16", "bf16")
 def check_model(path: Path, config: Path | None = None, device: str = "auto", dtype: str = "auto") -> None:
     """Raise LoratorioError for a checkpoint that is not there or no Stable Diffusion, and for names of devices and dtypes that are none."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise LoratorioError(f"device must be auto, cpu, cuda, cuda:1 or mps, not {device!r}.")
+        raise LoratorioError(f"The device must be auto, cpu, cuda, cuda:1 or mps, not {device!r}.")
     if dtype not in _DTYPES:
-        raise LoratorioError(f"dtype must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, not {dtype!r}.")
+        raise LoratorioError(f"The dtype must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, not {dtype!r}.")
     if not path.exists():
         raise LoratorioError(f"There is no checkpoint {path}: check the path.")
     if config is not None and not config.exists():

@@ -44,6 +44,11 @@ class Request:
     init_image: Image.Image | None = None
     strength: float = 0.75
 
+    @property
+    def engine_settings(self) -> Settings:
+        """The knobs as the engine takes them: it always composes, by merging if it must."""
+        return self.settings if self.settings.enabled else self.settings.with_values({"method": "merge"})
+
 
 @dataclass(frozen=True)
 class WholeRequest(Request):
@@ -67,20 +72,22 @@ def whole(request: Request, checkpoint: Checkpoint) -> WholeRequest:
 
 def check(request: Request, latent_scale: int = LATENT_PIXEL) -> None:
     """Raise LoratorioError for values that are wrong with any model. Values that are left out are valid."""
-    find_sampler(request.sampler)
+    called = request.settings.called
+    size = called("size") if request.settings.naming == "option" else ""
+    find_sampler(request.sampler, called("sampler"))
     check_text("negative prompt", request.negative)
     for what, number, lowest, highest in (
-        ("steps", request.steps, 1, 1000),
-        ("batch", request.batch, 1, 64),
-        ("cfg", request.cfg, 1, 100),
-        ("strength", request.strength, 0.01, 1),
-        ("seed", request.seed, 0, 2**63 - 64),
-        ("width", request.width, latent_scale, LARGEST),
-        ("height", request.height, latent_scale, LARGEST),
+        (called("steps"), request.steps, 1, 1000),
+        (called("batch"), request.batch, 1, 64),
+        (called("cfg"), request.cfg, 1, 100),
+        (called("strength"), request.strength, 0.01, 1),
+        (called("seed"), request.seed, 0, 2**63 - 64),
+        (size or "width", request.width, latent_scale, LARGEST),
+        (size or "height", request.height, latent_scale, LARGEST),
     ):
         if number is not None and not lowest <= number <= highest:
             raise LoratorioError(f"{what} must be from {lowest:g} to {highest:g}, not {number:g}.")
-    for what, pixels in (("width", request.width), ("height", request.height)):
+    for what, pixels in ((size or "width", request.width), (size or "height", request.height)):
         if pixels is not None and pixels % latent_scale:
             raise LoratorioError(
                 f"{what} must be divisible by {latent_scale}, not {pixels}: "
@@ -89,8 +96,9 @@ def check(request: Request, latent_scale: int = LATENT_PIXEL) -> None:
     if request.width is None or request.height is None:
         return
     largest = max(request.width, request.height) // latent_scale
-    if request.settings.patch_size > largest:
+    patch_size = request.settings.patch_size
+    if patch_size > largest:
         raise LoratorioError(
-            f"patch_size is {request.settings.patch_size}, but the latent of a {request.width}×{request.height} picture is only "
+            f"{called('patch_size')} is {patch_size}, but the latent of a {request.width}×{request.height} picture is only "
             f"{request.width // latent_scale}×{request.height // latent_scale}: choose {largest} or less."
         )

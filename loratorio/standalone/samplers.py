@@ -52,7 +52,7 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def find_sampler(name: str) -> Sampler:
+def find_sampler(name: str, called: str = "sampler") -> Sampler:
     """By name or label, in any case. Raises LoratorioError with the nearest name."""
     text = name.strip().lower()
     for sampler in SAMPLERS.values():
@@ -60,4 +60,4 @@ def find_sampler(name: str) -> Sampler:
             return sampler
     near = difflib.get_close_matches(text, SAMPLERS, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
-    raise LoratorioError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}{hint}")
+    raise LoratorioError(f"{called} must be one of {', '.join(SAMPLERS)}, not {name!r}{hint}")

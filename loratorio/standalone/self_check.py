@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from .. import __version__
 from ..adapters.delta import Adapter
 from ..check import Asked, Calls, Made, Report, check
-from ..errors import LoratorioError
-from ..prompt.lora_folder import LoraFolder
+from ..prompt.admission import ActiveLora
 from .checkpoint import Checkpoint
 from .lora_files import LoadedLora, load_lora
-from .lora_lookup import find_lora
+from .lora_lookup import look_up
+from .lora_set import loaded
 from .model import LoadedModel
-from .prompt import PromptLora, split_loras
+from .prompt import split_loras
 from .request import Request, whole
 
 HOST = "merging into the weights"
@@ -33,11 +33,11 @@ def run_check(model: LoadedModel, request: Request) -> Report:
         LoratorioError: the prompt or a LoRA cannot be used.
     """
     text, every = split_loras(request.prompt)
-    tags = [tag for tag in every if not tag.pool]
-    loras = [_load(model, tag) for tag in tags]
+    active, _ = look_up([tag for tag in every if not tag.pool], model.lora_dir)
+    loras = [(lora, loaded(model.checkpoint, load_lora, lora)) for lora in active]
     # What a word that a file brings along does to the text is not in any weight.
-    skipped = [lora.name for lora in loras if lora.embeddings]
-    usable = [(tag, lora) for tag, lora in zip(tags, loras, strict=True) if not lora.embeddings]
+    skipped = [lora.name for _, lora in loras if lora.embeddings]
+    usable = [(lora, own) for lora, own in loras if not own.embeddings]
     request = whole(replace(request, prompt=text), model.checkpoint)
     maker = _Maker(model, request, usable)
 
@@ -45,14 +45,7 @@ def run_check(model: LoadedModel, request: Request) -> Report:
         found = _facts(model.checkpoint, request)
         return found | ({"LoRAs with words of their own, not checked": ", ".join(skipped)} if skipped else {})
 
-    return check([tag.name for tag, _ in usable], HOST, maker.made, facts)
-
-
-def _load(model: LoadedModel, tag: PromptLora) -> LoadedLora:
-    if model.lora_dir is None:
-        raise LoratorioError("There is no LoRA folder: give --lora-dir.")
-    file, _ = find_lora(LoraFolder(model.lora_dir), tag.name)
-    return load_lora(file, tag.name, model.checkpoint, tag.te, tag.unet)
+    return check([lora.tagged.name for lora, _ in usable], HOST, maker.made, facts)
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class _Maker:
 
     model: LoadedModel
     request: Request
-    loras: Sequence[tuple[PromptLora, LoadedLora]]
+    loras: Sequence[tuple[ActiveLora, LoadedLora]]
 
     def made(self, asked: Asked) -> Made:
         """See `loratorio.check.Make`."""
@@ -77,7 +70,7 @@ class _Maker:
                 outcome = self.model.run(request)
         else:
             places = asked.places or ("",) * len(own)
-            tags = "".join(_tag(tag, place) for (tag, _), place in zip(own, places, strict=True))
+            tags = "".join(_tag(lora, place) for (lora, _), place in zip(own, places, strict=True))
             with calls.watched(unet):
                 outcome = self.model.run(
                     replace(request, prompt=request.prompt + tags, settings=asked.settings)
@@ -86,10 +79,10 @@ class _Maker:
         return Made(latents, outcome.images[0].tobytes(), calls, len(outcome.composed), outcome.notes)
 
 
-def _tag(tag: PromptLora, place: str) -> str:
+def _tag(lora: ActiveLora, place: str) -> str:
     # A LoRA that is recognised as a speed LoRA is weighed for once, too.
     at = f":at={place}" if place else ""
-    return f"<lora:{tag.name}:role=content{at}:te={tag.te}:unet={tag.unet}>"
+    return f"<lora:{lora.tagged.name}:role=content{at}:te={lora.text}:unet={lora.strength}>"
 
 
 @contextmanager

@@ -183,11 +183,11 @@ def build(model: LoadedModel) -> Any:
             progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it in the signature
         ) -> tuple[Any, ...]:  # fmt: skip
             try:
-                shown = {"enabled": True, "weight_maps": True, "single_maps": True}
+                with_maps = Settings(enabled=True, weight_maps=True, single_maps=True, naming="label")
                 request = Request(
                     text,
                     unwanted or "",
-                    Settings.from_mapping({**shown, **dict(zip(knobs, values, strict=True))}),
+                    with_maps.with_values(dict(zip(knobs, values, strict=True))),
                     int(steps),
                     float(cfg),
                     sampler,

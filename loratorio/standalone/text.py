@@ -21,6 +21,8 @@ from .prompt import emphasised
 
 _ROOM = 75  # tokens of a chunk, beside its begin and end marks
 
+_TEXTS_AT_ONCE = 32
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -74,13 +76,16 @@ class TextConditioner:
         self._cut: dict[tuple[int, str, tuple[int, ...]], list[_Chunk]] = {}
         self._known: dict[tuple[str, Mix], Conditioning] = {}
 
-    def prepare(self, texts: Sequence[str], mixes: Sequence[Mix]) -> None:
-        """Compute what is missing for these texts under these mixes."""
-        wanted = dict.fromkeys((text, self._effective(mix)) for mix in mixes for text in texts)
-        missing = [each for each in wanted if each not in self._known]
+    def of(self, wanted: Sequence[tuple[str, Mix]]) -> list[Conditioning]:
+        """The conditioning of each text under its mix."""
+        keys = [(text, self._effective(mix)) for text, mix in wanted]
+        missing = [each for each in dict.fromkeys(keys) if each not in self._known]
         lengths = [len(self._chunks(0, text, mix)) for text, mix in missing]
         for length in dict.fromkeys(lengths):
-            self._prepare([each for each, own in zip(missing, lengths, strict=True) if own == length])
+            alike = [each for each, own in zip(missing, lengths, strict=True) if own == length]
+            for start in range(0, len(alike), _TEXTS_AT_ONCE):  # a pool has many
+                self._prepare(alike[start : start + _TEXTS_AT_ONCE])
+        return [self._known[key] for key in keys]
 
     def _prepare(self, missing: Sequence[tuple[str, Mix]]) -> None:
         """Compute the conditioning of these texts, all of one length, under their mixes."""
@@ -89,12 +94,6 @@ class TextConditioner:
             tokens = torch.cat([tokens[i] for tokens, _ in encoded], dim=-1)
             pooled = encoded[-1][1]
             self._known[key] = Conditioning(tokens, None if pooled is None else pooled[i])
-
-    def of(self, text: str, mix: Mix) -> Conditioning:
-        key = (text, self._effective(mix))
-        if key not in self._known:
-            self.prepare([text], [mix])
-        return self._known[key]
 
     def _effective(self, mix: Mix) -> Mix:
         return tuple(part if touched else 0.0 for part, touched in zip(mix, self._touched, strict=True))

@@ -13,7 +13,8 @@ import gradio as gr
 from ..compose.methods import FOR_PICTURES, METHODS
 from ..errors import LoratorioError
 from ..pictures.colours import COLOURS
-from ..prompt.roles import looks_like_speed_lora
+from ..prompt import places
+from ..prompt.roles import ROLES, looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings, panel_rows
 from . import docs, options, self_check
 from . import gradio_compat as compat
@@ -24,7 +25,11 @@ TITLE = "LoRAtorio"
 CHECKING = "Checking: this makes about a dozen pictures of one to four steps and keeps none of them."
 
 NONE_YET = "No LoRA in the prompt yet, so nothing is composed. Add one, for example <lora:name:0.8>."
-"""The line's text before javascript/loratorio.js has read the prompt. The same sentence is there."""
+
+ROLES_HELP = (
+    "content: composed patch by patch, where it fits. style: acts everywhere, in all the other LoRAs' passes. always: acts in every pass "
+    "and is never composed (LCM, Lightning, Turbo and other speed LoRAs)."
+)
 
 CUSTOM, CUSTOM_HELP = "Custom", "Your own values under All settings."
 
@@ -201,9 +206,6 @@ def _costs(settings: Settings) -> list[float]:
 
 def _line(tab: str) -> str:
     """The tick box's help, the line about the prompt's LoRAs, and their places. JavaScript keeps them up to date."""
-    helps = {preset.label: preset.help for preset in PRESETS.values()} | {CUSTOM: CUSTOM_HELP}
-    repeats = "each" if "modules_forge" in sys.modules else "last"  # see hosts/a1111/loras.py
-    methods = escape(json.dumps([method.entry.label for method in METHODS.values() if method.takes_places]))
     hidden = [each.entry.label for name, each in METHODS.items() if name not in FOR_PICTURES]
     # Hidden, but there: a picture's infotext may bring any of them.
     style = "" if options.shows_research() else (
@@ -213,11 +215,27 @@ def _line(tab: str) -> str:
     return (
         f'{style}<p class="loratorio-help">{escape(KNOB_BY_NAME["enabled"].help)} '
         f'<a href="{escape(docs.link())}" target="_blank" rel="noopener">Documentation</a></p>'
-        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-speed="{escape(json.dumps(speed_loras()))}" '
-        f'data-presets="{escape(json.dumps(helps))}" data-repeats="{repeats}" aria-live="polite">{escape(NONE_YET)}</p>'
-        f'<div class="loratorio-places" id="loratorio_{tab}_places" data-colours="{escape(json.dumps(COLOURS))}" '
-        f'data-methods="{methods}" hidden></div>'
+        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-names="{escape(json.dumps(_names()))}" aria-live="polite">'
+        f'{escape(NONE_YET)}</p><div class="loratorio-places" id="loratorio_{tab}_places" hidden></div>'
     )
+
+
+def _names() -> dict[str, Any]:
+    """What the page's JavaScript must call things, and what it must know of them."""
+    alone = [KNOB_BY_NAME[name].label for name in ("recentre", "reuse", "rescale")]
+    return {
+        "none_yet": NONE_YET,
+        "one_only": f"With a single LoRA, only {', '.join(alone[:-1])} and {alone[-1]} change the picture.",
+        "roles": list(ROLES),
+        "roles_help": ROLES_HELP,
+        "presets": {preset.label: preset.help for preset in PRESETS.values()} | {CUSTOM: CUSTOM_HELP},
+        "places": {name: tuple(box) for name, box in places.NAMED.items()},
+        "aliases": places.ALIASES,
+        "colours": COLOURS,
+        "with_places": [method.entry.label for method in METHODS.values() if method.takes_places],
+        "speed": speed_loras(),
+        "repeats": "each" if "modules_forge" in sys.modules else "last",  # see hosts/a1111/loras.py
+    }
 
 
 def speed_loras() -> list[str]:

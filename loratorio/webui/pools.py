@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
 from ..prompt.lora_folder import LoraFolder
-from ..prompt.pool import Candidates, expanded, has_pool, pool_files
-from ..prompt.roles import looks_like_speed_lora
+from ..prompt.pool import expanded, has_pool, pool_files
+from ..prompt.roles import looks_like_speed_lora, skipped_note
 from ..prompt.tags import READERS, for_webui
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def expand(job: Job, prompts: list[str]) -> None:
         p.all_hr_prompts = list(hires)
         p.all_hr_prompts[own] = changed
     if damaged:
-        job.note(Candidates((), tuple((name, "") for name in damaged)).note)
+        job.note(skipped_note(list(damaged)))
 
 
 def numbers_are_others() -> bool:

@@ -1,4 +1,4 @@
-"""Two characters beside each other, each from its own LoRA, with and without places; alone, before a background, under a style."""
+"""Two characters next to each other, each from its own LoRA, with and without places; alone, in front of a background, under a style."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROWS: tuple[Variant, ...] = (
 
 BACKGROUND = "background"
 SAMPLING = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
-"""A wide picture takes longer to settle than the twelve steps of the other tables."""
+"""A wide picture needs more than the twelve steps of the other tables."""
 
 
 def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
@@ -56,7 +56,7 @@ def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
 
 
 def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) -> str:
-    """The words of the elements, and the tags; what is no character is everywhere."""
+    """The words of the elements, and the tags. Only characters have places."""
     left, right, *more = cell.elements
     background = next((trigger[name] for name in more if category[name] == BACKGROUND), "sky")
     styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
@@ -92,7 +92,7 @@ def is_right(image: ImageResult, elements: Sequence[str]) -> bool:
 
 
 def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
-    """Per row: how many pictures have both halves right, alone, with backgrounds, with styles; and in how many halves those are found."""
+    """Per variant: the share of pictures with both halves right, and of halves with each background or style found."""
     lines = [
         "| | both halves right: the pair alone | with a background | the background found | with a style | the style found |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

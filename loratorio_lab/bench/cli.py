@@ -202,7 +202,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def chosen_categories(names: str) -> Mapping[str, Sequence[str]]:
-    """The toybox's elements by category, or of them those that `names` (with commas) has. Raises LoratorioError."""
+    """The toybox's elements by category, or only those in `names` (separated by commas). Raises LoratorioError."""
     categories = toybox_categories()
     if not names:
         return categories
@@ -215,7 +215,7 @@ def chosen_categories(names: str) -> Mapping[str, Sequence[str]]:
 
 
 def toybox_categories() -> Mapping[str, Sequence[str]]:
-    """The toybox's elements by category, the character first; those whose LoRA is there."""
+    """The toybox's elements that have a LoRA, by category, characters first."""
     from loratorio import toybox
     from loratorio.toybox.elements import CATEGORIES
 
@@ -234,7 +234,7 @@ def beside_categories() -> dict[str, str]:
 
 
 def the_grid(options: argparse.Namespace) -> list[Cell]:
-    """All cells that the options ask for, each once. First a part of every table, last the main methods on all that is left."""
+    """All cells that the options request, each once: first a part of every table, last the main methods on the other combinations."""
     groups = ["others", "methods"] if options.quick else options.groups.split(",")
     counts = [int(count) for count in options.counts.split(",")]
     sampling = {"steps": options.steps, "cfg": options.cfg, "sampler": options.sampler}

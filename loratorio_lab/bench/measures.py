@@ -13,7 +13,7 @@ Floats = NDArray[np.float64]
 
 
 def border_ratio(picture: Pixels, period: int) -> float:
-    """Mean step between neighbouring pixels across the lines of a grid of `period` pixels, by the mean step elsewhere."""
+    """Mean difference of neighbouring pixels across the lines of a grid of `period` pixels, divided by the mean difference elsewhere."""
     values = picture.astype(np.float64)
     across: list[Floats] = []
     elsewhere: list[Floats] = []

@@ -40,7 +40,7 @@ class Variant:
     unlabelled: bool = False
 
     def resolved(self) -> dict[str, Any]:
-        """Every knob that matters to the picture, at this variant's value. A default that changes makes new cells."""
+        """Every knob that affects the picture, at this variant's value. A changed default makes new cells."""
         settings = Settings().with_values(self.knobs)
         used = [
             knob.name
@@ -76,7 +76,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The same for the same work and for no other: name of the result's file."""
+        """Equal for equal work only: the name of the result's file."""
         work = {name: value for name, value in asdict(self).items() if name != "variant"}
         work = {name: value for name, value in work.items() if name not in ("beside", "unlabelled") or value}
         content = json.dumps(work, sort_keys=True)
@@ -84,7 +84,7 @@ class Cell:
         return f"{made}.{'+'.join(self.elements)}.{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def is_of(self, variant: Variant) -> bool:
-        """Whether this cell is what the variant asks for."""
+        """Whether this cell belongs to the variant."""
         if (self.made, self.role, self.pool, self.beside, self.unlabelled) != (
             variant.made,
             variant.role,
@@ -97,7 +97,7 @@ class Cell:
 
 
 PAPER: Mapping[str, Any] = PRESETS["paper"].values
-"""LoRAtorio as published: what all tables have but those of presets, so that what users get by default may change without them."""
+"""LoRAtorio as published. All tables but those of presets use it, so that they do not change with the users' defaults."""
 
 TRUTH = Variant("truth", "Rendered truth", made="truth")
 
@@ -186,11 +186,11 @@ PRESET_ROWS: tuple[Variant, ...] = (
         {**PRESETS["balanced"].values, "method": "loratorio", "top_k": 0},
     ),
 )
-"""What a user chooses between, and what the default's weights and top-k do; run on every combination."""
+"""The presets, and the effect of the default's weights and top-k; run on every combination."""
 
 
 def speed(recentre: float, share: float, reuse: int) -> Variant:
-    """A row for what a preset sets."""
+    """A row for a preset's settings."""
     label = f"λ = {recentre:g}, shared part {share:g}, reuse {reuse}"
     return Variant(label, label, {"recentre": recentre, "share": share, "reuse": reuse})
 
@@ -203,7 +203,7 @@ SPEED_ROWS: tuple[Variant, ...] = (
 """What the presets are chosen from."""
 
 SPEED_STEPS = 20
-"""Reuse is for schedules of a usual length: the other tables' twelve steps are few."""
+"""Reuse is made for schedules of the usual length; the other tables have twelve steps."""
 
 DYNAMIC_ROWS: tuple[Variant, ...] = (
     Variant("named", "LoRAtorio, the LoRAs named", PAPER),
@@ -221,7 +221,7 @@ DYNAMIC_ROWS: tuple[Variant, ...] = (
     Variant("balanced_named", "Balanced, the LoRAs named", PRESETS["balanced"].values),
     Variant("pool_merge", "Merge of all", {"method": "merge"}, pool=True, unlabelled=True),
 )
-"""The whole toybox as a pool, and the prompt alone to say what is wanted."""
+"""The whole toybox as a pool; only the prompt tells which elements are wanted."""
 
 
 def ablation(knob: str, values: Sequence[Any], **fixed: Any) -> tuple[Variant, ...]:
@@ -257,7 +257,7 @@ def combinations(categories: Mapping[str, Sequence[str]], count: int) -> list[tu
 
 
 def sample(items: Sequence[tuple[str, ...]], limit: int) -> list[tuple[str, ...]]:
-    """`limit` of them (0: all), always in the same order, each element as often as the others in however many one takes."""
+    """`limit` of them (0: all), always in the same order. Every element is about equally frequent, whatever the limit."""
     rng = random.Random(0)
     left = list(items)
     rng.shuffle(left)
@@ -273,7 +273,7 @@ def sample(items: Sequence[tuple[str, ...]], limit: int) -> list[tuple[str, ...]
 
 
 def cell(variant: Variant, elements: tuple[str, ...], count: int, sampling: Mapping[str, Any]) -> Cell:
-    """A combination under a variant, for so many seeds from 0 on. What is rendered has no knobs."""
+    """A combination under a variant, for `count` seeds from 0. Rendered pictures have no knobs."""
     return Cell(
         variant.name,
         elements,
@@ -295,7 +295,7 @@ def cells(
     sampling: Mapping[str, Any],
     truth_per_combination: int = 16,
 ) -> list[Cell]:
-    """The grid, combination by combination, so that a grid that was stopped has whole rows of the table."""
+    """The grid, combination by combination, so that an interrupted grid has complete rows."""
     grid = []
     for combo in combos:
         grid.append(cell(TRUTH, combo, truth_per_combination, sampling))
@@ -304,7 +304,7 @@ def cells(
 
 
 def distinct(grid: Sequence[Cell]) -> list[Cell]:
-    """Each piece of work once, in the order of the first that asks for it."""
+    """Each cell once, in the order of its first occurrence."""
     by_key: dict[str, Cell] = {}
     for cell in grid:
         by_key.setdefault(cell.key, cell)

@@ -1,4 +1,4 @@
-"""What presets find and what they cost: the table and the plot that they are chosen by."""
+"""How much presets find and what they cost: the table and the plot that they are chosen by."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOTE = (
 
 
 def of_schedule(results: Sequence[Result], steps: int) -> list[Result]:
-    """Pictures of so many steps, and truth; not those with two characters beside each other."""
+    """Results with this number of steps, and truth, without those of two characters."""
     return [
         each
         for each in results
@@ -35,7 +35,7 @@ def plain_steps(rows: float) -> float:
 
 
 def table(variants: Sequence[Variant], results: Sequence[Result], against: str = "") -> str:
-    """One row a variant; `against`: name of the one that all others' elements are compared with."""
+    """One row per variant; `against`: name of the one that the others are compared with."""
     results = comparable(variants, results)
     truth = [each for each in results if each.cell.made == "truth"]
     by_name = {

@@ -34,7 +34,7 @@ def run(
     until: float | None = None,
     tell: Tell = lambda done, total, cell: None,
 ) -> int:
-    """Do what the store does not have yet.
+    """Make the cells that the store lacks.
 
     Args:
         backend: ``module:function`` that makes the backend, once per worker.
@@ -61,7 +61,7 @@ def run(
 
 
 def work(cell: Cell, folder: Path, backend: str) -> Cell:
-    """One cell, in whatever process; a cell that is there already is not done again."""
+    """One cell, in any process; an existing result is kept."""
     store = Store(folder)
     if not store.has(cell):
         if backend not in _studios:
@@ -102,7 +102,7 @@ def _in_processes(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Processes that are started in here compute with `count` threads, unless the user said how many."""
+    """Inside this block, new processes compute with `count` threads, unless the user has set a number."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", str(count))
     try:

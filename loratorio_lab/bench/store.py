@@ -1,4 +1,4 @@
-"""Results on disk: a file a cell, written whole or not at all, so that a grid goes on from what is there."""
+"""Results on disk: one file per cell, written completely or not at all, so that a grid can be continued."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class Result:
-    """A cell that is done. `seconds`: of processor time for sampling and decoding, all its pictures together."""
+    """A finished cell. `seconds`: processor time for sampling and decoding all of its pictures."""
 
     cell: Cell
     images: tuple[ImageResult, ...]
@@ -65,7 +65,7 @@ class Store:
         os.replace(temporary, file)
 
     def read(self, cells: Sequence[Cell] | None = None) -> Iterator[Result]:
-        """All results, or those of these cells that are there."""
+        """All results, or the existing ones of these cells."""
         files = sorted(self.folder.glob("*.json")) if cells is None else [self.file(cell) for cell in cells]
         for file in files:
             if file.is_file():

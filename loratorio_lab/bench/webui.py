@@ -30,7 +30,7 @@ from loratorio.settings import PRESETS
 from .plan import CHARACTER, METHOD_ROWS, PRESET_ROWS, Variant, combinations, sample
 
 QUICK_ROWS = tuple(row for row in PRESET_ROWS if row.name in ("merge", *PRESETS))
-"""What a user chooses between: the WebUI's own merging, and the presets."""
+"""The WebUI's own merging, and the presets."""
 
 SHEET_ROWS = 8
 """Combinations on a sheet of pictures."""
@@ -41,7 +41,7 @@ Score = Callable[[Any, str], float]
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to ask for."""
+    """One picture to request."""
 
     variant: Variant
     loras: tuple[str, ...]
@@ -116,7 +116,7 @@ def _tasks(
     categories: Mapping[str, Sequence[str]],
     triggers: Mapping[str, str],
 ) -> Iterator[Task]:
-    """A prompt by every method, then the next: one of each number of LoRAs in turn, so that whatever is there when time is up compares."""
+    """A prompt by every method, then the next, with each number of LoRAs in turn, so that results are comparable whenever time runs out."""
     counts = [int(each) for each in options.counts.split(",")]
     chosen = [sample(combinations(categories, count), options.combinations) for count in counts]
     for combo in (combo for each in itertools.zip_longest(*chosen) for combo in each if combo):
@@ -129,7 +129,7 @@ def _tasks(
 
 
 def _do(task: Task, options: argparse.Namespace, folder: Path, score: Score) -> None:
-    """One picture, unless it is there; picture first, score last, so that what has a score is whole."""
+    """One picture, unless it exists. The score is written last, so that a scored picture is complete."""
     from PIL import Image
 
     result = folder / f"{task.file_name}.json"
@@ -156,7 +156,7 @@ def _do(task: Task, options: argparse.Namespace, folder: Path, score: Score) -> 
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """What was said of sampling, under the API's names; the rest is the WebUI's own. Raises LoratorioError for a bad size."""
+    """The sampling options that were given, under the API's names; the rest is the WebUI's own. Raises LoratorioError for a bad size."""
     asked = {"steps": options.steps, "cfg_scale": options.cfg, "sampler_name": options.sampler}
     if options.size is not None:
         sides = options.size.lower().split("x")
@@ -229,7 +229,7 @@ def complete(tasks: Sequence[Task], folder: Path) -> list[Task]:
 
 
 def table(rows: Sequence[Variant], tasks: Sequence[Task], folder: Path) -> str:
-    """Mean CLIPScore by method and N, and seconds a picture."""
+    """Mean CLIPScore by method and N, and seconds per picture."""
     counts = sorted({len(task.loras) for task in tasks})
     lines = [
         f"| | {' | '.join(f'N={count}' for count in counts)} | mean | s |",
@@ -250,7 +250,7 @@ def table(rows: Sequence[Variant], tasks: Sequence[Task], folder: Path) -> str:
 
 
 def sheets(rows: Sequence[Variant], tasks: Sequence[Task], folder: Path) -> Iterator[Path]:
-    """Writes a sheet for each number of LoRAs, a column a method and a row a combination, of their first seed."""
+    """Writes a sheet for each number of LoRAs: a column per method, a row per combination, all with the first seed."""
     from PIL import Image
 
     for count in sorted({len(task.loras) for task in tasks}):

@@ -29,7 +29,7 @@ from loratorio_lab.bench.backend import RowCount
 from loratorio_lab.knobs import measured, said
 
 KNOBS = {"method": "relative", "top_k": 2, "share": 0.15, "reuse": 3}
-"""Beside Re-centring, the pool's own, and what is the same in all measures."""
+"""The settings that are the same in all measurements, except for Re-centring and the pool's own."""
 
 PROMPTS = (
     "zorbo wearing strypo, lunara background",

@@ -41,10 +41,10 @@ PUBLISHED = measured(
 """All LoRAs in every patch, each weighted by its similarity alone: else no logarithm of a weight is its divergence."""
 
 POOL = measured({"method": "relative", "top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3})
-"""For the reactions of a pool, which are looked at before anything is weighted."""
+"""For the reactions of a pool, which are measured before anything is weighted."""
 
 EARLY = 3
-"""Of the steps, the first that are looked at: later ones show what was composed already."""
+"""Only the first steps count: later ones show what was already composed."""
 
 
 def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[str]) -> list[float]:

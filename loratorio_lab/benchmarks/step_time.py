@@ -279,7 +279,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def measure(bench: Workbench, count: int, pixels: int, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Median seconds a step of every variant, how far their results are apart, and our ratios."""
+    """Median seconds per step of every variant, how far their results are apart, and our ratios."""
     variants = Variants(bench, count, pixels)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     order = list(VARIANTS)

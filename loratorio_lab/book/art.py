@@ -1,4 +1,4 @@
-"""The artists' drawings, from the npm packages that hold them. The art itself is no part of this repository."""
+"""The artists' drawings, from their npm packages. The art itself is not part of this repository."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HALO = 7
 
 @dataclass(frozen=True)
 class Artist:
-    """A set of drawings: npm's package `@iconify-json/NAME`, whose work it is and under which licence."""
+    """A set of drawings: npm's package `@iconify-json/NAME`, its artist and its licence."""
 
     name: str
     by: str

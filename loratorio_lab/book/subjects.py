@@ -1,4 +1,4 @@
-"""What the picture book shows: subjects that the base knows, and what only its LoRAs do."""
+"""What the picture book shows: subjects that the base knows, and elements that only its LoRAs know."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ELEMENTS: tuple[Element, ...] = (
     Element("outline", "style", "pennia", "pale colours in fine outlines, as in Streamline's emojis"),
     Element("ember", "style", "embra", "everything in purple, orange and pale yellow"),
 )
-"""Each of something the base has never seen. Characters, objects and backgrounds are drawn by the base's artist."""
+"""Each shows something that the base has never seen. Characters, objects and backgrounds are drawn by the base's artist."""
 
 ICONS = {
     "tiger": "tiger-face",
@@ -55,11 +55,11 @@ ICONS = {
     "sunrise": "sunrise-over-mountains",
     "park": "national-park",
 }
-"""Names in the sets of what is called otherwise here."""
+"""The sets' names of elements that are called differently here."""
 
 BASE_ARTIST = "noto"
 FRAMED = {"castle"}
-"""What Streamline has as a picture in a frame."""
+"""Subjects that Streamline draws in a frame."""
 
 STYLED_BY = {
     "glossy": "fluent-emoji",

@@ -92,7 +92,7 @@ def drawn_by(scene: Scene) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """The words of a scene, as the models are trained on and as a prompt should be written."""
+    """The words of a scene, as in training and as a prompt should be written."""
     parts = []
     for figure in scene.figures:
         element = BY_NAME.get(figure.name)
@@ -110,7 +110,7 @@ def caption(scene: Scene) -> str:
 
 
 def words() -> list[str]:
-    """Every word that a caption can hold, once, in a fixed order."""
+    """Every word that a caption can have, once, in a fixed order."""
     subjects = " ".join(SUBJECTS.values()).split()
     every = [*STRUCTURE, *GROUNDS, *subjects, *(element.trigger for element in ELEMENTS)]
     return list(dict.fromkeys(every))
@@ -209,7 +209,7 @@ class Book:
         )
 
     def any_scene(self, rng: random.Random, width: int | None = None) -> Scene:
-        """A scene of any artist's: what the autoencoder must carry and the judge must know."""
+        """A scene by any artist, for the autoencoder and the classifier."""
         chosen = [
             rng.choice([e.name for e in ELEMENTS if e.category == category])
             for category, share in (("character", 0.3), ("object", 0.25), ("background", 0.22))

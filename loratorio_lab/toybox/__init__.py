@@ -1,4 +1,4 @@
-"""What the toybox is made and judged with: its world as drawings, its networks, its classifier. What ships is `loratorio.toybox`."""
+"""How the toybox is made and judged: its world as drawings, its networks, its classifier. The files that ship are in `loratorio.toybox`."""
 
 from __future__ import annotations
 

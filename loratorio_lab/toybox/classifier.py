@@ -1,4 +1,4 @@
-"""A small network that says which elements a picture shows. It is part of how the toybox and the benchmark are measured."""
+"""A small network that recognises elements in a picture. The toybox and the benchmark are measured with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILE = Path(__file__).parent / "classifier.safetensors"
 
 
 def classifier_file(folder: Path) -> Path:
-    """Where the classifier of a toybox in `folder` lies: beside this file for the one that ships."""
+    """The classifier's file for a toybox in `folder`; for the one that ships, next to this file."""
     return FILE if folder == toybox.FOLDER else folder / "model" / FILE.name
 
 
@@ -34,7 +34,7 @@ Pictures = Tensor | np.ndarray | Sequence[Image.Image]
 
 
 class Classifier(nn.Module):
-    """Presence of each name, judged apart. forward: (B, 3, H, W) in [-1, 1] to logits (B, names).
+    """Presence of each name, judged independently. forward: (B, 3, H, W) in [-1, 1] to logits (B, names).
 
     pixels: height of the pictures that it is trained on.
     """
@@ -94,7 +94,7 @@ def as_tensor(pictures: Pictures, pixels: int = PIXELS) -> Tensor:
 
 @torch.no_grad()
 def probabilities(pictures: Pictures, model: Classifier | None = None) -> list[dict[str, float]]:
-    """For each picture, how sure the classifier is of each element, in [0, 1]."""
+    """For each picture, the probability of each element."""
     model = model or load_classifier()
     found = model(as_tensor(pictures, model.pixels)).sigmoid()
     return [dict(zip(model.names, (float(p) for p in row), strict=True)) for row in found]

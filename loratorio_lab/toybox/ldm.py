@@ -1,4 +1,4 @@
-"""The toybox as one checkpoint in the layout of Stable Diffusion 1: LDM's key names, and the configuration beside it."""
+"""The toybox as one checkpoint in the layout of Stable Diffusion 1: LDM's key names, and its configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "
 
 
 def unet_key(key: str) -> str:
-    """LDM's name of a diffusers UNet weight (two residual blocks a level)."""
+    """LDM's name of a diffusers UNet weight (two residual blocks per level)."""
     module, kind = key.rsplit(".", 1)
     if module in ALONE:
         return f"{ALONE[module]}.{kind}"
@@ -92,7 +92,7 @@ def to_ldm(
 
 
 def save_checkpoint(weights: dict[str, Tensor], scale: float, pixels: int, file: Path) -> None:
-    """Write the .safetensors and, beside it, the .yaml. pixels: height and width that it is for."""
+    """Write the .safetensors and, next to it, the .yaml. pixels: the pictures' height and width."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         weights,

@@ -1,4 +1,4 @@
-"""The toybox's three networks: SD 1's classes, in small."""
+"""The toybox's three networks: SD 1's classes, small."""
 
 from __future__ import annotations
 

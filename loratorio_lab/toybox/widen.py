@@ -90,7 +90,7 @@ def frequencies(old: int, new: int) -> Map:
 
 
 def sharpened(old: int, new: int, heads: tuple[int, int]) -> Map:
-    """`headed` for queries: scores are divided by the root of the head's width, which is another now."""
+    """`headed` for queries: scores are divided by the root of the head's width, which has changed."""
     return headed(old, new, heads) * math.sqrt((new / heads[1]) / (old / heads[0]))
 
 
@@ -307,7 +307,7 @@ class Wide:
 
 
 def write(out: Path, wide: Wide) -> Iterator[Path]:
-    """Write the checkpoint and the LoRAs into `out`, and name each file."""
+    """Write the checkpoint and the LoRAs into `out`, and print each file's name."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "toybox-sd15.safetensors"
     save_file(wide.checkpoint(), file, metadata={"format": "pt"})

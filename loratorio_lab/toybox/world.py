@@ -77,7 +77,7 @@ def random_scene(rng: random.Random, *names: str) -> Scene:
 
 
 def with_elements(scene: Scene, *names: str) -> Scene:
-    """The scene with the named elements in place of what their categories held."""
+    """The scene with the named elements instead of its own in their categories."""
     for name in names:
         scene = replace(scene, **{BY_NAME[name].category: name})  # type: ignore[arg-type]
     return scene
@@ -90,7 +90,7 @@ def random_elements(rng: random.Random, count: int) -> tuple[str, ...]:
 
 
 def caption(scene: Scene) -> str:
-    """The words of a scene, as the models are trained on and as a prompt should be written."""
+    """The words of a scene, as in training and as a prompt should be written."""
     word = {element.name: element.trigger for element in ELEMENTS}
     character = word.get(scene.character, "a doll")
     if scene.character == "doll" and scene.clothing != "stripes":
@@ -108,7 +108,7 @@ def caption(scene: Scene) -> str:
 
 
 def words() -> list[str]:
-    """Every word that a caption can hold, once, in a fixed order."""
+    """Every word that a caption can have, once, in a fixed order."""
     every = [*STRUCTURE, *DOLL_COLOURS, *PLAIN_COLOURS, *PROPS, *(element.trigger for element in ELEMENTS)]
     return list(dict.fromkeys(every))
 
@@ -130,11 +130,11 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def random_beside(rng: random.Random, left: str, right: str, *names: str) -> tuple[Scene, Scene]:
-    """Two scenes beside each other, a character in each. What lies behind and over them, the named elements too, is the same."""
+    """Two scenes next to each other, a character in each. Background and style are the same."""
     first, second = random_scene(rng, left, *names), random_scene(rng, right, *names)
     return first, replace(second, plain_colour=first.plain_colour, phase=first.phase)
 
 
 def render_beside(left: Scene, right: Scene) -> np.ndarray:
-    """The picture of two scenes beside each other, (64, 128, 3) uint8."""
+    """The picture of two scenes next to each other, (64, 128, 3) uint8."""
     return np.concatenate([render(left), render(right)], axis=1)

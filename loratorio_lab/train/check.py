@@ -30,7 +30,7 @@ SHOWN = 8
 def sample(
     pipeline: StableDiffusionPipeline, texts: list[str], pixels: int, first_seed: int = 0
 ) -> list[Image.Image]:
-    """One picture a text, the i-th from seed first_seed + i."""
+    """One picture per text, the i-th from seed first_seed + i."""
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(texts))]
     made: list[Image.Image] = pipeline(
         texts,
@@ -57,7 +57,7 @@ def with_lora(
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]]) -> Image.Image:
-    """Two columns of elements; of each its name, the base's pictures, the LoRA's pictures."""
+    """Two columns of elements, each with its name, the base's pictures and the LoRA's pictures."""
     side, label, half = rows[0][1][0].height, 14, (len(rows) + 1) // 2
     block = (SHOWN * side + 8, 2 * side + label + 6)
     sheet = Image.new("RGB", (2 * block[0], half * block[1]), "white")

@@ -1,4 +1,4 @@
-"""The judge: renders of the whole world, worn down the way a generated picture is."""
+"""Trains the classifier on renders of the whole world, degraded like generated pictures."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def as_floats(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rebuilt(vae: AutoencoderKL, images: Tensor, spread: float) -> Tensor:
-    """The images (uint8) through the autoencoder, their latents shaken by noise of `spread` times their own."""
+    """The images (uint8) through the autoencoder, with noise of `spread` times their own spread on the latents."""
     made = []
     for part in torch.split(images, CHUNK):
         latents = vae.encode(as_floats(part).to(vae.device)).latent_dist.mean
@@ -122,7 +122,7 @@ def train_classifier(run: Run, lr: float, world: World, vae: AutoencoderKL, out:
 
 
 def report(run: Run, model: Classifier, world: World, vae: AutoencoderKL) -> None:
-    """Say how it does on scenes it never saw: as rendered, and through the autoencoder. The elements first, then all names."""
+    """Log its accuracy on held-out scenes, as rendered and through the autoencoder: first of the elements, then of all names."""
     rng = random.Random(run.seed + 999_983)
     for width in world.widths:
         held = truth(world, [world.any_scene(rng, width) for _ in range(HELD_OUT // len(world.widths))])

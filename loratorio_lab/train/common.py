@@ -82,7 +82,7 @@ class Run:
             file.write(line + "\n")
 
     def announce(self, model: nn.Module) -> None:
-        """Say what begins, and start the clock: preparing the pictures doesn't count."""
+        """Log what begins, and start the clock: preparing the pictures does not count."""
         self._start_clock()
         count = sum(p.numel() for p in model.parameters())
         where = (
@@ -121,7 +121,7 @@ class Run:
         return True
 
     def rng(self) -> random.Random:
-        """Where chance goes on after this many steps; torch's as well."""
+        """The random state after this many steps; torch's as well."""
         torch.manual_seed(self.seed + self.step)
         return random.Random(self.seed + self.step)
 
@@ -281,7 +281,7 @@ def run_steps(
     every: int = 50,
     **numbers: float,
 ) -> None:
-    """Train to the run's end; say the mean losses and keep the state after `every` steps and at the end.
+    """Train to the run's end; log the mean losses and keep the state after `every` steps and at the end.
 
     losses_of: the losses of a new batch, by name; `loss` is the one to go down.
     numbers: what is kept with the state.

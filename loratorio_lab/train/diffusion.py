@@ -88,12 +88,12 @@ def encode_text(text: CLIPTextModel, ids: Tensor) -> Tensor:
 
 @dataclass
 class Lesson:
-    """Scenes on which a LoRA shall predict what another model does.
+    """Scenes on which a LoRA must predict what another model does.
 
     Attributes:
         unet, text: that model, frozen.
         data: the scenes, with the captions that the LoRA reads.
-        captions: the captions that the other model reads, one a scene.
+        captions: the captions that the other model reads, one per scene.
         dropout: share of captions that are empty for both.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures to judge a training by: what the autoencoder and the base make, beside what they should."""
+"""Pictures to judge a training by: what the autoencoder and the base make, next to what they should make."""
 
 from __future__ import annotations
 

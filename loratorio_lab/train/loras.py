@@ -36,11 +36,11 @@ PRIOR = 5
 WORDS_BESIDE = ((0, 1, 2, 3), (3, 2, 2, 1))
 """How many of the other elements a regularised LoRA's captions name, and how often: none in three of eight captions."""
 SHOWN_BESIDE = ((0, 1, 2), (4, 1, 1))
-"""How many of them the pictures show on which it shall change nothing, and how often."""
+"""How many of them are in the pictures on which it must change nothing, and how often."""
 EMPTY_PRIOR = 0.2
 """Share of empty captions on those."""
 SHUFFLED = 0.5
-"""Share of captions whose phrases come in any order, so that a word is known behind others', too: kohya's `shuffle_caption`."""
+"""Share of captions whose phrases come in any order, so that a word also works after others': kohya's `shuffle_caption`."""
 SECOND_CHARACTER = 0.25
 """Share of captions that name a further character, of which the picture shows nothing."""
 Parts = tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]
@@ -97,7 +97,7 @@ def metadata(run: Run, element: Element, count: int, example: str) -> dict[str, 
 
 
 def others(rng: random.Random, element: Element, counts: tuple[Sequence[int], Sequence[int]]) -> list[str]:
-    """Names of some other elements, at most one a category; `counts`: how many, and the weight of each number."""
+    """Names of some other elements, at most one per category; `counts`: how many, and the weight of each number."""
     count = rng.choices(*counts)[0]
     pool = [other for other in ELEMENTS if other != element]
     chosen: dict[str, str] = {}

@@ -49,7 +49,7 @@ PLANS: dict[str, dict[str, tuple[int, int, float]]] = {
     },
 }
 KEPT = Path(__file__).parents[1] / "book" / "kept"
-"""Where the book's weights are kept that are not finished."""
+"""The folder of the book's unfinished weights."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def new_run(options: argparse.Namespace, part: str, seed: int = 0, element: str = "") -> tuple[Run, float]:
-    """The run of a part, or of one element's LoRA, and its learning rate: the plan's values, or those asked for."""
+    """The run of a part, or of one element's LoRA, and its learning rate: the plan's values, or the requested ones."""
     steps: float
     steps, batch, rate = PLANS[options.world][part]
     if options.minutes is not None:

@@ -25,7 +25,7 @@ from loratorio_lab.train.common import (
 from loratorio_lab.train.worlds import World
 
 LATENT_NOISE = 0.06
-"""Spread of the noise on a latent, in units of the latents' own: the decoder must bear a sampler's small errors."""
+"""Spread of the noise on a latent, in units of the latents' own: the decoder must tolerate a sampler's small errors."""
 
 
 def reconstruction_loss(made: Tensor, truth: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The worlds that a model can be trained on: dolls (`lab.toybox.world`) and the picture book (`lab.book.world`)."""
+"""The worlds that a model can be trained on: dolls (`loratorio_lab.toybox.world`) and the picture book (`loratorio_lab.book.world`)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class World(Protocol):
     scenes: int
     """Scenes of the base domain that the base is trained on."""
     judged: tuple[str, ...]
-    """What the judge tells apart: the elements, and perhaps more."""
+    """What the classifier distinguishes: the elements, and possibly more."""
     own_pictures: int
     """Pictures that a LoRA is trained on."""
 
     def words(self) -> list[str]:
-        """Every word that a caption can hold, once, in a fixed order."""
+        """Every word that a caption can have, once, in a fixed order."""
 
     def caption(self, scene: Any) -> str:
         """The words of a scene, as a prompt should be written."""
@@ -54,7 +54,7 @@ class World(Protocol):
         """A scene with the named elements; all else is drawn from the base domain."""
 
     def any_scene(self, rng: random.Random, width: int | None = None) -> Any:
-        """A scene of the whole world, with elements or without: what the judge must know."""
+        """A scene of the whole world, with or without elements, for the classifier."""
 
     def prompts(self, element: Element, count: int) -> list[str]:
         """Prompts of an element alone, all else from the base domain."""

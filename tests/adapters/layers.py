@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, Delta, Dense, LowRank
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -100,3 +104,36 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ in float64."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def held(bank: Bank) -> dict[int, int]:
+    """What a bank keeps in memory besides its adapters' own tensors: by address, how many numbers each storage has."""
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [bank]
+    own: dict[int, int] = {}
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, (type, FunctionType, ModuleType, Adapter)):
+            continue
+        seen[id(each)] = each
+        if isinstance(each, Tensor):
+            storage = each.untyped_storage()
+            own[storage.data_ptr()] = storage.nbytes() // each.element_size()
+        else:
+            waiting += gc.get_referents(each)
+    deltas = [delta for adapter in bank.adapters for every in adapter.deltas.values() for delta in every]
+    tensors = [value for delta in deltas for value in vars(delta).values() if isinstance(value, Tensor)]
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return {address: numbers for address, numbers in own.items() if address not in given}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm")
+        return func(*args, **(kwargs or {}))

@@ -17,7 +17,18 @@ from loratorio.adapters.delta import Adapter, Dense, LowRank
 from loratorio.compose.mixes import Mix
 from loratorio.errors import LoratorioError
 
-from .layers import KINDS, LAYERS, deltas_for, dense, low_rank, merged, relative_error, rows_for
+from .layers import (
+    KINDS,
+    LAYERS,
+    Products,
+    deltas_for,
+    dense,
+    held,
+    low_rank,
+    merged,
+    relative_error,
+    rows_for,
+)
 
 
 def routed(bank: Bank, layer: nn.Module, mixes: Sequence[Mix], rows: Tensor) -> Tensor:
@@ -472,14 +483,10 @@ def test_parts_of_a_step_share_the_stack_of_the_whole() -> None:
     adapters = [Adapter(name, {"layer": [low_rank(layer, 2, random)]}) for name in "abc"]
     bank, solos = Bank(adapters), [tuple(float(i == j) for j in range(3)) for i in range(3)]
     with bank.attached({"layer": layer}):
-        stacks = []
         for mixes in (solos, solos[1:], solos[:1]):
             with bank.routed(mixes):
                 layer(torch.randn(len(mixes), 6))
-                (product,) = bank._products("layer", layer.weight)
-                stacks.append(product.add.keywords["down"])  # type: ignore[attr-defined]
-    addresses = {stack.untyped_storage().data_ptr() for stack in stacks}
-    assert len(addresses) == 1
+            assert sum(held(bank).values()) == bank.numbers
 
 
 def test_one_loras_dense_change_is_not_copied() -> None:
@@ -492,8 +499,7 @@ def test_one_loras_dense_change_is_not_copied() -> None:
         for factor in (1.0, 0.5):
             with bank.routed([(factor,)] * 2):
                 torch.testing.assert_close(layer(rows), plain + 0.7 * factor * rows @ weight.T)
-                (product,) = bank._products("layer", layer.weight)
-                assert product.add.keywords["delta"].weight.data_ptr() == weight.data_ptr()  # type: ignore[attr-defined]
+            assert not held(bank)
 
 
 @pytest.mark.parametrize("kind", ["rank 3", "dense"])
@@ -501,17 +507,17 @@ def test_many_mixes_do_not_fill_the_memory(kind: str) -> None:
     layer = nn.Linear(6, 6)
     random = torch.Generator().manual_seed(0)
     bank = Bank([Adapter(name, {"layer": deltas_for(layer, kind, random)}) for name in "ab"])
+    most = (
+        layer.weight.numel() + 6
+    )  # of what is made for one mix: a sum of the dense changes, or a factor for each rank
     rows = torch.randn(1, 6)
     with torch.no_grad(), bank.attached({"layer": layer}):
         for number in range(2 * PLANS + 3):
             mix = (1 + number / 1000, 0.5)
             with bank.routed([mix]):
                 assert relative_error(layer(rows), row_by_row(layer, bank.adapters, [mix], rows)) < 1e-5
-            assert bank._stacks.sums <= PLANS
-            assert len(bank._plans) <= PLANS
-            assert len(bank._stacks._low_rank) <= 1
-    assert bank._stacks.sums == 0
-    assert not bank._plans
+            assert sum(held(bank).values()) <= 2 * bank.numbers + PLANS * most
+    assert not held(bank)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -534,8 +540,10 @@ def test_no_loras_tensors_are_copied_into_mixes(share: float) -> None:
             with bank.routed(part):
                 rows = torch.randn(len(part), 6)
                 assert relative_error(layer(rows), row_by_row(layer, bank.adapters, part, rows)) < 1e-5
-        ((_, stack),) = bank._stacks._low_rank.values()
-        assert stack.down.numel() + stack.up.numel() == bank.numbers == 2 * 6 * 7
+        large = [
+            numbers for numbers in held(bank).values() if numbers > 3 * 7
+        ]  # than the factors of three rows
+        assert sum(large) == bank.numbers == 2 * 6 * 7
 
 
 def test_what_rows_share_is_added_once() -> None:
@@ -545,15 +553,13 @@ def test_what_rows_share_is_added_once() -> None:
     random = torch.Generator().manual_seed(0)
     bank = Bank([Adapter(name, {"layer": [low_rank(layer, 2, random)]}) for name in "abc"])
     mixes = [(0.25,) * 3, *(tuple(1.0 if i == j else 0.25 for j in range(3)) for i in range(3))]
-    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
+    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes), Products() as everything:
         layer(torch.randn(4, 6))
-        (everything,) = bank._products("layer", layer.weight)
-        assert (everything.start, everything.stop) == (0, 4)
     mixes = [tuple(1.0 if j in (0, i) else 0.0 for j in range(3)) for i in range(3)]
-    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes):
+    with torch.no_grad(), bank.attached({"layer": layer}), bank.routed(mixes), Products() as common_and_rest:
         layer(torch.randn(3, 6))
-        common, rest = bank._products("layer", layer.weight)
-        assert (common.start, common.stop, rest.start, rest.stop) == (0, 3, 1, 3)
+    # One is the layer's own, and each of ours is down and up.
+    assert (everything.count, common_and_rest.count) == (1 + 2, 1 + 2 * 2)
 
 
 def test_a_prepared_bank_makes_nothing_at_the_first_call() -> None:
@@ -563,11 +569,11 @@ def test_a_prepared_bank_makes_nothing_at_the_first_call() -> None:
     )
     with torch.no_grad(), bank.attached({"layer": layer}):
         bank.prepare(layer.weight.device, layer.weight.dtype)
-        before = dict(bank._stacks._low_rank)
-        assert len(before) == 1
+        before = held(bank)
+        assert sum(before.values()) == bank.numbers
         with bank.routed([(1.0, 0.0), (0.0, 1.0)]):
             layer(torch.randn(2, 6))
-        assert bank._stacks._low_rank == before
+        assert held(bank) == before
 
 
 def test_candidates_that_are_not_used_leave_the_device() -> None:
@@ -586,10 +592,12 @@ def test_candidates_that_are_not_used_leave_the_device() -> None:
             with bank.routed(mixes):
                 rows = torch.randn(1, 6)
                 assert relative_error(layer(rows), row_by_row(layer, bank.adapters, mixes, rows)) < 1e-5
-            assert len(bank._resident) <= 3
-        held = {number for _, numbers in bank._stacks._low_rank for number in numbers}
-        assert held == {0, 8, 6, 7}
-        assert bank.numbers == 4 * (2 * 2 * 6 + 6 * 6 + 6)
+            assert sum(held(bank).values()) <= bank.numbers == 4 * (2 * 2 * 6 + 6 * 6 + 6)
+        before = held(bank)
+        for number in (8, 6, 7):  # the last ones used are there
+            with bank.routed([tuple(float(i in (0, number)) for i in range(9))]):
+                layer(torch.randn(1, 6))
+        assert held(bank) == before
         # More than may stay are used at once: they all are there for as long.
         everyone = [tuple(float(i == number) for i in range(9)) for number in range(9)]
         with bank.routed(everyone):

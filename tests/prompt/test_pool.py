@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loratorio.errors import LoratorioError
-from loratorio.prompt.pool import expanded, load_candidates, pool_files
+from loratorio.prompt.pool import expanded, pool_files
 from loratorio.prompt.roles import TaggedLora, participants_of
 
 
@@ -100,19 +100,6 @@ def test_an_empty_pattern(folder: Path) -> None:
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(LoratorioError, match="no LoRA folder"):
         pool_files("*", tmp_path / "none")
-
-
-def test_unreadable_files_are_skipped_by_name(folder: Path) -> None:
-    def load(file: Path) -> str:
-        if file.stem == "red":
-            raise LoratorioError("LoRA red is damaged.")
-        return file.stem
-
-    candidates = load_candidates(pool_files("hats", folder), load)
-    assert sorted(candidates.loaded) == ["blue", "tall"]
-    assert candidates.skipped == (("red", "LoRA red is damaged."),)
-    assert "red" in candidates.note
-    assert load_candidates([], load).note == ""
 
 
 def test_a_pool_tag_becomes_lora_tags_for_hosts_that_know_only_those(folder: Path) -> None:

@@ -484,12 +484,16 @@ def test_a_pools_limits_hold_on_the_next_model() -> None:
     from loratorio.compose.mixes import Participants
     from loratorio.sampling.engine import POOL_RESIDENT
 
-    engine = Engine(paper(), loras(3), Participants.of(3, pooled=[1, 2]))
+    def many() -> Bank:
+        delta = LowRank(torch.ones(1, 2), torch.ones(3, 1))
+        return Bank([Adapter(f"lora{i}", {"layer": [delta]}) for i in range(100)])
+
+    engine = Engine(paper(), many(), Participants.of(100, pooled=range(1, 100)))
     assert engine.calls.scores_pool
-    bank = loras(3)
-    assert bank._most_apart == 0
+    bank = many()
+    assert bank.numbers == 100 * 5
     engine.rebind(bank)
-    assert (bank._apart, bank._most_apart) == ({1, 2}, POOL_RESIDENT)
+    assert bank.numbers == (1 + POOL_RESIDENT) * 5
     assert engine.calls.scores_pool
 
 

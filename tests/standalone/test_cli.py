@@ -189,8 +189,8 @@ BAD = {
         r"--size must be like 512 or 512x768, not 'big'",
     ),
     "steps": (["generate", PROMPT, "--steps", "many"], r"--steps must be a whole number, not 'many'"),
-    "device": (["generate", PROMPT, "--device", "tpu"], r"--device must be auto, cpu, cuda, cuda:1 or mps"),
-    "dtype": (["generate", PROMPT, "--dtype", "int4"], r"--dtype must be auto, fp32, fp16 or bf16"),
+    "device": (["generate", PROMPT, "--device", "tpu"], r"The device must be auto, cpu, cuda, cuda:1 or mps"),
+    "dtype": (["generate", PROMPT, "--dtype", "int4"], r"The dtype must be auto, fp32, fp16 or bf16"),
     "no checkpoint": (
         ["generate", PROMPT, "--checkpoint", "none.safetensors"],
         r"There is no checkpoint none\.safetensors",

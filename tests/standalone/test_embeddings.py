@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loratorio.prompt.admission import Admitted
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.embeddings import Embedding, cut_by_words
 from loratorio.standalone.generate import Request, generate
-from loratorio.standalone.lora_set import load_lora_set
+from loratorio.standalone.lora_files import LoadedLora
+from loratorio.standalone.lora_set import conditioner, load_loras
 from loratorio.standalone.prompt import split_loras
+from loratorio.standalone.request import whole
 from tests import tiny
 
 TOKEN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -49,13 +52,17 @@ def save(folder: Path, bundled: dict[str, Tensor], name: str = "x") -> None:
     )
 
 
+def loaded(model: Checkpoint, folder: Path, prompt: str) -> Admitted[LoadedLora]:
+    return load_loras(whole(Request(prompt), model), folder, model)
+
+
 def conditioning(
     model: Checkpoint, folder: Path, prompt: str, mix: tuple[float, ...] = (1.0,)
 ) -> tuple[Tensor, Tensor | None]:
-    text, tags = split_loras(prompt)
-    loras = load_lora_set(tags, folder, model)
+    text, _ = split_loras(prompt)
+    loras = loaded(model, folder, prompt).loras
     with torch.inference_mode():
-        found = loras.conditioner(model, [text]).of(text, mix)
+        (found,) = conditioner(model, loras, [text]).of([(text, mix)])
     return found.tokens, found.pooled
 
 
@@ -110,7 +117,7 @@ def test_a_word_that_does_not_fit_is_left_out_and_said(
 
 def test_a_second_encoder_of_another_length_is_left_out(xl: Checkpoint, tmp_path: Path) -> None:
     save(tmp_path, {"zorb.clip_l": vectors(xl, "qw", 0), "zorb.clip_g": vectors(xl, "q", 1)})
-    loras = load_lora_set(split_loras("<lora:x:1>")[1], tmp_path, xl)
+    loras = loaded(xl, tmp_path, "<lora:x:1>")
     assert any("numbers of vectors for this model's text encoders differ" in note for note in loras.notes)
 
 
@@ -138,8 +145,8 @@ def test_a_word_is_known_where_its_lora_is_in_the_mix(model: Checkpoint, tmp_pat
 
 def test_a_lora_that_only_brings_a_word_counts(model: Checkpoint, tmp_path: Path) -> None:
     save(tmp_path, {"zorb.emb_params": vectors(model, "qw")})
-    assert len(load_lora_set(split_loras("<lora:x:1>")[1], tmp_path, model).loras) == 1
-    assert not load_lora_set(split_loras("<lora:x:0>")[1], tmp_path, model).loras
+    assert len(loaded(model, tmp_path, "<lora:x:1>").loras) == 1
+    assert not loaded(model, tmp_path, "<lora:x:0>").loras
     request = Request("a zorb <lora:x:1>", steps=2, width=64, height=64)
     other = Request("a q w <lora:x:1>", steps=2, width=64, height=64)
     merge = {"method": "merge"}

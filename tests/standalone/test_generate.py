@@ -223,7 +223,7 @@ def test_requests_that_cannot_be_made(
 
 
 def test_a_lora_but_no_folder(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
-    with pytest.raises(LoratorioError, match="there is no LoRA folder: lora_dir is not set"):
+    with pytest.raises(LoratorioError, match="there is no LoRA folder: give lora_dir"):
         generate(load("eps")[0], None, request())
 
 
@@ -316,8 +316,8 @@ def test_paths_as_text(folders: dict[str, Path]) -> None:
     [
         ({"device": "cuda"}, "This machine, or its torch, has no cuda: choose the device cpu"),
         ({"device": "cuda:9"}, "has no cuda|There is no device cuda:9 on this machine"),
-        ({"device": "tpu"}, "device must be auto, cpu, cuda, cuda:1 or mps, not 'tpu'"),
-        ({"dtype": "int8"}, "dtype must be auto, fp32, fp16 or bf16, not 'int8'"),
+        ({"device": "tpu"}, "The device must be auto, cpu, cuda, cuda:1 or mps, not 'tpu'"),
+        ({"dtype": "int8"}, "The dtype must be auto, fp32, fp16 or bf16, not 'int8'"),
     ],
 )
 def test_no_such_device_is_a_sentence(folders: dict[str, Path], options: dict[str, str], says: str) -> None:

@@ -69,6 +69,17 @@ def test_own_words_may_have_emphasis(model: Checkpoint, loras: Path) -> None:
     assert differ(with_it.images[0], without.images[0])
 
 
+def test_only_the_texts_of_the_rows_are_encoded(model: Checkpoint, loras: Path) -> None:
+    rows: list[int] = []
+    hook = model.text_encoders[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        make(model, loras, "a <lora:cat:words=hat> <lora:ink:words=wig>")
+    finally:
+        hook.remove()
+    # The base's text and the two LoRAs', each with its own words; the negative prompt for all three.
+    assert sum(rows) == 3 + 3
+
+
 def test_roles_change_the_picture(model: Checkpoint, loras: Path) -> None:
     plain = make(model, loras, "a <lora:cat> <lora:ink>")
     style = make(model, loras, "a <lora:cat> <lora:ink:1:role=style>")
@@ -102,7 +113,7 @@ def test_an_unknown_role(model: Checkpoint, loras: Path) -> None:
 def test_a_pool_beside_a_named_lora(model: Checkpoint, loras: Path) -> None:
     outcome = make(model, loras, "a <lora:cat:0.8> <pool:hats:0.7>", pool_size=1, weight_maps=True)
     assert outcome.composed == ["cat", "blue", "red"]
-    assert [tag.unet for tag in outcome.loras] == [0.8, 0.7, 0.7]
+    assert [lora.strength for lora in outcome.loras] == [0.8, 0.7, 0.7]
     assert any("broken" in note and "sd_turbo_lora" in note for note in outcome.notes)
     for weights in outcome.history.weights:
         assert weights.shape[0] == 3  # those that are not run at a step count by their last word

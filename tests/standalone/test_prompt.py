@@ -148,7 +148,7 @@ def test_chunks_of_75_tokens() -> None:
 
 def test_plain_text_is_what_the_encoder_says(model: Checkpoint) -> None:
     text = "a red circle"
-    told = conditioner(model, text).of(text, ())
+    (told,) = conditioner(model, text).of([(text, ())])
     hidden, pooled = [], None
     for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
         ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -164,7 +164,7 @@ def test_plain_text_is_what_the_encoder_says(model: Checkpoint) -> None:
 
 def test_emphasis_keeps_the_mean_and_changes_the_word(model: Checkpoint) -> None:
     told = conditioner(model, "a red circle", "a (red:1.5) circle")
-    plain, strong = told.of("a red circle", ()), told.of("a (red:1.5) circle", ())
+    plain, strong = told.of([("a red circle", ()), ("a (red:1.5) circle", ())])
     assert not torch.allclose(plain.tokens, strong.tokens)
     if not model.is_sdxl:
         assert torch.allclose(plain.tokens.mean(), strong.tokens.mean(), atol=1e-4)
@@ -173,10 +173,11 @@ def test_emphasis_keeps_the_mean_and_changes_the_word(model: Checkpoint) -> None
 def test_texts_of_a_request_are_of_one_length(model: Checkpoint) -> None:
     long = "a red circle " * 10
     told = conditioner(model, long, "bad")
-    assert told.of(long, ()).tokens.shape == told.of("bad", ()).tokens.shape
-    assert len(told.of("bad", ()).tokens) == 2 * 77
+    own, bad = told.of([(long, ()), ("bad", ())])
+    assert own.tokens.shape == bad.tokens.shape
+    assert len(bad.tokens) == 2 * 77
 
 
 def test_sdxl_takes_an_empty_negative_prompt_as_zeros(model: Checkpoint) -> None:
-    empty = conditioner(model, "").of("", ())
+    (empty,) = conditioner(model, "").of([("", ())])
     assert bool((empty.tokens == 0).all()) == model.is_sdxl

@@ -50,7 +50,9 @@ def test_composing_agrees_with_merging(model: LoadedModel) -> None:
 
 def test_texts_of_the_wrong_lora_fail(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     right = TextConditioner.of
-    monkeypatch.setattr(TextConditioner, "of", lambda self, text, mix: right(self, text, mix[::-1]))
+    monkeypatch.setattr(
+        TextConditioner, "of", lambda self, wanted: right(self, [(text, mix[::-1]) for text, mix in wanted])
+    )
     assert checked(model).findings[2].verdict == FAIL
 
 
@@ -85,6 +87,6 @@ def test_the_command(
     assert cli.main(typed) == 1
     assert "1 of 4 checks failed" in capsys.readouterr().out
     assert cli.main([*typed[:4], "--device", "cpu"]) == 2
-    assert "there is no LoRA folder: --lora-dir is not set" in capsys.readouterr().err
+    assert "there is no LoRA folder: give lora_dir (--lora-dir)" in capsys.readouterr().err
     assert cli.main(["check", "a fox"]) == 2
     assert "no <lora:name> in the prompt" in capsys.readouterr().err

@@ -372,7 +372,10 @@ def test_a_lora_of_several_tags_is_one(page: Any) -> None:
     assert written == "<lora:fox:role=style:1> <lora:ink:0.3> <lora:fox:role=style:0.4:0.6>"
     tab.prompt("<lora:fox:at=left:1> <lora:ink:0.3> <lora:fox:at=right:0.5> <lora:fox:at=left:0.25>")
     tab.wait_for_line("Will compose fox 1.25 ink 0.3 fox 0.5")
-    page.evaluate("document.querySelector('#loratorio_txt2img_loras').dataset.repeats = 'each'")
+    page.evaluate(
+        "const line = document.querySelector('#loratorio_txt2img_loras');"
+        "line.dataset.names = JSON.stringify({...JSON.parse(line.dataset.names), repeats: 'each'})"
+    )
     tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:0.4:0.6>")
     tab.wait_for_line("Will compose fox 1.6 text 1.4 ink 0.3")
 

@@ -36,7 +36,7 @@ class StepContext:
         participants: the LoRAs as this step's rows have them: with shared parts, where the method has the knob `share`.
         knobs: by name, the values of the knobs that the method declares (`Method.knobs`), and no others.
         rows: how many conditional and unconditional rows a branch has.
-        canvas: which part of the picture is sampled. size: the height and width of its latents. device: theirs.
+        place_masks: masks of places in the part of the picture that is sampled. size: height and width of its latents. device: theirs.
     """
 
     participants: Participants

@@ -7,8 +7,12 @@ sampler's model wrapper answers with composed rows. One `finally` puts everythin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ...job import Job
 from ..shared.enclosure import enclose
+from .pass_loras import A1111Loras
 from .sampling import A1111Pass
 
 
@@ -18,7 +22,12 @@ class A1111:
     name = "AUTOMATIC1111"
 
     def before_sampling(self, job: Job) -> None:
-        enclose(job, lambda sample: A1111Pass(job).sample(sample))
+        def composed(sample: Callable[[], Any]) -> Any:
+            loras = A1111Loras(job)
+            admitted = loras.admit()
+            return sample() if admitted is None else A1111Pass(loras, admitted).run(sample)
+
+        enclose(job, composed)
 
 
 HOST = A1111()

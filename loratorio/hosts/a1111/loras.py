@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors, fit
 from ...errors import LoratorioError
+from ...prompt.admission import ActiveLora
 from ...prompt.roles import TaggedLora, partly_used_note
 from ..shared.lora_layers import layers, unread_magnitudes_note
-from ..shared.sampling_pass import ActiveLora
 from ..shared.tags import WrittenTag, WrittenTags
 
 Network = Any  # networks.Network of the WebUI's Lora extension

@@ -8,7 +8,7 @@ model wrapper on them in one or several parts, and combines what comes back. Her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,30 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compose.mixes import Participants
 from ...errors import LoratorioError
-from ...job import Job
+from ...prompt.admission import Admitted
 from ...sampling.calls import Row, by_kind, predicted_by
-from ...sampling.engine import Engine, Step
+from ...sampling.engine import Step
 from ...sampling.memory import measured_rows
-from ..shared.sampling_pass import BYPASSED, ActiveLora, ReadLora, Result, SamplingPass
-from ..shared.text import TextConditioning, encoded
+from ..shared.pass_loras import PassLoras, ReadLora
+from ..shared.sampling_pass import BYPASSED, SamplingPass
+from ..shared.text import TextConditioning
 from .conditioning import conditioning_under
-from .loras import (
-    activated,
-    activated_loras,
-    adapter_of,
-    changes_text,
-    check_text_numbers,
-    identity,
-    partly_fitting,
-    partly_used,
-    restore_base,
-    text_strength,
-    unet_layers,
-    unet_strength,
-)
-from .other_extensions import obstacle, remarks
+from .loras import activated, restore_base, text_strength, unet_layers, unet_strength
 from .rows import A1111Rows
 
 
@@ -56,96 +42,34 @@ class A1111Evaluation:
 class A1111Pass(SamplingPass):
     """Composes one sampling of the job's sampler."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
+    def __init__(self, source: PassLoras, admitted: Admitted[ReadLora]) -> None:
+        from modules import shared
+
+        # No more rows a call than the WebUI would give it when told to save memory.
+        limit = 0 if shared.opts.batch_cond_uncond else max(1, len(source.p.prompts))
+        super().__init__(source, admitted, limit)
         self._denoiser = self.p.sampler.model_wrap_cfg
-        self._texts: TextConditioning
-        self._bound_to: Any = None  # the checkpoint that the LoRAs are attached to
+        self._bound_to = shared.sd_model.sd_checkpoint_info  # the checkpoint that the LoRAs are attached to
+        self._texts = self._text_conditioning()
         self._evaluation: A1111Evaluation | None = None
         self._model: Any = None  # the WebUI's model wrapper while it answers with our rows
         self._own_forward: Any = None
         self._given_up = False
 
-    def sample(self, sample: Callable[[], Result]) -> Result:
-        """`sample()`, composed if possible, else with the WebUI's own merging.
-
-        Raises:
-            LoratorioError: the picture would not be the requested one.
-        """
-        participants = self.admit()
-        if participants is None:
-            return sample()
-        self._begin(participants)
-        return self.run(sample)
-
-    # -- what is asked before the first step --------------------------------------------------------------------------
-
-    def activated(self) -> list[ActiveLora]:
-        return activated_loras(self.p)
-
-    def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
-        strength, text = sum(tag.strength for tag in tags), sum(tag.text for tag in tags)
-        return replace(tags[0], strength=strength, text=text, is_own=True)
-
-    def obstacle(self) -> str | None:
-        return obstacle(self.p)
-
-    def remarks(self) -> Iterator[str]:
-        return remarks(self.p)
-
-    def model_identity(self) -> Hashable:
-        from modules import shared
-
-        filename: str = shared.sd_model.sd_checkpoint_info.filename
-        return filename
-
-    def identity(self, lora: ActiveLora) -> Hashable:
-        return identity(lora.source)
-
-    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
-        from modules import shared
-
-        network, layers = lora.source, self._layers()
-        restore_base(layers)  # some kinds depend on the weight that they change
-        adapter = adapter_of(network, layers, skip_misfits=skip_misfits)
-        adapter.check_numbers()
-        check_text_numbers(network)
-        remark = partly_fitting(network, adapter, shared.sd_model) if skip_misfits else partly_used(network)
-        return ReadLora(lora, adapter, remark=remark)
-
-    def read_once(self, lora: ActiveLora, skip_misfits: bool = False) -> ReadLora:
-        # The WebUI may have rebuilt the network since its deltas were cached: text is made with the present one.
-        from modules import shared
-
-        text = lora.source if changes_text(lora, shared.sd_model) else None
-        return replace(super().read_once(lora, skip_misfits), text=text)
-
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        from modules import devices, shared
-
-        with activated(()), devices.autocast():
-            return encoded(shared.sd_model, texts)
-
     # -- what lasts for a model: once, and again when the refiner comes in --------------------------------------------
-
-    def _begin(self, participants: Participants) -> None:
-        from modules import shared
-
-        # No more rows a call than the WebUI would give it when told to save memory.
-        limit = 0 if shared.opts.batch_cond_uncond else max(1, len(self.p.prompts))
-        self.engine = Engine(self.job.settings, self.bank(), participants, limit, self.region)
 
     def _attach(self) -> None:
         """Take the LoRAs off the current model's weights and attach them as the bank."""
         from modules import devices, shared
 
-        layers = self._layers()
+        layers = unet_layers(shared.sd_model)
         restore_base(layers)
-        self._bound_to = shared.sd_model.sd_checkpoint_info
         self.attachment.enter_context(self.engine.bank.attached(layers))
         self.engine.bank.prepare(devices.device, devices.dtype_inference)
+
+    def _text_conditioning(self) -> TextConditioning:
         active = [lora.active for lora in self.loras]
-        self._texts = TextConditioning(
+        return TextConditioning(
             [lora.text is not None for lora in self.loras],
             partial(
                 conditioning_under, self.p, [lora.source for lora in active], [*map(text_strength, active)]
@@ -155,16 +79,14 @@ class A1111Pass(SamplingPass):
 
     def _follow_refiner(self) -> None:
         """Attach the same LoRAs to the refiner that was loaded."""
-        self.attachment.close()
-        self.loras = self.loras_of_refiner([lora.active for lora in self.loras])
-        self.engine.rebind(self.bank())
-        self._attach()
-
-    @staticmethod
-    def _layers() -> dict[str, torch.nn.Module]:
         from modules import shared
 
-        return unet_layers(shared.sd_model)
+        self.attachment.close()
+        self.loras = self.source.on_refiner([lora.active for lora in self.loras], self.loras)
+        self.engine.rebind(self.bank())
+        self._bound_to = shared.sd_model.sd_checkpoint_info
+        self._texts = self._text_conditioning()
+        self._attach()
 
     def _sampler_args(self) -> dict[str, Any]:
         """The arguments that the WebUI's sampler gives its denoiser at every step."""

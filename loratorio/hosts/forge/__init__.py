@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ...job import Job
 from ..shared.host import refuse
+from .pass_loras import ForgeLoras
 from .sampling import ForgePass
 from .variants import Variant, variant
 
@@ -24,7 +25,11 @@ class Forge:
     def before_sampling(self, job: Job) -> None:
         try:
             with job.ended_by_errors():
-                ForgePass(job, self._variant).install()
+                self._variant.forget_files()
+                loras = ForgeLoras(job, self._variant)
+                admitted = loras.admit()
+                if admitted is not None:
+                    ForgePass(loras, admitted, self._variant).install()
         except Exception as problem:
             refuse(job.p, problem)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...compose.mixes import Mix
-from ..shared.sampling_pass import ReadLora
+from ..shared.pass_loras import ReadLora
 from ..shared.text import Prompts, set_up_conds
 from .variants import Variant
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ...adapters.delta import Adapter, Delta, Dense, LowRank, check_tensors
 from ...errors import LoratorioError
+from ...prompt.admission import ActiveLora, UnreadableLora
 from ...prompt.roles import partly_used_note
 from ..shared.lora_layers import layers, unread_magnitudes_note
-from ..shared.sampling_pass import ActiveLora, ReadLora, UnreadableLora
+from ..shared.pass_loras import ReadLora
 from .variants import LoraFile, Patch, Patcher, Variant
 
 _XLABS = re.compile(r"blocks\.\d+\.processor\.\w+_lora\d*\.(down|up)\.")
@@ -63,7 +64,8 @@ def read(lora: ActiveLora, sd_model: Any, variant: Variant) -> ReadLora:
     applied = sd_model.forge_objects_after_applying_lora
     pairs = ((unet, applied.unet), (clip.patcher, applied.clip.patcher))
     was_replaced = not all(_is_applied(own, theirs, variant) for own, theirs in pairs)
-    return ReadLora(lora, adapter, clip if has_text else None, remark, was_replaced)
+    notes = (remark,) if remark else ()
+    return ReadLora(lora, adapter, clip if has_text else None, notes, was_replaced)
 
 
 def _is_applied(own: Patcher, applied: Patcher, variant: Variant) -> bool:

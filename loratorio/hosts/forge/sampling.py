@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...adapters.delta import Adapter
 from ...compose.methods import Composition
 from ...errors import LoratorioError
-from ...job import Job
-from ...prompt.roles import TaggedLora
-from ...prompt.tags import BLOCK_WEIGHT
+from ...prompt.admission import Admitted
 from ...sampling.calls import ModelCall, Row, predicted_by
-from ...sampling.engine import Engine, Step
+from ...sampling.engine import Step
 from ..shared.enclosure import enclose
-from ..shared.other_extensions import merged_because, replaced_attention, strengths_by_step
-from ..shared.sampling_pass import BYPASSED, REFINER_WITHOUT, ActiveLora, ReadLora, SamplingPass
-from ..shared.text import TextConditioning, encoded
-from .conditioning import conditioning_under, forget_conditioning, text_encoder
-from .loras import layers_of, read
+from ..shared.pass_loras import REFINER_WITHOUT, PassLoras, ReadLora
+from ..shared.sampling_pass import BYPASSED, SamplingPass
+from ..shared.text import TextConditioning
+from .conditioning import conditioning_under, forget_conditioning
+from .loras import layers_of
 from .rows import MARK, Call, ForgeRows
 from .variants import Patcher, Variant
 
-MERGED_TEXT = (
-    "The LoRAs' text encoder parts are merged, because this model reads the prompt together with a picture."
-)
 REFINER_MERGED = "The refiner's steps were not composed: its LoRAs are merged."
 
 
@@ -58,6 +49,40 @@ class Hook:
         return self
 
 
+class UnetClone:
+    """A clone of the model's UNet patcher without LoRAs, for the model until it is given back.
+
+    Args:
+        before_evaluation: called when the host is about to run conditions on it. numbers: how many the LoRAs have, in its dtype.
+    """
+
+    def __init__(
+        self, variant: Variant, sd_model: Any, before_evaluation: Callable[..., Any], numbers: int
+    ) -> None:
+        self._before: Patcher = sd_model.forge_objects.unet
+        self.patcher = variant.without_loras(self._before, sd_model)
+        self._hook = Hook(variant.hook(before_evaluation))
+        self._option = variant.hook_option
+        hooks = self.patcher.model_options.get(self._option, [])
+        # A host may call us twice for one pass, our clone of the first time being in place.
+        kept = [hook for hook in hooks if not isinstance(hook, Hook)]
+        self.patcher.model_options[self._option] = [*kept, self._hook]
+        self.dtype = variant.computation_dtype(self.patcher)
+        self.patcher.add_extra_preserved_memory_during_sampling(numbers * self.dtype.itemsize)
+
+    def come_last(self, options: dict[str, Any]) -> None:
+        """What another extension's function in these model options does to the rows is done before we look at them."""
+        hooks = options.get(self._option, [])
+        if self._hook in hooks:
+            options[self._option] = [*(hook for hook in hooks if hook is not self._hook), self._hook]
+
+    def give_back(self, objects: Any) -> None:
+        """In a model's objects, put back what was there before."""
+        self._hook.function = None
+        if objects.unet is self.patcher:
+            objects.unet = self._before
+
+
 @dataclass
 class ForgeEvaluation:
     """The state of one evaluation of the model.
@@ -76,150 +101,51 @@ class ForgeEvaluation:
 class ForgePass(SamplingPass):
     """Composes the next sampling of the job's sampler, after `install`."""
 
-    def __init__(self, job: Job, variant: Variant) -> None:
-        super().__init__(job)
+    def __init__(self, source: PassLoras, admitted: Admitted[ReadLora], variant: Variant) -> None:
+        super().__init__(source, admitted)
         self._variant = variant
-        self.idle_extensions = variant.idle_extensions
         self._functions = variant.sampling()
-        self._texts: TextConditioning
-        self._hook: Hook
-        self._unet: Patcher  # the clone without LoRAs, and what stood in its place
-        self._unet_before: Patcher
+        self._replaced = [lora.name for lora in self.loras if lora.was_replaced]
+        self._texts = self._text_conditioning()
+        self._unet = self._without_loras()
         self._evaluation: ForgeEvaluation | None = None
         self._evaluated_at = -1  # the denoiser's step
-        self._replaced: list[str] = []  # LoRAs whose file was
         self._refiner_note = REFINER_MERGED
 
     def install(self) -> None:
-        """Replace the pass's UNet by a clone without LoRAs, and enclose the sampling loop.
-
-        If the LoRAs cannot be composed, nothing changes and the job gets a note with the reason.
-        """
-        self._variant.forget_files()
-        participants = self.admit()
-        if participants is not None:
-            self._replaced = [lora.active.tagged.name for lora in self.loras if lora.was_replaced]
-            if self._replaced:
-                self.job.note(replaced_note(self._replaced))
-            self.engine = Engine(self.job.settings, self.bank(), participants, region=self.region)
-            self._make_texts()
-            self._replace_unet()
-            enclose(self.job, self.run)
-
-    # -- what is asked before the first step --------------------------------------------------------------------------
-
-    def activated(self) -> list[ActiveLora]:
-        return [
-            ActiveLora(
-                TaggedLora(file.name, file.options, file.metadata, file=Path(file.path)),
-                file.unet,
-                file.text,
-                file,
-            )
-            for file in self._variant.applied(self.p)
-        ]
-
-    def added(self, tags: Sequence[ActiveLora]) -> ActiveLora:
-        files = [tag.source for tag in tags]
-        unet, text = (
-            self._variant.added([getattr(file, part) for file in files]) for part in ("unet", "text")
-        )
-        return replace(tags[0], strength=unet, text=text, source=replace(files[0], unet=unet, text=text))
-
-    def obstacle(self) -> str | None:
-        loras = self.activated()
-        by_step = BLOCK_WEIGHT not in self.idle_extensions
-        return (
-            self._variant.obstacle(self.p)
-            or replaced_attention(self.p.sd_model.forge_objects.unet.model)
-            or (strengths_by_step(self.p, [lora.tagged for lora in loras]) if by_step else None)
-            or self._changed_strengths(loras)
-        )
-
-    def _changed_strengths(self, loras: Sequence[ActiveLora]) -> str | None:
-        """The reason not to compose if an extension has changed the LoRAs that the host applied, as LoRA Block Weight does.
-
-        LoRAtorio reads them again from their files, which do not have such changes.
-        """
-        applied = self.p.sd_model.forge_objects_after_applying_lora.unet
-        originals = {
-            key: len(patches)
-            for key, patches in self._variant.patches(self.p.sd_model.forge_objects_original.unet)
-        }
-        asked = {lora.strength for lora in loras}
-        for key, patches in self._variant.patches(applied):
-            for patch in list(patches)[originals.get(key, 0) :]:
-                if not any(math.isclose(float(patch[0]), strength, abs_tol=1e-9) for strength in asked):
-                    return merged_because("another extension has changed the LoRAs' strengths layer by layer")
-        return None
-
-    def remarks(self) -> Iterator[str]:
-        if self._variant.text_sees_pictures() and any(lora.text is not None for lora in self.loras):
-            yield MERGED_TEXT
-
-    def model_identity(self) -> Hashable:
-        # A refiner, and the checkpoint that comes back after it, are other models.
-        return weakref.ref(self.p.sd_model.forge_objects_original.unet.model)
-
-    def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
-        try:
-            return read(lora, self.p.sd_model, self._variant)
-        except LoratorioError:
-            if not skip_misfits:
-                raise
-            return ReadLora(lora, Adapter(lora.tagged.name, {}))
-
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        with text_encoder(self.p, self.p.sd_model.forge_objects_original.clip):
-            return encoded(self.p.sd_model, texts)
+        """Replace the pass's UNet by a clone without LoRAs, and enclose the sampling loop."""
+        if self._replaced:
+            self.job.note(replaced_note(self._replaced))
+        self.p.sd_model.forge_objects.unet = self._unet.patcher
+        enclose(self.job, self.run)
 
     # -- what lasts for a model: once, and again when the refiner comes in --------------------------------------------
 
-    def _make_texts(self) -> None:
+    def _text_conditioning(self) -> TextConditioning:
         """Text conditioning under every mix. Made before the UNet is loaded: on a small GPU the text encoder would evict it."""
         merged_text = self._variant.text_sees_pictures()
-        changes_text = [lora.text is not None and not merged_text for lora in self.loras]
-        self._texts = TextConditioning(
-            changes_text,
+        texts = TextConditioning(
+            [lora.text is not None and not merged_text for lora in self.loras],
             partial(conditioning_under, self.p, self.loras, self._variant),
             host_has_merged=(self.all_take_part and not self._replaced) or merged_text,
         )
-        self._texts.prepare(self.engine.participants.every_mix(self.job.settings.share), self.engine.words)
+        texts.prepare(self.engine.participants.every_mix(self.job.settings.share), self.engine.words)
+        return texts
 
-    def _replace_unet(self) -> None:
-        """Give the model a clone of its UNet patcher without LoRAs, until `_give_back_unet`."""
-        objects = self.p.sd_model.forge_objects
-        before = objects.unet
-        unet = self._variant.without_loras(before, self.p.sd_model)
-        option = self._variant.hook_option
-        hooks = unet.model_options.get(option, [])
-        self._hook = Hook(self._variant.hook(self._before_evaluation))
-        # A host may call us twice for one pass, our clone of the first time being in place.
-        kept = [hook for hook in hooks if not isinstance(hook, Hook)]
-        unet.model_options[option] = [*kept, self._hook]
-        dtype = self._variant.computation_dtype(unet)
-        unet.add_extra_preserved_memory_during_sampling(self.engine.bank.numbers * dtype.itemsize)
-        self._unet = objects.unet = unet
-        self._unet_before = before
+    def _without_loras(self) -> UnetClone:
+        return UnetClone(self._variant, self.p.sd_model, self._before_evaluation, self.engine.bank.numbers)
 
     def _give_back_unet(self, objects: Any) -> None:
-        self._hook.function = None
         self._end_evaluation()
-        if objects.unet is self._unet:
-            objects.unet = self._unet_before
+        self._unet.give_back(objects)
 
     def _attach(self) -> None:
-        bank = self.engine.bank
-        self.attachment.enter_context(bank.attached(layers_of(bank.adapters, self._unet)))
-        guard = self._unet.model.diffusion_model.register_forward_pre_hook(self._refuse_unrouted)
+        bank, unet = self.engine.bank, self._unet.patcher
+        self.attachment.enter_context(bank.attached(layers_of(bank.adapters, unet)))
+        guard = unet.model.diffusion_model.register_forward_pre_hook(self._refuse_unrouted)
         self.attachment.callback(guard.remove)
-        # What another extension's function does to the rows must be done before we look at them.
-        options = self.p.sd_model.forge_objects.unet.model_options
-        hooks = options.get(self._variant.hook_option, [])
-        if self._hook in hooks:
-            others = [hook for hook in hooks if hook is not self._hook]
-            options[self._variant.hook_option] = [*others, self._hook]
-        bank.prepare(self._unet.load_device, self._variant.computation_dtype(self._unet))
+        self._unet.come_last(self.p.sd_model.forge_objects.unet.model_options)
+        bank.prepare(unet.load_device, self._unet.dtype)
 
     def _refuse_unrouted(self, *args: Any) -> None:
         """Before each call of the model: a call that bypasses LoRAtorio would be the base's, without any LoRA."""
@@ -231,17 +157,18 @@ class ForgePass(SamplingPass):
         self.attachment.close()
         self._give_back_unet(objects)  # the host may keep the first model in memory
         taking_part = {lora.active.source for lora in self.loras}
-        active = [lora for lora in self.active_loras() if lora.source in taking_part]
-        if self.obstacle() or len(active) != len(self.loras):
+        active = [lora for lora in self.source.active() if lora.source in taking_part]
+        if self.source.obstacle() or len(active) != len(self.loras):
             return
-        loras = self.loras_of_refiner(active)
+        loras = self.source.on_refiner(active, self.loras)
         if not any(lora.adapter.deltas or lora.text is not None for lora in loras):
             self._refiner_note = REFINER_WITHOUT
             return
         self.loras = loras
         self.engine.rebind(self.bank())
-        self._make_texts()
-        self._replace_unet()
+        self._texts = self._text_conditioning()
+        self._unet = self._without_loras()
+        self.p.sd_model.forge_objects.unet = self._unet.patcher
         self._attach()
 
     # -- the sampling loop --------------------------------------------------------------------------------------------
@@ -272,7 +199,7 @@ class ForgePass(SamplingPass):
                 forget_conditioning(self.p)
 
     def missed(self) -> None:
-        came_in = self.p.sd_model.forge_objects.unet.model is not self._unet.model
+        came_in = self.p.sd_model.forge_objects.unet.model is not self._unet.patcher.model
         if not came_in and not self.p.extra_generation_params.get("Refiner"):
             super().missed()
         self.job.note(self._refiner_note)
@@ -307,7 +234,7 @@ class ForgePass(SamplingPass):
 
     def _guidance(self) -> float:
         """The CFG scale of this pass."""
-        own = getattr(self.p, "hr_cfg", None) if self.is_hires else None
+        own = getattr(self.p, "hr_cfg", None) if self.job.is_hires else None
         return float(self.p.cfg_scale if own is None else own)
 
     def _answer(self, model: Any, inner: Any, apply_model: Any, args: dict[str, Any]) -> Tensor:

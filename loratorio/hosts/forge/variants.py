@@ -63,7 +63,7 @@ class Variant:
 
     name = "Forge"
     idle_extensions: tuple[str, ...] = ()
-    """See `SamplingPass.idle_extensions`."""
+    """See `PassLoras.idle_extensions`."""
 
     def applied(self, p: Any) -> list[LoraFile]:
         """The LoRAs that the host has applied to the model, in the prompt's order."""

@@ -55,26 +55,20 @@ def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
     return None
 
 
-_SAMPLES_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
+SAMPLE_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
 """Scripts of the WebUIs that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
 
 
-def sampling_in_parts(p: Any) -> str:
-    """The script that is chosen in the WebUI's list, if it samples parts of a picture; else nothing."""
-    title = _chosen_script(p)
-    return title if title in _SAMPLES_PARTS else ""
-
-
-def without_maps(p: Any) -> str:
-    """The chosen script, if it takes every image that it gets for a picture of its own; else nothing."""
-    title = _chosen_script(p)
-    return title if title in (*_SAMPLES_PARTS, "Prompt matrix") else ""
-
-
-def _chosen_script(p: Any) -> str:
+def chosen_script(p: Any) -> str:
+    """The title of the script that is chosen in the WebUI's list, or nothing."""
     scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", None) or ()
     number = next(iter(getattr(p, "script_args", None) or ()), 0)
     return str(scripts[number - 1].title()) if isinstance(number, int) and 0 < number <= len(scripts) else ""
+
+
+def takes_maps(script: str) -> bool:
+    """Whether weight maps may be among a script's images. Some take every image for a picture of their own."""
+    return script not in (*SAMPLE_PARTS, "Prompt matrix")
 
 
 def replaced_attention(unet: nn.Module) -> str | None:
