@@ -417,6 +417,7 @@ def _without_effect(
             len(placed) in (0, len(tags)),
             "unless some LoRAs have a place (at=…) and others have none",
         ),
+        (["own_words"], len(placed) < 2, "unless several LoRAs have a place (at=…)"),
         (weighed, len(tags) == 1 and not tags[0].pool and not placed, "with a single LoRA"),
         (
             ["reuse"],

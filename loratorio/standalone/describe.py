@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import __version__
+from ..compose.mixes import NO_WORDS
 from ..pictures.infotext import LoraUse, infotext, params
 from ..prompt.places import OPTION
 from .checkpoint import Checkpoint
@@ -34,6 +35,7 @@ def describe(checkpoint: Checkpoint, outcome: Outcome, image: int) -> str:
                     lora.options.get(OPTION, ""),
                     share=shares.get(number, 0.0) if lora.pool and shares else None,
                     text=lora.te,
+                    without=outcome.words.get(number, NO_WORDS).without,
                 )
                 for number, lora in enumerate(outcome.loras)
             ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..adapters.bank import Bank
 from ..compose.methods import METHODS, Composition
-from ..compose.mixes import Mix
+from ..compose.mixes import Mix, Words
 from ..errors import LoratorioError
-from ..prompt.places import with_words
+from ..prompt.own_words import reading, with_words
 from ..prompt.roles import no_room_note, reactions_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
@@ -52,6 +52,7 @@ class Outcome:
         composed: names of the composed LoRAs, a pool's candidates among them.
         notes: sentences for the user, on LoRAs that were left out or recognised.
         reactions: by name of a pool's candidate, how much the prompt moves it (`compose.candidates.reactions`), where that was looked at.
+        words: by number, what each composed LoRA's rows read other than the common prompt.
     """
 
     request: WholeRequest
@@ -63,6 +64,7 @@ class Outcome:
     history: WeightHistory
     notes: tuple[str, ...] = ()
     reactions: Mapping[str, float] = field(default_factory=dict)
+    words: Mapping[int, Words] = field(default_factory=dict)
 
 
 def generate(
@@ -111,6 +113,8 @@ def _generate(
     settings = (
         request.settings if request.settings.enabled else request.settings.with_values({"method": "merge"})
     )
+    if settings.own_words:
+        loras = replace(loras, tagged=tuple(reading(loras.tagged, [text])))
     bank = Bank([lora.unet for lora in loras.loras])
     weighed = METHODS[settings.method].uses_importance
     schedule = _schedule(checkpoint, request)
@@ -141,6 +145,7 @@ def _generate(
         engine.history if engine else WeightHistory(),
         (*plain_text_notes(text, request.negative), *loras.notes, *no_room, *of_engine),
         moved,
+        participants.words,
     )
 
 

@@ -49,6 +49,8 @@ class Variant:
         ]
         if not self.pool:
             used = [name for name in used if KNOB_BY_NAME[name].group != "pool"]
+        if not self.beside:
+            used.remove("own_words")
         return {name: getattr(settings, name) for name in used}
 
 

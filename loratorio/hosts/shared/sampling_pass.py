@@ -22,6 +22,7 @@ from ...compose.regions import WHOLE, Box
 from ...errors import LoratorioError
 from ...job import Job, PassRecord
 from ...pictures.infotext import LoraUse
+from ...prompt.own_words import reading
 from ...prompt.places import OPTION as PLACE_OPTION
 from ...prompt.pool import Candidates
 from ...prompt.roles import (
@@ -221,6 +222,8 @@ class SamplingPass(ABC):
         self.loras = tuple(self._usable(taken, missing))
         self.all_take_part = len(self.loras) == len(active)
         tagged = [lora.active.tagged for lora in self.loras]
+        if self.job.settings.own_words:
+            tagged = reading(tagged, self.prompts)
         participants = participants_of(tagged, self._importance(tagged))
         script = sampling_in_parts(self.p)
         if script and participants.has_places:
@@ -367,10 +370,14 @@ class SamplingPass(ABC):
         return height // _LATENT_PIXEL, width // _LATENT_PIXEL
 
     @property
+    def prompts(self) -> list[str]:
+        """Each picture's, as this pass has it."""
+        return self.p.hr_prompts if self.is_hires else self.p.prompts  # type: ignore[no-any-return]
+
+    @property
     def prompt(self) -> str:
-        """The first picture's, as this pass has it."""
-        prompts: list[str] = self.p.hr_prompts if self.is_hires else self.p.prompts
-        return prompts[0]
+        """The first picture's."""
+        return self.prompts[0]
 
     def bank(self) -> Bank:
         """The LoRAs of this pass, ready to be attached."""
@@ -428,7 +435,8 @@ class SamplingPass(ABC):
         share = shares.get(number, 0.0) if lora.tagged.is_candidate and shares else None
         place = lora.tagged.options.get(PLACE_OPTION, "")
         text = lora.text if has_text else None
-        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text)
+        without = self.engine.participants.words[number].without
+        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text, without)
 
     def saw_strengths(self, strengths: tuple[float, ...]) -> None:
         """Remember, for the infotext, the strengths that the LoRAs have at this evaluation, where they may change."""
