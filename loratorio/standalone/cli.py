@@ -392,7 +392,10 @@ def _without_effect(
 ) -> Iterator[str]:
     """Sentences about options that have no effect with the others. variants: the settings of all pictures."""
     settings = request.settings
-    given = [name for name, value in _given(options).items() if value is not False]
+    # A box that is unticked anyway is not mentioned.
+    given = [
+        name for name, value in _given(options).items() if value is not False or KNOB_BY_NAME[name].default
+    ]
     comparing = hasattr(options, "by")
     methods = {variant.method for variant in variants}
     yield from settings.without_effect(
