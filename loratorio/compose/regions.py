@@ -35,7 +35,13 @@ WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 
 
 def _is_in(box: Box, around: Box) -> bool:
-    return around.x0 <= box.x0 and box.x1 <= around.x1 and around.y0 <= box.y0 and box.y1 <= around.y1
+    return (
+        around != WHOLE
+        and around.x0 <= box.x0
+        and box.x1 <= around.x1
+        and around.y0 <= box.y0
+        and box.y1 <= around.y1
+    )
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Place:
     edge: float = 0.0
 
     def is_within(self, other: Place) -> bool:
-        """Whether each of its boxes lies in one of the other's."""
+        """Whether each of its boxes lies in one of the other's. A place that is the whole picture, as it is until it is found, is around
+        nothing."""
         return all(any(_is_in(box, around) for around in other.boxes) for box in self.boxes)
 
     def mask(self, height: int, width: int, region: Box = WHOLE) -> Tensor:
