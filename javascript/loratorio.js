@@ -68,6 +68,7 @@
         wrong: {},
         missing: new Set(),
         asked: new Set(),
+        reads: {txt2img: {}, img2img: {}},
 
         /** A remark about a missing LoRA, or how many LoRAs a pool has; nothing while that is unknown. */
         of(lora) {
@@ -78,14 +79,22 @@
             return typeof count === "number" ? `${count} LoRA${count === 1 ? "" : "s"}` : count ?? "";
         },
 
-        /** Request those that were not requested yet; `done` is called when the answer has arrived. */
-        async ask(loras, done) {
+        /**
+         * Request those that were not requested yet, and which words of the prompt its LoRAs with places do not read; `done` is called
+         * when the answer has arrived.
+         */
+        async ask(tab, loras, prompt, done) {
             const key = lora => (lora.pool ? "pool:" : "lora:") + lora.name;
             const isNew = text => !this.asked.has(text);
             const fresh = loras.filter(lora => isNew(key(lora)));
             const tags = loras.flatMap(lora => lora.tags).filter(tag => !PLAIN.test(tag) && isNew(tag));
-            if (!fresh.length && !tags.length) {
+            const places = loras.filter(lora => lora.options.at !== undefined).length;
+            const isNewPrompt = places > 1 && this.reads[tab].prompt !== prompt;
+            if (!fresh.length && !tags.length && !isNewPrompt) {
                 return;
+            }
+            if (isNewPrompt) {
+                this.reads[tab] = {prompt, sentence: ""};
             }
             [...fresh.map(key), ...tags].forEach(text => this.asked.add(text));
             const names = pool => fresh.filter(lora => lora.pool === pool).map(lora => lora.name);
@@ -93,15 +102,18 @@
                 const answer = await fetch("./loratorio/found", {
                     method: "POST",
                     headers: {"Content-Type": "application/json"},
-                    body: JSON.stringify({loras: names(false), pools: names(true), tags}),
+                    body: JSON.stringify({loras: names(false), pools: names(true), tags, ...(isNewPrompt ? {prompt} : {})}),
                 });
                 if (!answer.ok) {
                     return;
                 }
-                const {missing, pools, wrong} = await answer.json();
+                const {missing, pools, wrong, reads} = await answer.json();
                 missing.forEach(name => this.missing.add(name));
                 Object.assign(this.pools, pools);
                 Object.assign(this.wrong, wrong);
+                if (isNewPrompt && this.reads[tab].prompt === prompt) {
+                    this.reads[tab].sentence = reads;
+                }
                 done();
             } catch {
                 // Without an answer, the line does not mention it.
@@ -112,6 +124,7 @@
         forget() {
             this.asked.clear();
             this.missing.clear();
+            this.reads = {txt2img: {}, img2img: {}};
         },
     };
 
@@ -184,6 +197,10 @@
             ?? gradioApp().querySelector(`#loratorio_${tab}-checkbox input`);
     }
 
+    function knobBox(tab, knob) {
+        return gradioApp().querySelector(`#loratorio_${tab}_${knob} input[type=checkbox]`);
+    }
+
     /** What a step costs with so many LoRAs, from what Python counted for one, two, …; beyond those a straight line goes on. */
     function cost(costs, count) {
         const last = costs.length;
@@ -222,8 +239,10 @@
         const composed = loras.filter(lora => lora.role !== "always" && !found.wrong[lora.tag]);
         showCost(tab, composed.filter(lora => !lora.pool && Number(lora.unet) !== 0 && !found.missing.has(lora.name)).length);
         const every = [...loras, ...hires];
-        found.ask(every, () => refresh(tab));
-        const said = [placeless(tab, every), ...every.map(lora => found.wrong[lora.tag] ?? found.of(lora))];
+        const text = loratorioTags.withoutComments(prompt.value);
+        found.ask(tab, every, text, () => refresh(tab));
+        const reads = knobBox(tab, "own_words")?.checked && found.reads[tab].prompt === text ? found.reads[tab].sentence : "";
+        const said = [placeless(tab, every), reads, ...every.map(lora => found.wrong[lora.tag] ?? found.of(lora))];
         const state = JSON.stringify([loras, hires, styles, on, said]);
         if (shown[tab]?.line === line && shown[tab].state === state) {
             return;
@@ -240,7 +259,7 @@
         if (!composed.length && !hires.length) {
             remark = loras.length ? ALWAYS_ONLY : names.none_yet;
         }
-        for (const text of [remark, said[0], styles ? STYLES_TOO : ""]) {
+        for (const text of [remark, said[0], reads, styles ? STYLES_TOO : ""]) {
             if (text) {
                 parts.push(element("span", "loratorio-remark", text));
             }
@@ -349,6 +368,7 @@
         for (const tab of ["txt2img", "img2img"]) {
             follow(textareaOf(`${tab}_prompt`), "value", () => refresh(tab));
             follow(tickBox(tab), "checked", () => refresh(tab));
+            follow(knobBox(tab, "own_words"), "checked", () => refresh(tab));
             for (const side of ["width", "height"]) {
                 follow(gradioApp().querySelector(`#${tab}_${side} input[type=number]`), "value", loratorioPlaces.update);
             }

@@ -215,5 +215,5 @@ const loratorioTags = (function() {
     window.addEventListener("keydown", changeStrength, true);
     onUiLoaded(removeOnCardClick);
 
-    return {read, write, keepingFocus, undoKey};
+    return {read, write, keepingFocus, undoKey, withoutComments};
 })();

@@ -230,6 +230,10 @@ class Settings:
         "bool", False, "A map for each", "With weight maps: one map per LoRA, after the map of all LoRAs.",
         "shown", 1,
     )  # fmt: skip
+    own_words: bool = knob(
+        "bool", True, "Own words", "In its place, a LoRA reads the prompt without the trigger words of LoRAs in other places.",
+        "weights", 5, former=(("0.2.0", False),),
+    )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ OTHERS: Mapping[str, Any] = {
     "start": 0.0,
     "end": 1.0,
     "yielding": 0.5,
+    "own_words": True,
 }
 """The knobs that no preset sets. Each measurement gives the others itself, or names a preset."""
 

@@ -18,6 +18,25 @@ STYLE_SHARE = 0.7
 """The part of a style's strength that acts in the other LoRAs' rows: found by measurement (docs/lab/METHODS.md)."""
 
 
+class Words(NamedTuple):
+    """What a LoRA's rows read other than the common prompt (`prompt.own_words.with_words`).
+
+    Attributes:
+        own: words after the prompt.
+        without: phrases that are left out of it. but: phrases that stay, though some of `without` may be parts of them.
+    """
+
+    own: str = ""
+    without: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.own or self.without)
+
+
+NO_WORDS = Words()
+
+
 class Branch(NamedTuple):
     """A block of model rows: every conditional (or unconditional) row of a step, under one mix."""
 
@@ -36,7 +55,7 @@ class ComposedLora:
         pooled: it came out of a pool. scored: its pool is not settled, so it runs only when it is urgent.
         importance: how much its trigger words matter in the prompt (W-Composite).
         place: where it may act; None: everywhere.
-        words: what its rows' prompt has in addition to the common one.
+        words: what its rows read other than the common prompt.
     """
 
     number: int
@@ -46,7 +65,7 @@ class ComposedLora:
     scored: bool = False
     importance: float = 1.0
     place: Place | None = None
-    words: str = ""
+    words: Words = NO_WORDS
 
     @property
     def is_private(self) -> bool:
@@ -99,7 +118,7 @@ class Participants:
         pooled: Sequence[int] = (),
         importance: Mapping[int, float] | None = None,
         places: Mapping[int, Place] | None = None,
-        words: Mapping[int, str] | None = None,
+        words: Mapping[int, Words] | None = None,
     ) -> Participants:
         """`count` LoRAs by number. Those in `always` act on every row and are never composed, whatever else they are in."""
         places, words, importance = places or {}, words or {}, importance or {}
@@ -119,7 +138,7 @@ class Participants:
                 i in pooled,
                 float(importance.get(i, 1.0)),
                 places.get(i),
-                words.get(i, ""),
+                words.get(i, NO_WORDS),
             )
             for i in composed
         )
@@ -135,6 +154,11 @@ class Participants:
     def numbers(self) -> list[int]:
         """Each composed LoRA's number, in their order."""
         return [lora.number for lora in self.loras]
+
+    @property
+    def words(self) -> dict[int, Words]:
+        """By number, what each composed LoRA's rows read other than the common prompt."""
+        return {lora.number: lora.words for lora in self.loras}
 
     @property
     def are_composed(self) -> bool:
@@ -208,8 +232,8 @@ class Participants:
         ]
         return replace(self, loras=tuple(loras), reference=reference, additions=tuple(additions))
 
-    def words_by_mix(self, share: float = 0.0) -> dict[Mix, str]:
-        """The own words of the LoRA that a mix belongs to, with and without shared parts; LoRAs without words are left out."""
+    def words_by_mix(self, share: float = 0.0) -> dict[Mix, Words]:
+        """The words of the LoRA that a mix belongs to, with and without shared parts; LoRAs without words are left out."""
         every = (*self.loras, *self.with_shared_parts(share).loras)
         return {lora.mix: lora.words for lora in every if lora.words}
 

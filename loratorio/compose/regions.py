@@ -34,6 +34,16 @@ class Box(NamedTuple):
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 
 
+def _is_in(box: Box, around: Box) -> bool:
+    return (
+        around != WHOLE
+        and around.x0 <= box.x0
+        and box.x1 <= around.x1
+        and around.y0 <= box.y0
+        and box.y1 <= around.y1
+    )
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a LoRA may act: in all of these boxes.
@@ -45,6 +55,11 @@ class Place:
 
     boxes: tuple[Box, ...]
     edge: float = 0.0
+
+    def is_within(self, other: Place) -> bool:
+        """Whether each of its boxes lies in one of the other's. A place that is the whole picture, as it is until it is found, is around
+        nothing."""
+        return all(any(_is_in(box, around) for around in other.boxes) for box in self.boxes)
 
     def mask(self, height: int, width: int, region: Box = WHOLE) -> Tensor:
         """How much of each latent pixel belongs to the place, (H, W) float32 from 0 to 1.

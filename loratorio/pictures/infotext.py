@@ -37,6 +37,7 @@ class LoraUse(NamedTuple):
         most: the most that it had, where it changed.
         share: how much of the picture it had, from 0 to 1; for a candidate of a pool, else None.
         text: its strength in the text encoder, where it has a part for that.
+        without: the phrases of the prompt that its passes did not read.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LoraUse(NamedTuple):
     most: float | None = None
     share: float | None = None
     text: float | None = None
+    without: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         strength = number(self.strength)
@@ -53,7 +55,8 @@ class LoraUse(NamedTuple):
         text = "" if self.text in (None, self.strength) else f" text {number(self.text)}"
         place = f" at {self.place}" if self.place else ""
         share = "" if self.share is None else f" ({self.share * 100:.0f} %)"
-        return f"{self.name}:{strength}{text}{place}{share}"
+        without = f" without {' + '.join(self.without)}" if self.without else ""
+        return f"{self.name}:{strength}{text}{place}{without}{share}"
 
 
 UNUSED = 0.005

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from ..compose.mixes import Participants
 from ..compose.regions import WHOLE, Box
 from ..errors import LoratorioError
+from .own_words import reading
 from .roles import (
     OPTION,
     TaggedLora,
@@ -115,6 +116,7 @@ def admit(
     size: tuple[int, int],
     region: Box = WHOLE,
     encode: Callable[[list[str]], Sequence[Tensor]] | None = None,
+    read_by_place: Sequence[str] = (),
     other_options: Collection[str] = (),
 ) -> Admitted[Lora]:
     """The LoRAs that take part in a picture: of pools those that the prompt calls, without those that cannot be used or change nothing.
@@ -125,6 +127,7 @@ def admit(
         read: reads a LoRA for the model. `LeftOut` and `UnreadableLora` leave it out, other errors only a pool's candidate.
         size, region: height and width of what is sampled, in latent pixels, and which part of the picture it is.
         encode: for methods that weigh trigger words, the base model's conditioning of each text, (tokens, width); else None.
+        read_by_place: the prompts whose words LoRAs with a place read only in part (`reading`); none: they read all.
         other_options: named arguments of LoRA tags that others read.
 
     Raises:
@@ -160,6 +163,8 @@ def admit(
     if skipped and not (taken or without_effect or unread):
         raise LoratorioError("No LoRA of the pool matches this model: choose another folder or pattern.")
     tags = [lora.tagged for lora, _ in taken.values()]
+    if read_by_place:
+        tags = reading(tags, read_by_place)
     importance = None if encode is None else prompt_importance(tags, prompt, encode)
     participants = participants_of(tags, importance)
     notes += [unread_note(unread), without_effect_note(without_effect), skipped_note(skipped)]

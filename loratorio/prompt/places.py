@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -63,29 +62,6 @@ def _cover_all(boxes: Sequence[Box]) -> bool:
         for left, right in pairwise(across)
         for top, bottom in pairwise(down)
     )
-
-
-def with_words(prompt: str, words: str) -> str:
-    """The prompt followed by a LoRA's own words; with ``AND``, each part followed by them."""
-    if not words:
-        return prompt
-    parts = re.split(r"(\bAND\b)", prompt)
-    joined = [part if part == "AND" else _PART.sub(lambda m: _joined(m, words), part) for part in parts]
-    # Next to an empty part there is no blank, and AND would become a part of the words.
-    text = ""
-    for part in joined:
-        touches = re.fullmatch(r"\w\w", text[-1:] + part[:1]) is not None
-        text += f" {part}" if touches else part
-    return text
-
-
-_PART = re.compile(r"^(\s*)(.*?)(\s*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*|\s*)$", re.DOTALL)
-
-
-def _joined(part: re.Match[str], words: str) -> str:
-    """Text and words, before the part's weight and with the blanks that were around it."""
-    before, text, after = part.groups()
-    return f"{before}{text}{', ' if text else ''}{words}{after}"
 
 
 def _box(part: str, value: str, lora: str) -> Box:

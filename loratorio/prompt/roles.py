@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from ..compose.candidates import CALLED
 from ..compose.importance import importance, without_words
-from ..compose.mixes import Participants
+from ..compose.mixes import NO_WORDS, Participants, Words
 from ..compose.regions import WHOLE, Box, Place
 from ..errors import LoratorioError
 from .places import OPTION as PLACE_OPTION
@@ -63,6 +63,7 @@ class TaggedLora:
         metadata: of its file, as safetensors stores it.
         pooled: whether it comes from a pool and is only a candidate.
         file: its file, if known.
+        read: what its passes read other than the prompt, where its tag does not say (`own_words.reading`).
     """
 
     name: str
@@ -70,6 +71,7 @@ class TaggedLora:
     metadata: Mapping[str, str] = field(default_factory=dict)
     pooled: bool = False
     file: Path | None = None
+    read: Words = NO_WORDS
 
     @property
     def is_candidate(self) -> bool:
@@ -88,9 +90,10 @@ class TaggedLora:
         return None if value is None else read_place(value, self.name)
 
     @property
-    def words(self) -> str:
-        """The words that are added to the prompt for this LoRA's rows only."""
-        return shown(self.options.get(WORDS_OPTION, "")).strip()
+    def words(self) -> Words:
+        """What this LoRA's rows read other than the prompt."""
+        own = shown(self.options.get(WORDS_OPTION, "")).strip()
+        return Words(own) if own else self.read
 
 
 def repeats(loras: Sequence[TaggedLora]) -> list[list[int]]:

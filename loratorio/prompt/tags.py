@@ -85,6 +85,12 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def split_tags(prompt: str) -> tuple[str, list[Tag]]:
+    """The prompt without its tags, and those of LoRAs."""
+    loras = [read_tag(content) for kind, content in _ANY.findall(prompt) if kind in KINDS]
+    return _ANY.sub("", prompt), loras
+
+
 def trouble(kind: str, content: str) -> str:
     """A sentence on why the tag ``<kind:content>`` cannot be read, or nothing."""
     why = _why(kind, content)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.bank import Bank, Regrouped
+from ..compose.mixes import NO_WORDS, Words
 from ..errors import LoratorioError
 from .memory import RowMemory
 
@@ -24,13 +25,13 @@ class Row(NamedTuple):
         mix: which LoRAs act on it; the host gives it the text conditioning of the same mix.
         cond: whether it is a conditional row.
         slot: its number among the step's conditional rows, or among its unconditional rows.
-        words: what its prompt has in addition to the common one: the own words of its LoRA.
+        words: what it reads other than the common prompt.
     """
 
     mix: tuple[float, ...]
     cond: bool
     slot: int
-    words: str = ""
+    words: Words = NO_WORDS
 
 
 POOL_ROWS = 8

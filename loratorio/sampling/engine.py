@@ -17,7 +17,7 @@ from ..compose.candidates import branches_for_reactions, reactions
 from ..compose.guidance import rescaled_cond
 from ..compose.methods import METHODS, Composition, Method, Predictions, StepContext
 from ..compose.methods.merge import NAMED
-from ..compose.mixes import Branch, Mix, Participants
+from ..compose.mixes import NO_WORDS, Branch, Mix, Participants
 from ..compose.regions import WHOLE, Box, PlaceMasks
 from ..errors import LoratorioError
 from ..settings import Settings
@@ -76,7 +76,7 @@ class Engine:
 
     Attributes:
         calls: runs rows in as few model calls as limits and memory allow.
-        words: by mix, the own words that its conditional rows have; mixes without any are left out.
+        words: by mix, what its conditional rows read other than the common prompt; mixes without such words are left out.
         pool: which of a pool's candidates the prompt calls.
     """
 
@@ -259,7 +259,7 @@ class Engine:
 
     def _predict(self, rows: Sequence[Row], session: Method, now: StepContext, predict: Predict) -> Tensor:
         """All rows, each with its own LoRAs, in order."""
-        rows = [row._replace(words=self.words.get(row.mix, "")) if row.cond else row for row in rows]
+        rows = [row._replace(words=self.words.get(row.mix, NO_WORDS)) if row.cond else row for row in rows]
         layers = {name: self._mix_now(mix) for name, mix in session.layer_mixes(now).items()}
         replaced = frozenset() if session is NAMED else self._assembled
         draws = RandomState(now.device)

@@ -376,7 +376,10 @@ def _without_effect(
 ) -> Iterator[str]:
     """Sentences about options that have no effect with the others. variants: the settings of all pictures."""
     settings = request.settings
-    given = [name for name, value in _given(options).items() if value is not False]
+    # A box that is unticked anyway is not mentioned.
+    given = [
+        name for name, value in _given(options).items() if value is not False or KNOB_BY_NAME[name].default
+    ]
     comparing = hasattr(options, "by")
     methods = {variant.method for variant in variants}
     yield from settings.without_effect(
@@ -401,6 +404,7 @@ def _without_effect(
             len(placed) in (0, len(tags)),
             "unless some LoRAs have a place (at=…) and others have none",
         ),
+        (["own_words"], len(placed) < 2, "unless several LoRAs have a place (at=…)"),
         (weighed, len(tags) == 1 and not tags[0].pool and not placed, "with a single LoRA"),
         (
             ["reuse"],

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..adapters.bank import Bank
 from ..compose.methods import METHODS, Composition
-from ..compose.mixes import Mix
+from ..compose.mixes import NO_WORDS, Mix, Words
 from ..errors import LoratorioError
 from ..pictures.infotext import LoraUse
 from ..prompt.admission import ActiveLora
+from ..prompt.own_words import with_words
 from ..prompt.places import OPTION as PLACE
-from ..prompt.places import with_words
 from ..prompt.roles import reactions_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
@@ -128,7 +128,10 @@ def _generate(
         images,
         [request.seed + i for i in range(request.batch)],
         latents,
-        [_use(number, lora, history.shares) for number, lora in enumerate(admitted.active)],
+        [
+            _use(number, lora, history.shares, admitted.participants.words)
+            for number, lora in enumerate(admitted.active)
+        ],
         [names[number] for number in admitted.participants.numbers],
         history,
         (*plain_text_notes(text, request.negative), *admitted.notes, *of_engine),
@@ -136,10 +139,18 @@ def _generate(
     )
 
 
-def _use(number: int, lora: ActiveLora, shares: Mapping[int, float]) -> LoraUse:
+def _use(number: int, lora: ActiveLora, shares: Mapping[int, float], words: Mapping[int, Words]) -> LoraUse:
     tagged = lora.tagged
     share = shares.get(number, 0.0) if tagged.is_candidate and shares else None
-    return LoraUse(tagged.name, lora.strength, tagged.options.get(PLACE, ""), share=share, text=lora.text)
+    without = words.get(number, NO_WORDS).without
+    return LoraUse(
+        tagged.name,
+        lora.strength,
+        tagged.options.get(PLACE, ""),
+        share=share,
+        text=lora.text,
+        without=without,
+    )
 
 
 def _without_effect(settings: Settings, steps: int, history: WeightHistory) -> list[str]:

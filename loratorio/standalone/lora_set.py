@@ -43,7 +43,12 @@ def load_loras(
     size = request.height // checkpoint.latent_scale, request.width // checkpoint.latent_scale
     weighs_words = METHODS[request.engine_settings.method].uses_importance
     admitted = admit(
-        active, text, partial(loaded, checkpoint, load), size, encode=encode if weighs_words else None
+        active,
+        text,
+        partial(loaded, checkpoint, load),
+        size,
+        encode=encode if weighs_words else None,
+        read_by_place=[text] if request.engine_settings.own_words else (),
     )
     return replace(admitted, notes=(*notes, *admitted.notes))
 

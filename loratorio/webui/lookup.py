@@ -1,13 +1,16 @@
-"""Answers for the panel's line: which LoRAs of a prompt exist, and how many candidates a pool has."""
+"""Answers for the panel's line: which LoRAs of a prompt exist, how many candidates a pool has, and which words a LoRA does not read."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import LoratorioError
-from ..prompt.tags import trouble
+from ..prompt.own_words import reading
+from ..prompt.roles import TaggedLora
+from ..prompt.tags import split_tags, trouble
 from . import pools
 
 PATH = "/loratorio/found"
@@ -18,12 +21,13 @@ MOST = 100
 def add_route(_: Any, app: Any) -> None:
     """For the WebUI's callback when its server has started: answer the page's questions.
 
-    The answer contains only the requested names.
+    The answer contains only the requested names, and words of the prompt.
     """
 
     def answer(asked: dict[str, Any]) -> dict[str, Any]:
         answered = found(_texts(asked.get("loras")), _texts(asked.get("pools")), pools.count, pools.is_new)
-        return {**answered, "wrong": wrong(_texts(asked.get("tags")))}
+        reads = [unread_words(prompt) for prompt in _texts([asked.get("prompt")])]
+        return {**answered, "wrong": wrong(_texts(asked.get("tags"))), "reads": "".join(reads)}
 
     app.add_api_route(PATH, answer, methods=["POST"])
 
@@ -46,6 +50,31 @@ def wrong(tags: Sequence[str]) -> dict[str, str]:
         return {}
     troubles = {tag: trouble(*tag.strip("<>").partition(":")[::2]) for tag in tags}
     return {tag: why for tag, why in troubles.items() if why}
+
+
+def unread_words(prompt: str) -> str:
+    """A sentence on the words of a prompt with tags that its LoRAs' passes do not read, or nothing."""
+    text, tags = split_tags(prompt)
+    try:
+        loras = reading([_tagged(tag.name, tag.options) for tag in tags], [text])
+    except LoratorioError:  # a place that cannot be read: the line says so
+        return ""
+    parts = [
+        f"{lora.name} reads the prompt without {' and '.join(lora.words.without)}"
+        for lora in loras
+        if lora.words.without
+    ]
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _tagged(name: str, options: Mapping[str, str]) -> TaggedLora:
+    """A LoRA of the prompt with what the WebUI knows of its file."""
+    known = getattr(sys.modules.get("networks"), "available_network_aliases", None) or {}
+    entry = known.get(name)
+    file = getattr(entry, "filename", None)
+    return TaggedLora(
+        name, options, getattr(entry, "metadata", None) or {}, file=Path(file) if file else None
+    )
 
 
 def _has(name: str, known: Mapping[str, Any]) -> bool:

@@ -35,12 +35,26 @@ ROWS: tuple[Variant, ...] = (
     ),
 )
 
+_BALANCED = PRESETS["balanced"].values
+
+WORD_ROWS: tuple[Variant, ...] = (
+    Variant(
+        "common_whole",
+        "both words in the prompt, read by both",
+        {**_BALANCED, "own_words": False},
+        beside="common",
+    ),
+    Variant("common", "**both words in the prompt, each read by its own LoRA**", _BALANCED, beside="common"),
+    Variant("beside_balanced", "Balanced, a place for each", _BALANCED, beside="placed"),
+)
+"""Whose words a LoRA reads; the last row has `words=`, as all placed rows of the other table."""
+
 BACKGROUND = "background"
 SAMPLING = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
 """A wide picture needs more than the twelve steps of the other tables."""
 
 
-def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
+def cells(categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Variant] = ROWS) -> list[Cell]:
     """All ordered pairs of characters, alone and with every background or style that lies over the whole picture."""
     pairs = list(itertools.permutations(categories.get(CHARACTER, ()), 2))
     further = [
@@ -51,7 +65,7 @@ def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
         cell(variant, (*pair, *more), seeds, SAMPLING)
         for more in further
         for pair in pairs
-        for variant in ROWS
+        for variant in rows
     ]
 
 
@@ -62,6 +76,9 @@ def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) 
     styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
+    if cell.beside == "common":
+        pair = [f"<lora:{left}:at=left:1>", f"<lora:{right}:at=right:1>"]
+        return f"{', '.join([trigger[left], trigger[right], *rest])} {' '.join([*pair, *everywhere])}"
     if cell.beside == "placed":
         # Each character's word belongs to its own place.
         pair = [
@@ -97,7 +114,7 @@ def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
         "| | both halves right: the pair alone | with a background | the background found | with a style | the style found |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for variant in ROWS:
+    for variant in (*ROWS, *WORD_ROWS[:-1]):  # the last is one of both
         own = [result for result in results if result.cell.is_of(variant)]
         if not own:
             continue

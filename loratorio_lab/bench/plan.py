@@ -26,7 +26,8 @@ class Variant:
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
         unlabelled: their files do not say which words call them.
-        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags.
+        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags with their
+            own words there, or ``common``: placed, and their words in the common prompt.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
 
@@ -49,6 +50,8 @@ class Variant:
         ]
         if not self.pool:
             used = [name for name in used if KNOB_BY_NAME[name].group != "pool"]
+        if self.beside != "common":
+            used.remove("own_words")
         return {name: getattr(settings, name) for name in used}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
-from loratorio.compose.mixes import STYLE_SHARE, Mix, Participants
+from loratorio.compose.mixes import NO_WORDS, STYLE_SHARE, Mix, Participants, Words
 from loratorio.compose.regions import Box, Place
 from loratorio.sampling.calls import Row
 from loratorio.sampling.engine import Composition, Engine, Step
@@ -35,7 +35,7 @@ class FakeModel:
         self.asked += rows
         return torch.stack([self.predicted(row.mix, row.cond, row.slot, row.words) for row in rows])
 
-    def predicted(self, mix: Mix, cond: bool, slot: int = 0, words: str = "") -> Tensor:
+    def predicted(self, mix: Mix, cond: bool, slot: int = 0, words: Words = NO_WORDS) -> Tensor:
         seed = hash((mix, cond, slot, words)) % 2**31
         made = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
         if self._changed is not None and mix[self._changed] > 0:
@@ -160,13 +160,13 @@ def test_what_always_acts_in_a_place_acts_in_both_predictions() -> None:
 
 def test_own_words_are_in_the_loras_own_conditional_rows_alone() -> None:
     model = FakeModel()
-    participants = Participants.of(3, places={0: LEFT}, words={0: "red dress", 1: "hat"})
+    participants = Participants.of(3, places={0: LEFT}, words={0: Words("red dress"), 1: Words("hat")})
     step(participants, model, share=0.3, batch=2)
     for row in model.asked:
         own = [number for number in (0, 1) if row.mix[number] == 1.0]
-        assert row.words == (("red dress", "hat")[own[0]] if own and row.cond else "")
+        assert row.words == ((Words("red dress"), Words("hat"))[own[0]] if own and row.cond else NO_WORDS)
         assert sum(part > 0 for part in row.mix[:2]) <= 1  # private: in no other's rows
-    assert {row.words for row in model.asked} == {"", "red dress", "hat"}
+    assert {row.words for row in model.asked} == {NO_WORDS, Words("red dress"), Words("hat")}
 
 
 def test_a_batch_with_and_and_five_dimensions() -> None:

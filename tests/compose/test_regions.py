@@ -224,3 +224,15 @@ def test_a_canvas_makes_each_mask_once() -> None:
     assert first is not None
     assert canvas.masks([place, None], (4, 4), torch.device("cpu")) is first
     assert canvas.mask(place, (4, 4), torch.device("cpu")) is canvas.mask(place, (4, 4), torch.device("cpu"))
+
+
+def test_a_place_is_within_another() -> None:
+    left, corner = Place((Box(0, 0, 0.5, 1),)), Place((Box(0, 0, 0.3, 0.4),), 0.1)
+    both = Place((*corner.boxes, Box(0.6, 0, 1, 1)))
+    assert corner.is_within(left)
+    assert corner.is_within(both)
+    assert left.is_within(left)
+    assert not left.is_within(corner)
+    assert not both.is_within(left)
+    whole = Place((WHOLE,))
+    assert not any(one.is_within(whole) for one in (left, whole))

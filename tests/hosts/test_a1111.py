@@ -660,3 +660,39 @@ def test_when_none_has_an_effect_it_is_the_webuis_picture(a1111: Any, standin: A
     assert torch.equal(found, standin.run(standin.job()))
     assert job.passes == []
     assert len(job.notes) == 1
+
+
+WORDS = (
+    # prompts, and what the LoRA at the left (sks) and the one at the right (wug) read of them
+    (("a sks and wug",), ("a sks and ",), ("a  and wug",)),
+    (("sks hat AND wug sea :0.6",), ("sks hat AND  sea :0.6",), (" hat AND wug sea :0.6",)),
+    (("sks hat, sea", "a wug"), ("sks hat, sea", "a "), (" hat, sea", "a wug")),
+    (("a [sks:wug:2] hat",), ("a [sks::2] hat",), ("a [:wug:2] hat",)),
+)
+
+
+@pytest.mark.parametrize(("prompts", "left", "right"), WORDS)
+def test_each_half_is_the_webuis_own_picture_of_what_its_lora_reads(
+    a1111: Any, either: Any, prompts: tuple[str, ...], left: tuple[str, ...], right: tuple[str, ...]
+) -> None:
+    """In one step, at λ = 0: nothing of the other half has come over."""
+    Tag = a1111.run.Tag
+    a = either.lora("a", 1, **{"modelspec.trigger_phrase": "sks"})
+    b = either.lora("b", 2, **{"modelspec.trigger_phrase": "wug"})
+    tags = Tag(a, named={"at": "left~0"}), Tag(b, named={"at": "right~0"})
+
+    def halves(samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return samples.chunk(2, dim=-1)
+
+    own, job = compose(either.job(*tags, prompts=prompts, steps=1), recentre=0.0)
+    assert close(halves(own)[0], halves(either.run(either.job(a, prompts=left, steps=1)))[0])
+    assert close(halves(own)[1], halves(either.run(either.job(b, prompts=right, steps=1)))[1])
+    assert [str(use) for use in job.passes[0].uses] == [
+        "a:1 at left~0 without wug",
+        "b:1 at right~0 without sks",
+    ]
+    assert job.p.prompts == list(prompts)
+    common, job = compose(either.job(*tags, prompts=prompts, steps=1), recentre=0.0, own_words=False)
+    assert close(halves(common)[0], halves(either.run(either.job(a, prompts=prompts, steps=1)))[0])
+    assert [str(use) for use in job.passes[0].uses] == ["a:1 at left~0", "b:1 at right~0"]
+    assert not close(own, common)

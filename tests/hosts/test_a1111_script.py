@@ -187,7 +187,7 @@ def test_own_words_may_have_what_divides_a_tag(standin: Any, script: Any) -> Non
     kind, name, own, *others = cat.split(":")  # as the WebUI does
     assert [kind, name, *others] == ["lora", "cat", "at=left", "1"]
     assert own.count("=") == 1
-    assert TaggedLora("cat", dict([own.split("=")])).words == words
+    assert TaggedLora("cat", dict([own.split("=")])).words.own == words
     assert hypernet == "hypernet:x:(a:b)"
     assert job.hires_prompts is None  # those of another batch
     job.p.iteration = 1

@@ -853,6 +853,44 @@ def test_own_words_are_a_longer_prompt_for_the_loras_own_rows(webui: Any, standi
             assert not close(own, standin.run(standin.job("a", prompts=prompts)))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "left", "right"),
+    [
+        (("a sks and wug",), ("a sks and ",), ("a  and wug",)),
+        (("sks hat AND wug sea :0.6",), ("sks hat AND  sea :0.6",), (" hat AND wug sea :0.6",)),
+        (("sks hat, sea", "a wug"), ("sks hat, sea", "a "), (" hat, sea", "a wug")),
+    ],
+)
+def test_each_half_is_the_hosts_own_picture_of_what_its_lora_reads(
+    webui: Any, standin: Any, prompts: tuple[str, ...], left: tuple[str, ...], right: tuple[str, ...]
+) -> None:
+    """In one step, at λ = 0: nothing of the other half has come over."""
+    tag = webui.run.tag
+    standin.lora("d", 4)
+    tags = [
+        tag("a", metadata={"modelspec.trigger_phrase": "sks"}, at="left~0"),
+        tag("d", metadata={"modelspec.trigger_phrase": "wug"}, at="right~0"),
+    ]
+
+    def halves(p: Any, **knobs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        p.steps = 1
+        samples = compose(standin, p, recentre=0.0, **knobs)[0] if knobs else standin.run(p)
+        one, other = samples.chunk(2, dim=-1)
+        return one, other
+
+    own = halves(standin.job(*tags, prompts=prompts), own_words=True)
+    common = halves(standin.job(*tags, prompts=prompts), own_words=False)
+    for side, name, read in ((0, "a", left), (1, "d", right)):
+        assert close(own[side], halves(standin.job(name, prompts=read))[side])
+        assert close(common[side], halves(standin.job(name, prompts=prompts))[side])
+        assert not close(own[side], common[side])
+    _, job = compose(standin, standin.job(*tags, prompts=prompts))
+    assert [str(use) for use in job.passes[0].uses] == [
+        "a:1 at left~0 without wug",
+        "d:1 at right~0 without sks",
+    ]
+
+
 def test_a_place_that_is_the_picture_is_no_place(webui: Any, standin: Any) -> None:
     tag = webui.run.tag
     plain, _ = compose(standin, standin.job("a", "b"))

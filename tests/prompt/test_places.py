@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import combinations
 
 import pytest
@@ -10,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio.compose.methods import METHODS
-from loratorio.compose.mixes import Participants
+from loratorio.compose.mixes import NO_WORDS, Participants, Words
 from loratorio.compose.regions import Box, Place
 from loratorio.errors import LoratorioError
-from loratorio.prompt.places import EDGE, NAMED, read_place, with_words
+from loratorio.prompt.places import EDGE, NAMED, read_place
 from loratorio.prompt.roles import TaggedLora, participants_of
 from loratorio.sampling.engine import check_places
 from tests.published import paper
@@ -104,35 +103,6 @@ def test_the_sentences_examples_can_be_read() -> None:
     assert all(read_place(name, "alice") for name in NAMED)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("a man", "a man, red dress"),
-        ("", "red dress"),
-        ("a man AND a dog", "a man, red dress AND a dog, red dress"),
-        ("a man :0.7 AND a dog: 1.2", "a man, red dress :0.7 AND a dog, red dress: 1.2"),
-        ("AND a dog", "red dress AND a dog, red dress"),
-        ("a man AND AND", "a man, red dress AND red dress AND red dress"),
-        ("BRAND new", "BRAND new, red dress"),
-        ("a [b:c:0.5] (d:1.2)", "a [b:c:0.5] (d:1.2), red dress"),
-    ],
-)
-def test_own_words_stand_behind_every_part_of_the_prompt(prompt: str, expected: str) -> None:
-    assert with_words(prompt, "red dress") == expected
-    assert with_words(prompt, "") == prompt
-
-
-@given(
-    st.lists(st.sampled_from(["AND", " ", "a", ":0.5", "(b)", "\n"]), max_size=9),
-    st.sampled_from(["hat", "(hat:1.2)"]),
-)
-def test_own_words_leave_the_number_of_parts(pieces: list[str], words: str) -> None:
-    prompt = "".join(pieces)
-    parts = re.split(r"\bAND\b", with_words(prompt, words))
-    assert len(parts) == len(re.split(r"\bAND\b", prompt))
-    assert all(words in part for part in parts)
-
-
 def test_participants_know_places_and_words() -> None:
     loras = [
         TaggedLora("alice", {"at": "left", "words": " red dress, long hair "}),
@@ -146,7 +116,7 @@ def test_participants_know_places_and_words() -> None:
         None,
         read_place("right~0", ""),
     ]
-    assert [lora.words for lora in participants.loras] == ["red dress, long hair", "", ""]
+    assert [lora.words for lora in participants.loras] == [Words("red dress, long hair"), NO_WORDS, NO_WORDS]
     assert participants.base == (0.0, 0.0, 0.0, 0.0)  # what always acts, but in a place, is in no mix
     assert [each.number for each in participants.additions] == [2]
     shared = participants.with_shared_parts(0.5)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loratorio.prompt.roles import TaggedLora, chosen_from_pool
 from loratorio.prompt.trigger_words import called, callers, words_of
 
+PHRASE_KEY = "modelspec.trigger_phrase"
 PHRASE = {"modelspec.trigger_phrase": "zorb, a red cap"}
 TAGS = {
     "ss_tag_frequency": json.dumps({"10_zorb": {"zorb": 20, "solo": 11, "hat": 3}, "5_more": {"zorb ": 4}})
@@ -34,10 +35,21 @@ def test_where_the_words_come_from(tmp_path: Path) -> None:
     assert words_of(TAGS, file) == ["glorp", "green man"]
     beside(tmp_path, json={"activation text": "kakto, <lora:x:0.8>", "preferred weight": 1})
     assert words_of(TAGS, file) == ["kakto"]
-    assert words_of(PHRASE, file) == ["zorb", "a red cap"]
+    # What somebody has written counts more than what came with the file.
+    assert words_of({**PHRASE, **TAGS}, file) == ["kakto"]
     # A WebUI writes the file also where nobody typed an activation text.
     beside(tmp_path, json={"activation text": ""})
     assert words_of(TAGS, file) == ["glorp", "green man"]
+    assert words_of(PHRASE, file) == ["zorb", "a red cap"]
+    # WebUIs have read the table already.
+    assert words_of({"ss_tag_frequency": json.loads(TAGS["ss_tag_frequency"])}) == ["zorb"]
+
+
+def test_descriptions_are_no_trigger_words() -> None:
+    long, many = "a" * 101, ",".join(f"x{i}" for i in range(200))
+    assert words_of({"modelspec.trigger_phrase": f"zorb, {long}"}) == ["zorb"]
+    assert len(words_of({"modelspec.trigger_phrase": many})) == 100
+    assert words_of({"ss_tag_frequency": json.dumps({"a": {"b" * 1_000_001: 1}})}) == []
 
 
 @pytest.mark.parametrize(
@@ -52,19 +64,23 @@ def test_files_beside_that_cannot_be_read_are_passed_over(tmp_path: Path, conten
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         lambda each: st.lists(each) | st.dictionaries(st.text(), each),
-    )
+    ),
+    st.sampled_from([PHRASE_KEY, "ss_tag_frequency", "ss_dataset_dirs"]),
 )
-def test_any_json_is_some_words_or_none(value: Any) -> None:
-    words = words_of({"ss_tag_frequency": json.dumps(value)})
-    assert all(isinstance(word, str) and word for word in words)
+def test_any_metadata_is_some_words_or_none(value: Any, key: str) -> None:
+    """Also as a WebUI has read it, where any value may be any JSON."""
+    for stored in (value, json.dumps(value)):
+        words = words_of({**TAGS, key: stored})
+        assert all(isinstance(word, str) and word for word in words)
 
 
 def test_words_are_called_whole_and_in_any_case() -> None:
     assert called(["zorb", "a red cap", "c++"], "A ZORB, a red cap") == ["zorb", "a red cap"]
     assert called(["orb", "cap"], "a zorb in a cape") == []
     assert called(["c++"], "in c++, code") == ["c++"]
+    assert called(["red cap", "cap"], "a red_cap, cap-like") == ["red cap"]
 
 
 def test_a_word_of_most_of_the_pool_calls_nobody() -> None:

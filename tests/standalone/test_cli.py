@@ -307,6 +307,7 @@ NO_EFFECT = {
     "no guidance": (["--cfg", "1", "--negative", "bad"], "--negative has no effect with --cfg 1"),
     "no pool": (["--pool-size", "2"], "--pool-size has no effect without a <pool:…> tag."),
     "no places": (["--yielding", "0"], "--yielding has no effect unless some LoRAs have a place"),
+    "no other places": (["--no-own-words"], "--own-words has no effect unless several LoRAs have a place"),
     "a folder": (["--config", "{sd}"], "--config has no effect with a folder as --checkpoint."),
     "few steps": (["--reuse", "2"], "--reuse has no effect in 10 steps or fewer"),
     "another method": (["--temperature", "0.5"], "--temperature = 0.5 has no effect with "),

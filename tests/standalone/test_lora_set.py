@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
+from loratorio.standalone.describe import describe
 from loratorio.standalone.generate import Outcome, Request, generate
 from tests import tiny
 from tests.published import paper
@@ -78,6 +81,26 @@ def test_only_the_texts_of_the_rows_are_encoded(model: Checkpoint, loras: Path) 
         hook.remove()
     # The base's text and the two LoRAs', each with its own words; the negative prompt for all three.
     assert sum(rows) == 3 + 3
+
+
+def test_common_words_are_read_by_their_own_lora(model: Checkpoint, loras: Path, tmp_path: Path) -> None:
+    """At λ = 0 each half is its own LoRA's alone, so the same text as own words makes the same picture."""
+    for name, word in (("cat", "mimsy"), ("ink", "sea")):
+        shutil.copy(loras / f"{name}.safetensors", tmp_path)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"activation text": word}))
+
+    def made(prompt: str, **knobs: object) -> Outcome:
+        return make(model, tmp_path, prompt, recentre=0.0, **knobs)
+
+    tags = "<lora:cat:at=left~0> <lora:ink:at=right~0>"
+    common = made(f"mimsy, (sea:1.3) {tags}")
+    own = made("<lora:cat:at=left~0:words=mimsy,> <lora:ink:at=right~0:words=, (sea:1.3)>")
+    assert not differ(common.images[0], own.images[0])
+    assert "cat:1 at left~0 without sea, ink:1 at right~0 without mimsy" in describe(model, common, 0)
+    off = made(f"mimsy, (sea:1.3) {tags}", own_words=False)
+    assert differ(off.images[0], common.images[0])
+    assert "without" not in describe(model, off, 0)
+    assert "LoRAtorio own words: False" in describe(model, off, 0)
 
 
 def test_roles_change_the_picture(model: Checkpoint, loras: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +70,57 @@ def test_places_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
     assert not (twice({}, free).image == first.image).all()
     assert (twice(None, free).image == plain.image).all()
     assert len(call({}, prompt=placed, batch_size=4, **fields).images) >= 4
+
+
+@pytest.fixture
+def called(webui: WebUI, loras: list[str]) -> Iterator[list[Path]]:
+    """Copies of two LoRAs with activation texts, sks and wug."""
+    paths = {each["name"]: Path(each["path"]) for each in webui.call("loras")}
+    if not paths[loras[0]].is_file():
+        pytest.skip("the WebUI's LoRA folder is not on this machine")
+    made = []
+    for name, word in zip(loras, ("sks", "wug"), strict=False):
+        made.append(paths[name].with_name(f"called-{uuid.uuid4().hex[:8]}.safetensors"))
+        shutil.copy(paths[name], made[-1])
+        made[-1].with_suffix(".json").write_text(json.dumps({"activation text": word}))
+    webui.call("refresh-loras", {})
+    yield made
+    for file in made:
+        file.unlink()
+        file.with_suffix(".json").unlink()
+    webui.call("refresh-loras", {})
+
+
+@pytest.mark.parametrize("way", ["txt2img", "hires fix", "batch"])
+def test_common_words_are_read_by_their_own_lora(webui: WebUI, called: list[Path], way: str) -> None:
+    """At λ = 0 each half is its own LoRA's alone, so the same text as own words gives the same picture."""
+    fields: dict[str, Any] = {**WIDE, "batch_size": 4 if way == "batch" else 1}
+    if way == "hires fix":
+        fields = upscaled(webui, {**fields, **HIRES, "hr_upscaler": "Lanczos"})
+    left, right = (file.stem for file in called)
+    knobs = {"recentre": 0.0, "share": 0.0, "reuse": 1}
+    prompt = f"sks, a (wug:1.2) {tag(left, 'at=left~0')}{tag(right, 'at=right~0')}"
+    own = f"{tag(left, 'at=left~0:words=sks, a')}{tag(right, 'at=right~0:words=, a (wug:1.2)')}"
+    composed = webui.txt2img(knobs, prompt=prompt, **fields)
+    wanted = webui.txt2img(knobs, prompt=own, **fields)
+    for one, other in zip(composed.images, wanted.images, strict=True):
+        assert psnr(one, other) >= 60
+    assert f"{left}:1 at left~0 without wug, {right}:1 at right~0 without sks" in composed.infotext
+    off = webui.txt2img({**knobs, "own_words": False}, prompt=prompt, **fields)
+    assert psnr(off.image, composed.image) < 50
+    assert "LoRAtorio own words: False" in off.infotext
+    # The texts can be edited while the WebUI runs.
+    for file in called:
+        file.with_suffix(".json").write_text("{}")
+    edited = webui.txt2img(knobs, prompt=prompt, **fields)
+    assert (edited.image == off.image).all()
+
+
+def test_the_page_learns_what_a_lora_does_not_read(webui: WebUI, called: list[Path]) -> None:
+    left, right = (file.stem for file in called)
+    prompt = f"sks, a (wug:1.2) {tag(left, 'at=left')}{tag(right, 'at=right')}"
+    said = f"{left} reads the prompt without wug; {right} reads the prompt without sks."
+    assert webui.call("/loratorio/found", {"prompt": prompt})["reads"] == said
 
 
 def test_bad_places_are_sentences(webui: WebUI, loras: list[str]) -> None:

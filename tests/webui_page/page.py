@@ -146,7 +146,11 @@ class Files(dict[str, Any]):
 def add_networks() -> None:
     """The module where the WebUIs keep the LoRAs they know, with one that is recognised as a speed LoRA."""
     networks = ModuleType("networks")
-    files = {"fox": {}, "fast": {"modelspec.title": "SDXL Lightning 4 steps"}}
+    files = {
+        "fox": {"modelspec.trigger_phrase": "vulpo"},
+        "ink": {"modelspec.trigger_phrase": "inkash"},
+        "fast": {"modelspec.title": "SDXL Lightning 4 steps"},
+    }
     networks.__dict__["available_network_aliases"] = Files(
         {name: SimpleNamespace(metadata=metadata) for name, metadata in files.items()}
     )

@@ -288,6 +288,29 @@ def test_unticked_the_line_promises_nothing(page: Any) -> None:
     )
 
 
+def test_the_line_says_what_a_placed_lora_does_not_read(page: Any) -> None:
+    tab, other = Tab(page, "txt2img").open(), Tab(page, "img2img")
+    tab.tick()
+    tags = "<lora:fox:at=left:1> <lora:ink:at=right:1>"
+    tab.prompt(f"vulpo, inkash {tags}")
+    said = "fox reads the prompt without inkash; ink reads the prompt without vulpo."
+    tab.wait_for_line(f"Will compose fox 1 ink 1 {said}")
+    tab.prompt(f"vulpo, a hill {tags}")
+    tab.wait_for_line("Will compose fox 1 ink 1 ink reads the prompt without vulpo.")
+    tab.find("_own_words input").uncheck()
+    tab.wait_for_line("Will compose fox 1 ink 1")
+    tab.find("_own_words input").check()
+    tab.wait_for_line("Will compose fox 1 ink 1 ink reads the prompt without vulpo.")
+    # Each tab asks for its own prompt, once.
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/found" in request.url else None)
+    other.open().prompt(f"inkash, a hill {tags}")
+    other.wait_for_line("Off. If ticked, it composes fox 1 ink 1 fox reads the prompt without inkash.")
+    page.wait_for_timeout(500)
+    assert len(asked) == 1
+    tab.open().wait_for_line("Will compose fox 1 ink 1 ink reads the prompt without vulpo.")
+
+
 def test_a_pool_says_how_many_it_finds(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
     tab.tick()

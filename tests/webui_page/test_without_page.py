@@ -570,6 +570,23 @@ def test_the_documentation_renders_what_it_uses_of_markdown() -> None:
     )
 
 
+def test_what_a_lora_does_not_read_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "dog.json").write_text('{"activation text": "vuffo"}')
+    known = {
+        "fox": SimpleNamespace(
+            metadata={"modelspec.trigger_phrase": "red tail"}, filename=str(tmp_path / "fox.safetensors")
+        ),
+        "dog": SimpleNamespace(metadata={}, filename=str(tmp_path / "dog.safetensors")),
+    }
+    monkeypatch.setitem(sys.modules, "networks", SimpleNamespace(available_network_aliases=known))
+    tags = "<lora:fox:at=left:1> <lora:dog:at=right:1> <lora:gone:1>"
+    assert found.unread_words(f"vuffo, a Red tail {tags}") == (
+        "fox reads the prompt without vuffo; dog reads the prompt without red tail."
+    )
+    assert found.unread_words(f"a hill {tags}") == ""
+    assert found.unread_words(f"vuffo {tags.replace('at=left', 'at=left:words=hat')}") == ""
+
+
 def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     routes: dict[str, Any] = {}
     app = SimpleNamespace(add_api_route=lambda path, call, methods: routes.update({path: call}))
@@ -577,7 +594,10 @@ def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     (call,) = routes.values()
     monkeypatch.delitem(sys.modules, "networks", raising=False)
     for asked in ({}, {"loras": 3, "pools": None}, {"loras": [1, {}, "x" * 9], "pools": []}):
-        assert call(asked) == {"missing": [], "pools": {}, "wrong": {}}
+        assert call(asked) == {"missing": [], "pools": {}, "wrong": {}, "reads": ""}
+    assert (
+        call({"prompt": ["a"]})["reads"] == call({"prompt": "<lora:a:at=no> <lora:b:at=left>"})["reads"] == ""
+    )
     wrong = "<lora:cat:0,8>"
     why = "The tag <lora:cat:0,8> cannot be read: 0,8 is not a number: write <lora:cat:0.8>."
     tags = [wrong, "<lora:cat:words=(red:1.2):1>", 7]

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ...compose.mixes import Mix
+from ...compose.mixes import Mix, Words
 from ..shared.text import Prompts, set_up_conds
 from .loras import Network, activated, at_text_strength, bundled_embeddings
 
 
 def conditioning_under(
-    p: Any, loras: Sequence[Network], strengths: Sequence[float], mix: Mix, words: str
+    p: Any, loras: Sequence[Network], strengths: Sequence[float], mix: Mix, words: Words
 ) -> Prompts:
-    """The pass's conditioning with each LoRA at its strength times its coefficient, and with own words, past the WebUI's caches."""
+    """The pass's conditioning with each LoRA at its strength times its coefficient, read with these words, past the WebUI's caches."""
     acting = [number for number, coefficient in enumerate(mix) if coefficient]
     scaled = [at_text_strength(loras[number], strengths[number] * mix[number]) for number in acting]
     with ExitStack() as undo:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compose.mixes import Mix
+from ...compose.mixes import Mix, Words
 from ...sampling.calls import Row
 from ...sampling.engine import Step
 from ..shared.text import Prompts, TextConditioning
@@ -43,7 +43,7 @@ class A1111Rows:
     place: tuple[int, int]
     own: Prompts
     own_text: tuple[Text, Text]
-    _padded: dict[tuple[Mix, str], tuple[Text, Text]] = field(default_factory=dict)
+    _padded: dict[tuple[Mix, Words], tuple[Text, Text]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -126,7 +126,7 @@ class A1111Rows:
             self._padded[key] = self._pad(*self._unpadded(*key))
         return self._padded[key]
 
-    def _unpadded(self, mix: Mix, words: str) -> tuple[Text, Text]:
+    def _unpadded(self, mix: Mix, words: Words) -> tuple[Text, Text]:
         from modules import prompt_parser
 
         if self.texts.is_the_hosts and not words:

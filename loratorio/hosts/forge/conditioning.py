@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ...compose.mixes import Mix
+from ...compose.mixes import Mix, Words
 from ..shared.pass_loras import ReadLora
 from ..shared.text import Prompts, set_up_conds
 from .variants import Variant
 
 
-def conditioning_under(p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix, words: str) -> Prompts:
-    """The pass's conditioning with each LoRA at its coefficient, and with own words, past the host's caches."""
+def conditioning_under(
+    p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix, words: Words
+) -> Prompts:
+    """The pass's conditioning with each LoRA at its coefficient, read with these words, past the host's caches."""
     with text_encoder(p, _clip(p, loras, variant, mix)), _undisturbed(p):
         return set_up_conds(p, words)
 

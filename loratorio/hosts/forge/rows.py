@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...compose.methods import Composition
-from ...compose.mixes import Branch, Mix
+from ...compose.mixes import Branch, Mix, Words
 from ...errors import LoratorioError
 from ...sampling.calls import Row
 from ...sampling.engine import Step
@@ -81,7 +81,7 @@ class ForgeRows:
         self.x = x
         self.sigma = sigma
         self._active = {kind: self._now(entries) for kind, entries in self._host.items()}
-        self._blocks: dict[tuple[Branch, str], list[Any]] = {}
+        self._blocks: dict[tuple[Branch, Words], list[Any]] = {}
 
     @property
     def count(self) -> int:
@@ -213,8 +213,8 @@ class ForgeRows:
             self._blocks[key] = [self._block(entries[number]) for number in self._active[row.cond]]
         return self._blocks[key]
 
-    def _entries(self, mix: Mix, cond: bool, words: str) -> list[Any]:
-        """The host's conditions with the text of `mix` and of own words instead of their own text; everything else is kept."""
+    def _entries(self, mix: Mix, cond: bool, words: Words) -> list[Any]:
+        """The host's conditions with the text of `mix`, read with these words, instead of their own text; everything else is kept."""
         host, prompts = self._host[cond], self._texts.of(mix, words)
         if prompts is None:
             return host

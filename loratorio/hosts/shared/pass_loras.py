@@ -141,6 +141,7 @@ class PassLoras(ABC):
             self._latent_size(),
             self.region,
             self.encode if METHODS[self.job.settings.method].uses_importance else None,
+            self.prompts if self.job.settings.own_words else (),
             known_options(self.p, self.idle_extensions),
         )
         script = chosen_script(self.p)
@@ -242,7 +243,11 @@ class PassLoras(ABC):
         return height // _LATENT_PIXEL, width // _LATENT_PIXEL
 
     @property
+    def prompts(self) -> list[str]:
+        """Each picture's, as this pass has it."""
+        return self.p.hr_prompts if self.is_hires else self.p.prompts  # type: ignore[no-any-return]
+
+    @property
     def prompt(self) -> str:
-        """The first picture's, as this pass has it."""
-        prompts: list[str] = self.p.hr_prompts if self.is_hires else self.p.prompts
-        return prompts[0]
+        """The first picture's."""
+        return self.prompts[0]

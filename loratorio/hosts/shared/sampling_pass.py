@@ -122,7 +122,8 @@ class SamplingPass(ABC):
         share = shares.get(number, 0.0) if lora.tagged.is_candidate and shares else None
         place = lora.tagged.options.get(PLACE_OPTION, "")
         text = lora.text if has_text else None
-        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text)
+        without = self.engine.participants.words[number].without
+        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text, without)
 
     def saw_strengths(self, strengths: tuple[float, ...]) -> None:
         """Remember, for the infotext, the strengths that the LoRAs have at this evaluation, where they may change."""

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...compose.mixes import Mix
-from ...prompt.places import with_words
+from ...compose.mixes import NO_WORDS, Mix, Words
+from ...prompt.own_words import with_words
 
 
 class Prompts(NamedTuple):
@@ -23,30 +23,30 @@ class TextConditioning:
 
     Args:
         changes_text: for each LoRA, whether text conditioning depends on it. Mixes that differ only in other LoRAs share it.
-        make: the conditioning under a mix, with a LoRA's own words or none. LoRAs that do not change text have coefficient 0.
+        make: the conditioning under a mix, as it is read with a LoRA's words or none. LoRAs that do not change text have coefficient 0.
         host_has_merged: whether the WebUI's own conditioning has all of these LoRAs.
     """
 
     def __init__(
         self,
         changes_text: Sequence[bool],
-        make: Callable[[Mix, str], Prompts],
+        make: Callable[[Mix, Words], Prompts],
         host_has_merged: bool = True,
     ) -> None:
         self._changes_text = tuple(changes_text)
         self._make = make
-        self._made: dict[tuple[Mix, str], Prompts] = {}
+        self._made: dict[tuple[Mix, Words], Prompts] = {}
         self._merged = self._state((1.0,) * len(self._changes_text)) if host_has_merged else None
 
-    def prepare(self, mixes: Iterable[Mix], words: Mapping[Mix, str]) -> None:
-        """Make the missing conditioning of these mixes, and of those with own words."""
+    def prepare(self, mixes: Iterable[Mix], words: Mapping[Mix, Words]) -> None:
+        """Make the missing conditioning of these mixes, and of those with words."""
         for mix in mixes:
             self.of(mix)
         for mix, own in words.items():
             self.of(mix, own)
 
-    def of(self, mix: Mix, words: str = "") -> Prompts | None:
-        """The conditioning of `mix`, with a LoRA's own words or none; None if it is the WebUI's own."""
+    def of(self, mix: Mix, words: Words = NO_WORDS) -> Prompts | None:
+        """The conditioning of `mix`, as it is read with a LoRA's words or none; None if it is the WebUI's own."""
         state = self._state(mix)
         if state == self._merged and not words:
             return None
@@ -57,7 +57,7 @@ class TextConditioning:
 
     @property
     def is_the_hosts(self) -> bool:
-        """Whether all mixes, except for own words, have the WebUI's own conditioning."""
+        """Whether all mixes, except those with words, have the WebUI's own conditioning."""
         return self._merged is not None and not any(self._changes_text)
 
     def _state(self, mix: Mix) -> Mix:
@@ -67,8 +67,8 @@ class TextConditioning:
         )
 
 
-def set_up_conds(p: Any, words: str = "") -> Prompts:
-    """Let the WebUI parse and encode the pass's prompts, each followed by a LoRA's own words."""
+def set_up_conds(p: Any, words: Words = NO_WORDS) -> Prompts:
+    """Let the WebUI parse and encode the pass's prompts, each as it is read with a LoRA's words."""
     name = "hr_prompts" if getattr(p, "is_hr_pass", False) else "prompts"
     prompts = getattr(p, name)
     setattr(p, name, [with_words(prompt, words) for prompt in prompts])
