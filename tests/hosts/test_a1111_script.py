@@ -278,6 +278,35 @@ def test_pools_become_loras_and_stay_pools_in_the_infotext(
     assert written == ["b <pool:one>"]
 
 
+def test_the_old_method_meets_no_candidate_of_another_width(
+    standin: Any, a1111: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """With `lora_functional` the WebUI multiplies text with a LoRA's layers, and one for another model ends the job."""
+    from loratorio.job import Job
+    from loratorio.webui import pools
+
+    def load_network(name: str, on_disk: Any) -> Any:
+        network = standin.lora(name, 1)
+        for key, module in network.modules.items():
+            module.sd_module = standin.model.network_layer_mapping[key]
+        if name == "wide":
+            network.modules["transformer_text"].calc_updown = lambda weight: (torch.zeros(99, 1), None)
+        if name == "other":  # which a pass skips, and names
+            network.modules["diffusion_model_to_k"].calc_updown = lambda weight: (torch.zeros(99, 1), None)
+        return network
+
+    for name in ("one", "other", "wide"):
+        (tmp_path / f"{name}.safetensors").write_bytes(EMPTY)
+    monkeypatch.setattr(a1111.shared.cmd_opts, "lora_dir", str(tmp_path))
+    monkeypatch.setattr(a1111.networks, "load_network", load_network, raising=False)
+    for is_old, names in ((False, ("one", "other", "wide")), (True, ("one", "other"))):
+        monkeypatch.setattr(a1111.shared.opts, "lora_functional", is_old, raising=False)
+        job, prompts = Job(standin.job(), paper(enabled=True)), ["<pool:*>"]
+        pools.expand(job, prompts)
+        assert prompts == ["".join(f"<lora:{name}:1:pool=1>" for name in names)]
+    assert job.notes == ["Not used from the pool, because they cannot be read or do not fit: wide."]
+
+
 def test_of_files_with_one_name_a_pool_finds_the_one_that_it_means(
     standin: Any, a1111: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
