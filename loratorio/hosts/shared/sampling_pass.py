@@ -411,10 +411,11 @@ class SamplingPass(ABC):
         if self.engine.pool.reactions:
             names = [lora.active.tagged.name for lora in self.loras]
             self.job.note(reactions_note(names, self.engine.pool.reactions, self.engine.pool.left_out))
-        shares = self.engine.history.shares
+        shares, participants = self.engine.history.shares, self.engine.participants
+        numbers = [*participants.numbers, *(added.number for added in participants.additions)]
         self.job.record(
             PassRecord(
-                uses=tuple(self._use(number, shares) for number in self.engine.participants.numbers),
+                uses=tuple(self._use(number, shares) for number in numbers),
                 batch=self.job.batch,
                 hires=self.is_hires,
                 history=self.engine.history,
