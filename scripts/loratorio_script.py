@@ -99,7 +99,7 @@ def stopping(p):
     try:
         yield
     except Exception as problem:
-        refuse(p, problem)
+        refuse(p, problem, gr.Warning)
 
 
 def write_infotext(p):

@@ -167,6 +167,26 @@ def test_a_tag_that_the_webui_cannot_read_stops_the_job(
     run(standin, script, [{}], standin.lora("dog", 1), batch_size=2, **own)
 
 
+@pytest.mark.parametrize(("script_title", "toasts"), [("X/Y/Z plot", 1), ("Prompt matrix", 0)])
+@pytest.mark.parametrize("when", ["before the sampling", "at its first step"])
+def test_a_plot_that_leaves_a_stopped_picture_empty_still_says_why(
+    standin: Any, script: Any, monkeypatch: Any, script_title: str, toasts: int, when: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("gradio.Warning", told.append)
+    listed = [SimpleNamespace(title=lambda: script_title)]
+    tag = "<lora:a:0,8>" if when == "before the sampling" else ""
+    p = standin.job(
+        standin.lora("a", 1), prompts=(f"hill {tag}",), scripts=SimpleNamespace(selectable_scripts=listed)
+    )
+    if not tag:
+        p.extra_network_data["lora"][0].named["role"] = "stile"
+    p.script, p.own_args, p.script_args = script, [{"enabled": True}], [1]
+    with pytest.raises(LoratorioError) as stopped:
+        standin.run(p)
+    assert told == [str(stopped.value)] * toasts
+
+
 def test_a_tag_of_another_extension_is_its_own_matter(standin: Any, script: Any, monkeypatch: Any) -> None:
     other = SimpleNamespace(path="/extensions/sd-webui-loractl/scripts/loractl.py")
     monkeypatch.setattr(sys.modules["modules.scripts"], "scripts_data", [other])

@@ -26,7 +26,7 @@ class Forge:
             with job.ended_by_errors():
                 ForgePass(job, self._variant).install()
         except Exception as problem:
-            refuse(job.p, problem)
+            refuse(job.p, problem, job.tell)
 
 
 HOST = Forge()

@@ -9,12 +9,14 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ...prompt.roles import TaggedLora
 from ...prompt.tags import BLOCK_WEIGHT, LORACTL
+
+if TYPE_CHECKING:  # a WebUI's start-up need not wait for torch
+    from torch import nn
+
+    from ...prompt.roles import TaggedLora
 
 _WEBUI_OPTIONS = ("te", "unet", "dyn")
 _OPTIONS_OF = {
@@ -69,6 +71,11 @@ def without_maps(p: Any) -> str:
     """The chosen script, if it takes every image that it gets for a picture of its own; else nothing."""
     title = _chosen_script(p)
     return title if title in (*_SAMPLES_PARTS, "Prompt matrix") else ""
+
+
+def hides_errors(p: Any) -> bool:
+    """Whether the chosen script leaves a picture that stops with an error empty and continues: then nobody sees the error's sentence."""
+    return _chosen_script(p) == "X/Y/Z plot"
 
 
 def _chosen_script(p: Any) -> str:
