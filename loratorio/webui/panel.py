@@ -29,8 +29,11 @@ NONE_YET = "No LoRA in the prompt yet, so nothing is composed. Add one, for exam
 CUSTOM, CUSTOM_HELP = "Custom", "Your own values under All settings."
 
 
-def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
+def build(is_img2img: bool, defaults: Settings | None = None, repeats: str = "last") -> list[Any]:
     """Make the panel where the page is being built.
+
+    Args:
+        repeats: how the WebUI adds up several tags of one LoRA (`loratorio.hosts.sum_of_tags`).
 
     Returns:
         the components in the order of `KNOBS`: what the WebUI hands to the script, and an API call's positional arguments.
@@ -41,7 +44,7 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
     components: dict[str, Any] = {"enabled": box}
     (method,), *rows = panel_rows()[1:]
     with inside:
-        gr.HTML(_line(tab), elem_id=f"loratorio_{tab}_line")
+        gr.HTML(_line(tab, repeats), elem_id=f"loratorio_{tab}_line")
         preset = _preset(tab, settings)
         cost = gr.HTML(_cost(settings), elem_id=f"loratorio_{tab}_cost")
         components |= _row(panel_rows()[0], settings, tab)
@@ -199,10 +202,9 @@ def _costs(settings: Settings) -> list[float]:
     return [round(plain_steps(asked, count), 2) for count in range(1, _MOST_LORAS + 1)]
 
 
-def _line(tab: str) -> str:
+def _line(tab: str, repeats: str) -> str:
     """The tick box's help, the line about the prompt's LoRAs, and their places. JavaScript keeps them up to date."""
     helps = {preset.label: preset.help for preset in PRESETS.values()} | {CUSTOM: CUSTOM_HELP}
-    repeats = "each" if "modules_forge" in sys.modules else "last"  # see hosts/a1111/loras.py
     methods = escape(json.dumps([method.entry.label for method in METHODS.values() if method.takes_places]))
     hidden = [each.entry.label for name, each in METHODS.items() if name not in FOR_PICTURES]
     # Hidden, but there: a picture's infotext may bring any of them.

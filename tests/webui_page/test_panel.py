@@ -375,6 +375,9 @@ def test_a_lora_of_several_tags_is_one(page: Any) -> None:
     page.evaluate("document.querySelector('#loratorio_txt2img_loras').dataset.repeats = 'each'")
     tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:0.4:0.6>")
     tab.wait_for_line("Will compose fox 1.6 text 1.4 ink 0.3")
+    page.evaluate("document.querySelector('#loratorio_txt2img_loras').dataset.repeats = 'different'")
+    tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:1:0.5> <lora:ink:0.3>")
+    tab.wait_for_line("Will compose fox 1.5 text 1 ink 0.3")
 
 
 def test_places_with_a_method_that_has_none_are_said(page: Any) -> None:
