@@ -30,5 +30,5 @@ def sum_of_tags() -> str:
     """
     if importlib.util.find_spec("modules_forge") is None:
         return "last"
-    adds_each = any(map(importlib.util.find_spec, ("ldm_patched", "modules_forge.packages")))  # reForge, Forge Neo
-    return "each" if adds_each else "different"
+    newer = ("ldm_patched", "modules_forge.packages")  # reForge's, Forge Neo's
+    return "each" if any(map(importlib.util.find_spec, newer)) else "different"

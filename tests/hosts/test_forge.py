@@ -163,6 +163,8 @@ def test_a_lora_that_two_tags_name_acts_as_in_the_host(
     assert uses == ["a:1.5" if total == 1.5 else f"a:{total:g} text 1.5"]
     merged, _ = compose(standin, standin.job(*tags, "b"), method="merge")
     assert close(merged, standin.run(standin.job(*tags, "b")))
+    both, _ = compose(standin, standin.job(*tags, "b"))
+    assert close(both, compose(standin, standin.job(webui.run.tag("a", 1.5, total), "b"))[0])
 
 
 @pytest.mark.parametrize(
@@ -179,8 +181,6 @@ def test_the_page_knows_how_the_webui_adds_up_tags(monkeypatch: Any, landmarks: 
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in landmarks else None)
     assert sum_of_tags() == found
-    both, _ = compose(standin, standin.job(*tags, "b"))
-    assert close(both, compose(standin, standin.job(webui.run.tag("a", 1.5, total), "b"))[0])
 
 
 def test_a_lora_in_two_places_has_two_strengths(webui: Any, standin: Any) -> None:
