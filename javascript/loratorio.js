@@ -216,6 +216,19 @@
         }
     }
 
+    /** A knob that changes the cost has changed. An answer to older values is ignored: some take longer than others. */
+    window.loratorioCost = async(tab, values) => {
+        const place = gradioApp().querySelector(`#loratorio_${tab}_cost .loratorio-cost`);
+        const asked = JSON.stringify({values});
+        place.dataset.asked = asked;
+        const answer = await fetch("./loratorio/cost", {method: "POST", headers: {"Content-Type": "application/json"}, body: asked});
+        const costs = answer.ok ? await answer.json() : null;
+        if (costs && place.dataset.asked === asked) {
+            place.dataset.costs = JSON.stringify(costs);
+            refresh(tab);
+        }
+    };
+
     const shown = {};
 
     /** Bring the line of a tab up to date; touches the page only where something changed. */

@@ -11,11 +11,10 @@ from typing import Any
 import gradio as gr
 
 from ..compose.methods import FOR_PICTURES, METHODS
-from ..errors import LoratorioError
 from ..pictures.colours import COLOURS
 from ..prompt.roles import looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings, panel_rows
-from . import docs, options, self_check
+from . import docs, lookup, options, self_check
 from . import gradio_compat as compat
 from .components import component, shown
 
@@ -46,7 +45,7 @@ def build(is_img2img: bool, defaults: Settings | None = None, repeats: str = "la
     with inside:
         gr.HTML(_line(tab, repeats), elem_id=f"loratorio_{tab}_line")
         preset = _preset(tab, settings)
-        cost = gr.HTML(_cost(settings), elem_id=f"loratorio_{tab}_cost")
+        gr.HTML(_cost(settings), elem_id=f"loratorio_{tab}_cost")
         components |= _row(panel_rows()[0], settings, tab)
         with gr.Accordion("All settings", open=False, elem_id=f"loratorio_{tab}_more"):
             with gr.Row(elem_classes="loratorio-row loratorio-method"):
@@ -63,7 +62,7 @@ def build(is_img2img: bool, defaults: Settings | None = None, repeats: str = "la
             _self_check(tab)
         _connect_preset(preset, components, tab)
         _connect_reset(reset, components, settings)
-        _follow_knobs(components, cost, about)
+        _follow_knobs(components, about, tab)
     for each in (preset, *components.values()):
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
         each.do_not_save_to_config = True
@@ -143,39 +142,26 @@ def _connect_reset(button: Any, components: dict[str, Any], settings: Settings) 
     button.click(None, [], outputs, **compat.javascript(f"() => {json.dumps(values)}"))
 
 
-_MOST_LORAS = 8
-_COST_KNOBS = ("method", "recentre", "share", "reuse", "start", "end")
-"""The knobs that change how many model rows are run."""
-
-
-def _follow_knobs(components: dict[str, Any], cost: Any, about: Any) -> None:
+def _follow_knobs(components: dict[str, Any], about: Any, tab: str) -> None:
     """Update a step's cost, the method's summary and the greyed knobs when they change."""
-    asked = [components[name] for name in _COST_KNOBS]
+    of_cost = [components[name] for name in lookup.COST_KNOBS]
+    follow_cost = compat.javascript(f"(...values) => {{ loratorioCost('{tab}', values); return []; }}")
+    for each in of_cost:
+        each.change(None, of_cost, [], **follow_cost)
     of_methods = [knob for knob in KNOBS if any(knob.ignored_by(method) for method in METHODS)]
-
-    def update_cost(*values: Any) -> Any:
-        try:
-            settings = Settings.from_mapping({"enabled": True, **dict(zip(_COST_KNOBS, values, strict=True))})
-        except LoratorioError:
-            return gr.update()  # a number that is being typed
-        return _cost(settings)
-
-    def update_method(label: Any) -> list[Any]:
-        try:
-            method = str(KNOB_BY_NAME["method"].check(label))
-        except LoratorioError:
-            return [gr.update() for _ in (about, *of_methods)]
-        return [_about(method), *(gr.update(interactive=not knob.ignored_by(method)) for knob in of_methods)]
-
-    for each in asked:
-        each.change(update_cost, asked, [cost], queue=False, show_progress=False)
-    components["method"].change(
-        update_method,
-        [components["method"]],
-        [about, *(components[knob.name] for knob in of_methods)],
-        queue=False,
-        show_progress=False,
+    # In the page alone, so that no late answer overwrites a newer one. Text that is being typed changes nothing.
+    methods = json.dumps(
+        {
+            method.entry.label: [
+                {"value": _about(name)},
+                *(compat.usable(not knob.ignored_by(name)) for knob in of_methods),
+            ]
+            for name, method in METHODS.items()
+        }
     )
+    outputs = [about, *(components[knob.name] for knob in of_methods)]
+    follow = f"(label) => ({methods}[label] ?? Array({len(outputs)}).fill({{}})).map(each => ({{__type__: 'update', ...each}}))"
+    components["method"].change(None, [components["method"]], outputs, **compat.javascript(follow))
 
 
 def _about(method: str) -> str:
@@ -187,19 +173,7 @@ def _about(method: str) -> str:
 
 def _cost(settings: Settings) -> str:
     """The costs of a step with one LoRA, two, …; JavaScript shows the one for the prompt."""
-    return f'<p class="loratorio-cost" data-costs="{escape(json.dumps(_costs(settings)))}"></p>'
-
-
-def _costs(settings: Settings) -> list[float]:
-    if "torch" not in sys.modules:  # a page without an engine behind it
-        return []
-    from ..sampling.cost import plain_steps
-
-    # What does not change the rows shall not fill the cache.
-    asked = Settings.from_mapping(
-        {"enabled": True, **{name: getattr(settings, name) for name in _COST_KNOBS}}
-    )
-    return [round(plain_steps(asked, count), 2) for count in range(1, _MOST_LORAS + 1)]
+    return f'<p class="loratorio-cost" data-costs="{escape(json.dumps(lookup.costs(settings)))}"></p>'
 
 
 def _line(tab: str, repeats: str) -> str:

@@ -548,6 +548,30 @@ def test_the_cost_counts_loras_that_will_be_composed(page: Any) -> None:
         )
 
 
+def test_the_cost_is_that_of_the_present_settings(page: Any) -> None:
+    """An answer to older settings that comes later is ignored."""
+    tab = Tab(page, "txt2img").open()
+    tab.prompt("<lora:fox:1> <lora:ink:1>")
+    page.evaluate(
+        """() => {
+            const own = window.fetch;
+            window.fetch = (url, options) => {
+                if (url !== "./loratorio/cost") return own(url, options);
+                window.asked = JSON.parse(options.body).values;
+                const isOld = window.asked[0] === "Merge";
+                return new Promise(done => setTimeout(() => done(new Response(isOld ? "[1, 1, 1]" : "[2, 3, 4]")), isOld ? 1500 : 0));
+            };
+        }"""
+    )
+    tab.choose("method", "Merge")
+    page.wait_for_function("window.asked?.[0] === 'Merge'")
+    tab.choose("method", "LoRAtorio")
+    page.wait_for_function("window.asked?.[0] === 'LoRAtorio'")
+    page.wait_for_timeout(2000)
+    said = tab.find("_cost .loratorio-cost").text_content()
+    assert said == "With 2 LoRAs, a step costs about 3.0 times as much as a plain one."
+
+
 def elsewhere(knob: Any) -> Any:
     """A value of the knob that is not its default, and on a slider's step."""
     if knob.kind == "bool":
