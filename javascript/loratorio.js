@@ -149,25 +149,28 @@
     /**
      * The LoRAs with the numbers of their tags; those that several tags name in one place as one, at the strength to which they add up.
      *
-     * `addsLast`: where no tag of a LoRA has a place, the WebUI adds up the last one's strength.
+     * `repeats`: how the WebUI adds up the strengths (see `sum_of_tags` in loratorio/hosts).
      */
-    function joined(loras, addsLast) {
+    function joined(loras, repeats) {
+        const sum = some => String(Number((repeats === "different" ? [...new Set(some)] : some).reduce((one, other) => one + other)
+            .toPrecision(12)));
         const byKey = new Map();
         loras.forEach((lora, number) => {
             const own = loras.filter(each => !each.pool && each.name === lora.name);
-            const {unet, text} = addsLast && !own.some(isPlaced) ? own[own.length - 1] ?? lora : lora;
+            const {unet, text} = repeats === "last" && !own.some(isPlaced) ? own[own.length - 1] ?? lora : lora;
             const isOne = lora.pool || found.wrong[lora.tag] || Number.isNaN(Number(unet) + Number(text));
             const key = JSON.stringify([isOne ? number : lora.name, lora.options.at, lora.options.words]);
             const before = byKey.get(key);
-            const added = (one, other) => String(Number((Number(one) + Number(other)).toPrecision(12)));
+            const every = {unet: [...before?.every.unet ?? [], Number(unet)], text: [...before?.every.text ?? [], Number(text)]};
             byKey.set(key, before ? {
                 ...before,
                 options: Object.assign(Object.create(null), lora.options, before.options),
-                unet: added(before.unet, unet),
-                text: added(before.text, text),
+                unet: sum(every.unet),
+                text: sum(every.text),
+                every,
                 tags: [...before.tags, lora.tag],
                 numbers: [...before.numbers, number],
-            } : {...lora, unet, text, tags: [lora.tag], numbers: [number]});
+            } : {...lora, unet, text, every, tags: [lora.tag], numbers: [number]});
         });
         return [...byKey.values()];
     }
@@ -175,7 +178,7 @@
     /** The LoRAs of a textarea's prompt with their roles: what is written, else "always" for those that Python recognised. */
     function rolesOf(textarea) {
         const loras = loratorioTags.read(textarea?.value ?? "").map(({start, end, ...lora}) => lora);
-        return joined(loras, names.repeats === "last").map(lora => {
+        return joined(loras, names.repeats).map(lora => {
             const own = !lora.pool && names.speed.includes(lora.name) ? "always" : "content";
             return {...lora, own, role: lora.pool ? "content" : lora.options.role?.trim().toLowerCase() ?? own};
         });
@@ -220,6 +223,19 @@
             }
         }
     }
+
+    /** A knob that changes the cost has changed. An answer to older values is ignored: some take longer than others. */
+    window.loratorioCost = async(tab, values) => {
+        const place = gradioApp().querySelector(`#loratorio_${tab}_cost .loratorio-cost`);
+        const asked = JSON.stringify({values});
+        place.dataset.asked = asked;
+        const answer = await fetch("./loratorio/cost", {method: "POST", headers: {"Content-Type": "application/json"}, body: asked});
+        const costs = answer.ok ? await answer.json() : null;
+        if (costs && place.dataset.asked === asked) {
+            place.dataset.costs = JSON.stringify(costs);
+            refresh(tab);
+        }
+    };
 
     const shown = {};
 

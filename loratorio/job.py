@@ -20,7 +20,8 @@ class PassRecord:
     """One finished sampling: what was composed in it.
 
     Attributes:
-        uses: the LoRAs, in the prompt's order, without those that act in every pass.
+        uses: the LoRAs, in the prompt's order: those that have weights, then those that are added inside their places. Without those that
+            act in every pass.
         batch: number of the batch within the job, from 0.
         hires: whether it is the second pass of hires fix, which replaces the first one's picture.
         history: Ω per step; empty unless weight maps were asked for.
@@ -35,7 +36,7 @@ class PassRecord:
 
     @property
     def loras(self) -> tuple[str, ...]:
-        """Their names, as in the prompt."""
+        """Their names, as in the prompt. The first of them are those of the history's weights."""
         return tuple(use.name for use in self.uses)
 
 

@@ -14,7 +14,7 @@ ROOT = str(Path(scripts.basedir()))
 if ROOT not in sys.path:
     sys.path.append(ROOT)
 
-from loratorio.hosts import webui_host  # noqa: E402
+from loratorio.hosts import sum_of_tags, webui_host  # noqa: E402
 from loratorio.hosts.shared.host import refuse  # noqa: E402
 from loratorio.job import Job  # noqa: E402
 from loratorio.webui import api, docs, infotext_fields, lookup, options, panel, pools, self_check, xyz  # noqa: E402
@@ -36,7 +36,7 @@ class LoratorioScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        components = panel.build(is_img2img)
+        components = panel.build(is_img2img, repeats=sum_of_tags())
         self.infotext_fields = infotext_fields.paste_fields(components)
         self.paste_field_names = infotext_fields.paste_field_names()
         return components
@@ -99,7 +99,7 @@ def stopping(p):
     try:
         yield
     except Exception as problem:
-        refuse(p, problem)
+        refuse(p, problem, gr.Warning)
 
 
 def write_infotext(p):

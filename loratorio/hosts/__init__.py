@@ -21,3 +21,14 @@ def webui_host() -> WebUIHost:
     raise LoratorioError(
         "LoRAtorio does not support this WebUI. It works in AUTOMATIC1111's WebUI and in the Forge family."
     )
+
+
+def sum_of_tags() -> str:
+    """What the WebUI makes of several tags of one LoRA: it adds up "each" strength, only "different" ones, or the "last" one each time.
+
+    For the page, before the hosts' modules are needed: what `SamplingPass.added` does.
+    """
+    if importlib.util.find_spec("modules_forge") is None:
+        return "last"
+    newer = ("ldm_patched", "modules_forge.packages")  # reForge's, Forge Neo's
+    return "each" if any(map(importlib.util.find_spec, newer)) else "different"

@@ -96,7 +96,7 @@ def _without(prompt: str, words: Words) -> str:
             if span & taken:
                 continue
             taken |= span
-            if phrase in words.without:
+            if phrase not in words.but:
                 left = ["" if i in span and text[i] != _MARK else sign for i, sign in enumerate(left)]
     rest = "".join(left)
     return rest if re.search(r"[^\W\d_]", _text(rest)) else prompt

@@ -24,6 +24,11 @@ def javascript(function: str) -> dict[str, str]:
     return {"js": function} if MAJOR >= 4 else {"_js": function}
 
 
+def usable(is_usable: bool) -> dict[str, Any]:
+    """What a function in the page sends a component (with ``__type__: "update"``) to grey it, or to make it usable again."""
+    return {"interactive": is_usable} if MAJOR >= 4 else {"mode": "dynamic" if is_usable else "static"}
+
+
 def tooltip(text: str) -> dict[str, str]:
     """The argument of a component that explains it: a tooltip in a WebUI, a line under the label in a bare page."""
     return {"tooltip": text} if in_webui() else {"info": text}

@@ -1,4 +1,5 @@
-"""Answers for the panel's line: which LoRAs of a prompt exist, how many candidates a pool has, and which words a LoRA does not read."""
+"""Answers for the panel: which LoRAs of a prompt exist, how many candidates a pool has, which words a LoRA does not read, and what a
+step costs."""
 
 from __future__ import annotations
 
@@ -11,11 +12,16 @@ from ..errors import LoratorioError
 from ..prompt.own_words import reading
 from ..prompt.roles import TaggedLora
 from ..prompt.tags import split_tags, trouble
+from ..settings import Settings
 from . import pools
 
-PATH = "/loratorio/found"
+PATH, COST_PATH = "/loratorio/found", "/loratorio/cost"
 MOST = 100
 """The most names and pools that are looked up."""
+
+COST_KNOBS = ("method", "recentre", "share", "reuse", "start", "end")
+"""The knobs that change how many model rows are run."""
+_MOST_LORAS = 8
 
 
 def add_route(_: Any, app: Any) -> None:
@@ -29,7 +35,19 @@ def add_route(_: Any, app: Any) -> None:
         reads = [unread_words(prompt) for prompt in _texts([asked.get("prompt")])]
         return {**answered, "wrong": wrong(_texts(asked.get("tags"))), "reads": "".join(reads)}
 
+    def answer_cost(asked: dict[str, Any]) -> list[float] | None:
+        values = asked.get("values")
+        try:
+            return costs(
+                Settings.from_mapping(
+                    dict(zip(COST_KNOBS, values if isinstance(values, list) else (), strict=False))
+                )
+            )
+        except LoratorioError:
+            return None  # a number that is being typed
+
     app.add_api_route(PATH, answer, methods=["POST"])
+    app.add_api_route(COST_PATH, answer_cost, methods=["POST"])
 
 
 def found(
@@ -75,6 +93,17 @@ def _tagged(name: str, options: Mapping[str, str]) -> TaggedLora:
     return TaggedLora(
         name, options, getattr(entry, "metadata", None) or {}, file=Path(file) if file else None
     )
+
+
+def costs(settings: Settings) -> list[float]:
+    """The cost of a step with one LoRA, two, …, in plain steps."""
+    if "torch" not in sys.modules:  # a page without an engine behind it
+        return []
+    from ..sampling.cost import plain_steps
+
+    # What does not change the rows shall not fill the cache.
+    asked = Settings.from_mapping({"enabled": True, **{name: getattr(settings, name) for name in COST_KNOBS}})
+    return [round(plain_steps(asked, count), 2) for count in range(1, _MOST_LORAS + 1)]
 
 
 def _has(name: str, known: Mapping[str, Any]) -> bool:

@@ -11,12 +11,11 @@ from typing import Any
 import gradio as gr
 
 from ..compose.methods import FOR_PICTURES, METHODS
-from ..errors import LoratorioError
 from ..pictures.colours import COLOURS
 from ..prompt import places
 from ..prompt.roles import ROLES, looks_like_speed_lora
 from ..settings import KNOB_BY_NAME, KNOBS, PRESET_KNOBS, PRESETS, Knob, Settings, panel_rows
-from . import docs, options, self_check
+from . import docs, lookup, options, self_check
 from . import gradio_compat as compat
 from .components import component, shown
 
@@ -34,8 +33,11 @@ ROLES_HELP = (
 CUSTOM, CUSTOM_HELP = "Custom", "Your own values under All settings."
 
 
-def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
+def build(is_img2img: bool, defaults: Settings | None = None, repeats: str = "last") -> list[Any]:
     """Make the panel where the page is being built.
+
+    Args:
+        repeats: how the WebUI adds up several tags of one LoRA (`loratorio.hosts.sum_of_tags`).
 
     Returns:
         the components in the order of `KNOBS`: what the WebUI hands to the script, and an API call's positional arguments.
@@ -46,9 +48,9 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
     components: dict[str, Any] = {"enabled": box}
     (method,), *rows = panel_rows()[1:]
     with inside:
-        gr.HTML(_line(tab), elem_id=f"loratorio_{tab}_line")
+        gr.HTML(_line(tab, repeats), elem_id=f"loratorio_{tab}_line")
         preset = _preset(tab, settings)
-        cost = gr.HTML(_cost(settings), elem_id=f"loratorio_{tab}_cost")
+        gr.HTML(_cost(settings), elem_id=f"loratorio_{tab}_cost")
         components |= _row(panel_rows()[0], settings, tab)
         with gr.Accordion("All settings", open=False, elem_id=f"loratorio_{tab}_more"):
             with gr.Row(elem_classes="loratorio-row loratorio-method"):
@@ -65,7 +67,7 @@ def build(is_img2img: bool, defaults: Settings | None = None) -> list[Any]:
             _self_check(tab)
         _connect_preset(preset, components, tab)
         _connect_reset(reset, components, settings)
-        _follow_knobs(components, cost, about)
+        _follow_knobs(components, about, tab)
     for each in (preset, *components.values()):
         # The settings page holds the defaults; a copy of them in ui-config.json would outlive a change there.
         each.do_not_save_to_config = True
@@ -145,39 +147,26 @@ def _connect_reset(button: Any, components: dict[str, Any], settings: Settings) 
     button.click(None, [], outputs, **compat.javascript(f"() => {json.dumps(values)}"))
 
 
-_MOST_LORAS = 8
-_COST_KNOBS = ("method", "recentre", "share", "reuse", "start", "end")
-"""The knobs that change how many model rows are run."""
-
-
-def _follow_knobs(components: dict[str, Any], cost: Any, about: Any) -> None:
+def _follow_knobs(components: dict[str, Any], about: Any, tab: str) -> None:
     """Update a step's cost, the method's summary and the greyed knobs when they change."""
-    asked = [components[name] for name in _COST_KNOBS]
+    of_cost = [components[name] for name in lookup.COST_KNOBS]
+    follow_cost = compat.javascript(f"(...values) => {{ loratorioCost('{tab}', values); return []; }}")
+    for each in of_cost:
+        each.change(None, of_cost, [], **follow_cost)
     of_methods = [knob for knob in KNOBS if any(knob.ignored_by(method) for method in METHODS)]
-
-    def update_cost(*values: Any) -> Any:
-        try:
-            settings = Settings.from_mapping({"enabled": True, **dict(zip(_COST_KNOBS, values, strict=True))})
-        except LoratorioError:
-            return gr.update()  # a number that is being typed
-        return _cost(settings)
-
-    def update_method(label: Any) -> list[Any]:
-        try:
-            method = str(KNOB_BY_NAME["method"].check(label))
-        except LoratorioError:
-            return [gr.update() for _ in (about, *of_methods)]
-        return [_about(method), *(gr.update(interactive=not knob.ignored_by(method)) for knob in of_methods)]
-
-    for each in asked:
-        each.change(update_cost, asked, [cost], queue=False, show_progress=False)
-    components["method"].change(
-        update_method,
-        [components["method"]],
-        [about, *(components[knob.name] for knob in of_methods)],
-        queue=False,
-        show_progress=False,
+    # In the page alone, so that no late answer overwrites a newer one. Text that is being typed changes nothing.
+    methods = json.dumps(
+        {
+            method.entry.label: [
+                {"value": _about(name)},
+                *(compat.usable(not knob.ignored_by(name)) for knob in of_methods),
+            ]
+            for name, method in METHODS.items()
+        }
     )
+    outputs = [about, *(components[knob.name] for knob in of_methods)]
+    follow = f"(label) => ({methods}[label] ?? Array({len(outputs)}).fill({{}})).map(each => ({{__type__: 'update', ...each}}))"
+    components["method"].change(None, [components["method"]], outputs, **compat.javascript(follow))
 
 
 def _about(method: str) -> str:
@@ -189,22 +178,10 @@ def _about(method: str) -> str:
 
 def _cost(settings: Settings) -> str:
     """The costs of a step with one LoRA, two, …; JavaScript shows the one for the prompt."""
-    return f'<p class="loratorio-cost" data-costs="{escape(json.dumps(_costs(settings)))}"></p>'
+    return f'<p class="loratorio-cost" data-costs="{escape(json.dumps(lookup.costs(settings)))}"></p>'
 
 
-def _costs(settings: Settings) -> list[float]:
-    if "torch" not in sys.modules:  # a page without an engine behind it
-        return []
-    from ..sampling.cost import plain_steps
-
-    # What does not change the rows shall not fill the cache.
-    asked = Settings.from_mapping(
-        {"enabled": True, **{name: getattr(settings, name) for name in _COST_KNOBS}}
-    )
-    return [round(plain_steps(asked, count), 2) for count in range(1, _MOST_LORAS + 1)]
-
-
-def _line(tab: str) -> str:
+def _line(tab: str, repeats: str) -> str:
     """The tick box's help, the line about the prompt's LoRAs, and their places. JavaScript keeps them up to date."""
     hidden = [each.entry.label for name, each in METHODS.items() if name not in FOR_PICTURES]
     # Hidden, but there: a picture's infotext may bring any of them.
@@ -215,12 +192,12 @@ def _line(tab: str) -> str:
     return (
         f'{style}<p class="loratorio-help">{escape(KNOB_BY_NAME["enabled"].help)} '
         f'<a href="{escape(docs.link())}" target="_blank" rel="noopener">Documentation</a></p>'
-        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-names="{escape(json.dumps(_names()))}" aria-live="polite">'
+        f'<p class="loratorio-loras" id="loratorio_{tab}_loras" data-names="{escape(json.dumps(_names(repeats)))}" aria-live="polite">'
         f'{escape(NONE_YET)}</p><div class="loratorio-places" id="loratorio_{tab}_places" hidden></div>'
     )
 
 
-def _names() -> dict[str, Any]:
+def _names(repeats: str) -> dict[str, Any]:
     """What the page's JavaScript must call things, and what it must know of them."""
     alone = [KNOB_BY_NAME[name].label for name in ("recentre", "reuse", "rescale")]
     return {
@@ -234,7 +211,7 @@ def _names() -> dict[str, Any]:
         "colours": COLOURS,
         "with_places": [method.entry.label for method in METHODS.values() if method.takes_places],
         "speed": speed_loras(),
-        "repeats": "each" if "modules_forge" in sys.modules else "last",  # see hosts/a1111/loras.py
+        "repeats": repeats,
     }
 
 

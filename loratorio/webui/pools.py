@@ -6,6 +6,7 @@ import sys
 from functools import cache, partial
 from glob import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
@@ -27,14 +28,14 @@ def expand(job: Job, prompts: list[str]) -> None:
     """
     p = job.p
     hires = getattr(p, "all_hr_prompts", None) or []
-    damaged: dict[str, None] = {}
+    skipped: dict[str, None] = {}
 
     @cache  # the pictures of a batch mostly have one prompt, and each expansion reads the folders and opens the files
     def expanded_of(prompt: str) -> str:
         prompt = for_webui(prompt, numbers_are_others())
         if not has_pool(prompt):
             return prompt
-        return expanded(prompt, folders(), _name_of, partial(_is_candidate, damaged=damaged))
+        return expanded(prompt, folders(), _name_of, partial(_is_usable, skipped=skipped))
 
     # The infotext keeps the tag: it is made from the job's prompts, and these are copies.
     changed = [*map(expanded_of, prompts)]
@@ -47,8 +48,8 @@ def expand(job: Job, prompts: list[str]) -> None:
         job.hires_prompts = hires
         p.all_hr_prompts = list(hires)
         p.all_hr_prompts[own] = changed
-    if damaged:
-        job.note(skipped_note(list(damaged)))
+    if skipped:
+        job.note(skipped_note(list(skipped)))
 
 
 def numbers_are_others() -> bool:
@@ -88,6 +89,43 @@ def folders() -> list[Path]:
     older = getattr(cmd_opts, "lyco_dir_backcompat", None)
     found = [cmd_opts.lora_dir, *several, *([older] if older else [])]
     return [Path(folder) for folder in dict.fromkeys(map(str, found))]
+
+
+def _is_usable(file: Path, skipped: dict[str, None]) -> bool:
+    """Whether the WebUI can use a candidate. `skipped` gets the names of those that it cannot."""
+    if not _is_candidate(file, skipped):
+        return False
+    if not _fits_text_encoder(file):
+        skipped[file.stem] = None
+        return False
+    return True
+
+
+def _fits_text_encoder(file: Path) -> bool:
+    """Whether a file's layers for the text encoder have the model's widths.
+
+    Only asked with A1111's option "use old method" (`lora_functional`), with which a misfit ends the job while the text is encoded.
+    Otherwise the WebUI skips such layers, and a pass skips such candidates.
+    """
+    import networks
+    from modules import shared
+
+    if not getattr(shared.opts, "lora_functional", False):
+        return True
+    try:
+        network = networks.load_network(file.stem, SimpleNamespace(filename=str(file)))
+    except Exception:  # whatever the WebUI's reader raises: it continues without this LoRA
+        return True
+    for module in network.modules.values():
+        weight = getattr(module.sd_module, "weight", None)
+        if weight is None or module.sd_key.startswith("diffusion_model"):
+            continue
+        try:
+            if module.calc_updown(weight)[0].shape != weight.shape:
+                return False
+        except RuntimeError:
+            return False
+    return True
 
 
 def _is_candidate(file: Path, damaged: dict[str, None]) -> bool:

@@ -626,7 +626,7 @@ def test_loras_that_always_act_in_a_place_are_weighed_against_none(
     ]
     found, job = compose(standin.job(*tags), weight_maps=True)
     assert not close(found, standin.run(standin.job()))
-    assert job.passes[0].uses == ()
+    assert [str(use) for use in job.passes[0].uses] == [f"{name}:1 at left" for name in "ab"[:loras]]
     assert job.passes[0].history.weights == []
 
 

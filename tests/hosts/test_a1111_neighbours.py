@@ -58,12 +58,12 @@ def test_one_lora_and_merge_follow_the_strengths(a1111: Any, standin: Any, name:
 
 
 def test_two_are_the_slow_reference(a1111: Any, standin: Any) -> None:
-    """One of two LoRAs stops after two steps: from there on the other is alone, whatever is reused."""
+    """One of two LoRAs stops after two steps: from there on the other is alone."""
     a, b = standin.lora("a", 1), standin.lora("b", 2, text=False)
     seen: list[Any] = []
     before = trace(a1111, standin)[:-1]  # the caches of conditioning are the WebUI's
     with by_step(a1111, [b], SCHEDULES["stops"], seen):
-        found, job = compose(standin.job(a, b), recentre=0.5, reuse=3)
+        found, job = compose(standin.job(a, b), recentre=0.5, reuse=1)
     b.te_multiplier = b.unet_multiplier = 1.0
     with torch.no_grad():
         assert close(found, slowly(a1111, standin, [a, b], paper(recentre=0.5), until=2), 1e-3)

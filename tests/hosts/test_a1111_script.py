@@ -167,6 +167,26 @@ def test_a_tag_that_the_webui_cannot_read_stops_the_job(
     run(standin, script, [{}], standin.lora("dog", 1), batch_size=2, **own)
 
 
+@pytest.mark.parametrize(("script_title", "toasts"), [("X/Y/Z plot", 1), ("Prompt matrix", 0)])
+@pytest.mark.parametrize("when", ["before the sampling", "at its first step"])
+def test_a_plot_that_leaves_a_stopped_picture_empty_still_says_why(
+    standin: Any, script: Any, monkeypatch: Any, script_title: str, toasts: int, when: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("gradio.Warning", told.append)
+    listed = [SimpleNamespace(title=lambda: script_title)]
+    tag = "<lora:a:0,8>" if when == "before the sampling" else ""
+    p = standin.job(
+        standin.lora("a", 1), prompts=(f"hill {tag}",), scripts=SimpleNamespace(selectable_scripts=listed)
+    )
+    if not tag:
+        p.extra_network_data["lora"][0].named["role"] = "stile"
+    p.script, p.own_args, p.script_args = script, [{"enabled": True}], [1]
+    with pytest.raises(LoratorioError) as stopped:
+        standin.run(p)
+    assert told == [str(stopped.value)] * toasts
+
+
 def test_a_tag_of_another_extension_is_its_own_matter(standin: Any, script: Any, monkeypatch: Any) -> None:
     other = SimpleNamespace(path="/extensions/sd-webui-loractl/scripts/loractl.py")
     monkeypatch.setattr(sys.modules["modules.scripts"], "scripts_data", [other])
@@ -276,6 +296,35 @@ def test_pools_become_loras_and_stay_pools_in_the_infotext(
     pools.restore(job)
     assert p.all_hr_prompts is written
     assert written == ["b <pool:one>"]
+
+
+def test_the_old_method_meets_no_candidate_of_another_width(
+    standin: Any, a1111: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """With `lora_functional` the WebUI multiplies text with a LoRA's layers, and one for another model ends the job."""
+    from loratorio.job import Job
+    from loratorio.webui import pools
+
+    def load_network(name: str, on_disk: Any) -> Any:
+        network = standin.lora(name, 1)
+        for key, module in network.modules.items():
+            module.sd_module = standin.model.network_layer_mapping[key]
+        if name == "wide":
+            network.modules["transformer_text"].calc_updown = lambda weight: (torch.zeros(99, 1), None)
+        if name == "other":  # which a pass skips, and names
+            network.modules["diffusion_model_to_k"].calc_updown = lambda weight: (torch.zeros(99, 1), None)
+        return network
+
+    for name in ("one", "other", "wide"):
+        (tmp_path / f"{name}.safetensors").write_bytes(EMPTY)
+    monkeypatch.setattr(a1111.shared.cmd_opts, "lora_dir", str(tmp_path))
+    monkeypatch.setattr(a1111.networks, "load_network", load_network, raising=False)
+    for is_old, names in ((False, ("one", "other", "wide")), (True, ("one", "other"))):
+        monkeypatch.setattr(a1111.shared.opts, "lora_functional", is_old, raising=False)
+        job, prompts = Job(standin.job(), paper(enabled=True)), ["<pool:*>"]
+        pools.expand(job, prompts)
+        assert prompts == ["".join(f"<lora:{name}:1:pool=1>" for name in names)]
+    assert job.notes == ["Not used from the pool, because they cannot be read or do not fit: wide."]
 
 
 def test_of_files_with_one_name_a_pool_finds_the_one_that_it_means(

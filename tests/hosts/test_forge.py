@@ -167,6 +167,22 @@ def test_a_lora_that_two_tags_name_acts_as_in_the_host(
     assert close(both, compose(standin, standin.job(webui.run.tag("a", 1.5, total), "b"))[0])
 
 
+@pytest.mark.parametrize(
+    ("landmarks", "found"),
+    [
+        ({"modules"}, "last"),
+        ({"modules", "modules_forge"}, "different"),
+        ({"modules", "modules_forge", "modules_forge.packages"}, "each"),
+        ({"modules", "modules_forge", "ldm_patched"}, "each"),
+    ],
+)
+def test_the_page_knows_how_the_webui_adds_up_tags(monkeypatch: Any, landmarks: set[str], found: str) -> None:
+    from loratorio.hosts import sum_of_tags
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in landmarks else None)
+    assert sum_of_tags() == found
+
+
 def test_a_lora_in_two_places_has_two_strengths(webui: Any, standin: Any) -> None:
     tag = webui.run.tag
     standin.lora("twin", 1)

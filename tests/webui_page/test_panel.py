@@ -401,6 +401,9 @@ def test_a_lora_of_several_tags_is_one(page: Any) -> None:
     )
     tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:0.4:0.6>")
     tab.wait_for_line("Will compose fox 1.6 text 1.4 ink 0.3")
+    page.evaluate("document.querySelector('#loratorio_txt2img_loras').dataset.repeats = 'different'")
+    tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:1:0.5> <lora:ink:0.3>")
+    tab.wait_for_line("Will compose fox 1.5 text 1 ink 0.3")
 
 
 def test_places_with_a_method_that_has_none_are_said(page: Any) -> None:
@@ -569,6 +572,30 @@ def test_the_cost_counts_loras_that_will_be_composed(page: Any) -> None:
             "said => document.querySelector('#loratorio_txt2img_cost .loratorio-cost').textContent === said",
             arg=said,
         )
+
+
+def test_the_cost_is_that_of_the_present_settings(page: Any) -> None:
+    """An answer to older settings that comes later is ignored."""
+    tab = Tab(page, "txt2img").open()
+    tab.prompt("<lora:fox:1> <lora:ink:1>")
+    page.evaluate(
+        """() => {
+            const own = window.fetch;
+            window.fetch = (url, options) => {
+                if (url !== "./loratorio/cost") return own(url, options);
+                window.asked = JSON.parse(options.body).values;
+                const isOld = window.asked[0] === "Merge";
+                return new Promise(done => setTimeout(() => done(new Response(isOld ? "[1, 1, 1]" : "[2, 3, 4]")), isOld ? 1500 : 0));
+            };
+        }"""
+    )
+    tab.choose("method", "Merge")
+    page.wait_for_function("window.asked?.[0] === 'Merge'")
+    tab.choose("method", "LoRAtorio")
+    page.wait_for_function("window.asked?.[0] === 'LoRAtorio'")
+    page.wait_for_timeout(2000)
+    said = tab.find("_cost .loratorio-cost").text_content()
+    assert said == "With 2 LoRAs, a step costs about 3.0 times as much as a plain one."
 
 
 def elsewhere(knob: Any) -> Any:

@@ -591,7 +591,7 @@ def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     routes: dict[str, Any] = {}
     app = SimpleNamespace(add_api_route=lambda path, call, methods: routes.update({path: call}))
     found.add_route(None, app)
-    (call,) = routes.values()
+    call = routes[found.PATH]
     monkeypatch.delitem(sys.modules, "networks", raising=False)
     for asked in ({}, {"loras": 3, "pools": None}, {"loras": [1, {}, "x" * 9], "pools": []}):
         assert call(asked) == {"missing": [], "pools": {}, "wrong": {}, "reads": ""}
@@ -606,6 +606,22 @@ def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = SimpleNamespace(scripts_data=[SimpleNamespace(path="/extensions/loractl/scripts/loractl.py")])
     monkeypatch.setitem(sys.modules, "modules.scripts", scripts)
     assert call({"tags": tags})["wrong"] == {}
+
+
+def test_the_cost_of_any_values() -> None:
+    pytest.importorskip("torch")
+    routes: dict[str, Any] = {}
+    app = SimpleNamespace(add_api_route=lambda path, call, methods: routes.update({path: call}))
+    found.add_route(None, app)
+    cost = routes[found.COST_PATH]
+    two, merged = (
+        cost({"values": ["LoRAtorio", 0.5, 0, 1, 0, 1]}),
+        cost({"values": ["Merge", 0.5, 0, 1, 0, 1]}),
+    )
+    assert two[1:4] == [3.0, 4.0, 5.0]
+    assert merged[:3] == [1.0, 1.0, 1.0]
+    assert cost({"values": ["no method"]}) is cost({"values": ["LoRAtorio", "x"]}) is None
+    assert cost({"values": 3}) == cost({}) == found.costs(Settings())
 
 
 def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamespace) -> None:

@@ -31,7 +31,7 @@ class Forge:
                 if admitted is not None:
                     ForgePass(loras, admitted, self._variant).install()
         except Exception as problem:
-            refuse(job.p, problem)
+            refuse(job.p, problem, job.tell)
 
 
 HOST = Forge()

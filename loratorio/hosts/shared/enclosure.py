@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...errors import LoratorioError
 from ...job import Job
 from ...refusal import refusals
+from .other_extensions import hides_errors
 
 Around = Callable[[Callable[[], Any]], Any]
 """Given the sampling loop, runs it and returns what it returns."""
@@ -40,7 +42,12 @@ class _Enclosure:
         (job, around), launch = self._pass, self._launch
         self.take_off()
         with refusals(), job.ended_by_errors():
-            return launch(steps, lambda: around(func))
+            try:
+                return launch(steps, lambda: around(func))
+            except LoratorioError as problem:
+                if hides_errors(job.p):
+                    job.tell(str(problem))
+                raise
 
     def take_off(self) -> None:
         self._pass = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ...job import Job
 from ...refusal import refusals
+from .other_extensions import hides_errors
 
 
 class WebUIHost(Protocol):
@@ -22,8 +24,8 @@ class WebUIHost(Protocol):
         """Called before `job.p.sampler` samples: once per pass, so twice with hires fix."""
 
 
-def refuse(p: Any, problem: Exception) -> None:
-    """Make the job `p` stop with `problem` as soon as it would sample.
+def refuse(p: Any, problem: Exception, tell: Callable[[str], None]) -> None:
+    """Make the job `p` stop with `problem` as soon as it would sample. Where that would not be seen, `tell` the sentence too.
 
     The WebUI only prints an exception in a script's event, and the picture would not be the requested one. An exception
     in the sampling stops the job, is shown on the page, and is answered by the API: with status 422 and the sentence
@@ -34,6 +36,8 @@ def refuse(p: Any, problem: Exception) -> None:
     traceback.clear_frames(problem.__traceback__)
 
     def stop(*args: Any, **kwargs: Any) -> None:
+        if hides_errors(p):
+            tell(str(problem))
         with refusals():
             raise problem
 

@@ -9,12 +9,14 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ...prompt.roles import TaggedLora
 from ...prompt.tags import BLOCK_WEIGHT, LORACTL
+
+if TYPE_CHECKING:  # a WebUI's start-up need not wait for torch
+    from torch import nn
+
+    from ...prompt.roles import TaggedLora
 
 _WEBUI_OPTIONS = ("te", "unet", "dyn")
 _OPTIONS_OF = {
@@ -64,6 +66,11 @@ def chosen_script(p: Any) -> str:
     scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", None) or ()
     number = next(iter(getattr(p, "script_args", None) or ()), 0)
     return str(scripts[number - 1].title()) if isinstance(number, int) and 0 < number <= len(scripts) else ""
+
+
+def hides_errors(p: Any) -> bool:
+    """Whether the chosen script leaves a picture that stops with an error empty and continues: then nobody sees the error's sentence."""
+    return chosen_script(p) == "X/Y/Z plot"
 
 
 def takes_maps(script: str) -> bool:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 from ...adapters.bank import Bank
+from ...compose.mixes import NO_WORDS
 from ...errors import LoratorioError
 from ...job import PassRecord
 from ...pictures.infotext import LoraUse
@@ -105,10 +106,11 @@ class SamplingPass(ABC):
         if self.engine.pool.reactions:
             names = [lora.name for lora in self.loras]
             self.job.note(reactions_note(names, self.engine.pool.reactions, self.engine.pool.left_out))
-        shares = self.engine.history.shares
+        shares, participants = self.engine.history.shares, self.engine.participants
+        numbers = [*participants.numbers, *(added.number for added in participants.additions)]
         self.job.record(
             PassRecord(
-                uses=tuple(self._use(number, shares) for number in self.engine.participants.numbers),
+                uses=tuple(self._use(number, shares) for number in numbers),
                 batch=self.job.batch,
                 hires=self.job.is_hires,
                 history=self.engine.history,
@@ -122,7 +124,7 @@ class SamplingPass(ABC):
         share = shares.get(number, 0.0) if lora.tagged.is_candidate and shares else None
         place = lora.tagged.options.get(PLACE_OPTION, "")
         text = lora.text if has_text else None
-        without = self.engine.participants.words[number].without
+        without = self.engine.participants.words.get(number, NO_WORDS).without
         return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text, without)
 
     def saw_strengths(self, strengths: tuple[float, ...]) -> None:
