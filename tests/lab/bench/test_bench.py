@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from loratorio.errors import LoratorioError
-from loratorio_lab.bench import cli, measures, presets, report
+from loratorio_lab.bench import beside, cli, measures, presets, report
 from loratorio_lab.bench.plan import (
     MAIN_ROWS,
     METHOD_ROWS,
@@ -453,3 +453,17 @@ def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
     assert file is not None
     assert Image.open(file).size[0] > 300
     assert presets.section([], {}) == []
+
+
+def test_the_table_of_words_differs_in_who_reads_them_alone(tmp_path: Path) -> None:
+    grid = cli.the_grid(options(out=tmp_path, groups="words", elements="cat,alien,night", place_seeds=1))
+    assert len(grid) == 3 * 2 * 2
+    trigger = {"cat": "mimsy", "alien": "glorp", "night": "lunara"}
+    category = {"night": "background"}
+    of = {cell.variant: cell for cell in grid if cell.elements == ("cat", "alien", "night")}
+    prompts = {name: beside.prompt(cell, trigger, category) for name, cell in of.items()}
+    tags = "<lora:cat:at=left:1> <lora:alien:at=right:1> <lora:night:1>"
+    assert prompts["common"] == prompts["common_whole"] == f"mimsy, glorp, lunara background {tags}"
+    assert prompts["beside_balanced"].startswith("lunara background <lora:cat:at=left:words=mimsy:1>")
+    assert [of[name].knobs.get("own_words") for name in ("common", "common_whole")] == [True, False]
+    assert "own_words" not in of["beside_balanced"].knobs
