@@ -204,37 +204,45 @@
         return gradioApp().querySelector(`#loratorio_${tab}_${knob} input[type=checkbox]`);
     }
 
-    /** What a step costs with so many LoRAs, from what Python counted for one, two, …; beyond those a straight line goes on. */
-    function cost(costs, count) {
-        const last = costs.length;
-        if (!last || !count) {
-            return "";
-        }
-        const steps = costs[count - 1] ?? costs[last - 1] + (count - last) * (costs[last - 1] - costs[last - 2]);
-        return `With ${count} LoRA${count === 1 ? "" : "s"}, a step costs about ${steps.toFixed(1)} times as much as a plain one.`;
+    /** A number on the page, by its element's id; `other` where there is none. */
+    function numberOf(id, other) {
+        return Number(gradioApp().querySelector(`#${id} input[type=number]`)?.value || other);
     }
+
+    /** What a step costs in plain steps, by question; null while Python has not answered. */
+    const costs = {};
 
     function showCost(tab, count) {
         const place = gradioApp().querySelector(`#loratorio_${tab}_cost .loratorio-cost`);
-        if (place) {
-            const text = cost(JSON.parse(place.dataset.costs || "[]"), count);
-            if (place.textContent !== text) {
-                place.textContent = text;
-            }
+        if (!place) {
+            return;
+        }
+        const part = tab === "img2img" ? Math.min(1, numberOf("img2img_denoising_strength", 1)) : 1;
+        const steps = Math.max(1, Math.round(part * numberOf(`${tab}_steps`, 20)));
+        const cfg = numberOf(`${tab}_cfg_scale`, 7);
+        const question = JSON.stringify({values: JSON.parse(place.dataset.values), count, steps, cfg});
+        if (count && costs[question] === undefined) {
+            costs[question] = null;
+            askCost(question).then(() => refresh(tab));
+        }
+        if (count && costs[question] === null) {
+            return; // what was true before stands until the answer comes
+        }
+        const text = count ? `With ${count} LoRA${count === 1 ? "" : "s"}, a step costs about ${costs[question].toFixed(1)} times as much as a plain one.` : "";
+        if (place.textContent !== text) {
+            place.textContent = text;
         }
     }
 
-    /** A knob that changes the cost has changed. An answer to older values is ignored: some take longer than others. */
-    window.loratorioCost = async(tab, values) => {
-        const place = gradioApp().querySelector(`#loratorio_${tab}_cost .loratorio-cost`);
-        const asked = JSON.stringify({values});
-        place.dataset.asked = asked;
-        const answer = await fetch("./loratorio/cost", {method: "POST", headers: {"Content-Type": "application/json"}, body: asked});
-        const costs = answer.ok ? await answer.json() : null;
-        if (costs && place.dataset.asked === asked) {
-            place.dataset.costs = JSON.stringify(costs);
-            refresh(tab);
-        }
+    async function askCost(question) {
+        const answer = await fetch("./loratorio/cost", {method: "POST", headers: {"Content-Type": "application/json"}, body: question});
+        costs[question] = answer.ok ? await answer.json() : null;
+    }
+
+    /** A knob that changes the cost has changed. */
+    window.loratorioCost = (tab, values) => {
+        gradioApp().querySelector(`#loratorio_${tab}_cost .loratorio-cost`).dataset.values = JSON.stringify(values);
+        refresh(tab);
     };
 
     const shown = {};
@@ -387,6 +395,9 @@
             follow(knobBox(tab, "own_words"), "checked", () => refresh(tab));
             for (const side of ["width", "height"]) {
                 follow(gradioApp().querySelector(`#${tab}_${side} input[type=number]`), "value", loratorioPlaces.update);
+            }
+            for (const id of ["steps", "cfg_scale", "denoising_strength"]) {
+                follow(gradioApp().querySelector(`#${tab}_${id} input[type=number]`), "value", () => refresh(tab));
             }
             tickAtStart(tab);
             partArrowAndBox(tab);

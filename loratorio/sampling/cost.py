@@ -14,12 +14,10 @@ from ..settings import Settings
 from .calls import Row
 from .engine import Engine, Step
 
-ROWS_OF_A_PLAIN_STEP = 2
-
 
 @lru_cache(maxsize=512)
-def plain_steps(settings: Settings, count: int, steps: int = 20) -> float:
-    """The work of a mean step with `count` LoRAs, in plain steps (a conditional and an unconditional row), with guidance."""
+def plain_steps(settings: Settings, count: int, steps: int = 20, guided: bool = True) -> float:
+    """The work of a mean step of such a schedule with `count` LoRAs, in plain steps: a conditional and, if guided, an unconditional row."""
     engine = Engine(settings, Bank([Adapter(str(number), {}) for number in range(count)]))
     side = 2 * settings.patch_size
     latents = torch.zeros(1, 1, side, side)
@@ -32,5 +30,5 @@ def plain_steps(settings: Settings, count: int, steps: int = 20) -> float:
         return torch.randn(len(rows), *latents.shape[1:], generator=generator)
 
     for index in range(steps):
-        engine.step(Step(index, steps, latents, 1, denoised=False, guidance=7.0), predict)
-    return rows_run / steps / ROWS_OF_A_PLAIN_STEP
+        engine.step(Step(index, steps, latents, int(guided), denoised=False, guidance=7.0), predict)
+    return rows_run / steps / (1 + guided)

@@ -3,6 +3,7 @@ step costs."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ MOST = 100
 
 COST_KNOBS = ("method", "recentre", "share", "reuse", "start", "end")
 """The knobs that change how many model rows are run."""
-_MOST_LORAS = 8
+_MOST_LORAS, _MOST_STEPS = 24, 60
 
 
 def add_route(_: Any, app: Any) -> None:
@@ -35,14 +36,13 @@ def add_route(_: Any, app: Any) -> None:
         reads = [unread_words(prompt) for prompt in _texts([asked.get("prompt")])]
         return {**answered, "wrong": wrong(_texts(asked.get("tags"))), "reads": "".join(reads)}
 
-    def answer_cost(asked: dict[str, Any]) -> list[float] | None:
+    def answer_cost(asked: dict[str, Any]) -> float | None:
         values = asked.get("values")
         try:
-            return costs(
-                Settings.from_mapping(
-                    dict(zip(COST_KNOBS, values if isinstance(values, list) else (), strict=False))
-                )
+            settings = Settings.from_mapping(
+                dict(zip(COST_KNOBS, values if isinstance(values, list) else (), strict=False))
             )
+            return cost(settings, asked.get("count"), asked.get("steps"), asked.get("cfg"))
         except LoratorioError:
             return None  # a number that is being typed
 
@@ -95,15 +95,19 @@ def _tagged(name: str, options: Mapping[str, str]) -> TaggedLora:
     )
 
 
-def costs(settings: Settings) -> list[float]:
-    """The cost of a step with one LoRA, two, …, in plain steps."""
-    if "torch" not in sys.modules:  # a page without an engine behind it
-        return []
+def cost(settings: Settings, count: Any, steps: Any, cfg: Any) -> float | None:
+    """The cost of a mean step with `count` LoRAs, in plain steps; None without an engine behind the page, or for what is no number."""
+    numbers = [each for each in (count, steps, cfg) if isinstance(each, int | float) and math.isfinite(each)]
+    if "torch" not in sys.modules or len(numbers) < 3:
+        return None
     from ..sampling.cost import plain_steps
 
-    # What does not change the rows shall not fill the cache.
+    # What does not change the rows shall not fill the cache. Longer schedules cost a step as much.
     asked = Settings.from_mapping({"enabled": True, **{name: getattr(settings, name) for name in COST_KNOBS}})
-    return [round(plain_steps(asked, count), 2) for count in range(1, _MOST_LORAS + 1)]
+    count, steps = (
+        max(1, min(most, int(each))) for each, most in ((count, _MOST_LORAS), (steps, _MOST_STEPS))
+    )
+    return round(plain_steps(asked, count, steps, cfg != 1), 2)
 
 
 def _has(name: str, known: Mapping[str, Any]) -> bool:

@@ -177,8 +177,9 @@ def _about(method: str) -> str:
 
 
 def _cost(settings: Settings) -> str:
-    """The costs of a step with one LoRA, two, …; JavaScript shows the one for the prompt."""
-    return f'<p class="loratorio-cost" data-costs="{escape(json.dumps(lookup.costs(settings)))}"></p>'
+    """What a step costs. JavaScript asks for it with these values, the prompt's LoRAs and the page's steps and CFG."""
+    values = [shown(KNOB_BY_NAME[name], getattr(settings, name)) for name in lookup.COST_KNOBS]
+    return f'<p class="loratorio-cost" data-values="{escape(json.dumps(values))}"></p>'
 
 
 def _line(tab: str, repeats: str) -> str:

@@ -558,9 +558,23 @@ def test_a_role_that_there_is_not_is_marked(page: Any) -> None:
     assert page.input_value("#txt2img_prompt textarea") == "<lora:fox:role=style:1> <lora:ink:role=style:1>"
 
 
+ANSWER_COST = """() => {
+    const own = window.fetch;
+    window.fetch = (url, options) => {
+        if (url !== "./loratorio/cost") return own(url, options);
+        const {values, count, steps, cfg} = JSON.parse(options.body);
+        window.asked = values;
+        window.askedFor = [steps, cfg];
+        const isOld = values[0] === "Merge";
+        return new Promise(done => setTimeout(() => done(new Response(isOld ? "1" : String(count + 1))), isOld ? 1500 : 0));
+    };
+}"""
+"""Python's answers: one more than the LoRAs, and late for *Merge*."""
+
+
 def test_the_cost_counts_loras_that_will_be_composed(page: Any) -> None:
     tab = Tab(page, "txt2img").open()
-    tab.find("_cost .loratorio-cost").evaluate("each => { each.dataset.costs = '[2, 3, 4, 5]'; }")
+    page.evaluate(ANSWER_COST)
     for prompt, said in (
         ("<lora:fox:1> <lora:ink:1>", "With 2 LoRAs, a step costs about 3.0 times as much as a plain one."),
         ("<lora:fox:1> <lora:ink:0> <lora:dog:te=1:unet=0>", "With 1 LoRA, a step costs about 2.0 times as much as a plain one."),
@@ -578,17 +592,7 @@ def test_the_cost_is_that_of_the_present_settings(page: Any) -> None:
     """An answer to older settings that comes later is ignored."""
     tab = Tab(page, "txt2img").open()
     tab.prompt("<lora:fox:1> <lora:ink:1>")
-    page.evaluate(
-        """() => {
-            const own = window.fetch;
-            window.fetch = (url, options) => {
-                if (url !== "./loratorio/cost") return own(url, options);
-                window.asked = JSON.parse(options.body).values;
-                const isOld = window.asked[0] === "Merge";
-                return new Promise(done => setTimeout(() => done(new Response(isOld ? "[1, 1, 1]" : "[2, 3, 4]")), isOld ? 1500 : 0));
-            };
-        }"""
-    )
+    page.evaluate(ANSWER_COST)
     tab.choose("method", "Merge")
     page.wait_for_function("window.asked?.[0] === 'Merge'")
     tab.choose("method", "LoRAtorio")

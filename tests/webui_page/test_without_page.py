@@ -614,14 +614,27 @@ def test_the_cost_of_any_values() -> None:
     app = SimpleNamespace(add_api_route=lambda path, call, methods: routes.update({path: call}))
     found.add_route(None, app)
     cost = routes[found.COST_PATH]
-    two, merged = (
-        cost({"values": ["LoRAtorio", 0.5, 0, 1, 0, 1]}),
-        cost({"values": ["Merge", 0.5, 0, 1, 0, 1]}),
+
+    def of(values: object, count: object = 2, steps: object = 20, cfg: object = 7) -> object:
+        return cost({"values": values, "count": count, "steps": steps, "cfg": cfg})
+
+    every_row = ["LoRAtorio", 0.5, 0, 1, 0, 1]
+    assert [of(every_row, count) for count in (2, 3, 4)] == [3.0, 4.0, 5.0]
+    assert of(every_row, cfg=1) == 3.0  # three rows where a plain step has one
+    assert of(["Merge", 0.5, 0, 1, 0, 1], 3) == 1.0
+    assert of(["LoRAtorio, relative", 0.5, 0.15, 3, 0, 1], steps=4) > of(
+        ["LoRAtorio, relative", 0.5, 0.15, 3, 0, 1], steps=40
     )
-    assert two[1:4] == [3.0, 4.0, 5.0]
-    assert merged[:3] == [1.0, 1.0, 1.0]
-    assert cost({"values": ["no method"]}) is cost({"values": ["LoRAtorio", "x"]}) is None
-    assert cost({"values": 3}) == cost({}) == found.costs(Settings())
+    assert (
+        of(["no method"])
+        is of(["LoRAtorio", "x"])
+        is of(every_row, "two")
+        is of(every_row, steps=float("nan"))
+        is cost({})
+        is None
+    )
+    assert of(3) == of([])
+    assert of(every_row, 10**9, 10**9) == of(every_row, 24, 60)
 
 
 def test_options_that_were_never_changed_follow_new_defaults(webui: SimpleNamespace) -> None:
