@@ -1,14 +1,18 @@
-"""What reuse saves and what it changes, on the toybox: rows in plain steps, and PSNR against the same with every LoRA run at every step.
+"""What reuse saves and what it changes, on the toybox: rows in plain steps, and PSNR against the same with every row run at every step.
 
 loratorio-lab reuse-cost                                 the presets, Euler, 20 steps
-loratorio-lab reuse-cost --samplers euler,dpmpp-2m-karras,euler-a,ddim --steps 30
+loratorio-lab reuse-cost --samplers euler,dpmpp-2m-karras,euler-a,ddim --steps 12,24,40 --cfg 2,7,12
 loratorio-lab reuse-cost --reuse 2,3,4,6 --counts 3      by the number of steps between, for three LoRAs
+loratorio-lab reuse-cost --counts 8 --presets fast       the prompt calls five of the eight
+
+With more LoRAs than the toybox has categories, the prompt calls one of each; the others are loaded and have no word in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--combinations", type=int, default=6, help="how many of each N")
     parser.add_argument("--counts", default="2,3,4,5", help="numbers of LoRAs, with commas between")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--steps", default="20", help="with commas between")
+    parser.add_argument("--cfg", default="3", help="with commas between")
     parser.add_argument("--samplers", default="euler", help="with commas between")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="with commas between")
     parser.add_argument(
         "--reuse", help="these values of the knob instead of the presets, with commas between"
     )
@@ -46,24 +51,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
         balanced = {**OTHERS, **PRESETS["balanced"].values}
         settings = {f"reuse {n}": {**balanced, "reuse": int(n)} for n in options.reuse.split(",")}
     else:
-        settings = {preset.label: {**OTHERS, **preset.values} for preset in PRESETS.values()}
+        chosen = [PRESETS[name] for name in options.presets.split(",")]
+        settings = {preset.label: {**OTHERS, **preset.values} for preset in chosen}
     for name, knobs in settings.items():
         print(f"{name}: {said(measured(knobs))}")
-    categories = toybox_categories()
+    backend = _Backend()
     combos = [
         combo
         for count in options.counts.split(",")
-        for combo in sample(combinations(categories, int(count)), options.combinations)
+        for combo in _combinations(int(count), options.combinations)
     ]
-    backend = ToyboxBackend()
-    print(
-        f"{len(combos)} combinations of N = {options.counts}, {options.seeds} seeds each, {options.steps} steps, cfg {options.cfg:g}"
+    print(f"{len(combos)} combinations of N = {options.counts}, {options.seeds} seeds each")
+    print("| sampler | steps | CFG | | plain steps a step | PSNR, mean | least | elements found |")
+    print("| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |")
+    ways = itertools.product(
+        options.samplers.split(","), options.steps.split(","), options.cfg.split(","), settings.items()
     )
-    print("| sampler | | plain steps a step | PSNR, mean | least | elements found |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for sampler, (name, knobs) in itertools.product(options.samplers.split(","), settings.items()):
-        sampling = {"steps": options.steps, "cfg": options.cfg, "sampler": sampler}
-        print(f"| {sampler} | {name} {_row(backend, combos, options.seeds, sampling, knobs)}", flush=True)
+    for sampler, steps, cfg, (name, knobs) in ways:
+        sampling = {"steps": int(steps), "cfg": float(cfg), "sampler": sampler}
+        row = _row(backend, combos, options.seeds, sampling, knobs)
+        print(f"| {sampler} | {steps} | {cfg} | {name} {row}", flush=True)
+
+
+def _combinations(count: int, most: int) -> list[tuple[str, ...]]:
+    """Elements of different categories, and behind them others where there are no more categories."""
+    categories = toybox_categories()
+    every = [name for names in categories.values() for name in names]
+    found = []
+    for number, called in enumerate(sample(combinations(categories, min(count, len(categories))), most)):
+        others = [name for name in every if name not in called]
+        random.Random(number).shuffle(others)
+        found.append((*called, *others[: count - len(called)]))
+    return found
+
+
+def _called(elements: Sequence[str]) -> list[str]:
+    """The elements whose words are in the prompt: the first of each category."""
+    of = {name: category for category, names in toybox_categories().items() for name in names}
+    return list({of[name]: name for name in reversed(elements)}.values())[::-1]
+
+
+class _Backend(ToyboxBackend):
+    """The toybox with LoRAs that the prompt does not call."""
+
+    def prompt(self, cell: Cell) -> str:
+        called = _called(cell.elements)
+        scene = self._world.random_scene(random.Random("+".join(called)), *called)
+        return f"{self._world.caption(scene)} {' '.join(f'<lora:{name}>' for name in cell.elements)}"
 
 
 def _row(
@@ -85,8 +119,8 @@ def _row(
         values += [
             psnr(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(pictures, whole, strict=True)
         ]
-        found += [name in names for names, _ in backend.classify(pictures) for name in combo]
-    plain_steps = rows / 2 / sampling["steps"] / seeds / len(combos)
+        found += [name in names for names, _ in backend.classify(pictures) for name in _called(combo)]
+    plain_steps = rows / (2 if sampling["cfg"] != 1 else 1) / sampling["steps"] / seeds / len(combos)
     quality = "| |" if knobs["reuse"] == 1 else f"| {np.mean(values):.1f} dB | {min(values):.1f} dB"
     return f"| {plain_steps:.2f} {quality} | {100 * np.mean(found):.0f} % |"
 
