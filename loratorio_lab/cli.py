@@ -11,6 +11,10 @@ from loratorio.errors import LoratorioError
 COMMANDS = {
     "bench": ("loratorio_lab.bench.cli", "combinations × methods × seeds on the toybox, measured"),
     "step-time": ("loratorio_lab.benchmarks.step_time", "what one denoising step costs"),
+    "request-time": (
+        "loratorio_lab.benchmarks.request_time",
+        "what a whole request costs on a running WebUI",
+    ),
     "reuse-cost": ("loratorio_lab.benchmarks.reuse_cost", "what reuse saves and what it changes"),
     "pool-cost": ("loratorio_lab.benchmarks.pool_cost", "what a pool costs and what it changes"),
     "premise": ("loratorio_lab.benchmarks.premise", "does divergence tell the LoRAs that a prompt asks for?"),
@@ -29,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = name in ("", "-h", "--help")
         print("usage: loratorio-lab COMMAND [OPTIONS]; loratorio-lab COMMAND --help\n")
         for command, (_, about) in COMMANDS.items():
-            print(f"  {command:12s}{about}")
+            print(f"  {command:13s}{about}")
         return 0 if asked else 2
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0

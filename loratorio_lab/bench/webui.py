@@ -143,7 +143,7 @@ def _do(task: Task, options: argparse.Namespace, folder: Path, score: Score) -> 
         **sampling(options),
         "alwayson_scripts": {"LoRAtorio": {"args": [{"enabled": True, **task.variant.knobs}]}},
     }
-    answer = _ask(options.webui, "txt2img", body)
+    answer = ask(options.webui, "txt2img", body)
     seconds = time.perf_counter() - since
     data = base64.b64decode(answer["images"][0].partition(",")[2] or answer["images"][0])
     picture = Image.open(io.BytesIO(data)).convert("RGB")
@@ -167,7 +167,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_names(url: str, names: Collection[str]) -> None:
-    known = {each.get(key) for each in _ask(url, "loras") for key in ("name", "alias")}
+    known = {each.get(key) for each in ask(url, "loras") for key in ("name", "alias")}
     lacking = [name for name in names if name not in known]
     if lacking:
         raise LoratorioError(
@@ -175,7 +175,7 @@ def _check_names(url: str, names: Collection[str]) -> None:
         )
 
 
-def _ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
     request = urllib.request.Request(
         f"{url.rstrip('/')}/sdapi/v1/{path}",
         None if body is None else json.dumps(body).encode(),

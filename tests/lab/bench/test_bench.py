@@ -33,6 +33,7 @@ from loratorio_lab.bench.plan import (
 )
 from loratorio_lab.bench.runner import run
 from loratorio_lab.bench.store import ImageResult, Result, Store
+from loratorio_lab.benchmarks import request_time
 
 BACKEND = "tests.lab.bench.fake_backend:make"
 CATEGORIES = {
@@ -374,6 +375,22 @@ def test_webui_mode_asks_scores_and_resumes(
     assert "| LoRAtorio | 24.00 | 24.00 |" in capsys.readouterr().out
     cli.bench(chosen)
     assert len(FakeWebUI.asked) == 2 * len(METHOD_ROWS)
+
+
+def test_whole_requests_are_timed_in_turns(webui: str, capsys: pytest.CaptureFixture[str]) -> None:
+    request_time.main([webui, "--loras", "character_1,style_1", "--rounds", "2", "--schedules", "2", "6"])
+    asked = [(body["steps"], body["alwayson_scripts"]["LoRAtorio"]["args"][0]) for body in FakeWebUI.asked]
+    assert len(asked) == 3 * 4 * 2  # a round to warm up and two more, four ways, two schedules
+    assert {steps for steps, _ in asked} == {2, 6}
+    assert [way.get("preset") for _, way in asked[:8:2]] == [None, "paper", "balanced", "fast"]
+    assert [way.get("preset") for _, way in asked[8:16:2]] == ["paper", "balanced", "fast", None]
+    assert FakeWebUI.asked[0]["prompt"] == "a picture <lora:character_1:1> <lora:style_1:1>"
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    for _, _, short, long, fixed, each, ratio, _ in rows:
+        assert float(fixed) == pytest.approx(float(short) - 2 * (float(long) - float(short)) / 4, abs=0.02)
+        assert float(each) == pytest.approx((float(long) - float(short)) / 4, abs=0.01)
+        assert float(ratio) > 0
+    assert len(rows) == 4
 
 
 def test_a_quick_look_is_merging_and_the_presets_side_by_side(
