@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ def _from_file(path: Path, config: Path | None) -> Checkpoint:
 def _config_beside(path: Path) -> Path | None:
     """``model/`` (with model_index.json) or ``model.yaml`` next to ``model.safetensors``."""
     folder = path.with_suffix("")
-    if (folder / "model_index.json").is_file():
+    if (folder / MODEL_INDEX).is_file():
         return folder
     return next(
         (each for each in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if each.is_file()), None
@@ -229,24 +229,14 @@ def _config_from_hub(path: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def _from_ldm_layout(path: Path, tensors: dict[str, Tensor], folder: Path) -> Checkpoint:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    encoders, tokenizers = [], []
-    for number in ("", "_2") if "text_encoder_2" in index else ("",):
-        encoders.append(
-            _ldm_text_encoder(tensors, folder, f"text_encoder{number}", with_projection=bool(number))
-        )
-        tokenizers.append(CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}"))
     local = {"config": str(folder), "local_files_only": True}
-    return Checkpoint(
-        path.stem,
-        _complete(UNet2DConditionModel.from_single_file(dict(tensors), subfolder="unet", **local), path),
-        _complete(AutoencoderKL.from_single_file(dict(tensors), subfolder="vae", **local), path),
-        tuple(_complete(encoder, path) for encoder in encoders),
-        tuple(tokenizers),
-        _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
-        int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * LATENT_PIXEL,
-        bool(index.get("force_zeros_for_empty_prompt", False)),
-    )
+
+    def encoder(part: str) -> nn.Module:
+        return _complete(_ldm_text_encoder(tensors, folder, part, part.endswith("_2")), path)
+
+    unet = UNet2DConditionModel.from_single_file(dict(tensors), subfolder="unet", **local)
+    vae = AutoencoderKL.from_single_file(dict(tensors), subfolder="vae", **local)
+    return _with_folder(path, folder, _complete(unet, path), _complete(vae, path), encoder)
 
 
 def _ldm_text_encoder(
@@ -261,10 +251,9 @@ def _ldm_text_encoder(
 
 def _from_diffusers_layout(path: Path, tensors: dict[str, Tensor], folder: Path) -> Checkpoint:
     """Weights under ``unet.``, ``vae.``, ``text_encoder.`` and ``text_encoder_2.``."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    numbers = ("", "_2") if "text_encoder_2" in index else ("",)
 
-    def filled(model: nn.Module, prefix: str) -> nn.Module:
+    def filled(model: nn.Module, part: str) -> nn.Module:
+        prefix = f"{part}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         names = set(model.state_dict())
         # Transformers 5 took the level ``text_model`` out of CLIPTextModel.
@@ -275,16 +264,28 @@ def _from_diffusers_layout(path: Path, tensors: dict[str, Tensor], folder: Path)
         model.load_state_dict({key: value for key, value in own.items() if key in names}, strict=False)
         return model
 
-    encoders = []
-    for number in numbers:
-        kind = CLIPTextModelWithProjection if number else CLIPTextModel
-        settings = kind.config_class.from_pretrained(folder / f"text_encoder{number}")
-        encoders.append(filled(kind(settings), f"text_encoder{number}."))
+    def encoder(part: str) -> nn.Module:
+        kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
+        return filled(kind(kind.config_class.from_pretrained(folder / part)), part)
+
+    unet, vae = (
+        filled(kind.from_config(_json(folder / part / "config.json")), part)
+        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
+    )
+    return _with_folder(path, folder, unet, vae, encoder)
+
+
+def _with_folder(
+    path: Path, folder: Path, unet: nn.Module, vae: nn.Module, encoder: Callable[[str], nn.Module]
+) -> Checkpoint:
+    """These parts with the configuration in a folder. encoder: the text encoder of a subfolder."""
+    index = _json(folder / MODEL_INDEX)
+    numbers = ("", "_2") if "text_encoder_2" in index else ("",)
     return Checkpoint(
         path.stem,
-        filled(UNet2DConditionModel.from_config(_json(folder / "unet" / "config.json")), "unet."),
-        filled(AutoencoderKL.from_config(_json(folder / "vae" / "config.json")), "vae."),
-        tuple(encoders),
+        unet,
+        vae,
+        tuple(encoder(f"text_encoder{number}") for number in numbers),
         tuple(CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}") for number in numbers),
         _schedule(_json(folder / "scheduler" / "scheduler_config.json")),
         int(_json(folder / "unet" / "config.json").get("sample_size") or 64) * LATENT_PIXEL,
@@ -311,7 +312,7 @@ def _from_yaml(path: Path, tensors: dict[str, Tensor], yaml: Path) -> Checkpoint
         path.stem,
         _complete(UNet2DConditionModel.from_single_file(dict(tensors), original_config=original), path),
         _complete(AutoencoderKL.from_single_file(dict(tensors), original_config=original), path),
-        (_complete(_ldm_text_encoder(tensors, folder, "", with_projection=False), path),),
+        (_complete(_ldm_text_encoder(tensors, folder, "", False), path),),
         (CLIPTokenizer.from_pretrained(folder),),
         schedule,
         int(params.get("image_size") or 64) * LATENT_PIXEL,
