@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 
 from .client import Pictures, Refused, WebUI, encoded, psnr
+from .scenarios import HIRES as HIRES_FIX
 from .scenarios import INPAINT
+from .test_scenarios import upscaled
 
 KNOBS = {"recentre": 0.0, "share": 0.0, "reuse": 1, "top_k": 0}
 FIELDS = {"steps": 2, "cfg_scale": 4.0}
 LARGER = {"width": 128, "height": 128}
 """At 64 px the middle of an SD 1 model has a single token, and nothing that changes attention there acts."""
+HIRES = {**HIRES_FIX, "hr_cfg": 3.0}
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,6 @@ THRESHOLDING = (True, 3.0, 0.9, "Constant", 0.0, "Constant", 0.0, 1.0, "enable",
 HRFIX = (True, 3, 2.0, 0.0, 0.5, True, "bicubic", "bicubic")
 PAG = "perturbedattentionguidance integrated"
 SAG = "selfattentionguidance integrated (sd 1.x, sd 2.x, sdxl)"
-HIRES = {
-    "enable_hr": True,
-    "hr_scale": 1.5,
-    "hr_upscaler": "Latent",
-    "denoising_strength": 0.7,
-    "hr_cfg": 3.0,
-}
 
 
 def latent_modifier(**changes: Any) -> tuple[Any, ...]:
@@ -134,7 +130,7 @@ def test_guidance(
 
     def run(knobs: dict[str, Any] | None, on: bool, *names: str) -> Pictures:
         tags = " ".join(f"<lora:{each}:1>" for each in names)
-        fields = {**FIELDS, **guide.fields}
+        fields = upscaled(webui, {**FIELDS, **guide.fields})
         fields["prompt"] = str(fields.get("prompt", "a red circle {}")).format(tags)
         if on and guide.settings:
             webui.call("options", guide.settings)

@@ -265,6 +265,28 @@ def test_xyz_has_an_axis_for_every_knob(page: Any) -> None:
     page.locator("#script_list:visible li", has_text="None").click()
 
 
+def test_a_plot_s_empty_cell_has_a_reason(page: Any, loras: list[str]) -> None:
+    """The plot itself continues after a picture that stops, and says nothing."""
+    go_to(page, "txt2img")
+    page.fill("#txt2img_prompt textarea", written(PROMPT.format(*loras), AS_PUBLISHED, loras))
+    page.locator("#paste:visible").click()
+    wait_until(page, "txt2img", AS_PUBLISHED)
+    page.fill("#txt2img_steps input[type=number]", "1")
+    page.locator("#script_list:visible input").click()
+    page.locator("#script_list:visible li", has_text="X/Y/Z plot").click()
+    page.locator("#script_txt2img_xyz_plot_x_type input").click()
+    page.locator("#script_txt2img_xyz_plot_x_type li", has_text="Prompt S/R").click()
+    page.locator("#script_txt2img_xyz_plot_x_values").locator("textarea, input").first.fill("0.65, abc")
+    page.click("#txt2img_generate")
+    page.get_by_text("abc is not a number").first.wait_for(timeout=600_000)
+    page.wait_for_function(
+        "document.querySelector('#generation_info_txt2img textarea').value.includes('X/Y/Z plot')",
+        timeout=600_000,
+    )
+    page.locator("#script_list:visible input").click()
+    page.locator("#script_list:visible li", has_text="None").click()
+
+
 def test_settings_page(page: Any) -> None:
     go_to(page, "Settings")
     page.locator("#settings .tab-nav > button", has_text="LoRAtorio").click()
