@@ -88,16 +88,19 @@ def _are_apart(one: TaggedLora, other: TaggedLora) -> bool:
 def _without(prompt: str, words: Words) -> str:
     """The prompt without these phrases. Marks and commas stay."""
     text, left = _text(prompt), [*prompt]
+    found = [
+        (match.span(), phrase)
+        for phrase in (*words.but, *words.without)
+        for match in phrase_in(phrase).finditer(text)
+    ]
     taken: set[int] = set()
     # The longest first: "dragon" of one LoRA is not cut out of "red dragon girl" of another.
-    for phrase in sorted((*words.but, *words.without), key=len, reverse=True):
-        for match in phrase_in(phrase).finditer(text):
-            span = set(range(*match.span()))
-            if span & taken:
-                continue
-            taken |= span
+    for (start, end), phrase in sorted(found, key=lambda each: each[0][0] - each[0][1]):
+        if taken.isdisjoint(range(start, end)):
+            taken.update(range(start, end))
             if phrase not in words.but:
-                left = ["" if i in span and text[i] != _MARK else sign for i, sign in enumerate(left)]
+                left[start:end] = [sign if sign == _MARK else "" for sign in text[start:end]]
+    left = [prompt[i] if sign == _MARK else sign for i, sign in enumerate(left)]
     rest = "".join(left)
     return rest if re.search(r"[^\W\d_]", _text(rest)) else prompt
 

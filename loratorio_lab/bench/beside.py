@@ -42,9 +42,11 @@ WORD_ROWS: tuple[Variant, ...] = (
         "common_whole",
         "both words in the prompt, read by both",
         {**_BALANCED, "own_words": False},
-        beside="common",
+        beside="placed common",
     ),
-    Variant("common", "**both words in the prompt, each read by its own LoRA**", _BALANCED, beside="common"),
+    Variant(
+        "common", "**both words in the prompt, each read by its own LoRA**", _BALANCED, beside="placed common"
+    ),
     Variant("beside_balanced", "Balanced, a place for each", _BALANCED, beside="placed"),
 )
 """Whose words a LoRA reads; the last row has `words=`, as all placed rows of the other table."""
@@ -76,7 +78,7 @@ def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) 
     styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
-    if cell.beside == "common":
+    if cell.beside == "placed common":
         pair = [f"<lora:{left}:at=left:1>", f"<lora:{right}:at=right:1>"]
         return f"{', '.join([trigger[left], trigger[right], *rest])} {' '.join([*pair, *everywhere])}"
     if cell.beside == "placed":

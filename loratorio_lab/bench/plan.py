@@ -27,7 +27,7 @@ class Variant:
         pool: all LoRAs of the toybox are candidates, and none is named.
         unlabelled: their files do not say which words call them.
         beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags with their
-            own words there, or ``common``: placed, and their words in the common prompt.
+            own words there, or ``placed common``: with their words in the common prompt.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
 
@@ -50,7 +50,7 @@ class Variant:
         ]
         if not self.pool:
             used = [name for name in used if KNOB_BY_NAME[name].group != "pool"]
-        if self.beside != "common":
+        if "common" not in self.beside:
             used.remove("own_words")
         return {name: getattr(settings, name) for name in used}
 

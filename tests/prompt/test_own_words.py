@@ -78,6 +78,10 @@ def test_the_longest_phrase_has_its_words() -> None:
         with_words(prompt, Words(without=("dragon",), but=("red dragon girl",))) == "red dragon girl and a "
     )
     assert with_words(prompt, Words(without=("red dragon girl",), but=("dragon",))) == " and a dragon"
+    assert (
+        with_words(prompt, Words(without=("(dragon:1.35000000)",), but=("red dragon girl",)))
+        == "red dragon girl and a "
+    )
     assert with_words(prompt, Words("hat", ("dragon",))) == "red  girl and a, hat "
 
 
