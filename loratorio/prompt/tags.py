@@ -18,8 +18,8 @@ KINDS = ("lora", "lyco")
 WORDS_OPTION = "words"
 """The named argument of the words that are added to the prompt for the LoRA's rows only. Colons are allowed inside brackets."""
 
-READERS = BLOCK_WEIGHT, LORACTL = "lora_block_weight", "loractl"
-"""Words in the paths of extensions that read LoRA tags and allow other kinds of strengths in them."""
+BLOCK_WEIGHT, LORACTL = "lora_block_weight", "loractl"
+"""Words in the paths of extensions that read LoRA tags."""
 
 IN_NEGATIVE = "The LoRA tag in the negative prompt has no effect: LoRAs are read from the prompt only."
 
@@ -91,9 +91,12 @@ def split_tags(prompt: str) -> tuple[str, list[Tag]]:
     return _ANY.sub("", prompt), loras
 
 
-def trouble(kind: str, content: str) -> str:
-    """A sentence on why the tag ``<kind:content>`` cannot be read, or nothing."""
-    why = _why(kind, content)
+def trouble(kind: str, content: str, has_loractl: bool = False) -> str:
+    """A sentence on why the tag ``<kind:content>`` cannot be read, or nothing.
+
+    has_loractl: that extension reads strengths that change from step to step, ``1@0,0@1``.
+    """
+    why = "" if has_loractl and "@" in content else _why(kind, content)
     return f"The tag <{kind}:{content}> cannot be read: {why}." if why else ""
 
 
@@ -134,11 +137,11 @@ def _mended(text: str, is_first: bool) -> list[str]:
     return ["1"] if is_first else []
 
 
-def for_webui(prompt: str, numbers_are_others: bool = False) -> str:
+def for_webui(prompt: str, has_loractl: bool = False) -> str:
     """`prompt` with LoRA tags that a WebUI can read. `shown` restores own words.
 
     Args:
-        numbers_are_others: another extension reads the tags' strengths and allows other spellings.
+        has_loractl: as for `trouble`.
 
     Raises:
         LoratorioError: a tag cannot be read, so the WebUI would drop every LoRA of the prompt.
@@ -148,7 +151,7 @@ def for_webui(prompt: str, numbers_are_others: bool = False) -> str:
         kind, content = match.groups()
         if kind.lower() not in (*KINDS, "pool"):
             return match.group()
-        why = "" if numbers_are_others else trouble(kind, content)
+        why = trouble(kind, content, has_loractl)
         if not why and kind not in KINDS and kind.lower() in KINDS:
             why = f"The WebUI does not read the tag <{kind}:{content}>: write {kind.lower()} in lower case."
         if why:

@@ -64,9 +64,8 @@ def found(
 
 def wrong(tags: Sequence[str]) -> dict[str, str]:
     """By tag, why it cannot be read, without the readable tags."""
-    if pools.numbers_are_others():
-        return {}
-    troubles = {tag: trouble(*tag.strip("<>").partition(":")[::2]) for tag in tags}
+    has_loractl = pools.has_loractl()
+    troubles = {tag: trouble(*tag.strip("<>").partition(":")[::2], has_loractl) for tag in tags}
     return {tag: why for tag, why in troubles.items() if why}
 
 

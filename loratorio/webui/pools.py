@@ -13,7 +13,7 @@ from ..errors import LoratorioError
 from ..prompt.lora_folder import LoraFolder
 from ..prompt.pool import expanded, has_pool, pool_files
 from ..prompt.roles import looks_like_speed_lora, skipped_note
-from ..prompt.tags import READERS, for_webui
+from ..prompt.tags import LORACTL, for_webui
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -32,7 +32,7 @@ def expand(job: Job, prompts: list[str]) -> None:
 
     @cache  # the pictures of a batch mostly have one prompt, and each expansion reads the folders and opens the files
     def expanded_of(prompt: str) -> str:
-        prompt = for_webui(prompt, numbers_are_others())
+        prompt = for_webui(prompt, has_loractl())
         if not has_pool(prompt):
             return prompt
         return expanded(prompt, folders(), _name_of, partial(_is_usable, skipped=skipped))
@@ -52,11 +52,10 @@ def expand(job: Job, prompts: list[str]) -> None:
         job.note(skipped_note(list(skipped)))
 
 
-def numbers_are_others() -> bool:
-    """Whether an extension is loaded that reads the strengths of LoRA tags and allows other spellings."""
+def has_loractl() -> bool:
+    """Whether the extension loractl is loaded, which reads strengths that change from step to step."""
     scripts = getattr(sys.modules.get("modules.scripts"), "scripts_data", ())
-    paths = [str(getattr(script, "path", "")).lower() for script in scripts]
-    return any(word in path for path in paths for word in READERS)
+    return any(LORACTL in str(getattr(script, "path", "")).lower() for script in scripts)
 
 
 def restore(job: Job) -> None:

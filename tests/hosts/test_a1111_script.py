@@ -188,10 +188,23 @@ def test_a_plot_that_leaves_a_stopped_picture_empty_still_says_why(
 
 
 def test_a_tag_of_another_extension_is_its_own_matter(standin: Any, script: Any, monkeypatch: Any) -> None:
-    other = SimpleNamespace(path="/extensions/sd-webui-loractl/scripts/loractl.py")
-    monkeypatch.setattr(sys.modules["modules.scripts"], "scripts_data", [other])
+    paths = ("sd-webui-loractl/scripts/loractl.py", "sd-webui-lora-block-weight/scripts/lora_block_weight.py")
+    loractl, block_weight = (SimpleNamespace(path=f"/extensions/{path}") for path in paths)
+    scripts = sys.modules["modules.scripts"]
+    monkeypatch.setattr(scripts, "scripts_data", [loractl, block_weight])
     prompts = ("a hill <lora:dog:0@0,1@0.5>",)
     run(standin, script, [{"enabled": True}], standin.lora("dog", 1), prompts=prompts)
+    # What none of them reads loses the WebUI all LoRAs.
+    for listed, tag in (
+        ([loractl, block_weight], "0,8"),
+        ([block_weight], "abc"),
+        ([block_weight], "0@0,1@0.5"),
+    ):
+        monkeypatch.setattr(scripts, "scripts_data", listed)
+        with pytest.raises(LoratorioError, match="is not a number"):
+            run(
+                standin, script, [{"enabled": True}], standin.lora("dog", 1), prompts=(f"a <lora:dog:{tag}>",)
+            )
 
 
 def test_own_words_may_have_what_divides_a_tag(standin: Any, script: Any) -> None:

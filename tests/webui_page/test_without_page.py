@@ -602,10 +602,12 @@ def test_the_route_takes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     why = "The tag <lora:cat:0,8> cannot be read: 0,8 is not a number: write <lora:cat:0.8>."
     tags = [wrong, "<lora:cat:words=(red:1.2):1>", 7]
     assert call({"tags": tags})["wrong"] == {wrong: why}
-    # An extension that reads the strengths itself may know more of them.
+    # An extension reads strengths that change from step to step.
+    tags.append("<lora:cat:1@0,0@1>")
+    assert set(call({"tags": tags})["wrong"]) == {wrong, tags[-1]}
     scripts = SimpleNamespace(scripts_data=[SimpleNamespace(path="/extensions/loractl/scripts/loractl.py")])
     monkeypatch.setitem(sys.modules, "modules.scripts", scripts)
-    assert call({"tags": tags})["wrong"] == {}
+    assert call({"tags": tags})["wrong"] == {wrong: why}
 
 
 def test_the_cost_of_any_values() -> None:
