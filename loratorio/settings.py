@@ -230,6 +230,10 @@ class Settings:
         "bool", False, "A map for each", "With weight maps: one map per LoRA, after the map of all LoRAs.",
         "shown", 1,
     )  # fmt: skip
+    find_after: int = knob(
+        "int", 2, "Find places after", "With at=auto: in how many steps the LoRAs act everywhere, before each gets its own place.",
+        "steps", 6, minimum=1, maximum=20,
+    )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)
 
     def __post_init__(self) -> None:

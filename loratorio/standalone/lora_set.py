@@ -41,16 +41,18 @@ class LoraSet:
         tags: one per LoRA; a pool's tag is repeated under each candidate's own name.
         tagged: the LoRAs as the roles see them.
         notes: sentences for the user: files that were skipped, speed LoRAs that were recognised.
+        prompt: without tags.
     """
 
     tags: tuple[PromptLora, ...]
     loras: tuple[LoadedLora, ...]
     tagged: tuple[TaggedLora, ...]
     notes: tuple[str, ...] = ()
+    prompt: str = ""
 
     @property
     def participants(self) -> Participants:
-        return participants_of(self.tagged)
+        return participants_of(self.tagged, prompt=self.prompt)
 
     @property
     def composed(self) -> list[str]:
@@ -70,7 +72,7 @@ class LoraSet:
             base: Mix = (0.0,) * len(self.tagged)
             return [conditioner.of(text, base).tokens for text in texts]
 
-        return participants_of(self.tagged, prompt_importance(self.tagged, prompt, encode))
+        return participants_of(self.tagged, prompt_importance(self.tagged, prompt, encode), prompt)
 
 
 def load_lora_set(
@@ -107,6 +109,7 @@ def load_lora_set(
         tuple(lora for _, lora, _ in parts),
         tagged,
         tuple(notes),
+        prompt,
     )
 
 
