@@ -194,7 +194,8 @@ class PlaceMasks:
         if not any(places.values()):
             return None
         pictures = tuple(
-            tuple(found.get(number, place) for number, place in places.items()) for found in self.found or ({},)
+            tuple(found.get(number, place) for number, place in places.items())
+            for found in self.found or ({},)
         )
         key = (pictures, size, device, yielding)
         if key not in self._masks:

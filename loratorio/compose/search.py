@@ -1,8 +1,8 @@
 """Where LoRAs diverge in the first steps, as a part of the picture for each: the places of ``at=auto``.
 
-The mass of a pixel is how far the LoRAs diverge there, together, above their mean over the picture. k-means on the pixels' positions, weighted
-with it, gives a figure's centre for each LoRA. Cuts halfway between centres divide the picture into boxes. Each LoRA gets the box in which it
-diverges most, compared with the others.
+The mass of a pixel is how far the LoRAs diverge there, together, above their mean over the picture. k-means on the pixels' positions,
+weighted with it, gives a figure's centre for each LoRA. Cuts halfway between centres divide the picture into boxes. Each LoRA gets the box
+in which it diverges most, compared with the others.
 
 Letters in shapes: N LoRAs whose places are sought, H×W latent pixels, S starts of k-means, M pixels with mass.
 """
@@ -24,7 +24,14 @@ MOST = 8
 """The most LoRAs whose places are found: all their orders are compared."""
 
 TIE = 0.02
-"""LoRAs that fit two orders alike to this part of their divergence are put in the prompt's order: found by measurement (docs/lab/METHODS.md)."""
+"""LoRAs that fit two orders alike, but for this part of their divergence, stand in the prompt's order (docs/lab/METHODS.md)."""
+
+UPRIGHT = 3.0
+"""Figures are taller than wide: distances downwards are divided by this, unless the prompt asks for top or bottom."""
+
+UNEXPLAINED = 1.28
+"""N LoRAs have N figures if the part of the mass's variance that N centres leave is at most this over N²: the N parts of an even line leave
+1/N². Found by measurement (docs/lab/METHODS.md)."""
 
 _STARTS, _ROUNDS = 12, 50
 
@@ -35,11 +42,13 @@ class Layout(NamedTuple):
     Attributes:
         boxes: for each LoRA its part of the picture; together they are all of it.
         explained: how much of the mass's variance the figures' centres explain, from 0 to 1.
+        are_apart: whether that is as much as so many figures leave; else there are fewer of them.
         fits: how much of each LoRA's divergence lies in its own box, from 0 to 1.
     """
 
     boxes: tuple[Box, ...]
     explained: float
+    are_apart: bool
     fits: tuple[float, ...]
 
 
@@ -50,7 +59,9 @@ def relative_to_mean(divergence: Tensor, area: Tensor) -> Tensor:
         divergence: D = 1 − S of each LoRA and pixel, (N, B, H, W).
         area: how much of each pixel is looked at, from 0 to 1, (H, W) or (B, H, W).
     """
-    mean = (divergence * area).mean(dim=(-2, -1), keepdim=True) / area.mean(dim=(-2, -1), keepdim=True).clamp_min(1e-20)
+    mean = (divergence * area).mean(dim=(-2, -1), keepdim=True) / area.mean(
+        dim=(-2, -1), keepdim=True
+    ).clamp_min(1e-20)
     return divergence / mean.clamp_min(1e-20) * area
 
 
@@ -72,22 +83,29 @@ def layout(
     mass = (divergence.mean(dim=0) - 1).clamp_min(0) * area
     if not bool((mass > 0).sum() >= count):
         return None
-    centres, explained = _centres(mass, count)
+    towards = towards or [None] * count
+    upright = 1.0 if any(wish is not None and wish[1] != 0.5 for wish in towards) else UPRIGHT
+    centres, explained = _centres(mass, count, upright)
     across, down = (region.x1 - region.x0) / width, (region.y1 - region.y0) / height
-    cells = _cut({i: (x, y) for i, (x, y) in enumerate(centres)}, WHOLE, (region, across, down))
+    cells = _cut({i: (x, y) for i, (x, y) in enumerate(centres)}, WHOLE, (region, across, down, upright))
     inside = torch.stack([_inside(cells[i], region, height, width) for i in range(count)])
-    shares = (inside[None] * divergence[:, None]).sum(dim=(-2, -1))
-    shares = (shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-20)).tolist()
+    parts = (inside[None] * divergence[:, None]).sum(dim=(-2, -1))
+    shares = (parts / parts.sum(dim=1, keepdim=True).clamp_min(1e-20)).tolist()
     middles = [(region.x0 + x * across, region.y0 + y * down) for x, y in centres]
-    order = _order(shares, middles, towards or [None] * count)
-    return Layout(tuple(cells[cell] for cell in order), explained, tuple(shares[i][cell] for i, cell in enumerate(order)))
+    order = _order(shares, middles, towards)
+    return Layout(
+        tuple(cells[cell] for cell in order),
+        explained,
+        (1 - explained) * count**2 <= UNEXPLAINED,
+        tuple(shares[i][cell] for i, cell in enumerate(order)),
+    )
 
 
-def _centres(mass: Tensor, count: int) -> tuple[list[tuple[float, float]], float]:
+def _centres(mass: Tensor, count: int, upright: float) -> tuple[list[tuple[float, float]], float]:
     """The best of several k-means on the pixels' positions, (x, y) in pixels, and how much of the variance they explain."""
     rows, columns = torch.nonzero(mass, as_tuple=True)
     weights = mass[rows, columns]
-    points = torch.stack([columns, rows], dim=-1).to(torch.float64) + 0.5  # (M, 2)
+    points = torch.stack([columns + 0.5, (rows + 0.5) / upright], dim=-1).to(torch.float64)  # (M, 2)
     mean = (weights[:, None] * points).sum(dim=0) / weights.sum()
     variance = float((weights * (points - mean).square().sum(dim=-1)).sum())
     # Each start divides the mass into equal parts along another direction.
@@ -98,7 +116,9 @@ def _centres(mass: Tensor, count: int) -> tuple[list[tuple[float, float]], float
     parts = (before / weights.sum() * count).to(torch.long).clamp(0, count - 1)
     labels = torch.empty_like(order).scatter_(0, order, parts).T  # (S, M)
     for _ in range(_ROUNDS):
-        of = torch.nn.functional.one_hot(labels, count).to(torch.float64) * weights[None, :, None]  # (S, M, N)
+        of = (
+            torch.nn.functional.one_hot(labels, count).to(torch.float64) * weights[None, :, None]
+        )  # (S, M, N)
         centres = of.transpose(1, 2) @ points / of.sum(dim=1).clamp_min(1e-20)[..., None]  # (S, N, 2)
         distances = (points[None, :, None] - centres[:, None]).square().sum(dim=-1)
         nearest = distances.argmin(dim=-1)
@@ -107,20 +127,24 @@ def _centres(mass: Tensor, count: int) -> tuple[list[tuple[float, float]], float
         labels = nearest
     left = (distances.amin(dim=-1) * weights).sum(dim=-1)
     best = int(left.argmin())
-    chosen = [(float(x), float(y)) for x, y in centres[best].tolist()]
+    chosen = [(float(x), float(y) * upright) for x, y in centres[best].tolist()]
     return chosen, 1 - float(left[best]) / variance if variance > 0 else 0.0
 
 
-_Scale = tuple[Box, float, float]
+_Scale = tuple[Box, float, float, float]
 
 
 def _cut(centres: dict[int, tuple[float, float]], box: Box, scale: _Scale) -> dict[int, Box]:
     """The box in parts, one around each centre: cut first where neighbours are farthest apart, halfway between them."""
     if len(centres) < 2:
         return dict.fromkeys(centres, box)
-    region, across, down = scale
-    gap, axis, at = max(
-        ((high - low, axis, (low + high) / 2) for axis in (0, 1) for low, high in _neighbours(centres, axis)),
+    region, across, down, upright = scale
+    _, axis, at = max(
+        (
+            ((high - low) / (upright if axis else 1), axis, (low + high) / 2)
+            for axis in (0, 1)
+            for low, high in _neighbours(centres, axis)
+        ),
         key=lambda each: each[0],
     )
     # As it is written into tags and infotexts.
@@ -164,7 +188,11 @@ def _order(
     row = {cell: place for place, cell in enumerate(sorted(range(count), key=lambda cell: middles[cell]))}
 
     def against(order: tuple[int, ...]) -> tuple[float, int, float]:
-        asked = sum(math.dist(middles[cell], wish) for cell, wish in zip(order, towards, strict=True) if wish is not None)
+        asked = sum(
+            math.dist(middles[cell], wish)
+            for cell, wish in zip(order, towards, strict=True)
+            if wish is not None
+        )
         places = [row[cell] for cell in order]
         turned = sum(a > b for a, b in itertools.combinations(places, 2))
         return round(asked, 6), turned, -fits[order]

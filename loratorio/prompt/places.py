@@ -59,6 +59,12 @@ def read_place(value: str, lora: str) -> Place | None:
     return Place(boxes, edge) if outside(boxes) else None
 
 
+def written(place: Place) -> str:
+    """The place as a tag has it: `read_place` reads it back."""
+    boxes = "+".join(",".join(f"{side:g}" for side in box) for box in place.boxes)
+    return boxes if place.edge == EDGE else f"{boxes}~{place.edge:g}"
+
+
 _SIDES = {
     "left": (0.0, None), "right": (1.0, None), "top": (None, 0.0), "upper": (None, 0.0), "bottom": (None, 1.0), "lower": (None, 1.0),
     "middle": (0.5, 0.5), "centre": (0.5, 0.5), "center": (0.5, 0.5),

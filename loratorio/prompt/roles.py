@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -259,11 +259,20 @@ def _sought(
                 "Remove at=auto from its tag, or draw its place."
             )
     if len(sought) > MOST:
-        raise LoratorioError(f"at=auto finds the places of up to {MOST} LoRAs, not of {len(sought)}: {names}. Draw some of them.")
-    drawn = [box for i, place in places.items() if i not in sought and roles[i].role == "content" for box in place.boxes]
+        raise LoratorioError(
+            f"at=auto finds the places of up to {MOST} LoRAs, not of {len(sought)}: {names}. Draw some of them."
+        )
+    drawn = [
+        box
+        for i, place in places.items()
+        if i not in sought and roles[i].role == "content"
+        for box in place.boxes
+    ]
     free = outside(drawn)
     if sought and not free:
-        raise LoratorioError(f"The drawn places leave nothing of the picture to {names} (at=auto). Make them smaller.")
+        raise LoratorioError(
+            f"The drawn places leave nothing of the picture to {names} (at=auto). Make them smaller."
+        )
     known = [words_of(loras[i].metadata, loras[i].file) or [loras[i].name] for i in sought]
     towards = wishes(prompt, known, [loras[i].words for i in sought])
     alone = len(sought) == 1 and bool(drawn)
@@ -318,19 +327,26 @@ def lone_place_note(loras: Sequence[TaggedLora]) -> str:
     )
 
 
-def not_found_note(names: Sequence[str], pictures: Sequence[int], count: int) -> str:
+def not_found_note(names: Sequence[str], found: Sequence[Sized], count: int) -> str:
     """A sentence about pictures in which the places of LoRAs were not found, or nothing.
 
     Args:
-        names: of the LoRAs. pictures: numbers of those pictures, from 0. count: how many pictures there are.
+        names: of the LoRAs whose places were sought. found: by picture, their places. count: how many pictures there are.
     """
+    if not names:
+        return ""
+    those = f"{', '.join(names[:-1])} and {names[-1]}"
+    if not found:
+        return f"The places of {those} were not found: the sampling has too few steps. Make more steps, or draw the places."
+    pictures = [number for number, places in enumerate(found) if not len(places)]
     if not pictures:
         return ""
-    which = "" if len(pictures) == count else f" in picture{'s' if len(pictures) > 1 else ''} {', '.join(str(i + 1) for i in pictures)}"
-    those = f"{', '.join(names[:-1])} and {names[-1]}"
+    where = "" if len(pictures) == count else f" in picture {', '.join(str(number + 1) for number in pictures)}"
+    figures = "One figure was" if len(names) == 2 else f"Fewer than {len(names)} figures were"
+    people = "two" if len(names) == 2 else str(len(names))
     return (
-        f"Fewer figures than LoRAs were found for {those}{which}, so no place was kept there. "
-        f"Write {len(names)} figures into the prompt, or draw the places."
+        f"{figures} found for {those}{where}, so none has a place there. "
+        f"Write {people} people into the prompt, make the picture wider, or draw the places."
     )
 
 

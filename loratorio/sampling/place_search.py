@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +12,9 @@ from ..compose.mixes import Branch, ComposedLora, Participants
 from ..compose.patches import patch_divergence
 from ..compose.regions import WHOLE, Box, Place, outside
 from ..compose.search import Layout, layout, relative_to_mean
+
+SHARE = 4
+"""Places are found after this part of the steps at the latest."""
 
 Found = Mapping[int, Place]
 """Places of one picture by LoRA number; none where they could not be found."""
@@ -30,7 +32,11 @@ class PlaceSearch:
     """
 
     def __init__(
-        self, participants: Participants, after: int, region: Box = WHOLE, found: Sequence[Found] | None = None
+        self,
+        participants: Participants,
+        after: int,
+        region: Box = WHOLE,
+        found: Sequence[Found] | None = None,
     ) -> None:
         self.found: tuple[Found, ...] | None = None if found is None else tuple(found)
         self._sought = [lora for lora in participants.loras if lora.place is not None and lora.place.sought]
@@ -41,9 +47,20 @@ class PlaceSearch:
         self._steps: set[int] = set()
 
     @property
+    def numbers(self) -> list[int]:
+        """The LoRAs whose places are sought, or were."""
+        return [lora.number for lora in self._sought]
+
+    @property
     def is_on(self) -> bool:
         """Whether places are sought at this step."""
         return bool(self._sought) and self.found is None
+
+    def named(self, names: Sequence[str]) -> tuple[tuple[tuple[str, Place], ...], ...]:
+        """For each picture the names, out of those of all LoRAs, and the places that were found; empty while they are sought."""
+        return tuple(
+            tuple((names[number], place) for number, place in each.items()) for each in self.found or ()
+        )
 
     def settles_at(self, index: int, total: int) -> bool:
         """Whether enough has been seen before step `index` of `total`."""
@@ -52,7 +69,10 @@ class PlaceSearch:
 
     def branches(self, now: StepContext) -> list[Branch]:
         """The rows that the search needs at this step."""
-        return [Branch(mix, True) for mix in (now.participants.reference, *(lora.mix for lora in self._present(now)))]
+        return [
+            Branch(mix, True)
+            for mix in (now.participants.reference, *(lora.mix for lora in self._present(now)))
+        ]
 
     def look(self, now: StepContext, predictions: Predictions, frames: int, painted: Tensor | None) -> None:
         """Add up a step's divergence."""
@@ -64,7 +84,9 @@ class PlaceSearch:
         pictures = len(set(predictions.owners))
         divergence = predictions.per_image(patch_divergence(base, noise, 1), pictures)
         # A clip's frames have one place.
-        divergence = divergence.unflatten(1, (pictures // frames, frames)).mean(dim=2)
+        divergence = divergence.view(len(loras), pictures // frames, frames, *divergence.shape[2:]).mean(
+            dim=2
+        )
         place = self._sought[0].place
         assert place is not None
         area = now.mask(place)
@@ -90,7 +112,7 @@ class PlaceSearch:
         self.found = tuple(self._places(each) for each in self.layouts)
 
     def _places(self, found: Layout | None) -> Found:
-        if found is None:
+        if found is None or not found.are_apart:
             return {}
         places = {}
         for lora, box in zip(self._sought, found.boxes, strict=True):
@@ -102,7 +124,3 @@ class PlaceSearch:
     def _present(self, now: StepContext) -> list[ComposedLora]:
         numbers = {lora.number for lora in self._sought}
         return [lora for lora in now.participants.loras if lora.number in numbers]
-
-
-SHARE = 4
-"""Schedules of few steps are searched for this part of them."""

@@ -17,9 +17,10 @@ from torch import Tensor
 from ..adapters.bank import Bank
 from ..compose.methods import METHODS, Composition
 from ..compose.mixes import Mix
+from ..compose.regions import Place
 from ..errors import LoratorioError
 from ..prompt.places import with_words
-from ..prompt.roles import no_room_note, reactions_note
+from ..prompt.roles import lone_place_note, no_room_note, not_found_note, reactions_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
 from ..sampling.history import WeightHistory
@@ -51,6 +52,7 @@ class Outcome:
         history: Ω over the sampling if the weight maps were asked for; N of it are `composed`.
         composed: names of the composed LoRAs, a pool's candidates among them.
         notes: sentences for the user, on LoRAs that were left out or recognised.
+        found: for each image the names and places of the LoRAs with at=auto; none where they were not found.
         reactions: by name of a pool's candidate, how much the prompt moves it (`compose.candidates.reactions`), where that was looked at.
     """
 
@@ -63,6 +65,7 @@ class Outcome:
     history: WeightHistory
     notes: tuple[str, ...] = ()
     reactions: Mapping[str, float] = field(default_factory=dict)
+    found: tuple[tuple[tuple[str, Place], ...], ...] = ()
 
 
 def generate(
@@ -116,6 +119,7 @@ def _generate(
     schedule = _schedule(checkpoint, request)
     of_engine: list[str] = []
     moved: dict[str, float] = {}
+    found: tuple[tuple[tuple[str, Place], ...], ...] = ()
     with torch.inference_mode():
         texts = loras.conditioner(checkpoint, _prompts(request, text))
         participants = loras.weighed(text, checkpoint) if weighed else loras.participants
@@ -124,13 +128,20 @@ def _generate(
         if engine is not None:
             engine.history.settle()
             of_engine += _without_effect(settings, schedule.steps, engine.history)
+            names = [tag.name for tag in loras.tags]
+            found = engine.places.named(names)
+            of_engine.append(
+                not_found_note([names[number] for number in engine.places.numbers], found, request.batch)
+            )
             if engine.pool.reactions:
-                names = [tag.name for tag in loras.tags]
                 of_engine.append(reactions_note(names, engine.pool.reactions, engine.pool.left_out))
                 moved = {names[number]: score for number, score in engine.pool.reactions.items()}
         images = _decode(checkpoint, latents)
     scale = checkpoint.latent_scale
-    no_room = filter(None, [no_room_note(loras.tagged, request.height // scale, request.width // scale)])
+    of_places = (
+        no_room_note(loras.tagged, request.height // scale, request.width // scale),
+        lone_place_note(loras.tagged),
+    )
     return Outcome(
         request,
         images,
@@ -139,8 +150,9 @@ def _generate(
         list(loras.tags),
         loras.composed,
         engine.history if engine else WeightHistory(),
-        (*plain_text_notes(text, request.negative), *loras.notes, *no_room, *of_engine),
+        (*plain_text_notes(text, request.negative), *loras.notes, *filter(None, (*of_places, *of_engine))),
         moved,
+        found,
     )
 
 

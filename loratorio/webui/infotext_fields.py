@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
-from ..pictures.infotext import VERSION_KEY, LoraUse, params
+from ..pictures.infotext import PLACES_KEY, VERSION_KEY, LoraUse, found_places, params
+from ..prompt.places import written
 from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
 if TYPE_CHECKING:
@@ -35,9 +36,24 @@ def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
         if each.batch == job.batch:
             uses[each.hires] = each.uses
     fields.update(params(settings, uses[False], uses[True] if uses[True] != uses[False] else ()))
+    found = _found(job)
+    if any(found):
+        fields[PLACES_KEY] = found  # the WebUI takes each picture's own from a list
     notes = job.notes_of(job.batch)
     if notes:
         fields[NOTE_KEY] = " ".join(notes)
+
+
+def _found(job: Job) -> list[str | None]:
+    """For every picture of the job the places that were found."""
+    size = int(getattr(job.p, "batch_size", 1))
+    texts: list[str | None] = [None] * (size * int(getattr(job.p, "n_iter", 1)))
+    for each in job.passes:
+        for image, places in enumerate(each.found):
+            number = each.batch * size + image
+            if places and number < len(texts):
+                texts[number] = found_places((name, written(place)) for name, place in places)
+    return texts
 
 
 class Comments:

@@ -251,7 +251,17 @@ class Loratorio(Method):
         knobs: Sequence[str] = (),
     ) -> None:
         self.entry = entry
-        self.knobs = ("patch_size", *knobs, "top_k", "blend", "recentre", "share", "yielding", "find_after", *REUSE_KNOBS)
+        self.knobs = (
+            "patch_size",
+            *knobs,
+            "top_k",
+            "blend",
+            "recentre",
+            "share",
+            "yielding",
+            "find_after",
+            *REUSE_KNOBS,
+        )
         self._weighting = weighting
 
     def begin(self, participants: Participants, weights: Weights) -> Method:

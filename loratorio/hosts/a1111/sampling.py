@@ -133,7 +133,9 @@ class A1111Pass(SamplingPass):
 
         # No more rows a call than the WebUI would give it when told to save memory.
         limit = 0 if shared.opts.batch_cond_uncond else max(1, len(self.p.prompts))
-        self.engine = Engine(self.job.settings, self.bank(), participants, limit, self.region)
+        self.engine = Engine(
+            self.job.settings, self.bank(), participants, limit, self.region, self.found_before
+        )
 
     def _attach(self) -> None:
         """Take the LoRAs off the current model's weights and attach them as the bank."""
@@ -259,7 +261,7 @@ class A1111Pass(SamplingPass):
         strengths = tuple(unet_strength(lora.active) for lora in self.loras)
         self.saw_strengths(strengths)
         gone = (i for i, lora in enumerate(self.loras) if strengths[i] == 0 and lora.text is None)
-        return replace(step, strengths=strengths, absent=frozenset(gone))
+        return replace(step, strengths=strengths, absent=frozenset(gone), painted=self.painted)
 
     def _predict(self, model: Callable[..., Tensor], step_rows: A1111Rows, rows: Sequence[Row]) -> Tensor:
         """The WebUI's model on any rows of the step; rows whose text is of different length go in calls of their own."""

@@ -101,7 +101,9 @@ class ForgePass(SamplingPass):
             self._replaced = [lora.active.tagged.name for lora in self.loras if lora.was_replaced]
             if self._replaced:
                 self.job.note(replaced_note(self._replaced))
-            self.engine = Engine(self.job.settings, self.bank(), participants, region=self.region)
+            self.engine = Engine(
+                self.job.settings, self.bank(), participants, region=self.region, found=self.found_before
+            )
             self._make_texts()
             self._replace_unet()
             enclose(self.job, self.run)
@@ -293,7 +295,7 @@ class ForgePass(SamplingPass):
             raise LoratorioError(BYPASSED)
         self._evaluated_at = denoiser.step
         rows = ForgeRows(self._functions, self._texts, denoiser.step, cond, uncond, x, sigma)
-        step = rows.step(self.place_in_sampling(), self._guidance())
+        step = replace(rows.step(self.place_in_sampling(), self._guidance()), painted=self.painted)
         self._evaluation = ForgeEvaluation(rows, step, rows.mark())
         self.evaluations += 1
         inner = options.get("model_function_wrapper")

@@ -59,6 +59,16 @@ _SAMPLES_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
 """Scripts of the WebUIs that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
 
 
+_SAMPLES_TILES = ("Ultimate SD upscale",)
+"""Scripts that sample a picture tile by tile, and say which part of it a tile is."""
+
+
+def sampling_in_tiles(p: Any) -> str:
+    """The script that is chosen in the WebUI's list, if it samples a picture tile by tile; else nothing."""
+    title = _chosen_script(p)
+    return title if title in _SAMPLES_TILES else ""
+
+
 def sampling_in_parts(p: Any) -> str:
     """The script that is chosen in the WebUI's list, if it samples parts of a picture; else nothing."""
     title = _chosen_script(p)

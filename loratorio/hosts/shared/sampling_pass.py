@@ -28,7 +28,9 @@ from ...prompt.roles import (
     TaggedLora,
     assigned_roles,
     chosen_from_pool,
+    lone_place_note,
     no_room_note,
+    not_found_note,
     participants_of,
     prompt_importance,
     reactions_note,
@@ -40,7 +42,8 @@ from ...prompt.roles import (
     without_effect_note,
 )
 from ...sampling.engine import Engine
-from .other_extensions import known_options, sampling_in_parts, without_maps
+from ...sampling.place_search import Found
+from .other_extensions import known_options, sampling_in_parts, sampling_in_tiles, without_maps
 from .tags import WrittenTags
 
 NO_LORA = "LoRAtorio composed nothing: the prompt names no LoRA. The picture is the WebUI's own."
@@ -221,18 +224,25 @@ class SamplingPass(ABC):
         self.loras = tuple(self._usable(taken, missing))
         self.all_take_part = len(self.loras) == len(active)
         tagged = [lora.active.tagged for lora in self.loras]
-        participants = participants_of(tagged, self._importance(tagged))
+        participants = participants_of(tagged, self._importance(tagged), self.prompt)
         script = sampling_in_parts(self.p)
         if script and participants.has_places:
             raise LoratorioError(
                 f"The script {script} samples the picture in parts, so places (at=…) would apply to each part. "
                 "Remove at=… from the prompt, or use hires fix or Ultimate SD upscale."
             )
+        script = sampling_in_tiles(self.p)
+        if script and participants.seeks_places:
+            raise LoratorioError(
+                f"The script {script} samples the picture in tiles, so at=auto would find other places in each tile. Make a picture "
+                "without it first, and write its places into the tags with Keep in the panel."
+            )
         own_remarks = [lora.remark for lora in self.loras]
         of_tags = (
             recognised_note(assigned_roles(tagged)),
             unknown_options_note(tagged, known_options(self.p, self.idle_extensions)),
             no_room_note(tagged, *self._latent_size(), self.region),
+            lone_place_note(tagged),
             f"Weight maps are not available with the script {without_maps(self.p)}."
             if without_maps(self.p) and self.job.settings.weight_maps
             else "",
@@ -372,6 +382,26 @@ class SamplingPass(ABC):
         prompts: list[str] = self.p.hr_prompts if self.is_hires else self.p.prompts
         return prompts[0]
 
+    @property
+    def found_before(self) -> list[Found] | None:
+        """In the hires pass, for each picture the places that the first pass found for the same LoRAs; else None."""
+        sought = [
+            i for i, lora in enumerate(self.loras) if (place := lora.active.tagged.place) and place.sought
+        ]
+        names = [self.loras[i].active.tagged.name for i in sought]
+        for done in self.job.passes if self.is_hires else ():
+            if done.batch == self.job.batch and not done.hires and done.found:
+                if any([name for name, _ in each] not in ([], names) for each in done.found):
+                    return None  # the hires pass has a prompt of its own
+                return [dict(zip(sought, (place for _, place in each), strict=False)) for each in done.found]
+        return None
+
+    @property
+    def painted(self) -> Tensor | None:
+        """Where an inpainting mask leaves the picture to the sampler, (H, W) from 0 to 1; None: everywhere."""
+        mask: Tensor | None = getattr(self.p.sampler.model_wrap_cfg, "nmask", None)
+        return mask.float().flatten(0, -3).mean(dim=0) if isinstance(mask, Tensor) and mask.ndim > 2 else None
+
     def bank(self) -> Bank:
         """The LoRAs of this pass, ready to be attached."""
         return Bank([lora.adapter for lora in self.loras])
@@ -408,10 +438,15 @@ class SamplingPass(ABC):
     def record(self) -> None:
         """Record what was composed in the job."""
         self.engine.history.settle()
+        names = [lora.active.tagged.name for lora in self.loras]
         if self.engine.pool.reactions:
-            names = [lora.active.tagged.name for lora in self.loras]
             self.job.note(reactions_note(names, self.engine.pool.reactions, self.engine.pool.left_out))
         shares = self.engine.history.shares
+        found = self.engine.places.named(names)
+        sought = [names[number] for number in self.engine.places.numbers]
+        missing = not_found_note(sought, found, len(self.p.prompts))
+        if missing:
+            self.job.note(missing)
         self.job.record(
             PassRecord(
                 uses=tuple(self._use(number, shares) for number in self.engine.participants.numbers),
@@ -419,6 +454,7 @@ class SamplingPass(ABC):
                 hires=self.is_hires,
                 history=self.engine.history,
                 owners=self.owners,
+                found=found,
             )
         )
 
