@@ -341,7 +341,9 @@ def not_found_note(names: Sequence[str], found: Sequence[Sized], count: int) -> 
     pictures = [number for number, places in enumerate(found) if not len(places)]
     if not pictures:
         return ""
-    where = "" if len(pictures) == count else f" in picture {', '.join(str(number + 1) for number in pictures)}"
+    where = (
+        "" if len(pictures) == count else f" in picture {', '.join(str(number + 1) for number in pictures)}"
+    )
     figures = "One figure was" if len(names) == 2 else f"Fewer than {len(names)} figures were"
     people = "two" if len(names) == 2 else str(len(names))
     return (
