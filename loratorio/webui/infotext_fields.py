@@ -38,22 +38,22 @@ def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
     fields.update(params(settings, uses[False], uses[True] if uses[True] != uses[False] else ()))
     found = _found(job)
     if any(found):
-        fields[PLACES_KEY] = found  # the WebUI takes each picture's own from a list
+        fields[PLACES_KEY] = found
     notes = job.notes_of(job.batch)
     if notes:
         fields[NOTE_KEY] = " ".join(notes)
 
 
 def _found(job: Job) -> list[str | None]:
-    """For every picture of the job the places that were found."""
-    size = int(getattr(job.p, "batch_size", 1))
-    texts: list[str | None] = [None] * (size * int(getattr(job.p, "n_iter", 1)))
+    """The places that were found, for each picture of the current batch, by whose number in it the WebUI reads the list."""
+    texts: list[str | None] = [None] * int(getattr(job.p, "batch_size", 1))
     for each in job.passes:
-        for image, places in enumerate(each.found):
-            number = each.batch * size + image
-            if places and number < len(texts):
-                texts[number] = found_places((name, written(place)) for name, place in places)
-    return texts
+        if each.batch == job.batch and each.found:
+            texts = [
+                found_places((name, written(place)) for name, place in places) or None
+                for places in each.found
+            ]
+    return texts * int(getattr(job.p, "n_iter", 1))  # some callers number the job's pictures
 
 
 class Comments:

@@ -35,12 +35,31 @@ ROWS: tuple[Variant, ...] = (
     ),
 )
 
+FOUND_ROWS: tuple[Variant, ...] = tuple(
+    Variant(
+        f"found_{kind.replace(' ', '_')}_{after}",
+        f"Balanced, {label}",
+        {**PRESETS["balanced"].values, "find_after": after},
+        beside=kind,
+    )
+    for kind, label, after in (
+        ("free", "no places", 4),
+        ("placed", "drawn, own words", 4),
+        ("placed common", "drawn, words in the common prompt", 4),
+        ("found", "found after 4 steps, own words", 4),
+        ("found common", "found after 4 steps, words in the common prompt", 4),
+        ("found common", "the same, after 2 steps", 2),
+        ("found common", "the same, after 1 step", 1),
+    )
+)
+"""The same prompts with places that find themselves."""
+
 BACKGROUND = "background"
 SAMPLING = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
 """A wide picture takes longer to settle than the twelve steps of the other tables."""
 
 
-def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
+def cells(categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Variant] = ROWS) -> list[Cell]:
     """All ordered pairs of characters, alone and with every background or style that lies over the whole picture."""
     pairs = list(itertools.permutations(categories.get(CHARACTER, ()), 2))
     further = [
@@ -51,7 +70,7 @@ def cells(categories: Mapping[str, Sequence[str]], seeds: int) -> list[Cell]:
         cell(variant, (*pair, *more), seeds, SAMPLING)
         for more in further
         for pair in pairs
-        for variant in ROWS
+        for variant in rows
     ]
 
 
@@ -62,15 +81,19 @@ def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) 
     styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
-    if cell.beside == "placed":
+    kind, _, common = cell.beside.partition(" ")
+    if kind != "free":
+        sides = ("left", "right") if kind == "placed" else ("auto", "auto")
         # Each character's word belongs to its own place.
+        own = ["" if common else f":words={trigger[name]}" for name in (left, right)]
         pair = [
-            f"<lora:{name}:at={side}:words={trigger[name]}:1>"
-            for name, side in ((left, "left"), (right, "right"))
+            f"<lora:{name}:at={side}{words}:1>"
+            for name, side, words in zip((left, right), sides, own, strict=True)
         ]
-        return f"{', '.join(rest)} {' '.join([*pair, *everywhere])}"
-    words = ", ".join([trigger[left], trigger[right], *rest])
-    return " ".join([words, f"<lora:{left}:1>", f"<lora:{right}:1>", *everywhere])
+    else:
+        pair, common = [f"<lora:{left}:1>", f"<lora:{right}:1>"], "common"
+    words = [trigger[left], trigger[right], *rest] if common else rest
+    return " ".join([", ".join(words), *pair, *everywhere])
 
 
 def found_in(halves: Sequence[Mapping[str, bool]]) -> tuple[str, ...]:
@@ -97,7 +120,7 @@ def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
         "| | both halves right: the pair alone | with a background | the background found | with a style | the style found |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for variant in ROWS:
+    for variant in (*ROWS, *FOUND_ROWS):
         own = [result for result in results if result.cell.is_of(variant)]
         if not own:
             continue

@@ -34,7 +34,18 @@ from .plan import (
 )
 
 QUICK_MINUTES = 9.0
-GROUPS = ("methods", "presets", "speed", "others", "roles", "better", "dynamic", "ablations", "places")
+GROUPS = (
+    "methods",
+    "presets",
+    "speed",
+    "others",
+    "roles",
+    "better",
+    "dynamic",
+    "ablations",
+    "places",
+    "found",
+)
 SAMPLING = {"steps": 12, "cfg": 2.0, "sampler": "euler"}
 GRID: Mapping[str, Any] = {
     "groups": ",".join(GROUPS),
@@ -271,6 +282,8 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
     if "places" in groups:
         grid += beside.cells(categories, options.place_seeds)
+    if "found" in groups:
+        grid += beside.cells(categories, options.place_seeds, beside.FOUND_ROWS)
     if "speed" in groups:
         grid += part(SPEED_ROWS, options.speed_combinations, options.preset_seeds, steps=SPEED_STEPS)
     if "presets" in groups:

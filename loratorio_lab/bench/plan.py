@@ -26,7 +26,8 @@ class Variant:
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
         unlabelled: their files do not say which words call them.
-        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags.
+        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags, or ``found``
+            by `at=auto`; each character's word is its own, or with ``common`` all are in the prompt.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
 
@@ -49,6 +50,8 @@ class Variant:
         ]
         if not self.pool:
             used = [name for name in used if KNOB_BY_NAME[name].group != "pool"]
+        if not self.beside.startswith("found"):
+            used = [name for name in used if name != "find_after"]
         return {name: getattr(settings, name) for name in used}
 
 

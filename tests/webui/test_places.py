@@ -82,8 +82,8 @@ def auto(loras: list[str]) -> str:
 def places_of(infotext: str) -> dict[str, list[float]]:
     """The found places by LoRA, as a picture's infotext has them."""
     field = re.search(r'LoRAtorio places: ("(?:[^"\\]|\\.)*")', infotext)
-    listed = re.findall(r"(?:^|, )(.+?) at ([\d.,]+)", json.loads(field[1])) if field else []
-    return {name: [float(side) for side in place.strip(",").split(",")] for name, place in listed}
+    listed = re.findall(r"(?:^|, )(.+?) at ((?:[\d.]+,){3}[\d.]+)", json.loads(field[1])) if field else []
+    return {name: [float(side) for side in place.split(",")] for name, place in listed}
 
 
 @pytest.mark.parametrize("way", ["txt2img", "hires fix", "img2img", "inpainting", "only masked"])
