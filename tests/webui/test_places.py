@@ -71,7 +71,7 @@ def test_places_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
 
 
 WORDS = [word.strip() for word in os.environ.get("LORATORIO_WEBUI_WORDS", "").split(",")]
-WIDE_FIGURES = {**WIDE, "steps": 12, "cfg_scale": 3.0, "negative_prompt": ""}
+WIDE_FIGURES = {**WIDE, "steps": 8, "cfg_scale": 3.0, "negative_prompt": ""}
 
 
 def auto(loras: list[str]) -> str:
