@@ -419,19 +419,24 @@ def test_a_refusal_lets_go_of_the_loras(a1111: Any, standin: Any) -> None:
     del kept
 
 
-def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(a1111: Any, standin: Any) -> None:
-    a, b = standin.lora("a", 1), standin.lora("b", 2)
-    standin.run(standin.job(a, b))
+@pytest.mark.parametrize("named", [{}, {"at": "auto"}])
+def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(
+    a1111: Any, standin: Any, named: dict[str, str]
+) -> None:
+    """Nor a remark on places that it left no time to find."""
+    a, b = (a1111.run.Tag(standin.lora(name, seed), named=named) for name, seed in (("a", 1), ("b", 2)))
+    standin.run(standin.job(a, b, steps=20))
     before = trace(a1111, standin)
 
     def interrupt(rows: int) -> None:
         a1111.shared.state.interrupted = len(standin.model.calls) >= 2
 
     standin.model.calls, standin.model.fails = [], interrupt
-    samples, job = compose(standin.job(a, b))
+    samples, job = compose(standin.job(a, b, steps=20))
     standin.model.fails, a1111.shared.state.interrupted = None, False
     assert samples.shape == (1, 4, 8, 8)
     assert job.passes[0].loras == ("a", "b")  # the picture's infotext says what was composed in it
+    assert (job.passes[0].found, job.notes) == ((), [])
     assert trace(a1111, standin) == before
 
 

@@ -423,7 +423,7 @@ class SamplingPass(ABC):
                 result = sample()
         except InterruptedException:  # the WebUI makes a picture of what there is
             if self.evaluations:
-                self.record()
+                self.record(is_whole=False)
             elif denoiser.step == first:
                 self.job.note(INTERRUPTED)
             raise
@@ -435,8 +435,8 @@ class SamplingPass(ABC):
             self.record()
         return result
 
-    def record(self) -> None:
-        """Record what was composed in the job."""
+    def record(self, is_whole: bool = True) -> None:
+        """Record what was composed in the job. is_whole: the sampling was not interrupted."""
         self.engine.history.settle()
         names = [lora.active.tagged.name for lora in self.loras]
         if self.engine.pool.reactions:
@@ -445,7 +445,7 @@ class SamplingPass(ABC):
         found = self.engine.places.named(names)
         sought = [names[number] for number in self.engine.places.numbers]
         missing = not_found_note(sought, found, len(self.p.prompts))
-        if missing:
+        if missing and (found or is_whole):
             self.job.note(missing)
         self.job.record(
             PassRecord(
