@@ -231,7 +231,7 @@ class Settings:
         "shown", 1,
     )  # fmt: skip
     find_after: int = knob(
-        "int", 4, "Find places after", "With at=auto: after how many steps each LoRA gets its own place. A quarter of the steps at most.",
+        "int", 2, "Find places after", "With at=auto: after how many steps each LoRA gets its own place. A quarter of the steps at most.",
         "steps", 6, minimum=1, maximum=20,
     )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)

@@ -18,7 +18,7 @@ OTHERS: Mapping[str, Any] = {
     "start": 0.0,
     "end": 1.0,
     "yielding": 0.5,
-    "find_after": 4,
+    "find_after": 2,
 }
 """The knobs that no preset sets. Those that one sets are said by each measure, or by the preset that it names."""
 

@@ -43,13 +43,14 @@ FOUND_ROWS: tuple[Variant, ...] = tuple(
         beside=kind,
     )
     for kind, label, after in (
-        ("free", "no places", 4),
-        ("placed", "drawn, own words", 4),
-        ("placed common", "drawn, words in the common prompt", 4),
-        ("found", "found after 4 steps, own words", 4),
-        ("found common", "found after 4 steps, words in the common prompt", 4),
-        ("found common", "the same, after 2 steps", 2),
-        ("found common", "the same, after 1 step", 1),
+        ("free", "no places", 2),
+        ("placed", "drawn, own words", 2),
+        ("placed common", "drawn, words in the common prompt", 2),
+        *(
+            (f"found{common}", f"found after {after} step{'s' if after > 1 else ''}, {words}", after)
+            for after in (2, 1, 4)
+            for common, words in (("", "own words"), (" common", "words in the common prompt"))
+        ),
     )
 )
 """The same prompts with places that find themselves."""

@@ -151,9 +151,9 @@ def test_a_later_pass_goes_on_with_the_places_and_seeks_none() -> None:
     assert (done[0].weights[0, 0, :, :10] == 1).all()
 
 
-@pytest.mark.parametrize(("total", "after"), [(20, 4), (8, 2), (5, 1), (4, 1), (2, 1)])
+@pytest.mark.parametrize(("total", "after"), [(20, 4), (15, 3), (8, 2), (5, 1), (4, 1), (2, 1)])
 def test_few_steps_are_searched_for_a_quarter_of_them(total: int, after: int) -> None:
-    made = engine(pair(AUTO, AUTO))
+    made = engine(pair(AUTO, AUTO), find_after=4)
     run(made, Model(), steps=after, total=total)
     assert made.places.is_on
     run(made, Model(), steps=1, start=after, total=total)
