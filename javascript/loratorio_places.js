@@ -10,12 +10,20 @@ const loratorioPlaces = (function() {
     const HELP = "Drag on the picture to draw a place for the marked LoRA. Drag a box to move it, or its edges to resize it. Double-click removes it. "
         + "Keys: arrows move, Shift+arrows resize, Delete removes, Ctrl+Z undoes.";
     const EVERYWHERE = "everywhere";
+    const AUTO = "auto"; // the same word is in loratorio/prompt/places.py
+    const FOUND = "found";
+    const FOUND_HELP = "LoRAtorio finds the places in the first steps (at=auto), in each picture its own.";
+    const DRAWN_HELP = "Places in the tags: those that were found last, or else side by side. Drag them to where you want them.";
+    const KEEP_HELP = "Write the places of this picture into the tags";
     // The elements with img2img's input picture, one for each of its tabs.
     const INPUTS = ["img2img_image", "img2img_sketch", "img2maskimg", "inpaint_sketch", "img_inpaint_base"];
 
-    /** An option `at=…` as boxes [x0, y0, x1, y1] and the text of its edge; null if it cannot be read. */
+    /** An option `at=…` as boxes [x0, y0, x1, y1] and the text of its edge; null if it cannot be read. `auto`: they are found. */
     function parse(value) {
         const [places, ...edge] = value.trim().toLowerCase().split("~");
+        if (places.trim() === AUTO && edge.length < 2) {
+            return {auto: true, boxes: [], edge: edge.length ? "~" + edge[0] : ""};
+        }
         const boxes = places.split("+").map(part => {
             const name = part.trim();
             const named = NAMED[ALIASES[name] ?? name];
@@ -33,6 +41,23 @@ const loratorioPlaces = (function() {
         return boxes.map(box => nameOf(box) ?? box.map(side => String(Math.round(side * 100) / 100)).join(",")).join("+") + edge;
     }
 
+    /** The places that were found for a picture, by LoRA name, as its infotext has them (loratorio/pictures/infotext.py). */
+    function foundIn(infotext, names) {
+        const last = infotext?.split("\n").pop() ?? "";
+        const field = last.match(/(?:^|, )LoRAtorio places: ("(?:[^"\\]|\\.)*"|[^,]*)/)?.[1] ?? "";
+        let text = "";
+        try {
+            text = ", " + (field.startsWith('"') ? JSON.parse(field) : field);
+        } catch {
+            // Not what LoRAtorio writes.
+        }
+        return Object.fromEntries(names.map(name => {
+            const start = text.indexOf(`, ${name} at `);
+            const value = start < 0 ? "" : text.slice(start + name.length + 6).match(/^[\d.,+~]*\d/)?.[0] ?? "";
+            return [name, value && parse(value) ? value : undefined];
+        }));
+    }
+
     /** A LoRA's place in a word or two. */
     function described(lora) {
         if (lora.options.at === undefined) {
@@ -41,8 +66,8 @@ const loratorioPlaces = (function() {
         if (!lora.place) {
             return `at=${lora.options.at} cannot be read`;
         }
-        const {boxes, edge} = lora.place;
-        return (boxes.length > 1 ? `${boxes.length} places` : nameOf(boxes[0]) ?? "drawn") + (edge ? ", soft" : "");
+        const {auto, boxes, edge} = lora.place;
+        return (auto ? FOUND : boxes.length > 1 ? `${boxes.length} places` : nameOf(boxes[0]) ?? "drawn") + (edge ? ", soft" : "");
     }
 
     function element(tag, className, text) {
@@ -85,7 +110,16 @@ const loratorioPlaces = (function() {
             this.canvas = element("div", "loratorio-places-canvas");
             // The names beside or below the picture: it stays where it is when they change.
             const side = element("div", "loratorio-places-side");
-            side.append(this.names, element("p", "loratorio-places-help", HELP));
+            this.choice = element("div", "loratorio-places-choice", "Give each its own place: ");
+            this.choose = {
+                [FOUND]: this.button(FOUND, FOUND_HELP, () => this.findAll()),
+                drawn: this.button("drawn", DRAWN_HELP, () => this.keep(true)),
+            };
+            this.keeper = this.button("Keep", KEEP_HELP, () => this.keep(false));
+            this.choice.setAttribute("role", "radiogroup");
+            Object.values(this.choose).forEach(each => each.setAttribute("role", "radio"));
+            this.choice.append(...Object.values(this.choose), this.keeper);
+            side.append(this.choice, this.names, element("p", "loratorio-places-help", HELP));
             const body = element("div", "loratorio-places-body");
             body.append(this.canvas, side);
             this.fold.append(this.summary, body);
@@ -94,6 +128,39 @@ const loratorioPlaces = (function() {
             this.fold.addEventListener("toggle", () => this.underlay());
             this.fold.addEventListener("pointerenter", () => this.underlay());
             this.fold.addEventListener("keydown", event => loratorioTags.undoKey(event, this.textarea));
+        }
+
+        button(text, title, action) {
+            const made = element("button", "loratorio-places-name", text);
+            made.type = "button";
+            made.title = title;
+            made.id = `loratorio_${this.tab}_places_${text.toLowerCase()}`;
+            made.addEventListener("click", action);
+            return made;
+        }
+
+        /** The characters: the content LoRAs that have places, or where none has one, all of them. */
+        get characters() {
+            const content = this.loras.filter(lora => lora.role === "content" && !lora.pool);
+            const placed = content.filter(lora => lora.options.at !== undefined);
+            return placed.length ? placed : content;
+        }
+
+        /** Every character's place is found from now on. */
+        findAll() {
+            this.characters.forEach(lora => this.writeText(lora, AUTO + (lora.place?.edge ?? "")));
+        }
+
+        /** Write the places that were found into the tags; `all`: where none is known, side by side. */
+        keep(all) {
+            const auto = this.characters.filter(lora => lora.place?.auto || all && !lora.place);
+            auto.forEach((lora, i) => {
+                const column = [i / auto.length, 0, (i + 1) / auto.length, 1];
+                const place = this.found?.[lora.name] ?? (all ? written({boxes: [column], edge: lora.place?.edge ?? ""}) : undefined);
+                if (place) {
+                    this.writeText(lora, place);
+                }
+            });
         }
 
         /** Bring the canvas up to date with the prompt's LoRAs; only those that can have a place. */
@@ -115,24 +182,47 @@ const loratorioPlaces = (function() {
             }
             this.aspect();
             if (!this.dragging) {
+                this.underlay();
                 this.render();
             }
         }
 
         /** Redraw the LoRAs only if they have changed: during a double click or a drag, a box must stay the same element. */
         render() {
-            const state = JSON.stringify(this.loras);
+            const state = JSON.stringify([this.loras, this.found]);
             if (this.drawn === state) {
                 return;
             }
             this.drawn = state;
             loratorioTags.keepingFocus(() => {
                 this.names.replaceChildren(...this.loras.map((lora, i) => this.name(lora, i)));
-                this.canvas.replaceChildren(...this.loras.flatMap((lora, i) => (lora.place?.boxes ?? []).map(
-                    (box, number) => this.box(lora, i, box, number),
-                )));
+                this.canvas.replaceChildren(...this.loras.flatMap((lora, i) => [
+                    ...(lora.place?.boxes ?? []).map((box, number) => this.box(lora, i, box, number)),
+                    ...this.foundBoxes(lora).map(box => this.foundBox(lora, box)),
+                ]));
             });
+            const {characters} = this;
+            this.choice.hidden = characters.length < 2;
+            const are = auto => characters.length > 1 && characters.every(lora => lora.place && !!lora.place.auto === auto);
+            this.choose[FOUND].setAttribute("aria-checked", String(are(true)));
+            this.choose.drawn.setAttribute("aria-checked", String(are(false)));
+            this.keeper.hidden = !this.loras.some(lora => this.foundBoxes(lora).length);
             this.mark();
+        }
+
+        /** The boxes that were found for a LoRA in the picture that is shown. */
+        foundBoxes(lora) {
+            return lora.place?.auto && this.found?.[lora.name] ? parse(this.found[lora.name]).boxes : [];
+        }
+
+        foundBox(lora, box) {
+            const made = element("div", "loratorio-places-box found");
+            made.style.setProperty("--colour", lora.colour);
+            made.append(element("span", "loratorio-places-label", lora.name));
+            this.put(made, lora, box);
+            made.setAttribute("role", "img");
+            made.setAttribute("aria-label", `Found: ${made.getAttribute("aria-label").split(". ")[0]}`);
+            return made;
         }
 
         /** The picture's own aspect. */
@@ -147,7 +237,13 @@ const loratorioPlaces = (function() {
         underlay() {
             const inputs = this.tab === "img2img" ? INPUTS.map(id => gradioApp().querySelector(`#${id}`)) : [];
             const input = inputs.find(each => each?.offsetParent)?.querySelector("img");
-            const picture = input?.naturalWidth ? input : this.ofGallery();
+            const shown = input?.naturalWidth ? {picture: input} : this.ofGallery();
+            const {picture} = shown;
+            const found = shown.infotext ? foundIn(shown.infotext, this.loras.map(lora => lora.name)) : undefined;
+            if (JSON.stringify(found) !== JSON.stringify(this.found)) {
+                this.found = found;
+                this.render();
+            }
             const source = picture?.src ?? "";
             if (this.source !== source) {
                 this.source = source;
@@ -155,19 +251,21 @@ const loratorioPlaces = (function() {
             }
         }
 
-        /** The gallery's picture: the chosen one, that of a chosen map, or the first, not the grid. */
+        /** The gallery's picture, with its infotext: the chosen one, that of a chosen map, or the first, not the grid. */
         ofGallery() {
             const gallery = gradioApp().querySelector(`#${this.tab}_gallery`);
             const listed = gallery?.querySelectorAll(".thumbnails > .thumbnail-item") ?? [];
             const items = [...listed.length ? listed : gallery?.querySelectorAll(".thumbnail-item") ?? []];
             let index = Math.max(0, items.findIndex(each => each.classList.contains("selected")));
+            let infotext;
             try {
                 const info = JSON.parse(gradioApp().querySelector(`#generation_info_${this.tab} textarea`).value);
                 index = Math.max(loratorioMaps.pictureIndex(info, index), info.index_of_first_image ?? 0);
+                infotext = info.infotexts[index];
             } catch {
                 // Nothing is known about the pictures.
             }
-            return items[index]?.querySelector("img") ?? gallery?.querySelector("img");
+            return {picture: items[index]?.querySelector("img") ?? gallery?.querySelector("img"), infotext};
         }
 
         /** A LoRA's row: its name, which a click marks for drawing, and its place to choose. */
@@ -195,12 +293,13 @@ const loratorioPlaces = (function() {
             menu.classList.toggle("loratorio-wrong", lora.options.at !== undefined && !lora.place);
             const now = described(lora);
             menu.title = now;
-            for (const each of new Set([EVERYWHERE, ...Object.keys(NAMED), now])) {
+            for (const each of new Set([EVERYWHERE, FOUND, ...Object.keys(NAMED), now])) {
                 menu.append(new Option(each, each, false, each === now));
             }
-            menu.addEventListener("change", () => this.write(
-                lora, NAMED[menu.value] ? {boxes: [NAMED[menu.value]], edge: lora.place?.edge ?? ""} : null,
-            ));
+            const edge = lora.place?.edge ?? "";
+            menu.addEventListener("change", () => (menu.value === FOUND ? this.writeText(lora, AUTO + edge) : this.write(
+                lora, NAMED[menu.value] ? {boxes: [NAMED[menu.value]], edge} : null,
+            )));
             return menu;
         }
 
@@ -347,7 +446,11 @@ const loratorioPlaces = (function() {
 
         /** Into the tag; the prompt's change brings the canvas up to date. */
         write(lora, place) {
-            loratorioTags.write(this.textarea, lora.numbers, "at", place ? written(place) : undefined, this.canvas);
+            this.writeText(lora, place ? written(place) : undefined);
+        }
+
+        writeText(lora, value) {
+            loratorioTags.write(this.textarea, lora.numbers, "at", value, this.canvas);
         }
     }
 

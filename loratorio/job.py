@@ -12,6 +12,7 @@ from .pictures.infotext import LoraUse
 from .settings import Settings
 
 if TYPE_CHECKING:  # a WebUI's start-up need not wait for the engine
+    from .compose.regions import Place
     from .sampling.history import WeightHistory
 
 
@@ -26,6 +27,7 @@ class PassRecord:
         hires: whether it is the second pass of hires fix, which replaces the first one's picture.
         history: Ω per step; empty unless weight maps were asked for.
         owners: image, within the batch, of each of the history's rows. Empty: row i is image i.
+        found: for each picture of the batch the names and places of the LoRAs with at=auto; none where they were not found.
     """
 
     uses: tuple[LoraUse, ...]
@@ -33,6 +35,7 @@ class PassRecord:
     hires: bool
     history: WeightHistory
     owners: tuple[int, ...] = ()
+    found: tuple[tuple[tuple[str, Place], ...], ...] = ()
 
     @property
     def loras(self) -> tuple[str, ...]:

@@ -234,6 +234,10 @@ class Settings:
         "bool", True, "Own words", "In its place, a LoRA reads the prompt without the trigger words of LoRAs in other places.",
         "weights", 5, former=(("0.2.0", False),),
     )  # fmt: skip
+    find_after: int = knob(
+        "int", 2, "Find places after", "With at=auto: after how many steps each LoRA gets its own place. A quarter of the steps at most.",
+        "steps", 6, minimum=1, maximum=20,
+    )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ OTHERS: Mapping[str, Any] = {
     "end": 1.0,
     "yielding": 0.5,
     "own_words": True,
+    "find_after": 2,
 }
 """The knobs that no preset sets. Each measurement gives the others itself, or names a preset."""
 

@@ -171,6 +171,11 @@ class Participants:
         return any(lora.place is not None for lora in self.loras) or bool(self.additions)
 
     @property
+    def seeks_places(self) -> bool:
+        """Whether any LoRA's place is found while sampling."""
+        return any(lora.place is not None and lora.place.sought for lora in self.loras)
+
+    @property
     def has_pool(self) -> bool:
         """Whether any LoRA came out of a pool."""
         return any(lora.pooled for lora in self.loras)

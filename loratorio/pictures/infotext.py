@@ -12,6 +12,8 @@ from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 VERSION_KEY = "LoRAtorio version"
 LORAS_KEY = "LoRAtorio LoRAs"
 HIRES_LORAS_KEY = "LoRAtorio hires LoRAs"
+PLACES_KEY = "LoRAtorio places"
+"""Places that were found (at=auto). They are found again when the picture is made again."""
 
 
 def infotext(prompt: str, negative: str, fields: Mapping[str, object]) -> str:
@@ -90,6 +92,11 @@ def params(
         if len(named) < len(uses):
             fields[f"{key} unused"] = f"{len(uses) - len(named)} of the pool"
     return fields
+
+
+def found_places(found: Iterable[tuple[str, str]]) -> str:
+    """The value of `PLACES_KEY`: each LoRA with its place, as a tag has it."""
+    return ", ".join(f"{name} at {place}" for name, place in found)
 
 
 def text(knob: Knob, value: Any) -> str:

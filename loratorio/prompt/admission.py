@@ -16,6 +16,7 @@ from .roles import (
     TaggedLora,
     assigned_roles,
     chosen_from_pool,
+    lone_place_note,
     looks_like_speed_lora,
     no_room_note,
     participants_of,
@@ -166,13 +167,14 @@ def admit(
     if read_by_place:
         tags = reading(tags, read_by_place)
     importance = None if encode is None else prompt_importance(tags, prompt, encode)
-    participants = participants_of(tags, importance)
+    participants = participants_of(tags, importance, prompt)
     notes += [unread_note(unread), without_effect_note(without_effect), skipped_note(skipped)]
     notes += [note for _, found in taken.values() for note in found.notes]
     notes += [
         recognised_note(assigned_roles(tags)),
         unknown_options_note(tags, other_options),
         no_room_note(tags, *size, region),
+        lone_place_note(tags),
     ]
     return Admitted(
         tuple(lora for lora, _ in taken.values()),

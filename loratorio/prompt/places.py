@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
-from itertools import pairwise
 
-from ..compose.regions import Box, Place
+from ..compose.regions import WHOLE, Box, Place, outside
 from ..errors import LoratorioError
+from .trigger_words import called
 
 OPTION = "at"
 """The named argument of a LoRA tag."""
@@ -29,6 +30,9 @@ NAMED: dict[str, Box] = {
 }
 ALIASES = {"center": "centre", **{name.replace("-", ""): name for name in NAMED if "-" in name}}
 
+AUTO = "auto"
+"""The place that is found while sampling (`loratorio.compose.search`)."""
+
 EDGE = 0.1
 """The default width of a place's border, as a fraction of the picture's shorter side."""
 
@@ -40,28 +44,65 @@ def read_place(value: str, lora: str) -> Place | None:
 
     Args:
         value: a name of `NAMED` or ``x0,y0,x1,y1`` as fractions of the picture; several joined by ``+``; then ``~`` and the
-            width of the soft edge. Examples: ``left``, ``left+bottom-right``, ``0,0,0.3,1~0.05``.
+            width of the soft edge. Examples: ``left``, ``left+bottom-right``, ``0,0,0.3,1~0.05``. Or `AUTO`, with an edge or without.
 
     Raises:
         LoratorioError: anything else; the sentence shows correct ones.
     """
     text, tilde, width = value.strip().lower().partition("~")
-    boxes = tuple(_box(part.strip(), value, lora) for part in text.split("+"))
     edge = _number(width) if tilde else EDGE
     if not 0 <= edge <= MOST_EDGE:
         raise _wrong(value, lora, f"the edge after ~ must be a number from 0 to {MOST_EDGE:g}")
-    return None if _cover_all(boxes) else Place(boxes, edge)
+    if text.strip() == AUTO:
+        return Place((WHOLE,), edge, sought=True)
+    boxes = tuple(_box(part.strip(), value, lora) for part in text.split("+"))
+    return Place(boxes, edge) if outside(boxes) else None
 
 
-def _cover_all(boxes: Sequence[Box]) -> bool:
-    """Whether the boxes cover the whole picture: every field of the grid that their edges make."""
-    across = sorted({0.0, 1.0, *(edge for box in boxes for edge in (box.x0, box.x1))})
-    down = sorted({0.0, 1.0, *(edge for box in boxes for edge in (box.y0, box.y1))})
-    return all(
-        any(box.x0 <= left and right <= box.x1 and box.y0 <= top and bottom <= box.y1 for box in boxes)
-        for left, right in pairwise(across)
-        for top, bottom in pairwise(down)
-    )
+def written(place: Place) -> str:
+    """The place as a tag has it: `read_place` reads it back."""
+    boxes = "+".join(",".join(f"{side:g}" for side in box) for box in place.boxes)
+    return boxes if place.edge == EDGE else f"{boxes}~{place.edge:g}"
+
+
+_SIDES = {
+    "left": (0.0, None), "right": (1.0, None), "top": (None, 0.0), "upper": (None, 0.0), "bottom": (None, 1.0), "lower": (None, 1.0),
+    "middle": (0.5, 0.5), "centre": (0.5, 0.5), "center": (0.5, 0.5),
+}  # fmt: skip
+_SIDE = re.compile(rf"(?<!\w)({'|'.join(_SIDES)})(?!\w)", re.IGNORECASE)
+_CLAUSE = re.compile(r"[,.;\n|]|(?<!\w)(?:and|BREAK)(?!\w)", re.IGNORECASE)
+
+
+def wishes(
+    prompt: str, words: Sequence[Sequence[str]], own: Sequence[str]
+) -> list[tuple[float, float] | None]:
+    """For each LoRA where the prompt wants it, (x, y) in parts of the picture; None if it does not say.
+
+    A word such as *left* counts for the trigger word before it in the same part of a sentence, or else for the one after it.
+
+    Args:
+        words: each LoRA's trigger words. own: each LoRA's own words, in which all is said of it.
+    """
+    asked: list[list[str]] = [_SIDE.findall(each) for each in own]
+    for clause in _CLAUSE.split(prompt):
+        spots = sorted(
+            (match.start(), number)
+            for number, each in enumerate(words)
+            for word in called(each, clause)
+            for match in re.finditer(re.escape(word), clause, re.IGNORECASE)
+        )
+        for side in _SIDE.finditer(clause) if spots else ():
+            before = [number for start, number in spots if start < side.start()]
+            asked[before[-1] if before else spots[0][1]].append(side[0])
+    return [_towards(sides) for sides in asked]
+
+
+def _towards(sides: Sequence[str]) -> tuple[float, float] | None:
+    """The point that words such as *top* and *left* name together."""
+    known = [_SIDES[side.lower()] for side in sides]
+    across = [x for x, _ in known if x is not None]
+    down = [y for _, y in known if y is not None]
+    return (across[-1] if across else 0.5, down[-1] if down else 0.5) if known else None
 
 
 def _box(part: str, value: str, lora: str) -> Box:
@@ -70,7 +111,7 @@ def _box(part: str, value: str, lora: str) -> Box:
         return NAMED[name]
     numbers = [_number(each) for each in part.split(",")]
     if len(numbers) != 4:
-        near = difflib.get_close_matches(part, NAMED, n=1)
+        near = difflib.get_close_matches(part, [*NAMED, AUTO], n=1)
         hint = f"{part!r} is not one of {', '.join(NAMED)}"
         raise _wrong(value, lora, hint + (f" (did you mean {near[0]}?)" if near else ""))
     box = Box(*numbers)
@@ -93,5 +134,5 @@ def _number(text: str) -> float:
 def _wrong(value: str, lora: str, why: str) -> LoratorioError:
     return LoratorioError(
         f"The place at={value} of LoRA {lora} cannot be read: {why}. "
-        "Examples: at=left, at=top+centre, at=0,0,0.5,1~0.1."
+        "Examples: at=left, at=top+centre, at=0,0,0.5,1~0.1, at=auto."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Literal, cast
 from ..compose.candidates import CALLED
 from ..compose.importance import importance, without_words
 from ..compose.mixes import NO_WORDS, Participants, Words
-from ..compose.regions import WHOLE, Box, Place
+from ..compose.regions import WHOLE, Box, Place, outside
+from ..compose.search import MOST
 from ..errors import LoratorioError
 from .places import OPTION as PLACE_OPTION
-from .places import read_place
+from .places import read_place, wishes
 from .tags import WORDS_OPTION, shown
 from .trigger_words import called, callers, words_of
 
@@ -219,17 +220,23 @@ def reactions_note(names: Sequence[str], reactions: Mapping[int, float], left_ou
 def participants_of(
     loras: Sequence[TaggedLora],
     importance: Mapping[int, float] | None = None,
+    prompt: str = "",
 ) -> Participants:
     """Which LoRAs are composed, and how.
 
     Args:
         importance: by LoRA number, how much its trigger words matter in the prompt (W-Composite).
+        prompt: without tags; its words may say where a LoRA's place is to be found.
 
     Raises:
-        LoratorioError: a tag names a role that does not exist, or a place that cannot be read.
+        LoratorioError: a tag names a role that does not exist, or a place that cannot be read or found.
     """
     roles = assigned_roles(loras)
     places = {i: place for i, lora in enumerate(loras) if (place := lora.place) is not None}
+    places |= _sought(loras, roles, places, prompt)
+    alone = [i for i, place in places.items() if place.sought and place.boxes == (WHOLE,)]
+    if len(alone) == 1:
+        del places[alone[0]]
     return Participants.of(
         len(roles),
         always=[i for i, each in enumerate(roles) if each.role == "always"],
@@ -239,6 +246,43 @@ def participants_of(
         places=places,
         words={i: lora.words for i, lora in enumerate(loras) if lora.words},
     )
+
+
+def _sought(
+    loras: Sequence[TaggedLora], roles: Sequence[AssignedRole], places: Mapping[int, Place], prompt: str
+) -> dict[int, Place]:
+    """By LoRA number the places that are to be found: all of them what the drawn places leave, which one alone has to itself."""
+    sought = [i for i, place in places.items() if place.sought]
+    names = ", ".join(loras[i].name for i in sought)
+    for i in sought:
+        if roles[i].role != "content" or loras[i].is_candidate:
+            what = "of a pool" if loras[i].is_candidate else f"with role={roles[i].role}"
+            raise LoratorioError(
+                f"at=auto finds the place of a character, so it does not work for a LoRA {what}, as {loras[i].name} is. "
+                "Remove at=auto from its tag, or draw its place."
+            )
+    if len(sought) > MOST:
+        raise LoratorioError(
+            f"at=auto finds the places of up to {MOST} LoRAs, not of {len(sought)}: {names}. Draw some of them."
+        )
+    drawn = [
+        box
+        for i, place in places.items()
+        if i not in sought and roles[i].role == "content"
+        for box in place.boxes
+    ]
+    free = outside(drawn)
+    if sought and not free:
+        raise LoratorioError(
+            f"The drawn places leave nothing of the picture to {names} (at=auto). Make them smaller."
+        )
+    known = [words_of(loras[i].metadata, loras[i].file) or [loras[i].name] for i in sought]
+    towards = wishes(prompt, known, [loras[i].words.own for i in sought])
+    alone = len(sought) == 1 and bool(drawn)
+    return {
+        i: replace(places[i], boxes=free, sought=not alone, towards=wish)
+        for i, wish in zip(sought, towards, strict=True)
+    }
 
 
 def prompt_importance(
@@ -273,6 +317,42 @@ def unknown_options_note(loras: Sequence[TaggedLora], others: Collection[str] = 
     if not strange:
         return ""
     return f"Unknown options in LoRA tags, which have no effect: {', '.join(strange)}."
+
+
+def lone_place_note(loras: Sequence[TaggedLora]) -> str:
+    """A sentence about a LoRA whose place cannot be found because there is no other with a place, or nothing."""
+    placed = [lora for lora in loras if lora.place is not None]
+    if len(placed) != 1 or not (placed[0].place and placed[0].place.sought):
+        return ""
+    return (
+        f"at=auto of LoRA {placed[0].name} has no effect: it divides the picture between LoRAs, and no other LoRA has a place. "
+        "Write at=auto into another character's tag, or draw this one's place."
+    )
+
+
+def not_found_note(names: Sequence[str], found: Sequence[Sized], count: int) -> str:
+    """A sentence about pictures in which the places of LoRAs were not found, or nothing.
+
+    Args:
+        names: of the LoRAs whose places were sought. found: by picture, their places. count: how many pictures there are.
+    """
+    if not names:
+        return ""
+    those = f"{', '.join(names[:-1])} and {names[-1]}"
+    if not found:
+        return f"The places of {those} were not found: the sampling has too few steps. Make more steps, or draw the places."
+    pictures = [number for number, places in enumerate(found) if not len(places)]
+    if not pictures:
+        return ""
+    where = (
+        "" if len(pictures) == count else f" in picture {', '.join(str(number + 1) for number in pictures)}"
+    )
+    figures = "One figure was" if len(names) == 2 else f"Fewer than {len(names)} figures were"
+    people = "two" if len(names) == 2 else str(len(names))
+    return (
+        f"{figures} found for {those}{where}, so none has a place there. "
+        f"Write {people} people into the prompt, make the picture wider, or draw the places."
+    )
 
 
 def no_room_note(loras: Sequence[TaggedLora], height: int, width: int, region: Box = WHOLE) -> str:

@@ -23,6 +23,7 @@ from ..errors import LoratorioError
 from ..settings import Settings
 from .calls import Row, RowCalls
 from .history import WeightHistory
+from .place_search import Found, PlaceSearch
 from .pool_calls import PoolCalls
 from .random_state import RandomState
 
@@ -46,6 +47,7 @@ class Step:
         guidance: the CFG scale s that the sampler guides with, for guidance rescale; None where the host cannot tell.
         strengths: what multiplies each of the bank's LoRAs at this step, where that changes while sampling. Empty: 1 for all.
         absent: numbers of the LoRAs that change nothing at this step, not even text.
+        painted: where an inpainting mask leaves the picture to the sampler, from 0 to 1, (H, W) or (B, H, W); None: everywhere.
     """
 
     index: int
@@ -58,6 +60,7 @@ class Step:
     guidance: float | None = None
     strengths: tuple[float, ...] = ()
     absent: frozenset[int] = frozenset()
+    painted: Tensor | None = None
 
 
 POOL_RESIDENT = 32
@@ -73,11 +76,13 @@ class Engine:
         participants: which of them are composed; by default all.
         row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out.
         region: which part of the picture is sampled, for the LoRAs' places.
+        found: by picture, places that an earlier pass has found (`PlaceSearch.found`).
 
     Attributes:
         calls: runs rows in as few model calls as limits and memory allow.
         words: by mix, what its conditional rows read other than the common prompt; mixes without such words are left out.
         pool: which of a pool's candidates the prompt calls.
+        places: finds the places of LoRAs with at=auto.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Engine:
         participants: Participants | None = None,
         row_limit: int = 0,
         region: Box = WHOLE,
+        found: Sequence[Found] | None = None,
     ) -> None:
         self.settings = settings
         self.participants = participants or Participants.of(len(bank.adapters))
@@ -97,6 +103,7 @@ class Engine:
         self.history = WeightHistory()
         self.pool = PoolCalls(settings.pool_size)
         self.calls = RowCalls(row_limit, scores_pool=self.participants.has_pool)
+        self.places = PlaceSearch(self.participants, settings.find_after, region, found)
         self._masks_of_places = PlaceMasks(region)
         # At the present step: with, and without, candidates that were left out.
         self._present = self._acting = self.participants
@@ -130,6 +137,9 @@ class Engine:
             LoratorioError: not even a single row fits into memory.
         """
         self._follow_strengths(step)
+        if self.places.settles_at(step.index, step.total):
+            self.places.settle()
+        self._masks_of_places.found = self._found_by_frame(step)
         active = self.settings.active_at(step.index, step.total) and self._acting.are_composed
         method = METHODS[self.settings.method] if active else NAMED
         # Merging leaves a pool's candidates out by itself, and must know of them.
@@ -140,8 +150,12 @@ class Engine:
         settles = self.pool.settles_at(now)
         if settles:
             branches = list(dict.fromkeys([*branches, *branches_for_reactions(now.participants)]))
+        if self.places.is_on:
+            branches = list(dict.fromkeys([*branches, *self.places.branches(now)]))
         rows = list(_rows(branches, now.rows))
         predictions = _predictions(step, rows, self._predict(rows, session, now, predict))
+        if self.places.is_on:
+            self.places.look(now, predictions, _frames(step.latents), step.painted)
         if settles and self.pool.settle(reactions(predictions, now.participants)):
             self._use_settled_pool(step)
             now, session = self._context(method, self._acting, step), self._session(method, self._acting)
@@ -179,9 +193,12 @@ class Engine:
     def _context(self, method: Method, participants: Participants, step: Step) -> StepContext:
         if "share" in method.knobs:
             participants = participants.with_shared_parts(self.settings.share)
+        knobs = {name: getattr(self.settings, name) for name in method.knobs}
+        if self.places.is_on and "reuse" in knobs:
+            knobs["reuse"] = 1  # what is carried on shows no new place
         return StepContext(
             participants,
-            {name: getattr(self.settings, name) for name in method.knobs},
+            knobs,
             step.index,
             step.total,
             step.uncond_count > 0,
@@ -190,6 +207,9 @@ class Engine:
             (step.latents.shape[-2], step.latents.shape[-1]),
             step.latents.device,
         )
+
+    def _found_by_frame(self, step: Step) -> tuple[Found, ...]:
+        return tuple(each for each in self.places.found or () for _ in range(_frames(step.latents)))
 
     def _session(self, method: Method, participants: Participants) -> Method:
         """The method in its own object for this sampling on this model."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .. import __version__
-from ..pictures.infotext import infotext, params
+from ..pictures.infotext import PLACES_KEY, found_places, infotext, params
+from ..prompt.places import written
 from .checkpoint import Checkpoint
 from .generate import Outcome
 from .samplers import find_sampler
@@ -24,5 +25,8 @@ def describe(checkpoint: Checkpoint, outcome: Outcome, image: int) -> str:
     }
     if outcome.loras:
         fields |= params(request.settings, outcome.loras)
+    found = outcome.found[image] if outcome.found else ()
+    if found:
+        fields[PLACES_KEY] = found_places((name, written(place)) for name, place in found)
     fields["Version"] = f"loratorio {__version__}"
     return infotext(request.prompt, request.negative, fields)

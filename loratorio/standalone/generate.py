@@ -17,12 +17,13 @@ from torch import Tensor
 from ..adapters.bank import Bank
 from ..compose.methods import METHODS, Composition
 from ..compose.mixes import NO_WORDS, Mix, Words
+from ..compose.regions import Place
 from ..errors import LoratorioError
 from ..pictures.infotext import LoraUse
 from ..prompt.admission import ActiveLora
 from ..prompt.own_words import with_words
 from ..prompt.places import OPTION as PLACE
-from ..prompt.roles import reactions_note
+from ..prompt.roles import not_found_note, reactions_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
 from ..sampling.history import WeightHistory
@@ -52,6 +53,7 @@ class Outcome:
         history: Ω over the sampling if the weight maps were asked for; N of it are `composed`.
         composed: names of the composed LoRAs, a pool's candidates among them.
         notes: sentences for the user, on LoRAs that were left out or recognised.
+        found: for each image the names and places of the LoRAs with at=auto; none where they were not found.
         reactions: by name of a pool's candidate, how much the prompt moves it (`compose.candidates.reactions`), where that was looked at.
     """
 
@@ -64,6 +66,7 @@ class Outcome:
     history: WeightHistory
     notes: tuple[str, ...] = ()
     reactions: Mapping[str, float] = field(default_factory=dict)
+    found: tuple[tuple[tuple[str, Place], ...], ...] = ()
 
 
 def generate(
@@ -114,6 +117,7 @@ def _generate(
     engine = Engine(settings, bank, admitted.participants) if admitted.loras else None
     schedule = _schedule(checkpoint, request)
     history, reactions, of_engine = WeightHistory(), dict[int, float](), list[str]()
+    found: tuple[tuple[tuple[str, Place], ...], ...] = ()
     with torch.inference_mode():
         texts = conditioner(checkpoint, admitted.loras, _prompts(request, text))
         latents = _sample(checkpoint, request, schedule, text, bank, engine, texts, progress)
@@ -122,6 +126,9 @@ def _generate(
             history.settle()
             of_engine += _without_effect(settings, schedule.steps, history)
             of_engine += [reactions_note(names, reactions, engine.pool.left_out)] if reactions else []
+            found = engine.places.named(names)
+            sought = [names[number] for number in engine.places.numbers]
+            of_engine += filter(None, [not_found_note(sought, found, request.batch)])
         images = _decode(checkpoint, latents)
     return Outcome(
         request,
@@ -136,6 +143,7 @@ def _generate(
         history,
         (*plain_text_notes(text, request.negative), *admitted.notes, *of_engine),
         {names[number]: score for number, score in reactions.items()},
+        found,
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
-from ..pictures.infotext import VERSION_KEY, LoraUse, params
+from ..pictures.infotext import PLACES_KEY, VERSION_KEY, LoraUse, found_places, params
+from ..prompt.places import written
 from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
 
 if TYPE_CHECKING:
@@ -35,9 +36,24 @@ def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
         if each.batch == job.batch:
             uses[each.hires] = each.uses
     fields.update(params(settings, uses[False], uses[True] if uses[True] != uses[False] else ()))
+    found = _found(job)
+    if any(found):
+        fields[PLACES_KEY] = found
     notes = job.notes_of(job.batch)
     if notes:
         fields[NOTE_KEY] = " ".join(notes)
+
+
+def _found(job: Job) -> list[str | None]:
+    """The places that were found, for each picture of the current batch, by whose number in it the WebUI reads the list."""
+    texts: list[str | None] = [None] * int(getattr(job.p, "batch_size", 1))
+    for each in job.passes:
+        if each.batch == job.batch and each.found:
+            texts = [
+                found_places((name, written(place)) for name, place in places) or None
+                for places in each.found
+            ]
+    return texts * int(getattr(job.p, "n_iter", 1))  # some callers number the job's pictures
 
 
 class Comments:

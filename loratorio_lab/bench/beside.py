@@ -51,6 +51,22 @@ WORD_ROWS: tuple[Variant, ...] = (
 )
 """Whose words a LoRA reads; the last row has `words=`, as all placed rows of the other table."""
 
+FOUND_ROWS: tuple[Variant, ...] = (
+    Variant("free_balanced", "Balanced, no places", _BALANCED, beside="free"),
+    *WORD_ROWS[1:],
+    *(
+        Variant(
+            f"found_{after}{common.replace(' ', '_')}",
+            f"Balanced, found after {after} step{'s' if after > 1 else ''}, {words}",
+            {**_BALANCED, "find_after": after},
+            beside=f"found{common}",
+        )
+        for after in (2, 1, 4)
+        for common, words in (("", "own words"), (" common", "words in the common prompt"))
+    ),
+)
+"""The same prompts with places that are found, and beside them drawn ones and none."""
+
 BACKGROUND = "background"
 SAMPLING = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
 """A wide picture needs more than the twelve steps of the other tables."""
@@ -78,18 +94,19 @@ def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) 
     styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
-    if cell.beside == "placed common":
-        pair = [f"<lora:{left}:at=left:1>", f"<lora:{right}:at=right:1>"]
-        return f"{', '.join([trigger[left], trigger[right], *rest])} {' '.join([*pair, *everywhere])}"
-    if cell.beside == "placed":
+    kind, _, common = cell.beside.partition(" ")
+    if kind != "free":
+        sides = ("left", "right") if kind == "placed" else ("auto", "auto")
         # Each character's word belongs to its own place.
+        own = ["" if common else f":words={trigger[name]}" for name in (left, right)]
         pair = [
-            f"<lora:{name}:at={side}:words={trigger[name]}:1>"
-            for name, side in ((left, "left"), (right, "right"))
+            f"<lora:{name}:at={side}{words}:1>"
+            for name, side, words in zip((left, right), sides, own, strict=True)
         ]
-        return f"{', '.join(rest)} {' '.join([*pair, *everywhere])}"
-    words = ", ".join([trigger[left], trigger[right], *rest])
-    return " ".join([words, f"<lora:{left}:1>", f"<lora:{right}:1>", *everywhere])
+    else:
+        pair, common = [f"<lora:{left}:1>", f"<lora:{right}:1>"], "common"
+    words = [trigger[left], trigger[right], *rest] if common else rest
+    return " ".join([", ".join(words), *pair, *everywhere])
 
 
 def found_in(halves: Sequence[Mapping[str, bool]]) -> tuple[str, ...]:
@@ -116,7 +133,7 @@ def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
         "| | both halves right: the pair alone | with a background | the background found | with a style | the style found |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for variant in (*ROWS, *WORD_ROWS[:-1]):  # the last is one of both
+    for variant in dict.fromkeys([*ROWS, *WORD_ROWS, *FOUND_ROWS]):
         own = [result for result in results if result.cell.is_of(variant)]
         if not own:
             continue

@@ -45,6 +45,7 @@ GROUPS = (
     "ablations",
     "places",
     "words",
+    "found",
 )
 SAMPLING = {"steps": 12, "cfg": 2.0, "sampler": "euler"}
 GRID: Mapping[str, Any] = {
@@ -284,6 +285,8 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         grid += beside.cells(categories, options.place_seeds)
     if "words" in groups:
         grid += beside.cells(categories, options.place_seeds, beside.WORD_ROWS)
+    if "found" in groups:
+        grid += beside.cells(categories, options.place_seeds, beside.FOUND_ROWS)
     if "speed" in groups:
         grid += part(SPEED_ROWS, options.speed_combinations, options.preset_seeds, steps=SPEED_STEPS)
     if "presets" in groups:

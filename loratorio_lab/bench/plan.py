@@ -26,8 +26,8 @@ class Variant:
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
         unlabelled: their files do not say which words call them.
-        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags with their
-            own words there, or ``placed common``: with their words in the common prompt.
+        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags, or ``found``
+            by `at=auto`; each character's word is its own, or with ``common`` all are in the prompt.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
 
@@ -52,6 +52,8 @@ class Variant:
             used = [name for name in used if KNOB_BY_NAME[name].group != "pool"]
         if "common" not in self.beside:
             used.remove("own_words")
+        if not self.beside.startswith("found"):
+            used = [name for name in used if name != "find_after"]
         return {name: getattr(settings, name) for name in used}
 
 

@@ -21,6 +21,9 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, Dense, LowRank
 from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import Participants
+from loratorio.compose.regions import Box, Place
+from loratorio.compose.search import Layout
+from loratorio.sampling import place_search
 from loratorio.sampling.calls import Row
 from loratorio.sampling.engine import Engine, Step
 from loratorio.settings import Settings
@@ -42,6 +45,9 @@ PARTICIPANTS = {
     "styles": Participants.of(3, styles=[0, 1, 2]),
     "always": Participants.of(3, always=[2]),
     "importance": Participants.of(3, importance={0: 2.0}),
+    "sought places": Participants.of(
+        3, places=dict.fromkeys((0, 2), Place((Box(0, 0, 1, 1),), 0.1, sought=True))
+    ),
     "a pool": Participants.of(3, pooled=[0, 1, 2]),
 }
 
@@ -137,7 +143,11 @@ def compose(
             composed = engine.step(Step(index, total, latents, 2, guidance=5.0), predict)  # type: ignore[arg-type]
             waited = WAITS.count - before
             # Where composing begins or ends a method has its own first step.
-            begins = index <= 1 or index - 1 <= settings.start * total <= index + 1
+            begins = (
+                index <= 1
+                or (participants.seeks_places and index == total // 4)
+                or index - 1 <= settings.start * total <= index + 1
+            )
             is_known = together[-1] in together[:-1]
             if is_known and not begins and waited > allowed:
                 raise AssertionError(f"step {index} waits {waited} times for the device")
@@ -163,6 +173,8 @@ def main() -> None:
     Tensor.__bool__ = asked(lambda self: True)  # type: ignore[method-assign]
     Tensor.__float__ = asked(lambda self: 1.0)  # type: ignore[method-assign]
     Tensor.__int__ = asked(lambda self: 1)  # type: ignore[method-assign]
+    halves = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)
+    place_search.layout = lambda *_: Layout(halves, 1.0, True, (1.0, 1.0))  # type: ignore[assignment]
     count = 0
     with FakeTensorMode(), WAITS:
         # The check itself must tell two devices apart.

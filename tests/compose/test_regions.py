@@ -104,7 +104,7 @@ def test_places_that_meet_leave_no_seam(height: int, width: int, edge: float, at
     left, right = Place((Box(0, 0, at, 1),), edge), Place((Box(at, 0, 1, 1),), edge)
     both = Place((*left.boxes, *right.boxes), edge)
     assert torch.equal(both.mask(height, width), torch.ones(height, width))
-    assert masks_of([both, None], height, width) is None
+    assert masks_of([[both, None]], height, width) is None
     assert (
         float((left.mask(height, width) + right.mask(height, width)).min()) > 1 - 0.13
     )  # a point on a hard border
@@ -144,11 +144,11 @@ def test_weights_in_places(
     top_k: int, blend: str, adaptive: bool, seed: int,
 ) -> None:  # fmt: skip
     base, adapters = noises(len(wanted), batch, height, width, seed)
-    masks = masks_of(wanted, height, width)
+    masks = masks_of([wanted], height, width)
     weights = spatial_weights(
         base, adapters, patch, temperature, top_k, blend=blend, adaptive=adaptive, masks=masks
     )
-    coverage = torch.ones(height, width) if masks is None else masks.coverage
+    coverage = torch.ones(1, height, width) if masks is None else masks.coverage
     assert torch.isfinite(weights).all()
     torch.testing.assert_close(weights.sum(dim=0), coverage.expand(batch, -1, -1), atol=1e-5, rtol=0)
     for own, place in zip(weights, wanted, strict=True):
@@ -168,11 +168,11 @@ def test_weights_are_those_of_the_formula(dtype: torch.dtype, temperature: float
     ]
     base, adapters = noises(3, 2, 7, 11, 5)
     base, adapters = base.to(dtype), adapters.to(dtype)
-    masks = masks_of(wanted, 7, 11)
+    masks = masks_of([wanted], 7, 11)
     assert masks is not None
     assert masks.has_gap
     found = spatial_weights(base, adapters, 2, temperature, top_k, masks=masks).double().numpy()
-    own, coverage = masks.own.double().numpy(), masks.coverage.double().numpy()
+    own, coverage = masks.own[:, 0].double().numpy(), masks.coverage[0].double().numpy()
     for image in range(2):
         for y in range(7):
             for x in range(11):
@@ -196,33 +196,33 @@ def test_weights_are_those_of_the_formula(dtype: torch.dtype, temperature: float
 
 
 def test_a_lora_without_a_place_yields_inside_the_others() -> None:
-    masks = masks_of([Place((Box(0, 0, 0.5, 1),)), None], 2, 4, yielding=0.75)
+    masks = masks_of([[Place((Box(0, 0, 0.5, 1),)), None]], 2, 4, yielding=0.75)
     assert masks is not None
     assert not masks.has_gap
-    assert masks.own[1].tolist() == [[0.25, 0.25, 1.0, 1.0]] * 2
-    allowed = masks.own.unsqueeze(1)
+    assert masks.own[1, 0].tolist() == [[0.25, 0.25, 1.0, 1.0]] * 2
+    allowed = masks.own
     weights = in_proportion(0.5 * allowed, allowed) * masks.coverage
     torch.testing.assert_close(weights[1, 0, 0], torch.tensor([0.2, 0.2, 1.0, 1.0]))
 
 
 def test_one_lora_in_a_place_leaves_the_rest_to_the_base() -> None:
-    masks = masks_of([Place((Box(0, 0, 0.5, 1),))], 2, 4)
+    masks = masks_of([[Place((Box(0, 0, 0.5, 1),))]], 2, 4)
     assert masks is not None
     assert masks.has_gap
-    assert masks.coverage.tolist() == [[1.0, 1.0, 0.0, 0.0]] * 2
-    allowed = masks.own.unsqueeze(1)
+    assert masks.coverage[0].tolist() == [[1.0, 1.0, 0.0, 0.0]] * 2
+    allowed = masks.own
     even = in_proportion(allowed, allowed) * masks.coverage
-    assert even[0, 0].tolist() == masks.coverage.tolist()
+    assert even[0].tolist() == masks.coverage.tolist()
     alone = softmin(torch.ones(1, 1, 2, 4), 1e-4, allowed)
-    assert alone[0, 0].tolist() == masks.coverage.tolist()
+    assert alone[0].tolist() == masks.coverage.tolist()
 
 
 def test_a_canvas_makes_each_mask_once() -> None:
     canvas, place = PlaceMasks(WHOLE), Place((Box(0, 0, 0.5, 1),))
-    assert canvas.masks([None, None], (4, 4), torch.device("cpu")) is None
-    first = canvas.masks([place, None], (4, 4), torch.device("cpu"))
+    assert canvas.masks({0: None, 1: None}, (4, 4), torch.device("cpu")) is None
+    first = canvas.masks({0: place, 1: None}, (4, 4), torch.device("cpu"))
     assert first is not None
-    assert canvas.masks([place, None], (4, 4), torch.device("cpu")) is first
+    assert canvas.masks({0: place, 1: None}, (4, 4), torch.device("cpu")) is first
     assert canvas.mask(place, (4, 4), torch.device("cpu")) is canvas.mask(place, (4, 4), torch.device("cpu"))
 
 

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 
 from loratorio.adapters.delta import Adapter
+from loratorio.compose import search
 from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
+from loratorio.prompt.places import written
 from loratorio.settings import Settings
+from loratorio.webui import infotext_fields
 from tests.published import paper
 
 
@@ -416,19 +419,24 @@ def test_a_refusal_lets_go_of_the_loras(a1111: Any, standin: Any) -> None:
     del kept
 
 
-def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(a1111: Any, standin: Any) -> None:
-    a, b = standin.lora("a", 1), standin.lora("b", 2)
-    standin.run(standin.job(a, b))
+@pytest.mark.parametrize("named", [{}, {"at": "auto"}])
+def test_an_interruption_gives_the_last_latent_and_leaves_no_trace(
+    a1111: Any, standin: Any, named: dict[str, str]
+) -> None:
+    """Nor a remark on places that it left no time to find."""
+    a, b = (a1111.run.Tag(standin.lora(name, seed), named=named) for name, seed in (("a", 1), ("b", 2)))
+    standin.run(standin.job(a, b, steps=20))
     before = trace(a1111, standin)
 
     def interrupt(rows: int) -> None:
         a1111.shared.state.interrupted = len(standin.model.calls) >= 2
 
     standin.model.calls, standin.model.fails = [], interrupt
-    samples, job = compose(standin.job(a, b))
+    samples, job = compose(standin.job(a, b, steps=20))
     standin.model.fails, a1111.shared.state.interrupted = None, False
     assert samples.shape == (1, 4, 8, 8)
     assert job.passes[0].loras == ("a", "b")  # the picture's infotext says what was composed in it
+    assert (job.passes[0].found, job.notes) == ((), [])
     assert trace(a1111, standin) == before
 
 
@@ -583,6 +591,47 @@ def test_a_place_that_is_the_picture_is_no_place(a1111: Any, either: Any) -> Non
     right, _ = compose(either.job(Tag(a, named={"at": "right"}), Tag(b, named={"at": "left"})))
     assert not close(left, plain)
     assert not close(left, right)
+
+
+def test_places_are_found_for_each_picture_and_kept_for_the_hires_pass(
+    a1111: Any, standin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "UNEXPLAINED", 99.0)  # the stand-in's model draws no figures
+    a, b = (
+        a1111.run.Tag(standin.lora(name, seed), named={"at": "auto"}) for name, seed in (("a", 1), ("b", 2))
+    )
+    prompts = ("b on the left, a", "b on the left, a")
+    composed, job = compose(standin.job(a, b, prompts=prompts, hires=(list(prompts), [a, b])))
+    first, second = job.passes
+    assert [[name for name, _ in each] for each in first.found] == [["a", "b"]] * 2
+    assert second.found == first.found
+    assert tuple(use.place for use in first.uses) == ("auto", "auto")
+    assert job.notes == []
+    again, _ = compose(standin.job(a, b, prompts=prompts, hires=(list(prompts), [a, b])))
+    assert torch.equal(composed, again)
+    fields: dict[str, Any] = {}
+    job.p.batch_size, job.p.n_iter = 2, 1
+    infotext_fields.write(fields, job.settings, job)
+    assert fields["LoRAtorio places"] == [
+        ", ".join(f"{name} at {written(place)}" for name, place in each) for each in first.found
+    ]
+    # Another hires prompt's LoRAs have places of their own.
+    _, job = compose(standin.job(a, b, prompts=prompts, hires=(list(prompts), [b, a])))
+    assert [name for name, _ in job.passes[1].found[0]] == ["b", "a"]
+
+
+def test_fewer_figures_are_said(a1111: Any, standin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "UNEXPLAINED", 0.0)
+    a, b = (
+        a1111.run.Tag(standin.lora(name, seed), named={"at": "auto"}) for name, seed in (("a", 1), ("b", 2))
+    )
+    _, job = compose(standin.job(a, b))
+    (note,) = job.notes
+    assert note.startswith("One figure was found for a and b")
+    fields: dict[str, Any] = {}
+    infotext_fields.write(fields, job.settings, job)
+    assert "LoRAtorio places" not in fields
+    assert fields["LoRAtorio note"] == note
 
 
 def test_a_bad_place_and_a_method_without_rows_stop_the_job(a1111: Any, standin: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratorio.compose import search
 from loratorio.compose.methods import METHODS
 from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
 from loratorio.errors import LoratorioError
@@ -915,6 +916,28 @@ def test_a_place_that_is_the_picture_is_no_place(webui: Any, standin: Any) -> No
     assert tuple(use.place for use in job.passes[0].uses) == ("0,0,1,1", "left+right")
     left, _ = compose(standin, standin.job(tag("a", at="left"), tag("b", at="right")))
     assert not close(left, plain)
+
+
+def test_places_are_found_for_each_picture_and_kept_for_the_hires_pass(
+    webui: Any, standin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "UNEXPLAINED", 99.0)  # the stand-in's model draws no figures
+    tags = [webui.run.tag(name, at="auto") for name in ("a", "b")]
+    prompts = ("b on the left, a", "b on the left, a")
+
+    def made() -> tuple[torch.Tensor, Job]:
+        return compose(standin, standin.job(*tags, prompts=prompts, hires=(list(prompts), tags), hr_cfg=3.0))
+
+    composed, job = made()
+    first, second = job.passes
+    assert [[name for name, _ in each] for each in first.found] == [["a", "b"]] * 2
+    assert second.found == first.found
+    assert job.notes == []
+    assert torch.equal(composed, made()[0])
+    monkeypatch.setattr(search, "UNEXPLAINED", 0.0)
+    _, job = made()
+    assert [note.startswith("One figure was found for a and b") for note in job.notes] == [True]
+    assert job.passes[1].found == ((), ())
 
 
 def test_a_bad_place_and_a_method_without_rows_stop_the_job(webui: Any, standin: Any) -> None:

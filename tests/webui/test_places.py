@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -123,11 +125,83 @@ def test_the_page_learns_what_a_lora_does_not_read(webui: WebUI, called: list[Pa
     assert webui.call("/loratorio/found", {"prompt": prompt})["reads"] == said
 
 
+WORDS = [word.strip() for word in os.environ.get("LORATORIO_WEBUI_WORDS", "").split(",")]
+WIDE_FIGURES = {**WIDE, "steps": 8, "cfg_scale": 3.0, "negative_prompt": ""}
+
+
+def auto(loras: list[str]) -> str:
+    """A prompt with both LoRAs' words in common and places that are to be found."""
+    return f"{', '.join([*WORDS[:2], 'sky background'])} {tag(loras[0], 'at=auto')}{tag(loras[1], 'at=auto')}"
+
+
+def places_of(infotext: str) -> dict[str, list[float]]:
+    """The found places by LoRA, as a picture's infotext has them."""
+    field = re.search(r'LoRAtorio places: ("(?:[^"\\]|\\.)*")', infotext)
+    listed = re.findall(r"(?:^|, )(.+?) at ((?:[\d.]+,){3}[\d.]+)", json.loads(field[1])) if field else []
+    return {name: [float(side) for side in place.split(",")] for name, place in listed}
+
+
+@pytest.mark.parametrize("way", ["txt2img", "hires fix", "img2img", "inpainting", "only masked"])
+def test_places_that_are_found_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
+    """Another picture than without; the same again from its own infotext's prompt; unticked afterwards nothing is left."""
+    fields: dict[str, Any] = dict(WIDE_FIGURES)
+    call = webui.txt2img
+    if way == "hires fix":
+        fields = upscaled(webui, {**fields, **HIRES, "hr_upscaler": "Lanczos"})
+    elif way != "txt2img":
+        call = webui.img2img
+        fields |= INIT if way == "img2img" else INPAINT
+        fields |= {"inpaint_full_res": way == "only masked", "inpaint_full_res_padding": 8}
+    free = re.sub(":at=auto", "", auto(loras))
+
+    def twice(composed: Any, prompt: str) -> Pictures:
+        call(composed, prompt=prompt, **fields)
+        return call(composed, prompt=prompt, **fields)
+
+    plain = twice(None, free)
+    first = twice({"weight_maps": True}, auto(loras))
+    found = places_of(first.infotext)
+    said = "One figure was found" in first.infotext
+    assert " at auto" in first.infotext
+    assert sorted(found) == ([] if said else sorted(loras[:2]))
+    if not said:
+        one, other = (found[name] for name in loras[:2])
+        assert one[2] == other[0] or one[0] == other[2] or one[3] == other[1] or one[1] == other[3]
+    again = first.infotext.split("\n")[0]
+    assert (twice({}, again).image == first.image).all()
+    assert not (twice({}, free).image == first.image).all()
+    assert (twice(None, free).image == plain.image).all()
+
+
+def test_each_picture_of_a_batch_has_its_own_places(webui: WebUI, loras: list[str]) -> None:
+    """Of two batches of two, each is the picture that its seed makes alone."""
+    fields = {**WIDE_FIGURES, "prompt": auto(loras)}
+    batch = webui.txt2img({}, **fields, batch_size=2, n_iter=2)
+    first = len(batch.images) - 4  # the WebUI may put a grid first
+    for number in range(4):
+        alone = webui.txt2img({}, **fields, seed=7 + number)
+        assert psnr(batch.images[first + number], alone.image) > 35
+        own, single = places_of(batch.infotexts[first + number]), places_of(alone.infotext)
+        assert own.keys() == single.keys()
+        for name in own:
+            assert own[name] == pytest.approx(single[name], abs=0.01)
+    assert len({str(places_of(text)) for text in batch.infotexts[first:]}) > 1
+
+
+def test_the_hires_pass_goes_on_with_the_first_passs_places(webui: WebUI, loras: list[str]) -> None:
+    fields = upscaled(webui, {**WIDE_FIGURES, **HIRES, "hr_upscaler": "Lanczos"})
+    low = webui.txt2img({}, prompt=auto(loras), **WIDE_FIGURES)
+    high = webui.txt2img({}, prompt=auto(loras), **fields)
+    assert places_of(low.infotext)
+    assert places_of(high.infotext) == places_of(low.infotext)
+
+
 def test_bad_places_are_sentences(webui: WebUI, loras: list[str]) -> None:
     for option, knobs, words in (
         ("at=lefft", {}, "did you mean left"),
         ("at=left", {"method": "merge"}, "do not work with Merge"),
         ("at=left", {"end": 0.5}, "every step"),
+        ("at=auto:role=style", {}, "finds the place of a character"),
     ):
         with pytest.raises(Refused, match=words) as refused:
             webui.txt2img(knobs, prompt=f"a {tag(loras[0], option)}{tag(loras[1])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -213,13 +214,8 @@ def test_an_answer_about_the_names_leaves_the_boxes(places: Places) -> None:
     assert label.startswith("Place of ink: from 50 to 100 % across, 0 to 50 %")
 
 
-def test_the_picture_lies_under_the_boxes_and_not_its_map(page: Any, places: Places) -> None:
-    """Of two pictures with their maps, behind a grid."""
-    places.prompt("<lora:fox:at=left:1>")
-    info = {
-        "index_of_first_image": 1,
-        "infotexts": ["one", "one", "two", *(f"{each}, LoRAtorio map: True" for each in ("one", "two"))],
-    }
+def show_gallery(page: Any, info: dict[str, Any]) -> None:
+    """A gallery as the WebUI has it after a job, with what it knows of the pictures."""
     page.evaluate(
         """info => {
             const made = document.createElement("div");
@@ -231,6 +227,79 @@ def test_the_picture_lies_under_the_boxes_and_not_its_map(page: Any, places: Pla
         }""",
         info,
     )
+
+
+def test_found_places_are_shown_and_kept(page: Any, places: Places) -> None:
+    """Of the chosen picture, as its infotext has them; *Keep* writes them into the tags."""
+    places.prompt("a <lora:fox:at=auto:0.8> <lora:x, y at 1:at=auto~0.05:1> <lora:ink:0.5>")
+    box = places.find("_places .loratorio-places-box.found")
+    assert places.menu("fox").input_value() == "found"
+    assert places.menu("x, y at 1").input_value() == "found, soft"
+    assert box.count() == 0
+    assert not places.find("_places_keep").is_visible()
+    texts = [
+        'fox at 0,0,1,1\nLoRAtorio LoRAs: "a:1 at auto", LoRAtorio places: '
+        + json.dumps(f"fox at 0,0,{line},1, x, y at 1 at {line},0,1,1~0.05")
+        + ", Version: 1"
+        for line in (0.517, 0.25)
+    ]
+    show_gallery(page, {"index_of_first_image": 0, "infotexts": [*texts, "a\nSteps: 4"]})
+    for chosen, edge in ((0, 0.517), (1, 0.25), (2, None)):
+        page.evaluate(
+            """chosen => document.querySelectorAll("#txt2img_gallery .thumbnail-item").forEach(
+                (each, i) => each.classList.toggle("selected", i === chosen))""",
+            chosen,
+        )
+        page.evaluate("updated.forEach(each => each())")
+        assert box.count() == (2 if edge else 0)
+        if edge:
+            area, own = places.canvas().bounding_box(), box.first.bounding_box()
+            assert own["width"] / area["width"] == pytest.approx(edge, abs=0.02)
+            assert box.first.get_attribute("aria-label").startswith("Found: Place of fox: from 0 to")
+    page.evaluate(
+        "document.querySelectorAll('#txt2img_gallery .thumbnail-item')[0].classList.add('selected')"
+    )
+    page.evaluate("updated.forEach(each => each())")
+    places.find("_places_keep").click()
+    assert places.written() == (
+        "a <lora:fox:at=0,0,0.517,1:0.8> <lora:x, y at 1:at=0.517,0,1,1~0.05:1> <lora:ink:0.5>"
+    )
+    assert places.boxes().count() == 2
+    assert box.count() == 0
+    assert not places.find("_places_keep").is_visible()
+
+
+def test_each_gets_its_own_place_found_or_drawn(page: Any, places: Places) -> None:
+    """One choice for all characters; without a picture, *drawn* begins side by side."""
+    places.find("_places_found").click()
+    assert places.written() == "two friends <lora:fox:at=auto:0.8> <lora:ink:at=auto:1>"
+    assert places.find("_places_found").get_attribute("aria-checked") == "true"
+    places.find("_places_drawn").click()
+    assert places.written() == "two friends <lora:fox:at=left:0.8> <lora:ink:at=right:1>"
+    assert places.find("_places_drawn").get_attribute("aria-checked") == "true"
+    # A LoRA that has no place next to some that have is no character.
+    places.menu("ink").select_option("found")
+    places.prompt(places.written() + " <lora:night:1> <lora:wash:1:role=style> <pool:many/*:1>")
+    places.find("_places_found").click()
+    assert places.written().startswith(
+        "two friends <lora:fox:at=auto:0.8> <lora:ink:at=auto:1> <lora:night:1>"
+    )
+    # A box that is drawn replaces the place that was to be found.
+    places.lora("fox").click()
+    places.drag((0.1, 0.1), (0.4, 0.9))
+    assert "<lora:fox:at=0.1,0.1,0.4,0.9:0.8> <lora:ink:at=auto:1>" in places.written()
+    places.prompt("<lora:fox:1>")
+    assert not places.find("_places_found").is_visible()
+
+
+def test_the_picture_lies_under_the_boxes_and_not_its_map(page: Any, places: Places) -> None:
+    """Of two pictures with their maps, behind a grid."""
+    places.prompt("<lora:fox:at=left:1>")
+    info = {
+        "index_of_first_image": 1,
+        "infotexts": ["one", "one", "two", *(f"{each}, LoRAtorio map: True" for each in ("one", "two"))],
+    }
+    show_gallery(page, info)
     for chosen, shown in ((0, 1), (1, 1), (2, 2), (3, 1), (4, 2), (None, 1)):
         page.evaluate(
             """chosen => document.querySelectorAll("#txt2img_gallery .thumbnail-item").forEach(

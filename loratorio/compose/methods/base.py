@@ -51,8 +51,8 @@ class StepContext:
 
     @property
     def masks(self) -> Masks | None:
-        """Where each composed LoRA may act; None where every one may act everywhere."""
-        places = [lora.place for lora in self.participants.loras]
+        """Where each composed LoRA may act, by picture; None where every one may act everywhere. `Masks.of` has them by row."""
+        places = {lora.number: lora.place for lora in self.participants.loras}
         return self.place_masks.masks(places, self.size, self.device, self.knobs.get("yielding", 0.0))
 
     def mask(self, place: Place) -> Tensor:

@@ -28,11 +28,12 @@ class Composite(Loratorio):
 
     def __init__(self, entry: Entry, knobs: tuple[str, ...] = (), uses_importance: bool = False) -> None:
         self.entry = entry
-        self.knobs = (*knobs, "yielding")
+        self.knobs = (*knobs, "yielding", "find_after")
         self.uses_importance = uses_importance
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
-        loras, masks = now.participants.loras, now.masks
+        loras = now.participants.loras
+        masks = None if now.masks is None else now.masks.of(predictions.owners)
         first = predictions.cond(loras[0].mix)
         parts = [max(0.0, lora.importance) if self.uses_importance else 1.0 for lora in loras]
         if not any(parts):
@@ -41,7 +42,7 @@ class Composite(Loratorio):
         shares = torch.stack([torch.full(shape, part / sum(parts), device=first.device) for part in parts])
         if masks is None:
             return shares
-        allowed = masks.own.unsqueeze(1).expand_as(shares)
+        allowed = masks.own.expand_as(shares)
         return in_proportion(shares * allowed, allowed) * masks.coverage
 
     def shown(self, weights: Tensor) -> Tensor | None:

@@ -204,7 +204,7 @@ def spatial_weights(
         patch_size: side P of a patch in latent pixels. A border patch is made of the pixels that are there.
         top_k: how many LoRAs a patch may use; 0, or N and more, means all.
         blend: one of `BLENDS`. The paper's is "hard"; with P = 1 all are alike.
-        masks: where each LoRA may act. Top-k then counts, pixel by pixel, among those that may act there.
+        masks: where each LoRA may act, by row. Top-k then counts, pixel by pixel, among those that may act there.
 
     Returns:
         (N, B, H, W) float32, summing to 1 over N, or to the masks' coverage.
@@ -223,7 +223,7 @@ def spatial_weights(
         return at_pixels(weights, patch_size, height, width, blend)
     # S or D is brought to the pixels, not Ω: what a LoRA predicts where it may not act must not count at all.
     measured = at_pixels(measured, patch_size, height, width, blend)
-    allowed = masks.own.unsqueeze(1).expand_as(measured)
+    allowed = masks.own.expand_as(measured)
     shares, ranking = weighting.shares(measured, allowed)
     return keep_top_k(shares, top_k, ranking).nan_to_num(0.0) * masks.coverage
 
@@ -252,7 +252,17 @@ class Loratorio(Method):
         knobs: Sequence[str] = (),
     ) -> None:
         self.entry = entry
-        self.knobs = ("patch_size", *knobs, "top_k", "blend", "recentre", "share", "yielding", *REUSE_KNOBS)
+        self.knobs = (
+            "patch_size",
+            *knobs,
+            "top_k",
+            "blend",
+            "recentre",
+            "share",
+            "yielding",
+            "find_after",
+            *REUSE_KNOBS,
+        )
         self._weighting = weighting
 
     def begin(self, participants: Participants, weights: Weights) -> Method:
@@ -296,7 +306,8 @@ class Loratorio(Method):
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
         """Ω↑ of the conditional rows, (N, Bc, H, W) float32, summing to 1 over N, or to the coverage of the LoRAs' places."""
-        loras, knobs, masks = now.participants.loras, now.knobs, now.masks
+        loras, knobs = now.participants.loras, now.knobs
+        masks = None if now.masks is None else now.masks.of(predictions.owners)
         noise = torch.stack([predictions.noise(lora.mix) for lora in loras])
         if len(loras) == 1:
             ones = noise.new_ones((1, noise.shape[1], *noise.shape[3:]), dtype=torch.float32)
@@ -325,7 +336,9 @@ class Loratorio(Method):
         masks = now.masks
         if masks is not None and masks.has_gap:
             reference = predictions.by_branch[Branch(participants.reference, cond)]
-            composed = composed + reference.to(torch.float32) * (1 - masks.coverage)
+            pictures = predictions.owners if cond else range(len(reference))
+            gap = 1 - masks.of(pictures).coverage.unsqueeze(1)
+            composed = composed + reference.to(torch.float32) * gap
         return composed
 
     def _added(self, composed: Tensor, now: StepContext, predictions: Predictions, cond: bool) -> Tensor:

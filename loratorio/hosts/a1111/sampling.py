@@ -181,7 +181,7 @@ class A1111Pass(SamplingPass):
         strengths = tuple(unet_strength(lora.active) for lora in self.loras)
         self.saw_strengths(strengths)
         gone = (i for i, lora in enumerate(self.loras) if strengths[i] == 0 and lora.text is None)
-        return replace(step, strengths=strengths, absent=frozenset(gone))
+        return replace(step, strengths=strengths, absent=frozenset(gone), painted=self.painted)
 
     def _predict(self, model: Callable[..., Tensor], step_rows: A1111Rows, rows: Sequence[Row]) -> Tensor:
         """The WebUI's model on any rows of the step; rows whose text is of different length go in calls of their own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -220,7 +220,7 @@ class ForgePass(SamplingPass):
             raise LoratorioError(BYPASSED)
         self._evaluated_at = denoiser.step
         rows = ForgeRows(self._functions, self._texts, denoiser.step, cond, uncond, x, sigma)
-        step = rows.step(self.place_in_sampling(), self._guidance())
+        step = replace(rows.step(self.place_in_sampling(), self._guidance()), painted=self.painted)
         self._evaluation = ForgeEvaluation(rows, step, rows.mark())
         self.evaluations += 1
         inner = options.get("model_function_wrapper")

@@ -61,6 +61,10 @@ SAMPLE_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
 """Scripts of the WebUIs that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
 
 
+SAMPLE_TILES = ("Ultimate SD upscale",)
+"""Scripts that sample a picture tile by tile, and say which part of it a tile is."""
+
+
 def chosen_script(p: Any) -> str:
     """The title of the script that is chosen in the WebUI's list, or nothing."""
     scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", None) or ()

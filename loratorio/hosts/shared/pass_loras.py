@@ -17,7 +17,7 @@ from ...errors import LoratorioError
 from ...job import Job
 from ...prompt.admission import ActiveLora, Admitted, LeftOut, UnreadableLora, admit, each_once
 from ...prompt.roles import TaggedLora
-from .other_extensions import SAMPLE_PARTS, chosen_script, known_options, takes_maps
+from .other_extensions import SAMPLE_PARTS, SAMPLE_TILES, chosen_script, known_options, takes_maps
 from .tags import WrittenTags
 
 NO_LORA = "LoRAtorio composed nothing: the prompt names no LoRA. The picture is the WebUI's own."
@@ -149,6 +149,11 @@ class PassLoras(ABC):
             raise LoratorioError(
                 f"The script {script} samples the picture in parts, so places (at=…) would apply to each part. "
                 "Remove at=… from the prompt, or use hires fix or Ultimate SD upscale."
+            )
+        if script in SAMPLE_TILES and admitted.participants.seeks_places:
+            raise LoratorioError(
+                f"The script {script} samples the picture in tiles, so at=auto would find other places in each tile. Make a picture "
+                "without it first, and write its places into the tags with Keep in the panel."
             )
         for note in (*admitted.notes, *self.remarks(admitted.loras)):
             self.job.note(note)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from ...adapters.bank import Bank
 from ...compose.mixes import NO_WORDS
 from ...errors import LoratorioError
@@ -17,8 +19,9 @@ from ...job import PassRecord
 from ...pictures.infotext import LoraUse
 from ...prompt.admission import Admitted
 from ...prompt.places import OPTION as PLACE_OPTION
-from ...prompt.roles import reactions_note
+from ...prompt.roles import not_found_note, reactions_note
 from ...sampling.engine import Engine
+from ...sampling.place_search import Found
 from .pass_loras import PassLoras, ReadLora
 
 NO_STEP = (
@@ -55,7 +58,9 @@ class SamplingPass(ABC):
         self.source = source
         self.loras = admitted.loras
         self.all_take_part = all(lora.source is None for lora in admitted.left_out)
-        self.engine = Engine(self.job.settings, self.bank(), admitted.participants, row_limit, source.region)
+        self.engine = Engine(
+            self.job.settings, self.bank(), admitted.participants, row_limit, source.region, self.found_before
+        )
         self.attachment = ExitStack()
         self.evaluations = 0
         self.owners: tuple[int, ...] = ()
@@ -68,6 +73,26 @@ class SamplingPass(ABC):
     def missed(self) -> None:
         """The sampler called the model a different number of times than LoRAtorio composed it."""
         raise LoratorioError(BYPASSED)
+
+    @property
+    def found_before(self) -> list[Found] | None:
+        """In the hires pass, for each picture the places that the first pass found for the same LoRAs; else None."""
+        sought = [
+            i for i, lora in enumerate(self.loras) if (place := lora.active.tagged.place) and place.sought
+        ]
+        names = [self.loras[i].name for i in sought]
+        for done in self.job.passes if self.job.is_hires else ():
+            if done.batch == self.job.batch and not done.hires and done.found:
+                if any([name for name, _ in each] not in ([], names) for each in done.found):
+                    return None  # the hires pass has a prompt of its own
+                return [dict(zip(sought, (place for _, place in each), strict=False)) for each in done.found]
+        return None
+
+    @property
+    def painted(self) -> Tensor | None:
+        """Where an inpainting mask leaves the picture to the sampler, (H, W) from 0 to 1; None: everywhere."""
+        mask: Tensor | None = getattr(self.p.sampler.model_wrap_cfg, "nmask", None)
+        return mask.float().flatten(0, -3).mean(dim=0) if isinstance(mask, Tensor) and mask.ndim > 2 else None
 
     def bank(self) -> Bank:
         """The LoRAs of this pass, ready to be attached."""
@@ -88,7 +113,7 @@ class SamplingPass(ABC):
                 result = sample()
         except InterruptedException:  # the WebUI makes a picture of what there is
             if self.evaluations:
-                self.record()
+                self.record(is_whole=False)
             elif denoiser.step == first:
                 self.job.note(INTERRUPTED)
             raise
@@ -100,14 +125,19 @@ class SamplingPass(ABC):
             self.record()
         return result
 
-    def record(self) -> None:
-        """Record what was composed in the job."""
+    def record(self, is_whole: bool = True) -> None:
+        """Record what was composed in the job. is_whole: the sampling was not interrupted."""
         self.engine.history.settle()
+        names = [lora.active.tagged.name for lora in self.loras]
         if self.engine.pool.reactions:
-            names = [lora.name for lora in self.loras]
             self.job.note(reactions_note(names, self.engine.pool.reactions, self.engine.pool.left_out))
         shares, participants = self.engine.history.shares, self.engine.participants
         numbers = [*participants.numbers, *(added.number for added in participants.additions)]
+        found = self.engine.places.named(names)
+        sought = [names[number] for number in self.engine.places.numbers]
+        missing = not_found_note(sought, found, len(self.p.prompts))
+        if missing and (found or is_whole):
+            self.job.note(missing)
         self.job.record(
             PassRecord(
                 uses=tuple(self._use(number, shares) for number in numbers),
@@ -115,6 +145,7 @@ class SamplingPass(ABC):
                 hires=self.job.is_hires,
                 history=self.engine.history,
                 owners=self.owners,
+                found=found,
             )
         )
 

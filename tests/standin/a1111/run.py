@@ -144,7 +144,7 @@ class Standin:
             fields.update(
                 hr_prompts=list(prompts2),
                 hr_negative_prompts=[negative] * len(prompts2),
-                hr_extra_network_data={"lora": [Tag(net) for net in tags2]},
+                hr_extra_network_data={"lora": [net if isinstance(net, Tag) else Tag(net) for net in tags2]},
             )
         shared.sd_model = self.model
         return processing.StableDiffusionProcessingTxt2Img(

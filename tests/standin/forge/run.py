@@ -193,8 +193,9 @@ class Standin:
     def job(self, *tags, prompts=("a red circle",), negative="blurry", hires=None, **fields):
         tags = [tag(each) if isinstance(each, str) else each for each in tags]
         if hires is not None:
-            prompts2, names2 = hires
-            fields.update(hr_prompts=list(prompts2), hr_extra_network_data={"lora": [tag(n) for n in names2]})
+            prompts2, tags2 = hires
+            tags2 = [tag(each) if isinstance(each, str) else each for each in tags2]
+            fields.update(hr_prompts=list(prompts2), hr_extra_network_data={"lora": tags2})
         data = {"lora": tags} if tags else {}
         return processing.StableDiffusionProcessing(prompts, negative, extra_network_data=data, **fields)
 
