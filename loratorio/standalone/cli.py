@@ -15,6 +15,7 @@ from .. import __version__
 from ..compose.methods import METHODS
 from ..compose.methods.reuse import SHORT
 from ..errors import LoratorioError
+from ..prompt.places import AUTO
 from ..prompt.places import OPTION as PLACE
 from ..settings import GROUPS, KNOB_BY_NAME, KNOBS, PRESET, PRESETS, Knob, Settings, find_preset
 from . import example
@@ -404,12 +405,17 @@ def _without_effect(
             len(placed) in (0, len(tags)),
             "unless some LoRAs have a place (at=…) and others have none",
         ),
+        (
+            ["find_after"],
+            not any(tag.options[PLACE].strip().startswith(AUTO) for tag in placed),
+            f"without {PLACE}={AUTO}",
+        ),
         (["own_words"], len(placed) < 2, "unless several LoRAs have a place (at=…)"),
         (weighed, len(tags) == 1 and not tags[0].pool and not placed, "with a single LoRA"),
         (
             ["reuse"],
-            (request.steps or SHORT + 1) <= SHORT,
-            f"in {SHORT} steps or fewer: every LoRA runs at every step",
+            (request.steps or SHORT + 1) <= SHORT and request.cfg == 1,
+            f"in {SHORT} steps or fewer with --cfg 1: every LoRA runs at every step",
         ),
         ([*given], not tags, "without a <lora:name> tag"),
     ):

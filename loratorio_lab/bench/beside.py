@@ -133,7 +133,8 @@ def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
         "| | both halves right: the pair alone | with a background | the background found | with a style | the style found |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for variant in dict.fromkeys([*ROWS, *WORD_ROWS, *FOUND_ROWS]):
+    every = [*ROWS, *WORD_ROWS, *FOUND_ROWS]
+    for variant in (each for i, each in enumerate(every) if each not in every[:i]):
         own = [result for result in results if result.cell.is_of(variant)]
         if not own:
             continue

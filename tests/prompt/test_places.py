@@ -97,7 +97,7 @@ def test_the_sentences_examples_can_be_read() -> None:
     with pytest.raises(LoratorioError) as said:
         read_place("?", "alice")
     examples = [part.rstrip(".,") for part in str(said.value).split() if part.startswith("at=")][1:]
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         assert read_place(example.removeprefix("at="), "alice") is not None
     assert all(read_place(name, "alice") for name in NAMED)

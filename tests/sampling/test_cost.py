@@ -29,7 +29,8 @@ def test_rows_that_can_be_counted_by_hand() -> None:
 def test_every_method_can_be_counted(method: str) -> None:
     costs = [plain_steps(Settings(enabled=True, method=method), count) for count in range(1, 9)]
     assert costs == sorted(costs)
-    assert costs[0] >= 1
+    # One LoRA alone: the rows for the negative prompt are reused.
+    assert costs[0] >= 0.9
     assert costs[-1] <= 9
 
 

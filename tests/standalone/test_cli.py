@@ -309,7 +309,8 @@ NO_EFFECT = {
     "no places": (["--yielding", "0"], "--yielding has no effect unless some LoRAs have a place"),
     "no other places": (["--no-own-words"], "--own-words has no effect unless several LoRAs have a place"),
     "a folder": (["--config", "{sd}"], "--config has no effect with a folder as --checkpoint."),
-    "few steps": (["--reuse", "2"], "--reuse has no effect in 10 steps or fewer"),
+    "few steps": (["--reuse", "2", "--cfg", "1"], "--reuse has no effect in 9 steps or fewer with --cfg 1"),
+    "nothing to find": (["--find-after", "3"], "--find-after has no effect without at=auto."),
     "another method": (["--temperature", "0.5"], "--temperature = 0.5 has no effect with "),
     "no step": (
         ["--start", "0.5", "--end", "0.5"],
