@@ -145,7 +145,7 @@ def compose(
             # Where composing begins or ends a method has its own first step.
             begins = (
                 index <= 1
-                or (participants.seeks_places and index == total // 4)
+                or (participants.seeks_places and index == settings.find_after)
                 or index - 1 <= settings.start * total <= index + 1
             )
             is_known = together[-1] in together[:-1]
@@ -205,6 +205,8 @@ def main() -> None:
                 knobs is not KNOBS[1] or participants not in ("contents", "importance")
             ):
                 continue
+            if PARTICIPANTS[participants].seeks_places and "start" in knobs:
+                continue  # places must be composed in every step
             for kind, shape in LATENTS.items() if knobs is KNOBS[0] else [("pictures", LATENTS["pictures"])]:
                 try:
                     settings = Settings(enabled=True, method=method, **knobs)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import NO_WORDS, Participants, Words
-from loratorio.compose.regions import Box, Place
+from loratorio.compose.regions import WHOLE, Box, Place
 from loratorio.errors import LoratorioError
-from loratorio.prompt.places import EDGE, NAMED, read_place
+from loratorio.prompt.places import EDGE, NAMED, read_place, written
 from loratorio.prompt.roles import TaggedLora, participants_of
 from loratorio.sampling.engine import check_places
 from tests.published import paper
@@ -26,6 +26,8 @@ from tests.published import paper
         ("center~0", Place((Box(0.25, 0.25, 0.75, 0.75),), 0.0)),
         ("topleft+bottom-right~0.25", Place((Box(0, 0, 0.5, 0.5), Box(0.5, 0.5, 1, 1)), 0.25)),
         ("0,.1, 0.3,1.0~0.05", Place((Box(0, 0.1, 0.3, 1),), 0.05)),
+        ("auto", Place((WHOLE,), EDGE, sought=True)),
+        (" Auto~0.05", Place((WHOLE,), 0.05, sought=True)),
         ("0,0,1,1", None),
         ("left+0,0,1,1~0.2", None),
         ("left+right", None),
@@ -35,6 +37,13 @@ from tests.published import paper
 )
 def test_how_a_place_is_written(value: str, place: Place | None) -> None:
     assert read_place(value, "alice") == place
+
+
+@pytest.mark.parametrize("value", ["0,0,0.517,1", "0.25,0,1,0.333+0,0.5,1,1~0.05"])
+def test_a_place_is_written_as_it_is_read(value: str) -> None:
+    place = read_place(value, "alice")
+    assert place is not None
+    assert written(place) == value
 
 
 _SIDES = list(combinations((0.0, 0.25, 0.5, 0.75, 1.0), 2))
@@ -64,6 +73,8 @@ def test_a_place_is_none_where_its_boxes_leave_nothing_of_the_picture(boxes: lis
         ("lefft", "did you mean left"),
         ("", "is not one of left, right"),
         ("left+", "is not one of"),
+        ("auto+left", "is not one of"),
+        ("autp", "did you mean auto"),
         ("left~", "the edge after ~ must be"),
         ("left~0.6", "0 to 0.5"),
         ("left~-1", "the edge after ~ must be"),
