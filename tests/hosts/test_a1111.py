@@ -167,7 +167,7 @@ def test_a_place_smaller_than_a_latent_pixel_is_said(a1111: Any, standin: Any) -
     assert len(notes("left~0", paste_to=(32, 0, 32, 64), overlay_images=[whole])) == 1
 
 
-@pytest.mark.parametrize("title", ["SD upscale", "Outpainting mk2", "Poor man's outpainting"])
+@pytest.mark.parametrize("title", ["SD upscale", "SD Upscale", "Outpainting mk2", "Poor man's outpainting"])
 def test_places_are_refused_where_a_script_samples_parts_of_the_picture(
     a1111: Any, standin: Any, title: str
 ) -> None:

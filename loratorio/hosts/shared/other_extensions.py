@@ -57,25 +57,26 @@ def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
     return None
 
 
-_SAMPLES_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
-"""Scripts of the WebUIs that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
+_SAMPLES_PARTS = ("sd upscale", "outpainting mk2", "poor man's outpainting")
+"""Scripts of the WebUIs, in small letters, that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of
+the whole.) The WebUIs write their titles with different capitals."""
 
 
 def sampling_in_parts(p: Any) -> str:
     """The script that is chosen in the WebUI's list, if it samples parts of a picture; else nothing."""
     title = _chosen_script(p)
-    return title if title in _SAMPLES_PARTS else ""
+    return title if title.lower() in _SAMPLES_PARTS else ""
 
 
 def without_maps(p: Any) -> str:
     """The chosen script, if it takes every image that it gets for a picture of its own; else nothing."""
     title = _chosen_script(p)
-    return title if title in (*_SAMPLES_PARTS, "Prompt matrix") else ""
+    return title if title.lower() in (*_SAMPLES_PARTS, "prompt matrix") else ""
 
 
 def hides_errors(p: Any) -> bool:
     """Whether the chosen script leaves a picture that stops with an error empty and continues: then nobody sees the error's sentence."""
-    return _chosen_script(p) == "X/Y/Z plot"
+    return _chosen_script(p).lower() == "x/y/z plot"
 
 
 def _chosen_script(p: Any) -> str:
