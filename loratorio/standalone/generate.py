@@ -24,7 +24,6 @@ from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
 from ..sampling.history import WeightHistory
 from ..sampling.memory import measured_rows
-from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
 from .lora_set import Load, load_lora_set
@@ -123,7 +122,7 @@ def _generate(
         latents = _sample(checkpoint, request, schedule, text, bank, engine, texts, progress)
         if engine is not None:
             engine.history.settle()
-            of_engine += _without_effect(settings, schedule.steps, engine.history)
+            of_engine += engine.without_effect(schedule.steps)
             if engine.pool.reactions:
                 names = [tag.name for tag in loras.tags]
                 of_engine.append(reactions_note(names, engine.pool.reactions, engine.pool.left_out))
@@ -142,18 +141,6 @@ def _generate(
         (*plain_text_notes(text, request.negative), *loras.notes, *no_room, *of_engine),
         moved,
     )
-
-
-def _without_effect(settings: Settings, steps: int, history: WeightHistory) -> list[str]:
-    """Sentences about settings that had no effect in this sampling."""
-    if not any(settings.active_at(index, steps) for index in range(steps)):
-        return [
-            f"The LoRAs were merged: start = {settings.start:g} and end = {settings.end:g} leave none of the {steps} steps to compose."
-        ]
-    if settings.weight_maps and not history.weights:
-        label = METHODS[settings.method].entry.label
-        return [f"There are no weight maps: {label} does not weight LoRAs patch by patch."]
-    return []
 
 
 def _schedule(checkpoint: Checkpoint, request: WholeRequest) -> SamplingSchedule:
