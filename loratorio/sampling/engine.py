@@ -190,6 +190,18 @@ class Engine:
             composition = replace(composition, cond=composition.cond + (rescaled.cond - composed.cond))
         return _unfolded(composition, step)
 
+    def without_effect(self, steps: int) -> list[str]:
+        """Sentences about settings that had no effect in this sampling of `steps` steps, when it is over."""
+        settings = self.settings
+        if not any(settings.active_at(index, steps) for index in range(steps)):
+            start, end = settings.called("start"), settings.called("end")
+            values = f"{start} = {settings.start:g} and {end} = {settings.end:g}"
+            return [f"The LoRAs were merged: {values} leave none of the {steps} steps to compose."]
+        if settings.weight_maps and self.participants.loras and not self.history.weights:
+            label = METHODS[settings.method].entry.label
+            return [f"There are no weight maps: {label} does not weight LoRAs patch by patch."]
+        return []
+
     def _context(self, method: Method, participants: Participants, step: Step) -> StepContext:
         if "share" in method.knobs:
             participants = participants.with_shared_parts(self.settings.share)

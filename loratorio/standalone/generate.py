@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.bank import Bank
-from ..compose.methods import METHODS, Composition
+from ..compose.methods import Composition
 from ..compose.mixes import NO_WORDS, Mix, Words
 from ..compose.regions import Place
 from ..errors import LoratorioError
@@ -28,7 +28,6 @@ from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict, Step
 from ..sampling.history import WeightHistory
 from ..sampling.memory import measured_rows
-from ..settings import Settings
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
 from .lora_set import Load, conditioner, load_loras
@@ -124,7 +123,7 @@ def _generate(
         if engine is not None:
             history, reactions = engine.history, engine.pool.reactions or {}
             history.settle()
-            of_engine += _without_effect(settings, schedule.steps, history)
+            of_engine += engine.without_effect(schedule.steps)
             of_engine += [reactions_note(names, reactions, engine.pool.left_out)] if reactions else []
             found = engine.places.named(names)
             sought = [names[number] for number in engine.places.numbers]
@@ -159,19 +158,6 @@ def _use(number: int, lora: ActiveLora, shares: Mapping[int, float], words: Mapp
         text=lora.text,
         without=without,
     )
-
-
-def _without_effect(settings: Settings, steps: int, history: WeightHistory) -> list[str]:
-    """Sentences about settings that had no effect in this sampling."""
-    if not any(settings.active_at(index, steps) for index in range(steps)):
-        start, end = settings.called("start"), settings.called("end")
-        return [
-            f"The LoRAs were merged: {start} = {settings.start:g} and {end} = {settings.end:g} leave none of the {steps} steps to compose."
-        ]
-    if settings.weight_maps and not history.weights:
-        label = METHODS[settings.method].entry.label
-        return [f"There are no weight maps: {label} does not weight LoRAs patch by patch."]
-    return []
 
 
 def _schedule(checkpoint: Checkpoint, request: WholeRequest) -> SamplingSchedule:

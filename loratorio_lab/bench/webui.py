@@ -199,7 +199,13 @@ def _scorer() -> Score:
     own = os.environ.get("LORATORIO_SCORER")
     if own:
         module, _, name = own.partition(":")
-        made: Score = getattr(importlib.import_module(module), name)()
+        try:
+            make = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as problem:
+            raise LoratorioError(
+                f"LORATORIO_SCORER={own} cannot be used ({problem}): write module:function. A file in this folder also needs PYTHONPATH=."
+            ) from problem
+        made: Score = make()
         return made
     try:
         import open_clip

@@ -170,7 +170,7 @@ def test_a_place_smaller_than_a_latent_pixel_is_said(a1111: Any, standin: Any) -
     assert len(notes("left~0", paste_to=(32, 0, 32, 64), overlay_images=[whole])) == 1
 
 
-@pytest.mark.parametrize("title", ["SD upscale", "Outpainting mk2", "Poor man's outpainting"])
+@pytest.mark.parametrize("title", ["SD upscale", "SD Upscale", "Outpainting mk2", "Poor man's outpainting"])
 def test_places_are_refused_where_a_script_samples_parts_of_the_picture(
     a1111: Any, standin: Any, title: str
 ) -> None:
@@ -677,6 +677,27 @@ def test_loras_that_always_act_in_a_place_are_weighed_against_none(
     assert not close(found, standin.run(standin.job()))
     assert [str(use) for use in job.passes[0].uses] == [f"{name}:1 at left" for name in "ab"[:loras]]
     assert job.passes[0].history.weights == []
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (
+            {"start": 0.5, "end": 0.5},
+            "The LoRAs were merged: start = 0.5 and end = 0.5 leave none of the 4 steps",
+        ),
+        ({"method": "merge", "weight_maps": True}, "There are no weight maps: Merge does not weight"),
+        ({"weight_maps": True}, ""),
+        ({"start": 0.5, "weight_maps": True}, ""),
+        ({"method": "merge"}, ""),
+    ],
+)
+def test_settings_that_had_no_effect_are_said(
+    a1111: Any, standin: Any, knobs: dict[str, Any], said: str
+) -> None:
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    _, job = compose(standin.job(a, b, steps=4), **knobs)
+    assert [note.partition(said)[1] for note in job.notes] == ([said] if said else [])
 
 
 # -- LoRAs without effect ---------------------------------------------------------------------------------------------

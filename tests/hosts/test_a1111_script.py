@@ -275,7 +275,7 @@ def test_weight_maps_follow_the_pictures(standin: Any, script: Any) -> None:
     assert torch.equal(plain, samples)
 
 
-@pytest.mark.parametrize("title", ["SD upscale", "Prompt matrix"])
+@pytest.mark.parametrize("title", ["SD upscale", "Prompt matrix", "Prompt Matrix"])
 def test_a_script_that_puts_its_images_together_gets_no_maps_among_them(
     standin: Any, script: Any, title: str
 ) -> None:

@@ -275,10 +275,11 @@ class Caller:
     def _choose_script(self, fields: dict[str, Any], is_img2img: bool, is_bad: bool) -> None:
         """One of the WebUI's own scripts, its arguments by what the WebUI says of them. Few steps: it makes several pictures."""
         name = self.some.choice([name for name in SCRIPTS if (name, is_img2img) in self.scripts])
-        asked = dict(SCRIPTS[name].of(self.some, is_bad))
+        # Forge Neo writes labels with other capitals.
+        asked = {label.lower(): value for label, value in SCRIPTS[name].of(self.some, is_bad).items()}
         args = []
         for arg in self.scripts[name, is_img2img]:
-            value = asked.pop(arg["label"], arg["value"]) if arg["label"] else arg["value"]
+            value = asked.pop(arg["label"].lower(), arg["value"]) if arg["label"] else arg["value"]
             if arg["label"].endswith(" type") or arg["label"] == "Upscaler":  # by number
                 value = arg["choices"].index(value)
             args.append(value.format(*self.loras) if isinstance(value, str) else value)

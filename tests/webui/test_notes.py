@@ -172,9 +172,14 @@ def test_a_place_that_shows_nothing_is_said(webui: WebUI, loras: list[str]) -> N
 
 
 def test_places_are_refused_by_sd_upscale(webui: WebUI, loras: list[str]) -> None:
-    fields = {**INIT, "script_name": "SD upscale", "script_args": ["", 16, "None", 2]}
+    listed = next(each for each in webui.call("script-info") if each["name"] == "sd upscale")
+    args = []
+    for arg in listed["args"]:
+        value = 16 if "overlap" in arg["label"].lower() else arg["value"]
+        args.append(arg["choices"].index("None") if arg["label"] == "Upscaler" else value)
+    fields = {**INIT, "script_name": "sd upscale", "script_args": args}
     prompt = f"a <lora:{loras[0]}:1{{}}> <lora:{loras[1]}:1>"
-    with pytest.raises(Refused, match="The script SD upscale samples the picture in parts") as refused:
+    with pytest.raises(Refused, match=r"(?i)The script SD upscale samples the picture in parts") as refused:
         webui.img2img(KNOBS, prompt=prompt.format(":at=left"), **fields)
     assert refused.value.status == 422
     assert len(webui.img2img(KNOBS, prompt=prompt.format(""), **fields).images) == 1

@@ -57,12 +57,13 @@ def strengths_by_step(p: Any, loras: Sequence[TaggedLora]) -> str | None:
     return None
 
 
-SAMPLE_PARTS = ("SD upscale", "Outpainting mk2", "Poor man's outpainting")
-"""Scripts of the WebUIs that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of the whole.)"""
+SAMPLE_PARTS = ("sd upscale", "outpainting mk2", "poor man's outpainting")
+"""Scripts of the WebUIs, in small letters, that sample parts of a picture as if they were pictures. (Ultimate SD upscale inpaints parts of
+the whole.) The WebUIs write their titles with different capitals."""
 
 
-SAMPLE_TILES = ("Ultimate SD upscale",)
-"""Scripts that sample a picture tile by tile, and say which part of it a tile is."""
+SAMPLE_TILES = ("ultimate sd upscale",)
+"""Scripts, in small letters, that sample a picture tile by tile, and say which part of it a tile is."""
 
 
 def chosen_script(p: Any) -> str:
@@ -74,12 +75,12 @@ def chosen_script(p: Any) -> str:
 
 def hides_errors(p: Any) -> bool:
     """Whether the chosen script leaves a picture that stops with an error empty and continues: then nobody sees the error's sentence."""
-    return chosen_script(p) == "X/Y/Z plot"
+    return chosen_script(p).lower() == "x/y/z plot"
 
 
 def takes_maps(script: str) -> bool:
     """Whether weight maps may be among a script's images. Some take every image for a picture of their own."""
-    return script not in (*SAMPLE_PARTS, "Prompt matrix")
+    return script.lower() not in (*SAMPLE_PARTS, "prompt matrix")
 
 
 def replaced_attention(unet: nn.Module) -> str | None:

@@ -145,12 +145,12 @@ class PassLoras(ABC):
             known_options(self.p, self.idle_extensions),
         )
         script = chosen_script(self.p)
-        if script in SAMPLE_PARTS and admitted.participants.has_places:
+        if script.lower() in SAMPLE_PARTS and admitted.participants.has_places:
             raise LoratorioError(
                 f"The script {script} samples the picture in parts, so places (at=…) would apply to each part. "
                 "Remove at=… from the prompt, or use hires fix or Ultimate SD upscale."
             )
-        if script in SAMPLE_TILES and admitted.participants.seeks_places:
+        if script.lower() in SAMPLE_TILES and admitted.participants.seeks_places:
             raise LoratorioError(
                 f"The script {script} samples the picture in tiles, so at=auto would find other places in each tile. Make a picture "
                 "without it first, and write its places into the tags with Keep in the panel."

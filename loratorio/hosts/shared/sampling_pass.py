@@ -122,6 +122,8 @@ class SamplingPass(ABC):
         elif not self.evaluations:
             self.job.note(NO_STEP)
         if self.evaluations:
+            for sentence in self.engine.without_effect(self.place_in_sampling()[1]):
+                self.job.note(sentence)
             self.record()
         return result
 

@@ -439,6 +439,10 @@ def test_webui_mode_says_what_is_wrong(
     bad.write_text(json.dumps({"character": [{"id": "character_1"}]}))
     with pytest.raises(LoratorioError, match="no combination of 2,3,4,5 LoRAs"):
         cli.bench(options(webui=webui, loras=bad, out=tmp_path))
+    for scorer in ("no_such_module:make", "json:no_such_function", "json", ":make"):
+        monkeypatch.setenv("LORATORIO_SCORER", scorer)
+        with pytest.raises(LoratorioError, match="write module:function"):
+            cli.bench(options(webui=webui, loras=lora_list, out=tmp_path))
     monkeypatch.setenv("LORATORIO_SCORER", "tests.lab.bench.test_bench:constant_scorer")
     with pytest.raises(LoratorioError, match="No WebUI answers"):
         cli.bench(options(webui="http://127.0.0.1:9", loras=lora_list, out=tmp_path))
