@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "make pictures from a prompt with <lora:name:strength> tags",
         about,
         f'"{example.prompt()}" --weight-maps',
-        f'"{example.pair_prompt("left", "right")}" --size 128x64 --cfg 3',
+        f'"{example.pair_prompt("auto")}" --size 128x64 --cfg 3',
     )
     _add_picture_options(generate)
     _add_knobs(generate)

@@ -76,11 +76,11 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
         steps=steps or PAIR_STEPS,
         cfg=1.5 * cfg,
     )
-    placed = replace(beside, prompt=example.pair_prompt("left", "right"))
+    placed = replace(beside, prompt=example.pair_prompt("auto"))
     merged = replace(beside, settings=Settings(enabled=True, method="merge"))
     make("Merge", "two-merge", merged, pair)
     make("LoRAtorio", "two-loratorio", beside, pair)
-    in_places = make("LoRAtorio, a place for each", "two-places", placed, pair)
+    in_places = make("LoRAtorio, places found", "two-places", placed, pair)
     add_maps(in_places, "map-two-places-.png")
     files["two-characters.png"] = png(contact_sheet([list(pair.values())], list(pair), title=placed.prompt))
     sheet = contact_sheet(
@@ -95,5 +95,7 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     print(f"{len(files)} files in {out.resolve()}, after {time.monotonic() - started:.0f} s:")
     print(f"  {out / 'contact-sheet.png'}    every method side by side")
     print(f"  {out / 'method-*.png'}         each picture, with its settings for a WebUI's PNG Info")
-    print(f"  {out / 'two-characters.png'}   two characters next to each other, merged and each in its place")
+    print(
+        f"  {out / 'two-characters.png'}   two characters next to each other, merged, and each in a place of its own"
+    )
     print(f"  {out / 'map-*.png'}            where and when each LoRA was used")

@@ -12,17 +12,11 @@ TEXT = "mimsy, kakto on the right, rayza background"
 PAIR = {"cat": "mimsy", "alien": "glorp"}
 """Two characters, for a place each, and the words that call them."""
 
-PAIR_TEXT = "sky background"
 
-
-def pair_prompt(*places: str) -> str:
-    """The text and tags of two characters: each with a place and its words there, or both everywhere."""
-    if not places:
-        tags = (f"<lora:{name}:1>" for name in PAIR)
-        return f"{', '.join(PAIR.values())}, {PAIR_TEXT} {' '.join(tags)}"
-    placed = zip(PAIR.items(), places, strict=True)
-    tags = (f"<lora:{name}:at={place}:words={words}:1>" for (name, words), place in placed)
-    return f"{PAIR_TEXT} {' '.join(tags)}"
+def pair_prompt(place: str = "") -> str:
+    """The text and tags of two characters. place: what stands behind `at=` in both tags; nothing: they have no places."""
+    tags = (f"<lora:{name}{f':at={place}' if place else ''}:1>" for name in PAIR)
+    return f"{', '.join(PAIR.values())}, sky background {' '.join(tags)}"
 
 
 def prompt(strength: str = "") -> str:
