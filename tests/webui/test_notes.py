@@ -72,10 +72,12 @@ def test_a_pass_that_was_not_composed_says_which(webui: WebUI, loras: list[str])
     assert note(both.infotext) == ""
     first = webui.txt2img(KNOBS, prompt=f"a {tag}", hr_prompt="a hill", **hires)
     assert composed(first.infotext) == f"{loras[0]}:1"
-    assert note(first.infotext).startswith("Hires pass: The prompt names no LoRA")
+    assert note(first.infotext).startswith("Hires pass: LoRAtorio composed nothing: the prompt names no LoRA")
     second = webui.txt2img(KNOBS, prompt="a hill", hr_prompt=f"a {tag}", **hires)
     assert f'LoRAtorio hires LoRAs: "{loras[0]}:1"' in second.infotext
-    assert note(second.infotext).startswith("First pass: The prompt names no LoRA")
+    assert note(second.infotext).startswith(
+        "First pass: LoRAtorio composed nothing: the prompt names no LoRA"
+    )
 
 
 def test_a_lora_at_strength_0_takes_no_weight(webui: WebUI, loras: list[str]) -> None:
