@@ -663,6 +663,18 @@ def test_only_masked_places_are_cut_with_the_picture(a1111: Any, standin: Any) -
     assert not close(right, compose(standin.job(a))[0])
 
 
+@pytest.mark.parametrize("ticked_before", [True, False])
+def test_a_replaced_file_is_used_whole(a1111: Any, standin: Any, ticked_before: bool) -> None:
+    """The WebUI reads it anew under the old name, and has conditioning and merged text of that name already."""
+    wanted = standin.run(standin.job(standin.lora("a", 2)))
+    standin = a1111.run.Standin()
+    former = standin.lora("a", 1)
+    compose(standin.job(former)) if ticked_before else standin.run(standin.job(former))
+    for _ in range(2):
+        found, _ = compose(standin.job(standin.lora("a", 2)), recentre=0.0)
+        assert close(found, wanted)
+
+
 @pytest.mark.parametrize("loras", [1, 2])
 def test_loras_that_always_act_in_a_place_are_weighed_against_none(
     a1111: Any, standin: Any, loras: int

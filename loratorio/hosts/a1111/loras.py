@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,27 @@ def unet_layers(sd_model: Any) -> dict[str, nn.Module]:
     """The UNet's layers by the WebUI's names for them."""
     mapping: Mapping[str, nn.Module] = sd_model.network_layer_mapping
     return {name: layer for name, layer in mapping.items() if name.startswith(UNET)}
+
+
+_KNOWN: WeakSet[Any] = WeakSet()
+"""The LoRAs, as the WebUI has read them, that were active in a pass."""
+
+
+def forget_former_files() -> bool:
+    """Let the WebUI merge those LoRAs anew that it has read since the last pass. Returns whether there are any.
+
+    It reads a file that was replaced, but merges it into a layer only if the LoRAs' names or strengths change, and its caches of
+    conditioning go by the prompt: text would be the old file's.
+    """
+    from modules import shared
+
+    new = [network for network in lora_extension().loaded_networks if network not in _KNOWN]
+    names = {network.name for network in new}
+    for layer in shared.sd_model.network_layer_mapping.values() if new else ():
+        if any(merged[0] in names for merged in getattr(layer, "network_current_names", ())):
+            layer.network_current_names = ((None,),)
+    _KNOWN.update(new)
+    return bool(new)
 
 
 @contextmanager

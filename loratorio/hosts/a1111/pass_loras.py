@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ...job import Job
 from ...prompt.admission import ActiveLora
 from ..shared.pass_loras import PassLoras, ReadLora
 from ..shared.text import encoded
@@ -16,6 +17,7 @@ from .loras import (
     adapter_of,
     changes_text,
     check_text_numbers,
+    forget_former_files,
     identity,
     partly_fitting,
     partly_used,
@@ -26,7 +28,15 @@ from .other_extensions import obstacle, remarks
 
 
 class A1111Loras(PassLoras):
-    """The LoRAs of a pass of AUTOMATIC1111's WebUI."""
+    """The LoRAs of a pass of AUTOMATIC1111's WebUI.
+
+    Attributes:
+        are_new: whether the WebUI's own conditioning may be that of former files.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.are_new = forget_former_files()
 
     def activated(self) -> list[ActiveLora]:
         return activated_loras(self.p)
