@@ -666,13 +666,17 @@ def test_only_masked_places_are_cut_with_the_picture(a1111: Any, standin: Any) -
 @pytest.mark.parametrize("ticked_before", [True, False])
 def test_a_replaced_file_is_used_whole(a1111: Any, standin: Any, ticked_before: bool) -> None:
     """The WebUI reads it anew under the old name, and has conditioning and merged text of that name already."""
-    wanted = standin.run(standin.job(standin.lora("a", 2)))
+    name = f"a {ticked_before}"  # what is remembered goes by the name
+    wanted = standin.run(standin.job(standin.lora(name, 2)))
     standin = a1111.run.Standin()
-    former = standin.lora("a", 1)
+    former, replaced = standin.lora(name, 1), standin.lora(name, 2)
+    former.mtime, replaced.mtime = 1.0, 2.0
     compose(standin.job(former)) if ticked_before else standin.run(standin.job(former))
     for _ in range(2):
-        found, _ = compose(standin.job(standin.lora("a", 2)), recentre=0.0)
+        found, _ = compose(standin.job(replaced), recentre=0.0)
         assert close(found, wanted)
+    if ticked_before:
+        assert close(standin.run(standin.job(replaced)), wanted)
 
 
 @pytest.mark.parametrize("loras", [1, 2])

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,25 +48,30 @@ def unet_layers(sd_model: Any) -> dict[str, nn.Module]:
     return {name: layer for name, layer in mapping.items() if name.startswith(UNET)}
 
 
-_KNOWN: WeakSet[Any] = WeakSet()
-"""The LoRAs, as the WebUI has read them, that were active in a pass."""
+_STAMPS: dict[str, float | None] = {}
+"""By name of each LoRA that was active in a pass, when its file was written, as the WebUI has read it."""
+
+_CACHES = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")
+"""The WebUI's caches of conditioning: each holds what it was made for, and the conditioning."""
 
 
-def forget_former_files() -> bool:
-    """Let the WebUI merge those LoRAs anew that it has read since the last pass. Returns whether there are any.
+def forget_former_files(p: Any) -> None:
+    """Let the WebUI merge those LoRAs anew that it has read since the last pass, and encode text anew after a file was replaced.
 
     It reads a file that was replaced, but merges it into a layer only if the LoRAs' names or strengths change, and its caches of
-    conditioning go by the prompt: text would be the old file's.
+    conditioning go by the prompt. So a picture would have the new file's UNet part and the old one's text part.
     """
     from modules import shared
 
-    new = [network for network in lora_extension().loaded_networks if network not in _KNOWN]
-    names = {network.name for network in new}
+    stamps = {network.name: network.mtime for network in lora_extension().loaded_networks}
+    new = {name for name, stamp in stamps.items() if name not in _STAMPS or _STAMPS[name] != stamp}
     for layer in shared.sd_model.network_layer_mapping.values() if new else ():
-        if any(merged[0] in names for merged in getattr(layer, "network_current_names", ())):
+        if any(merged[0] in new for merged in getattr(layer, "network_current_names", ())):
             layer.network_current_names = ((None,),)
-    _KNOWN.update(new)
-    return bool(new)
+    for cache in (getattr(p, name, None) for name in _CACHES if new & _STAMPS.keys()):
+        if cache:
+            cache[0] = None
+    _STAMPS.update(stamps)
 
 
 @contextmanager

@@ -28,15 +28,11 @@ from .other_extensions import obstacle, remarks
 
 
 class A1111Loras(PassLoras):
-    """The LoRAs of a pass of AUTOMATIC1111's WebUI.
-
-    Attributes:
-        are_new: whether the WebUI's own conditioning may be that of former files.
-    """
+    """The LoRAs of a pass of AUTOMATIC1111's WebUI."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.are_new = forget_former_files()
+        forget_former_files(self.p)
 
     def activated(self) -> list[ActiveLora]:
         return activated_loras(self.p)

@@ -22,12 +22,11 @@ from ...prompt.admission import Admitted
 from ...sampling.calls import Row, by_kind, predicted_by
 from ...sampling.engine import Step
 from ...sampling.memory import measured_rows
-from ..shared.pass_loras import ReadLora
+from ..shared.pass_loras import PassLoras, ReadLora
 from ..shared.sampling_pass import BYPASSED, SamplingPass
 from ..shared.text import TextConditioning
 from .conditioning import conditioning_under
 from .loras import activated, restore_base, text_strength, unet_layers, unet_strength
-from .pass_loras import A1111Loras
 from .rows import A1111Rows
 
 
@@ -43,7 +42,7 @@ class A1111Evaluation:
 class A1111Pass(SamplingPass):
     """Composes one sampling of the job's sampler."""
 
-    def __init__(self, source: A1111Loras, admitted: Admitted[ReadLora]) -> None:
+    def __init__(self, source: PassLoras, admitted: Admitted[ReadLora]) -> None:
         from modules import shared
 
         # No more rows a call than the WebUI would give it when told to save memory.
@@ -51,7 +50,6 @@ class A1111Pass(SamplingPass):
         super().__init__(source, admitted, limit)
         self._denoiser = self.p.sampler.model_wrap_cfg
         self._bound_to = shared.sd_model.sd_checkpoint_info  # the checkpoint that the LoRAs are attached to
-        self._are_new = source.are_new
         self._texts = self._text_conditioning()
         self._evaluation: A1111Evaluation | None = None
         self._model: Any = None  # the WebUI's model wrapper while it answers with our rows
@@ -76,9 +74,8 @@ class A1111Pass(SamplingPass):
             partial(
                 conditioning_under, self.p, [lora.source for lora in active], [*map(text_strength, active)]
             ),
-            host_has_merged=self.all_take_part
-            and not (self._are_new and any(lora.text is not None for lora in self.loras))
-            and not any(lora.is_own for lora in active),
+            # What it has may be a former file's (`forget_former_files`).
+            host_has_merged=self.all_take_part and not any(lora.text is not None for lora in self.loras),
         )
 
     def _follow_refiner(self) -> None:
