@@ -131,7 +131,7 @@ def test_divergence_is_one_less_similarity(case: Case) -> None:
 def test_with_masks_as_without_where_all_may_act(relative: bool, width: int) -> None:
     """By relative divergence where patches are whole: the mean is over pixels there, and over patches here."""
     case = apart(3, torch.float32, (6, width))
-    everywhere = Masks(torch.ones(4, 6, width), torch.ones(6, width), False)
+    everywhere = Masks(torch.ones(4, 1, 6, width), torch.ones(1, 6, width), False)
     torch.testing.assert_close(weights(case, relative, everywhere), weights(case, relative))
 
 

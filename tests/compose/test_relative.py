@@ -46,7 +46,7 @@ def test_the_mean_is_taken_where_a_lora_may_act(seed: int) -> None:
     adapters = base + torch.randn(2, 1, 4, 6, 8, generator=random)
     own = torch.ones(2, 6, 8)
     own[0, :, 4:] = 0
-    masks = Masks(own, torch.ones(6, 8), False)
+    masks = Masks(own.unsqueeze(1), torch.ones(1, 6, 8), False)
     found = weights(Case(base, adapters, 2, 0.0, 0), masks=masks)
     elsewhere = adapters.clone()
     elsewhere[0, ..., 4:] = torch.randn(1, 4, 6, 4, generator=random)

@@ -401,7 +401,10 @@ def test_a_lora_of_several_tags_is_one(page: Any) -> None:
     )
     tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:0.4:0.6>")
     tab.wait_for_line("Will compose fox 1.6 text 1.4 ink 0.3")
-    page.evaluate("document.querySelector('#loratorio_txt2img_loras').dataset.repeats = 'different'")
+    page.evaluate(
+        "const line = document.querySelector('#loratorio_txt2img_loras');"
+        "line.dataset.names = JSON.stringify({...JSON.parse(line.dataset.names), repeats: 'different'})"
+    )
     tab.prompt("<lora:fox:1> <lora:ink:0.3> <lora:fox:1:0.5> <lora:ink:0.3>")
     tab.wait_for_line("Will compose fox 1.5 text 1 ink 0.3")
 
