@@ -28,7 +28,7 @@ STEPS = 4
 MOST = 4
 """The most LoRAs of a prompt that are checked."""
 
-EXACT = Settings(enabled=True, method="loratorio", top_k=0, recentre=0.0, share=0.0, reuse=1)
+EXACT = Settings(enabled=True, method="loratorio", top_k=0, recentre=0.0, share=0.0, reuse=1, own_words=False)
 """Settings with which a LoRA that is alone in a place gives the same result there as merging it."""
 
 MERGED = Settings(enabled=True, method="merge")
