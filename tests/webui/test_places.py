@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,20 @@ def test_places_that_are_the_picture_are_none(webui: WebUI, loras: list[str]) ->
     assert (plain.image == placed.image).all()
 
 
+def in_way(webui: WebUI, way: str, fields: dict[str, Any]) -> tuple[Callable[..., Pictures], dict[str, Any]]:
+    """The call that makes a picture in this way, and its fields."""
+    if way == "hires fix":
+        return webui.txt2img, upscaled(webui, {**fields, **HIRES, "hr_upscaler": "Lanczos"})
+    if way == "txt2img":
+        return webui.txt2img, dict(fields)
+    masked = {"inpaint_full_res": way == "only masked", "inpaint_full_res_padding": 8}
+    return webui.img2img, {**fields, **(INIT if way == "img2img" else INPAINT), **masked}
+
+
 @pytest.mark.parametrize("way", ["txt2img", "hires fix", "img2img", "inpainting", "only masked"])
 def test_places_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
     """Another picture than without, the same again, in the infotext, and unticked afterwards nothing is left."""
-    fields: dict[str, Any] = dict(WIDE)
-    call = webui.txt2img
-    if way == "hires fix":
-        fields = upscaled(webui, {**fields, **HIRES, "hr_upscaler": "Lanczos"})
-    elif way != "txt2img":
-        call = webui.img2img
-        fields |= INIT if way == "img2img" else INPAINT
-        fields |= {"inpaint_full_res": way == "only masked", "inpaint_full_res_padding": 8}
+    call, fields = in_way(webui, way, WIDE)
     free = f"a red circle {tag(loras[0])}{tag(loras[1])}"
     placed = f"a red circle {tag(loras[0], 'at=left')}{tag(loras[1], 'at=right')}"
 
@@ -144,14 +147,7 @@ def places_of(infotext: str) -> dict[str, list[float]]:
 @pytest.mark.parametrize("way", ["txt2img", "hires fix", "img2img", "inpainting", "only masked"])
 def test_places_that_are_found_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
     """Another picture than without; the same again from its own infotext's prompt; unticked afterwards nothing is left."""
-    fields: dict[str, Any] = dict(WIDE_FIGURES)
-    call = webui.txt2img
-    if way == "hires fix":
-        fields = upscaled(webui, {**fields, **HIRES, "hr_upscaler": "Lanczos"})
-    elif way != "txt2img":
-        call = webui.img2img
-        fields |= INIT if way == "img2img" else INPAINT
-        fields |= {"inpaint_full_res": way == "only masked", "inpaint_full_res_padding": 8}
+    call, fields = in_way(webui, way, WIDE_FIGURES)
     free = re.sub(":at=auto", "", auto(loras))
 
     def twice(composed: Any, prompt: str) -> Pictures:

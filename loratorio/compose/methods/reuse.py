@@ -244,11 +244,8 @@ class Reuse(Method):
 
     def _is_own_uncond_due(self, lora: ComposedLora, is_run: bool, now: StepContext) -> bool:
         """Whether a LoRA's own unconditional rows are run with the base's. is_run: whether its conditional ones are."""
-        if _uncond_apart(now) == 1 and not lora.scored:
-            return True
-        if lora.scored and _is_whole_pool_run(now):
-            return True
-        return self._runs[lora.mix] + is_run >= UNCOND
+        all_are_run = _is_whole_pool_run(now) if lora.scored else _uncond_apart(now) == 1
+        return all_are_run or self._runs[lora.mix] + is_run >= UNCOND
 
     def _by_turn(self, loras: Sequence[ComposedLora], now: StepContext) -> list[ComposedLora]:
         # Neighbours take turns together: they stand together in the batch, and in what it is multiplied with.

@@ -130,7 +130,7 @@ class SamplingPass(ABC):
     def record(self, is_whole: bool = True) -> None:
         """Record what was composed in the job. is_whole: the sampling was not interrupted."""
         self.engine.history.settle()
-        names = [lora.active.tagged.name for lora in self.loras]
+        names = [lora.name for lora in self.loras]
         if self.engine.pool.reactions:
             self.job.note(reactions_note(names, self.engine.pool.reactions, self.engine.pool.left_out))
         shares, participants = self.engine.history.shares, self.engine.participants
