@@ -43,6 +43,7 @@ class Knob:
         choices: names and labels of a choice.
         former: earlier defaults: the last version that had the value, and the value. Before a knob existed, pictures were made with
             the value that has no effect.
+        by_method: methods with a default of their own, and that default. It is put in force when such a method is chosen.
     """
 
     name: str
@@ -57,18 +58,23 @@ class Knob:
     step: float = 1
     choices: tuple[tuple[str, str], ...] = ()
     former: tuple[tuple[str, bool | int | float | str], ...] = ()
+    by_method: tuple[tuple[str, bool | int | float | str], ...] = ()
 
     @property
     def infotext_key(self) -> str:
         """The name of the value in a picture's infotext."""
         return "LoRAtorio" if self.name == "enabled" else f"LoRAtorio {self.label.lower()}"
 
-    def default_in(self, version: str) -> bool | int | float | str:
+    def default_with(self, method: str) -> bool | int | float | str:
+        """The default with that method."""
+        return dict(self.by_method).get(method, self.default)
+
+    def default_in(self, version: str, method: str = "") -> bool | int | float | str:
         """The value that a picture of this version was made with if its infotext does not say. version: "" if unknown."""
         for last, value in self.former:
             if _as_numbers(version) <= _as_numbers(last):
                 return value
-        return self.default
+        return self.default_with(method)
 
     @property
     def option(self) -> str:
@@ -143,8 +149,9 @@ def knob(
     row: int,
     **more: Any,
 ) -> Any:
-    """A dataclass field that carries its `Knob`; the knob gets the field's name."""
-    return field(default=default, metadata={"knob": (kind, default, label, help, group, row, more)})
+    """A dataclass field that carries its `Knob`; the knob gets the field's name. None stands for a default that depends on the method."""
+    unsaid = None if more.get("by_method") else default
+    return field(default=unsaid, metadata={"knob": (kind, default, label, help, group, row, more)})
 
 
 @dataclass(frozen=True)
@@ -187,8 +194,9 @@ class Settings:
         "weights", 7, choices=tuple((each, each.capitalize()) for each in BLENDS),
     )  # fmt: skip
     recentre: float = knob(
-        "float", 0.5, "Re-centring", "Weight of the base model in the unconditional prediction. 0: only the LoRAs. 1: only the base model.",
-        "guidance", 4, step=0.05,
+        "float", 0.5, "Re-centring", "Weight of the base model in the unconditional prediction. 0: only the LoRAs (Merge, Composite). "
+        "1: only the base model.",
+        "guidance", 4, step=0.05, by_method=(("merge", 0.0), ("composite", 0.0), ("w_composite", 0.0)),
     )  # fmt: skip
     rescale: float = knob(
         "float", 0.0, "Guidance rescale", "Against over-saturation: scale the guided prediction towards the conditional contrast. 0: off.",
@@ -241,8 +249,10 @@ class Settings:
     naming: Naming = field(default="name", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for each in KNOBS:
-            object.__setattr__(self, each.name, each.check(getattr(self, each.name), self.naming))
+        for each in KNOBS:  # the method before the knobs whose defaults depend on it
+            value = getattr(self, each.name)
+            value = each.default_with(self.method) if value is None and each.by_method else value
+            object.__setattr__(self, each.name, each.check(value, self.naming))
         if self.start > self.end:
             raise LoratorioError(
                 f"{self.called('start')} ({self.start:g}) is after {self.called('end')} ({self.end:g}): "
@@ -261,7 +271,13 @@ class Settings:
         return _option(name) if self.naming == "option" else name
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
-        """A copy with some knobs changed, also by a `PRESET`. An unknown name raises LoratorioError with the closest name."""
+        """A copy with some knobs changed, also by a `PRESET`. An unknown name raises LoratorioError with the closest name.
+
+        With a method whose default of a knob is another one (`Knob.by_method`), that knob gets this default unless it is named.
+        """
+        former = FORMER_METHODS.get(str(values.get("method", "")).strip().lower())
+        if former is not None:
+            return self.with_values({"recentre": self.recentre, **values, "method": former})
         if PRESET in values:
             rest = {name: value for name, value in values.items() if name != PRESET}
             preset = {} if values[PRESET] is None else find_preset(values[PRESET], self.called(PRESET)).values
@@ -271,7 +287,7 @@ class Settings:
                 near = difflib.get_close_matches(str(name), KNOB_BY_NAME, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"the knobs are {', '.join(KNOB_BY_NAME)}."
                 raise LoratorioError(f"There is no knob {str(name)!r}; {hint}")
-        return replace(self, **values)
+        return replace(self, **{**defaults_of(values.get("method"), self.method), **values})
 
     def without_effect(self, asked: Iterable[str]) -> list[str]:
         """A sentence for each of these knobs that was changed but is not used by the method."""
@@ -279,7 +295,8 @@ class Settings:
         sentences = []
         for name in asked:
             knob = KNOB_BY_NAME.get(name)
-            if knob is not None and knob.ignored_by(self.method) and getattr(self, name) != knob.default:
+            default = None if knob is None else knob.default_with(self.method)
+            if knob is not None and knob.ignored_by(self.method) and getattr(self, name) != default:
                 used = [each.entry.label for each in METHODS.values() if name in each.knobs]
                 sentences.append(
                     f"{self.called(name)} = {getattr(self, name)} has no effect with {method}. The methods that use it: {', '.join(used)}."
@@ -365,6 +382,27 @@ KNOBS: tuple[Knob, ...] = tuple(
 """All knobs, in the order of the API's positional arguments."""
 
 KNOB_BY_NAME: dict[str, Knob] = {each.name: each for each in KNOBS}
+
+
+def defaults_of(method: Any, before: Any = None) -> dict[str, Any]:
+    """The knobs whose defaults change when this method is chosen in place of the one before, with their new defaults. The methods by name
+    or label; None, or an unknown one: the default method."""
+    choice = KNOB_BY_NAME["method"]
+    names = {text.lower(): name for name, label in choice.choices for text in (name, label)}
+    new, old = (names.get(str(each).strip().lower(), str(choice.default)) for each in (method, before))
+    changed = (
+        {} if method is None else {knob.name: knob.default_with(new) for knob in KNOBS if knob.by_method}
+    )
+    return {name: value for name, value in changed.items() if value != KNOB_BY_NAME[name].default_with(old)}
+
+
+FORMER_METHODS = {
+    "merge_anchored": "merge",
+    "merge, re-centred": "merge",
+    "composite_anchored": "composite",
+    "composite, re-centred": "composite",
+}
+"""Until 0.3.0, Merge and Composite with *Re-centring* were methods of their own: their names and labels, and what they are now."""
 
 
 def panel_rows() -> list[list[Knob]]:

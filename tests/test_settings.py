@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from loratorio.compose.methods import METHODS
 from loratorio.errors import LoratorioError
-from loratorio.settings import KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings, find_preset
+from loratorio.settings import FORMER_METHODS, KNOB_BY_NAME, KNOBS, PRESETS, Knob, Settings, find_preset
 
 
 def test_the_promised_knobs_are_there() -> None:
@@ -54,6 +54,26 @@ def test_every_knob_is_explained_and_its_default_is_valid(knob: Knob) -> None:
 
 def test_a_methods_file_has_its_name() -> None:
     assert [method.entry.name for method in METHODS.values()] == list(METHODS)
+
+
+def test_merge_and_composite_are_plain_unless_they_are_told_to_re_centre() -> None:
+    assert Settings(method="merge").recentre == 0
+    assert Settings(method="merge", recentre=0.5).recentre == 0.5
+    usual = Settings(recentre=0.7)
+    assert usual.with_values({"method": "loratorio"}).recentre == 0.7
+    merged = usual.with_values({"method": "Merge"})
+    assert (merged.method, merged.recentre) == ("merge", 0)
+    assert merged.with_values({"top_k": 1}).recentre == 0
+    assert merged.with_values({"method": "relative"}).recentre == 0.5
+    assert usual.with_values({"method": "merge", "recentre": 0.3}).recentre == 0.3
+    assert merged.with_values({"preset": "fast"}).recentre == 1
+
+
+@pytest.mark.parametrize(("former", "method"), FORMER_METHODS.items())
+def test_the_former_re_centred_methods_still_mean_the_same(former: str, method: str) -> None:
+    for values, recentre in (({}, 0.5), ({"recentre": 0.3}, 0.3)):
+        settings = Settings.from_mapping({"method": former, **values})
+        assert (settings.method, settings.recentre) == (method, recentre)
 
 
 def test_positional_arguments_keep_their_places() -> None:
@@ -170,7 +190,7 @@ def test_knobs_that_change_nothing_are_said() -> None:
     # At its default nobody meant anything by it.
     assert Settings().without_effect(["temperature"]) == []
     assert Settings(temperature=0.05, method="loratorio").without_effect(["temperature"]) == []
-    assert len(Settings(method="merge", recentre=1.0, share=0.5).without_effect(["recentre", "share"])) == 2
+    assert len(Settings(method="switch", recentre=1.0, share=0.5).without_effect(["recentre", "share"])) == 2
 
 
 def test_a_preset_by_name_or_label_and_none_is_none() -> None:

@@ -82,7 +82,7 @@ def params(
     fields = {KNOB_BY_NAME["enabled"].infotext_key: "True", VERSION_KEY: __version__}
     for knob in KNOBS:
         value = getattr(settings, knob.name)
-        if value != knob.default and not knob.ignored_by(settings.method):
+        if value != knob.default_with(settings.method) and not knob.ignored_by(settings.method):
             fields[knob.infotext_key] = text(knob, value)
     for key, composed in ((LORAS_KEY, loras), (HIRES_LORAS_KEY, hires_loras)):
         uses = [LoraUse(*each) for each in composed]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LoratorioError
 from ..prompt.tags import IN_NEGATIVE, has_tag
-from ..settings import KNOB_BY_NAME, KNOBS, Settings
+from ..settings import KNOB_BY_NAME, KNOBS, Settings, defaults_of
 from . import options, xyz
 
 
@@ -25,12 +25,14 @@ def settings_from_args(args: Sequence[Any], p: Any = None) -> Settings:
         LoratorioError: an unknown knob, a bad value, too many values. Not if the panel's box is unticked: then its values are not
             validated.
     """
-    values = {**_values(args), **xyz.chosen(p)}
+    chosen = xyz.chosen(p)
+    panel = _values(args)
+    values = {**panel, **defaults_of(chosen.get("method"), panel.get("method")), **chosen}
     by_name = bool(args) and isinstance(args[0], Mapping)
     try:
         return replace(options.defaults(), naming="name" if by_name else "label").with_values(values)
     except LoratorioError:
-        if args and args[0] is False and len(args) == len(KNOBS) and not xyz.chosen(p):
+        if args and args[0] is False and len(args) == len(KNOBS) and not chosen:
             return Settings()
         raise
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoratorioError
 from ..pictures.infotext import PLACES_KEY, VERSION_KEY, LoraUse, found_places, params
 from ..prompt.places import written
-from ..settings import KNOB_BY_NAME, KNOBS, Knob, Settings
+from ..settings import FORMER_METHODS, KNOB_BY_NAME, KNOBS, Knob, Settings
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -87,8 +87,13 @@ def value_from(knob: Knob, params: Params) -> Any:
         return None
     if "Steps" not in params and knob.infotext_key not in params:
         return None
+    method, recentring = KNOB_BY_NAME["method"], KNOB_BY_NAME["recentre"]
+    former = FORMER_METHODS.get(str(params.get(method.infotext_key, "")).lower())
+    if former is not None:
+        params = {recentring.infotext_key: recentring.default, **params, method.infotext_key: former}
     try:
-        unsaid = knob.default_in(str(params.get(VERSION_KEY, "")))
+        of_method = str(method.check(params.get(method.infotext_key, method.default), "label"))
+        unsaid = knob.default_in(str(params.get(VERSION_KEY, "")), of_method)
         value = knob.check(params.get(knob.infotext_key, unsaid), "label")
     except LoratorioError as problem:
         print(f"LoRAtorio: pasting: {problem}")

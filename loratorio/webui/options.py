@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import LoratorioError
-from ..settings import KNOBS, Knob, Settings
+from ..settings import FORMER_METHODS, KNOB_BY_NAME, KNOBS, Knob, Settings
 from .components import component, shown
 
 SECTION = ("loratorio", "LoRAtorio")
@@ -74,6 +74,10 @@ VERSION = "loratorio_version"
 def _follow_new_defaults(stored: dict[str, Any]) -> None:
     """The WebUI stores every option when one is changed, its default or not: what is still an older version's default becomes ours."""
     version = str(stored.get(VERSION, ""))
+    method = KNOB_BY_NAME["method"]
+    former = FORMER_METHODS.get(str(stored.get(option_name(method), "")).lower())
+    if former is not None:
+        stored[option_name(method)] = shown(method, former)
     for knob in _offered():
         name = option_name(knob)
         try:

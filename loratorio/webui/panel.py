@@ -167,6 +167,15 @@ def _follow_knobs(components: dict[str, Any], about: Any, tab: str) -> None:
     outputs = [about, *(components[knob.name] for knob in of_methods)]
     follow = f"(label) => ({methods}[label] ?? Array({len(outputs)}).fill({{}})).map(each => ({{__type__: 'update', ...each}}))"
     components["method"].change(None, [components["method"]], outputs, **compat.javascript(follow))
+    # A method with a default of its own gets it when it is chosen by hand, and the next method gets the usual one back.
+    for knob in [knob for knob in KNOBS if knob.by_method]:
+        own = json.dumps({METHODS[name].entry.label: value for name, value in knob.by_method})
+        choose = (
+            f"(label, value) => {{ const own = {own}; return own[label] ?? (Object.values(own).includes(value) ? "
+            f"{json.dumps(knob.default)} : value); }}"
+        )
+        both = [components["method"], components[knob.name]]
+        components["method"].input(None, both, [components[knob.name]], **compat.javascript(choose))
 
 
 def _about(method: str) -> str:

@@ -108,9 +108,9 @@ TRUTH = Variant("truth", "Rendered truth", made="truth")
 
 METHOD_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
-    Variant("merge_anchored", "Merge, re-centred", {"method": "merge_anchored"}),
+    Variant("merge_anchored", "Merge, re-centred", {"method": "merge", "recentre": 0.5}),
     Variant("composite", "Composite", {"method": "composite"}),
-    Variant("composite_anchored", "Composite, re-centred", {"method": "composite_anchored"}),
+    Variant("composite_anchored", "Composite, re-centred", {"method": "composite", "recentre": 0.5}),
     Variant("switch", "Switch", {"method": "switch"}),
     Variant("cmlora", "CMLoRA", {"method": "cmlora"}),
     Variant("klora", "K-LoRA", {"method": "klora"}),
@@ -132,7 +132,7 @@ MAIN_ROWS = tuple(
 
 ROLE_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
-    Variant("merge_anchored", "Merge, re-centred", {"method": "merge_anchored"}),
+    Variant("merge_anchored", "Merge, re-centred", {"method": "merge", "recentre": 0.5}),
     Variant("loratorio", "LoRAtorio", PAPER),
     Variant("share", "LoRAtorio, shared part 0.3", {**PAPER, "share": 0.3}),
     Variant("role_style", "LoRAtorio, role=style", PAPER, role="style"),

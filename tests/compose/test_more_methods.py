@@ -170,14 +170,12 @@ def test_trigger_words_leave_the_prompt_tidy() -> None:
     assert without_words("a star", ["", "  "]) == "a star"
 
 
-@pytest.mark.parametrize(
-    ("plain", "anchored"), [("merge", "merge_anchored"), ("composite", "composite_anchored")]
-)
-def test_anchored_methods_differ_only_in_the_unconditional_score(plain: str, anchored: str) -> None:
+@pytest.mark.parametrize("method", ["merge", "composite"])
+def test_recentring_changes_only_the_unconditional_prediction(method: str) -> None:
     model = FakeModel()
-    own = run(Engine(paper(method=plain), bank(2)), model)
+    own = run(Engine(paper(method=method, recentre=0), bank(2)), model)
     for strength in (0.0, 0.25, 1.0):
-        result = run(Engine(paper(method=anchored, recentre=strength), bank(2)), model)
+        result = run(Engine(paper(method=method, recentre=strength), bank(2)), model)
         torch.testing.assert_close(result.cond, own.cond)
         assert own.uncond is not None
         base = torch.stack([model.opinion((0.0, 0.0), False, slot) for slot in range(2)])
@@ -341,7 +339,7 @@ def test_sharing_everything_is_merging_recentred() -> None:
     for uncond in (True, False):
         model = FakeModel()
         shared = run(Engine(paper(share=1), bank(3)), model, uncond=uncond)
-        merged = run(Engine(paper(method="merge_anchored"), bank(3)), FakeModel(), uncond=uncond)
+        merged = run(Engine(paper(method="merge", recentre=0.5), bank(3)), FakeModel(), uncond=uncond)
         torch.testing.assert_close(shared.cond, merged.cond)
         torch.testing.assert_close(shared.uncond, merged.uncond)
         assert {row.mix for row in model.asked[0] if row.cond} == {(1.0, 1.0, 1.0)}

@@ -159,7 +159,7 @@ def test_pools_that_name_nothing(model: Checkpoint, loras: Path, prompt: str) ->
         make(model, loras, prompt)
 
 
-@pytest.mark.parametrize("method", ["cmlora", "klora", "frequency", "w_composite", "merge_anchored"])
+@pytest.mark.parametrize("method", ["cmlora", "klora", "frequency", "w_composite"])
 def test_every_method_makes_a_picture_of_its_own(model: Checkpoint, loras: Path, method: str) -> None:
     assert differ(
         make(model, loras, "a cat <lora:cat> <lora:ink>", method=method).images[0],

@@ -93,6 +93,12 @@ class Tab:
         box.fill(str(value))
         box.blur()
 
+    def wait_for_recentring(self, value: float) -> None:
+        self.page.wait_for_function(
+            "([id, value]) => Number(document.querySelector(id).value) === value",
+            arg=[f"#loratorio_{self.name}_recentre input[type=number]", value],
+        )
+
     def generate(self) -> tuple[dict[str, Any], str]:
         """The knobs that arrived in Python, and the infotext."""
         result = self.page.locator(f"#{self.name}_result textarea, #{self.name}_result input")
@@ -121,9 +127,10 @@ def test_tick_move_generate(page: Any) -> None:
     page.keyboard.press("ArrowRight")
     tab.as_published()
     tab.number("temperature", 0.0123)
-    tab.number("recentre", 0.35)
     tab.find("_weight_maps input").check()
     tab.choose("method", "Merge")
+    tab.wait_for_recentring(0)
+    tab.number("recentre", 0.35)
     chosen = Settings(
         enabled=True,
         method="merge",
@@ -154,6 +161,27 @@ def test_presets_set_their_knobs_in_this_tab_alone(page: Any) -> None:
     tab.number("reuse", 7)
     assert tab.generate()[0]["reuse"] == 7
     assert Tab(page, "img2img").open().generate()[0] == as_dict(Settings())
+
+
+def test_a_method_chosen_by_hand_brings_its_own_default(page: Any) -> None:
+    tab = Tab(page, "txt2img").open()
+    tab.tick()
+    for method, recentre in (("Merge", 0), ("LoRAtorio", 0.5)):
+        tab.choose("method", method)
+        tab.wait_for_recentring(recentre)
+        assert tab.generate()[0]["recentre"] == recentre
+    # What is pasted stays as it was.
+    made = Settings(enabled=True, method="merge", recentre=0.5)
+    tab.paste(written("a fox", params(made, [])))
+    page.wait_for_function("document.querySelector('#loratorio_txt2img_top_k input').disabled")
+    assert tab.generate()[0] == as_dict(made)
+    tab.paste(
+        written(
+            "a fox",
+            {"LoRAtorio": "True", "LoRAtorio version": "0.3.0", "LoRAtorio method": "Composite, re-centred"},
+        )
+    )
+    assert tab.generate()[0] == as_dict(Settings(enabled=True, method="composite", recentre=0.5))
 
 
 def test_the_preset_in_force_follows_the_knobs(page: Any) -> None:

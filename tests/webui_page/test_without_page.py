@@ -253,7 +253,7 @@ def test_pasting() -> None:
     old = shown(written("a fox", {"LoRAtorio": "True", "LoRAtorio method": "composite"}))
     assert old["enabled"] is True
     assert old["method"] == "Composite"
-    assert old["recentre"] == Settings().recentre
+    assert old["recentre"] == 0
     broken = shown(written("a fox", {"LoRAtorio": "True", "LoRAtorio temperature": "warm"}))
     assert broken["temperature"] is None
 
@@ -623,7 +623,7 @@ def test_the_cost_of_any_values() -> None:
     every_row = ["LoRAtorio", 0.5, 0, 1, 0, 1]
     assert [of(every_row, count) for count in (2, 3, 4)] == [3.0, 4.0, 5.0]
     assert of(every_row, cfg=1) == 3.0  # three rows where a plain step has one
-    assert of(["Merge", 0.5, 0, 1, 0, 1], 3) == 1.0
+    assert [of(["Merge", recentre, 0, 1, 0, 1], 3) for recentre in (0, 0.5, 1)] == [1.0, 1.5, 1.0]
     assert of(["LoRAtorio, relative", 0.5, 0.15, 3, 0, 1], steps=4) > of(
         ["LoRAtorio, relative", 0.5, 0.15, 3, 0, 1], steps=40
     )

@@ -9,13 +9,11 @@ from .base import Composition, Entry, Method, Predictions, StepContext, Weights
 from .cmlora import CMLORA
 from .composite import BY_IMPORTANCE as W_COMPOSITE
 from .composite import PLAIN as COMPOSITE
-from .composite import RECENTRED as RECENTRED_COMPOSITE
 from .frequency import FREQUENCY
 from .klora import KLORA
 from .lego import LEGO
 from .loratorio import DIVERGENCE, PUBLISHED, RELATIVE
 from .merge import MERGE
-from .merge import RECENTRED as RECENTRED_MERGE
 from .switch import SWITCH
 
 METHODS: dict[str, Method] = {
@@ -32,8 +30,6 @@ METHODS: dict[str, Method] = {
         LEGO,
         FREQUENCY,
         W_COMPOSITE,
-        RECENTRED_MERGE,
-        RECENTRED_COMPOSITE,
     )
 }
 """Every way to compose, by its name, in the order in which a user sees them."""

@@ -1,4 +1,4 @@
-"""LoRA-Composite (arXiv 2402.16843), W-Composite (arXiv 2606.03792), and Composite with a re-centred unconditional prediction."""
+"""LoRA-Composite (arXiv 2402.16843) and W-Composite (arXiv 2606.03792). Both can be re-centred, as LoRAtorio is."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Composite(Loratorio):
 
     compares: ClassVar[bool] = False
 
-    def __init__(self, entry: Entry, knobs: tuple[str, ...] = (), uses_importance: bool = False) -> None:
+    def __init__(self, entry: Entry, uses_importance: bool = False) -> None:
         self.entry = entry
-        self.knobs = (*knobs, "yielding", "find_after")
+        self.knobs = ("recentre", "yielding", "find_after")
         self.uses_importance = uses_importance
 
     def weights(self, now: StepContext, predictions: Predictions) -> Tensor:
@@ -50,16 +50,6 @@ class Composite(Loratorio):
 
 
 PLAIN = Composite(Entry("composite", "Composite", "arXiv 2402.16843", "The mean of the LoRAs' predictions."))
-
-RECENTRED = Composite(
-    Entry(
-        "composite_anchored",
-        "Composite, re-centred",
-        "re-centring after arXiv 2508.11624",
-        "The mean of the LoRAs' predictions, with the base model's unconditional prediction.",
-    ),
-    ("recentre",),
-)
 
 BY_IMPORTANCE = Composite(
     Entry(

@@ -53,15 +53,6 @@ MERGE = OneMix(
         "Merge",
         "the hosts' own way",
         "Adds all LoRAs to the model at once, as the WebUI does without this extension.",
-    )
-)
-
-RECENTRED = OneMix(
-    Entry(
-        "merge_anchored",
-        "Merge, re-centred",
-        "re-centring after arXiv 2508.11624",
-        "Like Merge, but with the base model's unconditional prediction.",
     ),
     ("recentre",),
 )
