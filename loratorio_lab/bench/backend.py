@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import random
 import tempfile
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from loratorio.errors import LoratorioError
-from loratorio.toybox.elements import BY_NAME
+from loratorio_lab.chosen_toybox import ChosenToybox, chosen_toybox
 
 from . import beside, measures
 from .plan import Cell
@@ -37,10 +38,12 @@ class Backend(Protocol):
 
 
 def make_backend(path: str) -> Backend:
-    """The backend that ``module:function`` makes: a name, so that a worker on another machine can make its own."""
+    """The backend that ``module:function`` makes, of text after ``|`` if there is any: a name, so that a worker on another machine can
+    make its own."""
+    path, *given = path.split("|")
     module, _, name = path.partition(":")
-    maker: Callable[[], Backend] = getattr(importlib.import_module(module), name)
-    return maker()
+    maker: Callable[..., Backend] = getattr(importlib.import_module(module), name)
+    return maker(*given)
 
 
 def do_cell(backend: Backend, cell: Cell) -> Result:
@@ -73,33 +76,30 @@ def default_patch_size() -> int:
 
 
 class ToyboxBackend:
-    """The toybox that ships: its world, model and classifier, and its LoRAs or those in another folder."""
+    """A toybox: its world, model, LoRAs and classifier."""
 
-    def __init__(self, loras: Path | None = None) -> None:
-        from loratorio import toybox
+    def __init__(self, toybox: ChosenToybox) -> None:
         from loratorio.standalone.checkpoint import load_checkpoint
-        from loratorio_lab.toybox import classifier, shapes, world
+        from loratorio_lab.toybox import classifier
 
-        missing = [
-            file for file in (toybox.CHECKPOINT, toybox.LORA_DIR, classifier.FILE) if not file.exists()
-        ]
+        judge = classifier.classifier_file(toybox.folder)
+        missing = [file for file in (toybox.checkpoint, toybox.loras, judge) if not file.exists()]
         if missing:
-            raise LoratorioError(f"The toybox is not whole: {missing[0]} is missing. Install loratorio anew.")
-        self._world, self._classify = world, classifier
-        self._loras, self._size = loras or toybox.LORA_DIR, shapes.PIXELS
+            raise LoratorioError(f"The toybox is not whole: {missing[0]} is missing.")
+        self._world, self._loras, self._size = toybox.world, toybox.loras, toybox.world.pixels
+        self._of = {element.name: element for element in self._world.elements}
+        self._classify = classifier
         self._unlabelled = tempfile.TemporaryDirectory(prefix="loratorio-bench-")
-        self._checkpoint = load_checkpoint(toybox.CHECKPOINT)
+        self._checkpoint = load_checkpoint(toybox.checkpoint)
         # A processor does convolutions a fifth faster so; the numbers are the same.
         self._checkpoint.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._known: dict[tuple[Any, ...], Any] = {}
-        self._classifier = classifier.load_classifier()
+        self._classifier = classifier.load_classifier(judge)
 
     def prompt(self, cell: Cell) -> str:
         """The caption of a scene with these elements, and the tags."""
         if cell.beside:
-            trigger = {element.name: element.trigger for element in BY_NAME.values()}
-            category = {element.name: element.category for element in BY_NAME.values()}
-            return beside.prompt(cell, trigger, category)
+            return beside.prompt(cell, self._world)
         # The same scene for every variant and seed of a combination.
         scene = self._world.random_scene(random.Random("+".join(cell.elements)), *cell.elements)
         caption = self._world.caption(scene)
@@ -109,16 +109,14 @@ class ToyboxBackend:
         return f"{caption} {' '.join(tags)}"
 
     def _role(self, name: str, cell: Cell) -> str:
-        style = BY_NAME[name].category == "style"
+        style = self._of[name].category == "style"
         return f":role={cell.role}" if style and cell.role else ""
 
     def generate(self, cell: Cell) -> tuple[list[Pixels], int]:
         if cell.made == "truth":
             rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
-            if cell.beside:
-                pairs = [self._world.random_beside(rng, *cell.elements) for _ in range(cell.count)]
-                return [self._world.render_beside(*pair) for pair in pairs], 0
-            scenes = [self._world.random_scene(rng, *cell.elements) for _ in range(cell.count)]
+            drawn = self._world.random_beside if cell.beside else self._world.random_scene
+            scenes = [drawn(rng, *cell.elements) for _ in range(cell.count)]
             return [self._world.render(scene) for scene in scenes], 0
         from loratorio.settings import KNOB_BY_NAME, Settings
         from loratorio.standalone.generate import Request, generate
@@ -133,7 +131,7 @@ class ToyboxBackend:
             settings=settings,
             seed=cell.seed,
             batch=cell.count,
-            width=2 * self._size if cell.beside else self._size,
+            width=self._world.beside_width if cell.beside else self._size,
             height=self._size,
             **sampling,
         )
@@ -156,7 +154,7 @@ class ToyboxBackend:
 
     def classify(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
         array = np.stack(list(pictures))
-        if array.shape[2] == 2 * self._size:
+        if array.shape[2] == self._world.beside_width:
             halves = [self.classify(list(part)) for part in np.split(array, 2, axis=2)]
             return [
                 (
@@ -188,13 +186,14 @@ class RowCount:
         self._handle.remove()
 
 
-def toybox() -> Backend:
-    """The default backend."""
-    return ToyboxBackend()
+def backend_of(world: str, art: str, folder: str, unregularised: str) -> Backend:
+    """The backend of a toybox, by text alone (`named`)."""
+    return ToyboxBackend(
+        chosen_toybox(world, Path(art) if art else None, Path(folder), unregularised == "True")
+    )
 
 
-def unregularised() -> Backend:
-    """The same with the LoRAs that draw their elements whatever the prompt says."""
-    from loratorio_lab.toybox import UNREGULARISED
-
-    return ToyboxBackend(UNREGULARISED)
+def named(options: argparse.Namespace) -> str:
+    """What `make_backend` makes the toybox of, which these options name (`chosen_toybox.add_toybox`)."""
+    given = (options.world, options.art or "", options.toybox, options.unregularised)
+    return "|".join([f"{__name__}:{backend_of.__name__}", *map(str, given)])

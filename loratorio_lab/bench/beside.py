@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from loratorio.settings import PRESETS
 
 from .plan import CHARACTER, PAPER, STYLE, Cell, Variant, cell
 from .store import ImageResult, Result
+
+if TYPE_CHECKING:
+    from loratorio_lab.worlds import World
 
 ROWS: tuple[Variant, ...] = (
     Variant("beside_truth", "Rendered truth", made="truth", beside="free"),
@@ -87,26 +91,29 @@ def cells(categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Va
     ]
 
 
-def prompt(cell: Cell, trigger: Mapping[str, str], category: Mapping[str, str]) -> str:
+def prompt(cell: Cell, world: World) -> str:
     """The words of the elements, and the tags. Only characters have places."""
     left, right, *more = cell.elements
-    background = next((trigger[name] for name in more if category[name] == BACKGROUND), "sky")
-    styles = [f"{trigger[name]} style" for name in more if category[name] == STYLE]
+    of = {element.name: element for element in world.elements}
+    background = next((of[name].trigger for name in more if of[name].category == BACKGROUND), world.plain)
+    styles = [f"{of[name].trigger} style" for name in more if of[name].category == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
+    words = [of[name].trigger for name in (left, right)]
+    if world.sides:
+        words = [f"{word} on the {side}" for word, side in zip(words, world.sides, strict=True)]
     kind, _, common = cell.beside.partition(" ")
     if kind != "free":
         sides = ("left", "right") if kind == "placed" else ("auto", "auto")
         # Each character's word belongs to its own place.
-        own = ["" if common else f":words={trigger[name]}" for name in (left, right)]
+        own = ["" if common else f":words={each}" for each in words]
         pair = [
-            f"<lora:{name}:at={side}{words}:1>"
-            for name, side, words in zip((left, right), sides, own, strict=True)
+            f"<lora:{name}:at={side}{each}:1>"
+            for name, side, each in zip((left, right), sides, own, strict=True)
         ]
     else:
         pair, common = [f"<lora:{left}:1>", f"<lora:{right}:1>"], "common"
-    words = [trigger[left], trigger[right], *rest] if common else rest
-    return " ".join([", ".join(words), *pair, *everywhere])
+    return " ".join([", ".join([*words, *rest] if common else rest), *pair, *everywhere])
 
 
 def found_in(halves: Sequence[Mapping[str, bool]]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratorio.errors import LoratorioError
+from loratorio_lab.chosen_toybox import add_toybox, toybox_of
 
 from . import beside
 from .plan import (
@@ -121,12 +122,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="on Ray: 'local' for this machine, 'auto' or an address for a cluster",
     )
-    parser.add_argument(
-        "--unregularised",
-        action="store_true",
-        help="with the toybox's LoRAs as trained without regularisation, which draw their elements whatever the prompt says",
-    )
-    parser.add_argument("--backend", default="loratorio_lab.bench.backend:toybox", help=argparse.SUPPRESS)
+    add_toybox(parser)
+    parser.add_argument("--backend", help=argparse.SUPPRESS)
     parser.add_argument(
         "--webui",
         metavar="URL",
@@ -157,6 +154,7 @@ def bench(options: argparse.Namespace) -> None:
 
         bench_webui(options)
         return
+    from .backend import named
     from .runner import run
     from .store import Store
 
@@ -165,8 +163,7 @@ def bench(options: argparse.Namespace) -> None:
             setattr(options, name, value)
     check(options)
     grid = the_grid(options)
-    if options.unregularised:
-        options.backend = "loratorio_lab.bench.backend:unregularised"
+    backend = options.backend or named(options)
     store = Store(options.out / ("unregularised" if options.unregularised else "cells"))
     if not options.report_only:
         until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
@@ -180,7 +177,7 @@ def bench(options: argparse.Namespace) -> None:
                 flush=True,
             )
 
-        count = run(grid, store, options.backend, options.workers, options.ray, until, tell)
+        count = run(grid, store, backend, options.workers, options.ray, until, tell)
         left = len(store.missing(grid))
         print(f"{count} cells done now, {len(grid) - left} of {len(grid)} in {options.out}.")
     _report(options, grid, store)
@@ -213,9 +210,9 @@ def check(options: argparse.Namespace) -> None:
         )
 
 
-def chosen_categories(names: str) -> Mapping[str, Sequence[str]]:
-    """The toybox's elements by category, or only those in `names` (separated by commas). Raises LoratorioError."""
-    categories = toybox_categories()
+def chosen_categories(options: argparse.Namespace) -> Mapping[str, Sequence[str]]:
+    """The toybox's elements by category, or only those in --elements. Raises LoratorioError."""
+    categories, names = toybox_of(options).categories(), options.elements
     if not names:
         return categories
     wanted = {name.strip() for name in names.split(",")}
@@ -226,31 +223,12 @@ def chosen_categories(names: str) -> Mapping[str, Sequence[str]]:
     return {category: [name for name in own if name in wanted] for category, own in categories.items()}
 
 
-def toybox_categories() -> Mapping[str, Sequence[str]]:
-    """The toybox's elements that have a LoRA, by category, characters first."""
-    from loratorio import toybox
-    from loratorio.toybox.elements import CATEGORIES
-
-    order = [CHARACTER, *(name for name in CATEGORIES if name != CHARACTER)]
-    present = [element for element in toybox.ELEMENTS if toybox.lora_file(element).is_file()]
-    if not present:
-        raise LoratorioError(
-            f"The toybox is not whole: no LoRA is in {toybox.LORA_DIR}. Install loratorio anew."
-        )
-    return {name: [element.name for element in present if element.category == name] for name in order}
-
-
-def beside_categories() -> dict[str, str]:
-    """Category of every element by name."""
-    return {name: category for category, names in toybox_categories().items() for name in names}
-
-
 def the_grid(options: argparse.Namespace) -> list[Cell]:
     """All cells that the options request, each once: first a part of every table, last the main methods on the other combinations."""
     groups = ["others", "methods"] if options.quick else options.groups.split(",")
     counts = [int(count) for count in options.counts.split(",")]
     sampling = {"steps": options.steps, "cfg": options.cfg, "sampler": options.sampler}
-    categories = chosen_categories(options.elements)
+    categories = chosen_categories(options)
     every, some, few = options.combinations, options.other_combinations, options.ablation_combinations
     if options.quick:
         every, some = 6, 1
@@ -313,8 +291,10 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
         print("There are no results yet.")
         return
     print(table(MAIN_ROWS, results))
+    categories = chosen_categories(options)
     if any(result.cell.beside for result in results):
-        print(beside.table(results, beside_categories()))
+        of = {name: category for category, names in categories.items() for name in names}
+        print(beside.table(results, of))
     found = order(results)
     page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
     published = published_order(page) if page.is_file() else ""
@@ -338,7 +318,7 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
         len(grid) - len(every) + len(results),
         by_name,
         notes_in(options.report),
-        chosen_categories(options.elements),
+        categories,
         presets.section(every, by_name),
     )
     write_all({options.report: text.encode()})
@@ -356,6 +336,8 @@ def command_line(options: argparse.Namespace) -> str:
             parts.append(f"--{name.replace('_', '-')} {value}")
     if options.unregularised:
         parts.append("--unregularised")
+    if options.world != "toybox":
+        parts.append(f"--world {options.world} --art art --toybox {options.toybox.name}")
     if options.report is not None:
         page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
         parts.append(f"--report docs/lab/{page.name}")

@@ -2,7 +2,7 @@
 
 loratorio-lab premise                     the toybox that ships
 loratorio-lab premise --unregularised     its LoRAs as trained without regularisation
-loratorio-lab premise --folder FOLDER     another one, as `loratorio-lab train` writes it
+loratorio-lab premise --toybox FOLDER     another one, as `loratorio-lab train` writes it
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loratorio import toybox
 from loratorio.compose.candidates import CALLED
 from loratorio.settings import Settings
 from loratorio.standalone.checkpoint import Checkpoint, load_checkpoint
 from loratorio.standalone.generate import Request, generate
-from loratorio.toybox.elements import ELEMENTS
-from loratorio_lab.bench.cli import toybox_categories
 from loratorio_lab.bench.plan import combinations, sample
+from loratorio_lab.chosen_toybox import ChosenToybox, add_toybox, toybox_of
 from loratorio_lab.knobs import measured, said
-from loratorio_lab.toybox import UNREGULARISED, shapes, world
 from loratorio_lab.toybox.unlabelled import without_metadata
+from loratorio_lab.worlds import World
 
 STEPS, CFG, SEEDS = 12, 2.0, 2
 
@@ -47,7 +45,7 @@ EARLY = 3
 """Only the first steps count: later ones show what was already composed."""
 
 
-def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[str]) -> list[float]:
+def divergence_auc(checkpoint: Checkpoint, toybox: ChosenToybox, combination: Sequence[str]) -> list[float]:
     """How well divergence tells a combination's LoRAs from the others of the toybox, per early step.
 
     All LoRAs are composed under the combination's prompt. A LoRA's divergence is its mean over the patches of 1 − cos to the base's noise,
@@ -56,8 +54,9 @@ def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[st
     Returns:
         The probability that a LoRA that is asked for diverges further than one that is not; 0.5 is chance.
     """
-    tags = " ".join(f"<lora:{element.name}>" for element in ELEMENTS)
-    outcome = generate(checkpoint, loras, _request(combination, tags, PUBLISHED), progress=False)
+    tags = " ".join(f"<lora:{element.name}>" for element in toybox.world.elements)
+    request = _request(toybox.world, combination, tags, PUBLISHED)
+    outcome = generate(checkpoint, toybox.loras, request, progress=False)
     wanted = np.array([name in combination for name in outcome.composed])
     found = []
     for weights in outcome.history.weights[:EARLY]:
@@ -67,18 +66,18 @@ def divergence_auc(checkpoint: Checkpoint, loras: Path, combination: Sequence[st
 
 
 def reaction_scores(
-    checkpoint: Checkpoint, unlabelled: Path, combination: Sequence[str]
+    checkpoint: Checkpoint, unlabelled: Path, world: World, combination: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """How much a combination's prompt moves each LoRA of a pool of all (`loratorio.compose.candidates.reactions`), and which it asks for.
 
     unlabelled: folder of the LoRAs, whose files do not say what calls them.
     """
-    request = replace(_request(combination, "<pool:*>", POOL), steps=1)
+    request = replace(_request(world, combination, "<pool:*>", POOL), steps=1)
     moved = generate(checkpoint, unlabelled, request, progress=False).reactions
     return np.array([*moved.values()]), np.array([name in combination for name in moved])
 
 
-def _request(combination: Sequence[str], tags: str, settings: Settings) -> Request:
+def _request(world: World, combination: Sequence[str], tags: str, settings: Settings) -> Request:
     scene = world.random_scene(random.Random("+".join(combination)), *combination)
     return Request(
         f"{world.caption(scene)} {tags}",
@@ -86,8 +85,8 @@ def _request(combination: Sequence[str], tags: str, settings: Settings) -> Reque
         steps=STEPS,
         cfg=CFG,
         batch=SEEDS,
-        width=shapes.PIXELS,
-        height=shapes.PIXELS,
+        width=world.pixels,
+        height=world.pixels,
     )
 
 
@@ -109,20 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--folder", type=Path, default=toybox.FOLDER, help="where model/ and lora/ are")
-    parser.add_argument("--unregularised", action="store_true", help="the other set of the toybox's LoRAs")
+    add_toybox(parser)
     parser.add_argument("--combinations", type=int, default=6, help="how many of each N; 0: all")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    categories = toybox_categories()
+    toybox = toybox_of(options)
+    categories = toybox.categories()
     combos = [
         combo
         for count in (2, 3, 4, 5)
         for combo in sample(combinations(categories, count), options.combinations)
     ]
-    checkpoint = load_checkpoint(options.folder / "model" / "toybox.safetensors")
-    loras = UNREGULARISED if options.unregularised else options.folder / "lora"
-    every = np.array([divergence_auc(checkpoint, loras, combo) for combo in combos])
+    checkpoint = load_checkpoint(toybox.checkpoint)
+    every = np.array([divergence_auc(checkpoint, toybox, combo) for combo in combos])
     print(f"{STEPS} steps, CFG {CFG:g}, {said(PUBLISHED)}")
     print(
         f"Divergence of the LoRAs that are asked for and of the others, {len(combos)} combinations, {SEEDS} seeds: AUC"
@@ -131,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"  step {step} of {STEPS}: {values.mean():.2f} (least of a combination {values.min():.2f})")
     print(f"  all {EARLY}: {every.mean():.2f}")
     with TemporaryDirectory(prefix="loratorio-premise-") as folder:
-        unlabelled = without_metadata(loras, Path(folder))
-        moved = [reaction_scores(checkpoint, unlabelled, combo) for combo in combos]
+        unlabelled = without_metadata(toybox.loras, Path(folder))
+        moved = [reaction_scores(checkpoint, unlabelled, toybox.world, combo) for combo in combos]
     scores, wanted = (np.concatenate(each) for each in zip(*moved, strict=True))
     mean, of_all = np.mean([auc(*each) for each in moved]), auc(scores, wanted)
     right, wrong = (scores[wanted] >= CALLED).mean(), (scores[~wanted] >= CALLED).mean()

@@ -21,9 +21,9 @@ import torch
 
 from loratorio.settings import PRESETS
 from loratorio_lab.bench.backend import Pixels, ToyboxBackend
-from loratorio_lab.bench.cli import toybox_categories
 from loratorio_lab.bench.plan import Cell, combinations, sample
 from loratorio_lab.benchmarks.pool_cost import psnr
+from loratorio_lab.chosen_toybox import ChosenToybox, add_toybox, toybox_of
 from loratorio_lab.knobs import OTHERS, measured, said
 
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--reuse", help="these values of the knob instead of the presets, with commas between"
     )
+    add_toybox(parser)
     options = parser.parse_args(arguments)
     # Models as small as the toybox's are no faster with two threads, and much slower where another program wants one.
     torch.set_num_threads(1)
@@ -55,11 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = {preset.label: {**OTHERS, **preset.values} for preset in chosen}
     for name, knobs in settings.items():
         print(f"{name}: {said(measured(knobs))}")
-    backend = _Backend()
+    toybox = toybox_of(options)
+    backend = _Backend(toybox)
     combos = [
         combo
         for count in options.counts.split(",")
-        for combo in _combinations(int(count), options.combinations)
+        for combo in _combinations(toybox, int(count), options.combinations)
     ]
     print(f"{len(combos)} combinations of N = {options.counts}, {options.seeds} seeds each")
     print("| sampler | steps | CFG | | plain steps a step | PSNR, mean | least | elements found |")
@@ -73,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {sampler} | {steps} | {cfg} | {name} {row}", flush=True)
 
 
-def _combinations(count: int, most: int) -> list[tuple[str, ...]]:
+def _combinations(toybox: ChosenToybox, count: int, most: int) -> list[tuple[str, ...]]:
     """Elements of different categories, and behind them others where there are no more categories."""
-    categories = toybox_categories()
+    categories = toybox.categories()
     every = [name for names in categories.values() for name in names]
     found = []
     for number, called in enumerate(sample(combinations(categories, min(count, len(categories))), most)):
@@ -85,23 +87,21 @@ def _combinations(count: int, most: int) -> list[tuple[str, ...]]:
     return found
 
 
-def _called(elements: Sequence[str]) -> list[str]:
-    """The elements whose words are in the prompt: the first of each category."""
-    of = {name: category for category, names in toybox_categories().items() for name in names}
-    return list({of[name]: name for name in reversed(elements)}.values())[::-1]
-
-
 class _Backend(ToyboxBackend):
     """The toybox with LoRAs that the prompt does not call."""
 
+    def called(self, elements: Sequence[str]) -> list[str]:
+        """The elements whose words are in the prompt: the first of each category."""
+        return list({self._of[name].category: name for name in reversed(elements)}.values())[::-1]
+
     def prompt(self, cell: Cell) -> str:
-        called = _called(cell.elements)
+        called = self.called(cell.elements)
         scene = self._world.random_scene(random.Random("+".join(called)), *called)
         return f"{self._world.caption(scene)} {' '.join(f'<lora:{name}>' for name in cell.elements)}"
 
 
 def _row(
-    backend: ToyboxBackend,
+    backend: _Backend,
     combos: Sequence[tuple[str, ...]],
     seeds: int,
     sampling: Mapping[str, Any],
@@ -119,7 +119,7 @@ def _row(
         values += [
             psnr(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(pictures, whole, strict=True)
         ]
-        found += [name in names for names, _ in backend.classify(pictures) for name in _called(combo)]
+        found += [name in names for names, _ in backend.classify(pictures) for name in backend.called(combo)]
     plain_steps = rows / (2 if sampling["cfg"] != 1 else 1) / sampling["steps"] / seeds / len(combos)
     quality = "| |" if knobs["reuse"] == 1 else f"| {np.mean(values):.1f} dB | {min(values):.1f} dB"
     return f"| {plain_steps:.2f} {quality} | {100 * np.mean(found):.0f} % |"

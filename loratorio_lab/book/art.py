@@ -68,9 +68,6 @@ class Art:
         self.scene = lru_cache(maxsize=None)(lambda artist, icon: self._once(self._scene, artist, icon))
         """A whole-frame scene of an artist and an icon without its rounded corners and frame, RGB."""
 
-    def has(self, artist: str, icon: str) -> bool:
-        return icon in self._sets[artist]["icons"] or icon in self._sets[artist].get("aliases", {})
-
     def _svg(self, artist: str, icon: str) -> str:
         made = self._sets[artist]
         while icon in made.get("aliases", {}):

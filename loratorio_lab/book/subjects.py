@@ -58,8 +58,16 @@ ICONS = {
 """The sets' names of elements that are called differently here."""
 
 BASE_ARTIST = "noto"
-FRAMED = {"castle"}
-"""Subjects that Streamline draws in a frame."""
+_NOT_STREAMLINE = """
+bear bird cactus crab duck fox frog lion owl panda penguin shark unicorn whale butterfly
+sunflower deciduous-tree evergreen-tree
+avocado banana carrot cheese-wedge croissant doughnut eggplant hamburger hot-pepper lollipop pineapple pizza popcorn strawberry
+watermelon birthday-cake soft-ice-cream ear-of-corn
+alarm-clock books castle drum gem-stone house key light-bulb red-heart scissors trophy wrapped-gift glowing-star
+night sunrise park
+"""
+LACKING: dict[str, frozenset[str]] = {"streamline-emojis": frozenset(_NOT_STREAMLINE.split())}
+"""By artist, the names that it has not drawn, or not alone and without a frame."""
 
 STYLED_BY = {
     "glossy": "fluent-emoji",

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from loratorio.errors import LoratorioError
 from loratorio.toybox.elements import Element
 from loratorio_lab.book.art import ARTISTS, INK, PAPER, Art, cover, paste
-from loratorio_lab.book.subjects import BASE_ARTIST, ELEMENTS, FRAMED, SEVERAL, STYLED_BY, SUBJECTS, icon
+from loratorio_lab.book.subjects import BASE_ARTIST, ELEMENTS, LACKING, SEVERAL, STYLED_BY, SUBJECTS, icon
 from loratorio_lab.toybox.shapes import Colour, duotone
 
 HEIGHT = 128
@@ -150,7 +151,7 @@ def _height(rng: random.Random, side: float) -> float:
 
 
 class Book:
-    """The world with the art to draw it."""
+    """The world, with the art to draw it; without, it has words alone."""
 
     name = "book"
     elements = ELEMENTS
@@ -160,11 +161,23 @@ class Book:
     scenes = 24_000
     judged = (*(element.name for element in ELEMENTS), *SUBJECTS)
     own_pictures = 80
+    beside_width = WIDTHS[1]
+    plain = "blue"
+    sides: tuple[str, ...] = ("left", "right")
     words = staticmethod(words)
     caption = staticmethod(caption)
 
-    def __init__(self, art: Art) -> None:
-        self.art = art
+    def __init__(self, art: Art | None = None) -> None:
+        self._art = art
+
+    @property
+    def art(self) -> Art:
+        """The drawings. Raises LoratorioError where there are none."""
+        if self._art is None:
+            raise LoratorioError(
+                "The picture book can be drawn only with the artists' packages: give --art FOLDER."
+            )
+        return self._art
 
     def shows(self, scene: Scene) -> set[str]:
         """What of `judged` is in the scene."""
@@ -180,7 +193,7 @@ class Book:
 
     def drawn(self, artist: str, name: str) -> bool:
         """Whether an artist has drawn a subject or an element, alone and without a frame."""
-        return self.art.has(artist, icon(name)) and not (artist == "streamline-emojis" and name in FRAMED)
+        return name not in LACKING.get(artist, ())
 
     def random_scene(self, rng: random.Random, *names: str, width: int | None = None) -> Scene:
         """A scene with the named elements; all else is drawn from the base domain.
@@ -207,6 +220,10 @@ class Book:
             style,
             phase=rng.uniform(0.15, 0.85),
         )
+
+    def random_beside(self, rng: random.Random, left: str, right: str, *names: str) -> Scene:
+        """A wide scene with two characters."""
+        return self.random_scene(rng, left, right, *names, width=self.beside_width)
 
     def any_scene(self, rng: random.Random, width: int | None = None) -> Scene:
         """A scene by any artist, for the autoencoder and the classifier."""
@@ -245,7 +262,7 @@ class Book:
         if scene.background:
             name = icon(scene.background)
             # Streamline has no whole-frame scenes: the base's stands in.
-            by = artist if self.art.has(artist, name) else BASE_ARTIST
+            by = artist if self.drawn(artist, scene.background) else BASE_ARTIST
             picture = cover(self.art.scene(by, name), scene.width, HEIGHT, scene.phase, scene.mirrored)
         elif artist == INK:
             picture = np.full((HEIGHT, scene.width, 3), PAPER, np.float32)

@@ -22,7 +22,7 @@ from loratorio_lab.train.common import (
     seed_everything,
 )
 from loratorio_lab.train.diffusion import Data, encode_domain, encode_scenes, noise_losses
-from loratorio_lab.train.worlds import World
+from loratorio_lab.worlds import World
 
 
 def start_quietly(unet: UNet2DConditionModel) -> None:

@@ -19,7 +19,7 @@ from loratorio import toybox
 from loratorio.toybox.elements import Element
 from loratorio_lab.toybox.classifier import classifier_file, classify, load_classifier
 from loratorio_lab.toybox.pipeline import load_pipeline
-from loratorio_lab.train.worlds import add_world, open_world
+from loratorio_lab.worlds import add_world, open_world
 
 FOUND, ABSENT = 0.90, 0.15
 STEPS, GUIDANCE = 20, 3.0

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from loratorio_lab.toybox.models import TOKENS
 from loratorio_lab.train.common import Run, pictures
-from loratorio_lab.train.worlds import World
+from loratorio_lab.worlds import World
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0

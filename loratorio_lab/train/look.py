@@ -18,7 +18,7 @@ from loratorio_lab.train.base import load_vae, new_base
 from loratorio_lab.train.common import Run, averaged, is_trained, pictures
 from loratorio_lab.train.diffusion import encode_text, new_schedule, tokenise
 from loratorio_lab.train.vae import decode_coarse, latents_of
-from loratorio_lab.train.worlds import World
+from loratorio_lab.worlds import World
 
 ENLARGED = 2
 SHOWN = 12

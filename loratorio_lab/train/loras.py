@@ -25,7 +25,7 @@ from loratorio_lab.toybox.pipeline import load_pipeline
 from loratorio_lab.toybox.world import Scene, caption, random_scene, with_elements
 from loratorio_lab.train.common import Average, Optimisers, Run, run_steps, seed_everything
 from loratorio_lab.train.diffusion import Lesson, encode_domain, encode_scenes, imitation_losses, noise_losses
-from loratorio_lab.train.worlds import Dolls, World
+from loratorio_lab.worlds import Dolls, World
 
 RANK = 8
 ALPHA = 8

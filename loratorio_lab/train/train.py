@@ -27,7 +27,7 @@ from loratorio_lab.train.export import export_checkpoint
 from loratorio_lab.train.look import look
 from loratorio_lab.train.loras import train_lora
 from loratorio_lab.train.vae import train_vae
-from loratorio_lab.train.worlds import World, add_world, open_world
+from loratorio_lab.worlds import World, add_world, open_world
 
 # steps, batch, learning rate: what the shipped files were trained with (docs/lab/TOYBOX.md says where it differed).
 PLANS: dict[str, dict[str, tuple[int, int, float]]] = {

@@ -22,7 +22,7 @@ from loratorio_lab.train.common import (
     run_steps,
     seed_everything,
 )
-from loratorio_lab.train.worlds import World
+from loratorio_lab.worlds import World
 
 LATENT_NOISE = 0.06
 """Spread of the noise on a latent, in units of the latents' own: the decoder must tolerate a sampler's small errors."""

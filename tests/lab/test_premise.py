@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from loratorio import toybox
 from loratorio.standalone.checkpoint import load_checkpoint
 from loratorio_lab.benchmarks.premise import EARLY, auc, divergence_auc
+from loratorio_lab.chosen_toybox import chosen_toybox
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=12))
@@ -29,7 +30,7 @@ def test_auc_is_the_share_of_pairs_in_order(pairs: list[tuple[int, bool]]) -> No
 
 
 def test_one_combination() -> None:
-    found = divergence_auc(load_checkpoint(toybox.CHECKPOINT), toybox.LORA_DIR, ("cat", "night"))
+    found = divergence_auc(load_checkpoint(toybox.CHECKPOINT), chosen_toybox(), ("cat", "night"))
     assert len(found) == EARLY
     assert all(0.8 < value <= 1 for value in found)
 

@@ -20,7 +20,7 @@ from loratorio_lab.toybox.ldm import TEXT_NAME, config_yaml, to_ldm, unet_key, v
 from loratorio_lab.toybox.models import new_unet, new_vae
 from loratorio_lab.train.base import new_base
 from loratorio_lab.train.diffusion import new_schedule
-from loratorio_lab.train.worlds import Dolls
+from loratorio_lab.worlds import Dolls
 from tests import tiny
 
 

@@ -34,6 +34,9 @@ from loratorio_lab.bench.plan import (
 from loratorio_lab.bench.runner import run
 from loratorio_lab.bench.store import ImageResult, Result, Store
 from loratorio_lab.benchmarks import request_time
+from loratorio_lab.book.world import Book
+from loratorio_lab.chosen_toybox import ChosenToybox
+from loratorio_lab.worlds import Dolls
 
 BACKEND = "tests.lab.bench.fake_backend:make"
 CATEGORIES = {
@@ -183,7 +186,7 @@ def options(**changes: Any) -> argparse.Namespace:
 def test_the_command_writes_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "toybox_categories", lambda: CATEGORIES)
+    monkeypatch.setattr(ChosenToybox, "categories", lambda self: CATEGORIES)
     to = tmp_path / "docs" / "RESULTS.md"
     to.parent.mkdir()
     to.write_text("# Results\n\n<!-- notes -->\nA note by hand.\n<!-- end of notes -->\n\nOld tables.\n")
@@ -240,7 +243,7 @@ def test_the_quick_grid_says_whether_the_published_order_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = tmp_path / "RESULTS.md"
-    monkeypatch.setattr(cli, "toybox_categories", lambda: CATEGORIES)
+    monkeypatch.setattr(ChosenToybox, "categories", lambda self: CATEGORIES)
     monkeypatch.setattr(cli, "PUBLISHED", published)
     chosen = options(out=tmp_path / "out", quick=True, seeds=1)
     for order, verdict in (
@@ -479,12 +482,26 @@ def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
 def test_the_table_of_words_differs_in_who_reads_them_alone(tmp_path: Path) -> None:
     grid = cli.the_grid(options(out=tmp_path, groups="words", elements="cat,alien,night", place_seeds=1))
     assert len(grid) == 3 * 2 * 2
-    trigger = {"cat": "mimsy", "alien": "glorp", "night": "lunara"}
-    category = {"night": "background"}
     of = {cell.variant: cell for cell in grid if cell.elements == ("cat", "alien", "night")}
-    prompts = {name: beside.prompt(cell, trigger, category) for name, cell in of.items()}
+    prompts = {name: beside.prompt(cell, Dolls()) for name, cell in of.items()}
     tags = "<lora:cat:at=left:1> <lora:alien:at=right:1> <lora:night:1>"
     assert prompts["common"] == prompts["common_whole"] == f"mimsy, glorp, lunara background {tags}"
     assert prompts["beside_balanced"].startswith("lunara background <lora:cat:at=left:words=mimsy:1>")
     assert [of[name].knobs.get("own_words") for name in ("common", "common_whole")] == [True, False]
     assert "own_words" not in of["beside_balanced"].knobs
+
+
+def test_prompts_of_the_picture_book_say_who_stands_where() -> None:
+    knobs: dict[str, Any] = {}
+    for kind, wanted in (
+        ("free", "tigro on the left, boolio on the right, blue background <lora:tiger:1> <lora:ghost:1>"),
+        (
+            "placed",
+            "blue background <lora:tiger:at=left:words=tigro on the left:1> <lora:ghost:at=right:words=boolio on the right:1>",
+        ),
+        (
+            "found common",
+            "tigro on the left, boolio on the right, blue background <lora:tiger:at=auto:1> <lora:ghost:at=auto:1>",
+        ),
+    ):
+        assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), Book()) == wanted

@@ -7,6 +7,7 @@ import pytest
 from loratorio import toybox
 from loratorio_lab.bench.backend import ToyboxBackend, do_cell
 from loratorio_lab.bench.plan import METHOD_ROWS, ROLE_ROWS, TRUTH, cells
+from loratorio_lab.chosen_toybox import chosen_toybox
 from loratorio_lab.toybox import classifier
 
 whole = all(file.exists() for file in (toybox.CHECKPOINT, toybox.LORA_DIR, classifier.FILE))
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not whole, reason="the toybox's model, LoRAs or 
 
 @pytest.fixture(scope="module")
 def backend() -> ToyboxBackend:
-    return ToyboxBackend()
+    return ToyboxBackend(chosen_toybox())
 
 
 def test_cells_of_the_toybox(backend: ToyboxBackend) -> None:

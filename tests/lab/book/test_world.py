@@ -101,7 +101,7 @@ def test_a_style_is_taught_on_none_of_the_loras_subjects(book, style) -> None:
     rng = random.Random(4)
     shown = {name for _ in range(200) for name in book.shows(book.random_scene(rng, style))}
     assert shown <= {style, *SUBJECTS}
-    assert len(shown) > 60
+    assert len(shown) > (40 if style == "outline" else 60)
     assert ("bear" in shown) == (style != "outline")  # of which Streamline has none
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from loratorio_lab import worlds
 from loratorio_lab.toybox.ldm import unet_key, vae_key
 from loratorio_lab.toybox.models import new_unet, new_vae
-from loratorio_lab.train import classifier, loras, train, worlds
+from loratorio_lab.train import classifier, loras, train
 
 
 @pytest.fixture(scope="module")

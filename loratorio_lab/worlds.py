@@ -34,6 +34,12 @@ class World(Protocol):
     """What the classifier distinguishes: the elements, and possibly more."""
     own_pictures: int
     """Pictures that a LoRA is trained on."""
+    beside_width: int
+    """Width of a picture of two characters beside each other."""
+    plain: str
+    """A background of the base domain, as a caption says it."""
+    sides: tuple[str, ...]
+    """Words for where each of two characters stands; none where captions say nothing of it."""
 
     def words(self) -> list[str]:
         """Every word that a caption can have, once, in a fixed order."""
@@ -52,6 +58,9 @@ class World(Protocol):
 
     def random_scene(self, rng: random.Random, *names: str, width: int | None = None) -> Any:
         """A scene with the named elements; all else is drawn from the base domain."""
+
+    def random_beside(self, rng: random.Random, left: str, right: str, *names: str) -> Any:
+        """A scene with two characters beside each other, `beside_width` wide."""
 
     def any_scene(self, rng: random.Random, width: int | None = None) -> Any:
         """A scene of the whole world, with or without elements, for the classifier."""
@@ -78,9 +87,15 @@ class Dolls:
     scenes = 6000
     judged = tuple(element.name for element in ELEMENTS)
     own_pictures = 500
+    beside_width = 2 * PIXELS
+    plain = "sky"
+    sides: tuple[str, ...] = ()
     words = staticmethod(dolls.words)
     caption = staticmethod(dolls.caption)
-    render = staticmethod(dolls.render)
+    random_beside = staticmethod(dolls.random_beside)
+
+    def render(self, scene: dolls.Scene | tuple[dolls.Scene, dolls.Scene]) -> np.ndarray:
+        return dolls.render_beside(*scene) if isinstance(scene, tuple) else dolls.render(scene)
 
     def shows(self, scene: dolls.Scene) -> set[str]:
         return set(scene.elements())
@@ -131,7 +146,7 @@ def add_world(parser: argparse.ArgumentParser) -> None:
 
 
 def open_world(name: str, art: Path | None) -> World:
-    """The world of this name. art: the folder of the artists' packages, for the book."""
+    """The world of this name. art: the folder of the artists' packages, for the book; without it, the book cannot be drawn."""
     if name == "toybox":
         return Dolls()
-    return Book(Art(art or Path("art")))
+    return Book(None if art is None else Art(art))
