@@ -8,6 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,7 +102,8 @@ class ToyboxBackend:
         if cell.beside:
             return beside.prompt(cell, self._world)
         # The same scene for every variant and seed of a combination.
-        scene = self._world.random_scene(random.Random("+".join(cell.elements)), *cell.elements)
+        rng = random.Random("+".join(cell.elements))
+        scene = self._world.random_scene(rng, *cell.elements, width=self._size)
         caption = self._world.caption(scene)
         if cell.pool:
             return f"{caption} <pool:*>"
@@ -115,8 +117,11 @@ class ToyboxBackend:
     def generate(self, cell: Cell) -> tuple[list[Pixels], int]:
         if cell.made == "truth":
             rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
-            drawn = self._world.random_beside if cell.beside else self._world.random_scene
-            scenes = [drawn(rng, *cell.elements) for _ in range(cell.count)]
+            if cell.beside:
+                scenes = [self._world.random_beside(rng, *cell.elements) for _ in range(cell.count)]
+            else:
+                drawn = partial(self._world.random_scene, width=self._size)
+                scenes = [drawn(rng, *cell.elements) for _ in range(cell.count)]
             return [self._world.render(scene) for scene in scenes], 0
         from loratorio.settings import KNOB_BY_NAME, Settings
         from loratorio.standalone.generate import Request, generate
@@ -165,7 +170,11 @@ class ToyboxBackend:
             ]
         found = self._classify.classify(array, self._classifier)
         features = self._classify.features(array, self._classifier)
-        names = [tuple(sorted(name for name, there in each.items() if there)) for each in found]
+        # The picture book's judge knows what the base draws, too.
+        names = [
+            tuple(sorted(name for name, there in each.items() if there and name in self._of))
+            for each in found
+        ]
         return list(zip(names, features, strict=True))
 
 

@@ -78,7 +78,7 @@ def reaction_scores(
 
 
 def _request(world: World, combination: Sequence[str], tags: str, settings: Settings) -> Request:
-    scene = world.random_scene(random.Random("+".join(combination)), *combination)
+    scene = world.random_scene(random.Random("+".join(combination)), *combination, width=world.pixels)
     return Request(
         f"{world.caption(scene)} {tags}",
         settings=settings,

@@ -96,7 +96,7 @@ class _Backend(ToyboxBackend):
 
     def prompt(self, cell: Cell) -> str:
         called = self.called(cell.elements)
-        scene = self._world.random_scene(random.Random("+".join(called)), *called)
+        scene = self._world.random_scene(random.Random("+".join(called)), *called, width=self._size)
         return f"{self._world.caption(scene)} {' '.join(f'<lora:{name}>' for name in cell.elements)}"
 
 
