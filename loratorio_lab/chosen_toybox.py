@@ -35,10 +35,6 @@ class ChosenToybox:
         order = dict.fromkeys(["character", *(element.category for element in self.world.elements)])
         return {kind: [element.name for element in present if element.category == kind] for kind in order}
 
-    def category_of(self) -> dict[str, str]:
-        """The category of each element that has a LoRA."""
-        return {name: kind for kind, names in self.categories().items() for name in names}
-
 
 def add_toybox(parser: argparse.ArgumentParser) -> None:
     """The options that `toybox_of` takes."""

@@ -31,7 +31,7 @@ _OF_STRENGTH = ("te", "unet", "dyn")
 _STOPPED = ("interrupted", "skipped", "stopping_generation")
 """What the WebUI's state says when the user has ended a picture."""
 
-SEED, LARGEST, MOST_CFG = 1, 2048, 7.0
+SEED, LARGEST = 1, 2048
 
 
 @dataclass(frozen=True)
