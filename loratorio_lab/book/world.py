@@ -100,7 +100,7 @@ def caption(scene: Scene) -> str:
         thing = element.trigger if element else SUBJECTS[figure.name]
         words = " ".join(filter(None, (figure.size, thing)))
         if element is None and thing not in SEVERAL:
-            words = f"{'an' if words[0] in 'aeiou' and not words.startswith('uni') else 'a'} {words}"
+            words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
         parts.append(f"{words} on the {figure.place}" if figure.place else words)
     top, bottom = scene.ground
     ground = f"{top}" if top == bottom else f"{top} to {bottom}"

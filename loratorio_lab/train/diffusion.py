@@ -113,10 +113,25 @@ def batch_of(data: Data, rng: random.Random, size: int) -> tuple[Tensor, list[st
 
 def snr_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
     """min(SNR, 5)/SNR at these timesteps, (B,) (Hang et al. 2023)."""
-    alphas = schedule.alphas_cumprod.to(times.device)[times]
-    snr = alphas / (1 - alphas)
+    snr = _snr(schedule, times)
     weight: Tensor = snr.clamp(max=SNR_CAP) / snr
     return weight
+
+
+def level_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
+    """`snr_weight` times SNR^−0.65, that within 0.1 and 40, (B,): all noise levels then have losses of about the same size.
+
+    What is where is decided at high noise, where errors are small in the noise: with `snr_weight` alone, forms and grounds are learned
+    half as fast.
+    """
+    weight: Tensor = snr_weight(schedule, times) * _snr(schedule, times).pow(-0.65).clamp(0.1, 40)
+    return weight
+
+
+def _snr(schedule: DDPMScheduler, times: Tensor) -> Tensor:
+    alphas = schedule.alphas_cumprod.to(times.device)[times]
+    snr: Tensor = alphas / (1 - alphas)
+    return snr
 
 
 def random_times(latents: Tensor) -> Tensor:
@@ -126,11 +141,11 @@ def random_times(latents: Tensor) -> Tensor:
 def noise_loss(
     unet: UNet2DConditionModel, schedule: DDPMScheduler, latents: Tensor, conditioning: Tensor
 ) -> Tensor:
-    """Squared error of the predicted noise, weighted by `snr_weight`."""
+    """Squared error of the predicted noise, weighted by `level_weight`."""
     noise, times = torch.randn_like(latents), random_times(latents)
     made = unet(schedule.add_noise(latents, noise, times), times, conditioning).sample
     error = (made.float() - noise).square().mean(dim=(1, 2, 3))
-    loss: Tensor = (snr_weight(schedule, times) * error).mean()
+    loss: Tensor = (level_weight(schedule, times) * error).mean()
     return loss
 
 
@@ -139,8 +154,7 @@ def imitation_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
 
     The first steps, which decide where things go, have errors that are small in the noise and large in the denoised picture.
     """
-    alphas = schedule.alphas_cumprod.to(times.device)[times]
-    weight: Tensor = snr_weight(schedule, times) * ((1 - alphas) / alphas).clamp(0.5, 20)
+    weight: Tensor = snr_weight(schedule, times) * (1 / _snr(schedule, times)).clamp(0.5, 20)
     return weight
 
 

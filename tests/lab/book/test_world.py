@@ -52,8 +52,8 @@ def test_captions() -> None:
     assert caption(Scene((bear, owl))) == "a bear on the left, a small owl on the right, white background"
     full = Scene((replace(bear, name="ghost"), replace(owl, size="")), background="night", style="ink")
     assert caption(full) == "boolio on the left, an owl on the right, lunara background, inkash style"
-    lone = Scene((Figure("unicorn", 64, 64, 100),), ground=("blue", "pink"))
-    assert caption(lone) == "a unicorn, blue to pink background"
+    lone = Scene((Figure("elephant", 64, 64, 100),), ground=("blue", "pink"))
+    assert caption(lone) == "an elephant, blue to pink background"
     assert caption(Scene((Figure("cherries", 64, 64, 110, "large"),))) == "large cherries, white background"
 
 
