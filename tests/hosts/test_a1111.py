@@ -190,6 +190,21 @@ def test_places_are_refused_where_a_script_samples_parts_of_the_picture(
     assert torch.equal(made(a, b, chosen=2), compose(standin.job(a, b))[0])
 
 
+def test_places_are_not_looked_for_in_each_tile_of_ultimate_sd_upscale(a1111: Any, standin: Any) -> None:
+    Tag = a1111.run.Tag
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    scripts = [SimpleNamespace(title=lambda: "Ultimate SD upscale")]
+    runner = SimpleNamespace(selectable_scripts=scripts, alwayson_scripts=[])
+
+    def made(*tags: Any) -> Any:
+        return compose(standin.job(*tags, scripts=runner, script_args=[1]))[0]
+
+    with pytest.raises(LoratorioError, match="at=auto would find other places in each tile"):
+        made(Tag(a, named={"at": "auto"}), Tag(b, named={"at": "auto"}))
+    drawn = (Tag(a, named={"at": "left"}), Tag(b, named={"at": "right"}))
+    assert torch.equal(made(*drawn), compose(standin.job(*drawn))[0])
+
+
 def test_half_precision_files_work_on_a_cpu(standin: Any) -> None:
     """Where the WebUI itself silently leaves such a LoRA out."""
     half, single = standin.full("half", 2, torch.float16), standin.full("single", 2)
