@@ -694,6 +694,7 @@ def test_loras_that_always_act_in_a_place_are_weighed_against_none(
     assert not close(found, standin.run(standin.job()))
     assert [str(use) for use in job.passes[0].uses] == [f"{name}:1 at left" for name in "ab"[:loras]]
     assert job.passes[0].history.weights == []
+    assert job.notes == ["There are no weight maps: LoRAs with role=always have no weight."]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...adapters.bank import Bank
 from ...compose.mixes import NO_WORDS
 from ...errors import LoratorioError
-from ...job import PassRecord
+from ...job import INTERRUPTED, PassRecord
 from ...pictures.infotext import LoraUse
 from ...prompt.admission import Admitted
 from ...prompt.places import OPTION as PLACE_OPTION
@@ -28,8 +28,6 @@ NO_STEP = (
     "LoRAtorio composed nothing: the sampler did not call the model in any step. The picture is the WebUI's own. "
     "Raise the steps, or the denoising strength."
 )
-
-INTERRUPTED = "LoRAtorio composed nothing: interrupted before the first step."
 
 BYPASSED = (
     "Another extension, or a newer WebUI, calls the model without LoRAtorio, so the picture would not be composed. "
