@@ -49,9 +49,6 @@ class A1111Pass(SamplingPass):
         limit = 0 if shared.opts.batch_cond_uncond else max(1, len(source.p.prompts))
         super().__init__(source, admitted, limit)
         self._denoiser = self.p.sampler.model_wrap_cfg
-        if self._denoiser.inner_model.inner_model is not shared.sd_model:
-            # img2img has one sampler for all batches, which still wraps the last batch's refiner.
-            self._denoiser.model_wrap = None
         self._bound_to = shared.sd_model.sd_checkpoint_info  # the checkpoint that the LoRAs are attached to
         self._texts = self._text_conditioning()
         self._evaluation: A1111Evaluation | None = None

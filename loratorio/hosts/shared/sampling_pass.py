@@ -37,6 +37,16 @@ BYPASSED = (
 Result = TypeVar("Result")
 
 
+def _take_present_model(sampler: Any) -> None:
+    """img2img has one sampler for all batches, which would go on with the refiner of the batch before."""
+    from modules import shared
+
+    denoiser = sampler.model_wrap_cfg
+    if denoiser.inner_model.inner_model is not shared.sd_model:
+        denoiser.model_wrap = None
+        sampler.model_wrap = denoiser.inner_model
+
+
 class SamplingPass(ABC):
     """Composes one pass. Make one per pass; `run` encloses the WebUI's sampling loop.
 
@@ -53,6 +63,7 @@ class SamplingPass(ABC):
 
     def __init__(self, source: PassLoras, admitted: Admitted[ReadLora], row_limit: int = 0) -> None:
         self.job, self.p = source.job, source.p
+        _take_present_model(self.p.sampler)
         self.source = source
         self.loras = admitted.loras
         self.all_take_part = all(lora.source is None for lora in admitted.left_out)
