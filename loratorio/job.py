@@ -157,4 +157,5 @@ NOT_COMPOSED = (
     "LoRAtorio composed nothing in this picture. Either the WebUI did not sample it, or another extension, such as Tiled Diffusion's "
     "DemoFusion, samples in its own way with the LoRAs merged."
 )
+INTERRUPTED = "LoRAtorio composed nothing: interrupted before the first step."
 FIRST_PASS, HIRES_PASS = "First pass: ", "Hires pass: "

@@ -290,10 +290,12 @@ class Settings:
         return replace(self, **{**defaults_of(values.get("method"), self.method), **values})
 
     def without_effect(self, asked: Iterable[str]) -> list[str]:
-        """A sentence for each of these knobs that was changed but is not used by the method."""
+        """A sentence for each of these knobs that was changed but is not used by the method, or not without another knob."""
         method = METHODS[self.method].entry.label
         sentences = []
         for name in asked:
+            if name == "single_maps" and self.single_maps and not self.weight_maps:
+                sentences.append(f"{self.called(name)} has no effect without {self.called('weight_maps')}.")
             knob = KNOB_BY_NAME.get(name)
             default = None if knob is None else knob.default_with(self.method)
             if knob is not None and knob.ignored_by(self.method) and getattr(self, name) != default:

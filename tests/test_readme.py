@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from loratorio.standalone import cli
 from loratorio.standalone.checkpoint import load_checkpoint
+from loratorio_lab import cli as lab
 from loratorio_lab.knob_table import STALE, with_table
 from tests import tiny
 
@@ -55,9 +58,26 @@ def test_its_python_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Image.open("cat.png").size == (64, 64)
 
 
-def test_its_commands_are_commands() -> None:
-    shown = re.findall(r"^loratorio (.*)$", README, re.MULTILINE)
-    assert len(shown) >= 3
-    for line in shown:
-        if "--help" not in line:
-            cli._parser().parse_args(shlex.split(line))
+class Parsed(Exception):
+    """A command's arguments are ones that it takes."""
+
+
+def test_commands_that_the_docs_name_are_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all their options: nothing is run."""
+    parse = ArgumentParser.parse_args
+
+    def parse_only(self: ArgumentParser, *arguments: Any) -> None:
+        parse(self, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
+    text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES)
+    shown = re.findall(r"^ *(loratorio(?:-lab)?) +(.*)$", text, re.MULTILINE)
+    shown += re.findall(r"`(loratorio-lab) ([^`]+)`", text)
+    assert len(shown) >= 25
+    for program, typed in shown:
+        words = [word for word in shlex.split(typed, comments=True) if word != "..."]
+        main = lab.main if program == "loratorio-lab" else cli.main
+        if words[-1] not in ("--help", "-h"):
+            with pytest.raises(Parsed):
+                main(words)

@@ -190,6 +190,9 @@ def test_knobs_that_change_nothing_are_said() -> None:
     # At its default nobody meant anything by it.
     assert Settings().without_effect(["temperature"]) == []
     assert Settings(temperature=0.05, method="loratorio").without_effect(["temperature"]) == []
+    single = Settings(single_maps=True)
+    assert single.without_effect(["single_maps"]) == ["single_maps has no effect without weight_maps."]
+    assert Settings(single_maps=True, weight_maps=True).without_effect(["single_maps"]) == []
     assert len(Settings(method="switch", recentre=1.0, share=0.5).without_effect(["recentre", "share"])) == 2
 
 

@@ -197,7 +197,9 @@ class Engine:
             start, end = settings.called("start"), settings.called("end")
             values = f"{start} = {settings.start:g} and {end} = {settings.end:g}"
             return [f"The LoRAs were merged: {values} leave none of the {steps} steps to compose."]
-        if settings.weight_maps and self.participants.loras and not self.history.weights:
+        if settings.weight_maps and not self.participants.loras:
+            return ["There are no weight maps: LoRAs with role=always have no weight."]
+        if settings.weight_maps and not self.history.weights:
             label = METHODS[settings.method].entry.label
             return [f"There are no weight maps: {label} does not weight LoRAs patch by patch."]
         return []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoratorioError
+from ..job import INTERRUPTED
 from ..pictures.infotext import PLACES_KEY, VERSION_KEY, LoraUse, found_places, params
 from ..prompt.places import written
 from ..settings import FORMER_METHODS, KNOB_BY_NAME, KNOBS, Knob, Settings
@@ -22,7 +23,8 @@ Params = Mapping[str, Any]
 def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
     """Update the WebUI's `p.extra_generation_params` with the knobs, and with the LoRAs and notes of the current batch.
 
-    The knobs are written when the job begins, because the WebUI writes the file for its paste button before the first picture is
+    The knobs are written when the job begins, with a note for the infotext that the WebUI makes if it is interrupted before the first
+    batch. They are written again when a batch begins, because the WebUI writes the file for its paste button before the first picture is
     sampled. LoRAs and notes are written after each pass, because a picture may be saved between two passes. Earlier fields are removed,
     because the pictures of an X/Y/Z plot and the batches of a job share one mapping.
     """
@@ -30,6 +32,8 @@ def write(fields: dict[str, Any], settings: Settings, job: Job | None) -> None:
         del fields[key]
     if job is None:
         fields.update(params(settings, ()))
+        if settings.enabled:
+            fields[NOTE_KEY] = INTERRUPTED
         return
     uses: dict[bool, Sequence[LoraUse]] = {False: (), True: ()}
     for each in job.passes:

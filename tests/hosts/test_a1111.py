@@ -304,6 +304,16 @@ def test_the_refiner_is_composed_too(standin: Any, name: str) -> None:
     assert standin.run(standin.job(a, b)).shape == merged.shape
 
 
+@pytest.mark.parametrize("name", ["Euler", "DDIM"])
+def test_a_refiner_that_stays_in_memory_is_not_the_next_batch_s_model(standin: Any, name: str) -> None:
+    """img2img's sampler serves all batches, and would go on with the refiner."""
+    fields = {"refiner": standin.refiner, "refiner_switch_at": 0.5, "sampler_name": name}
+    a, b = standin.lora("a", 1), standin.lora("b", 2)
+    both, _ = compose(standin.img2img(a, b, n_iter=2, **fields))
+    second, _ = compose(standin.img2img(a, b, seed=2, **fields))
+    assert torch.equal(both[1:], second)
+
+
 def test_a_refiner_without_a_loras_text_encoder_is_said(standin: Any) -> None:
     a, b = standin.lora("a", 1), standin.lora("b", 2, text=False)
     layers = standin.refiner.network_layer_mapping
@@ -709,6 +719,7 @@ def test_loras_that_always_act_in_a_place_are_weighed_against_none(
     assert not close(found, standin.run(standin.job()))
     assert [str(use) for use in job.passes[0].uses] == [f"{name}:1 at left" for name in "ab"[:loras]]
     assert job.passes[0].history.weights == []
+    assert job.notes == ["There are no weight maps: LoRAs with role=always have no weight."]
 
 
 @pytest.mark.parametrize(

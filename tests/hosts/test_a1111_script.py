@@ -115,10 +115,16 @@ def test_a_picture_without_a_step_says_that_nothing_was_composed(
     with contextlib.suppress(TypeError):  # the stand-in makes no picture of nothing
         standin.run(p)
     a1111.shared.state.interrupted = False
-    assert (
-        "LoRAtorio composed nothing: interrupted before the first step"
-        in p.extra_generation_params["LoRAtorio note"]
-    )
+    interrupted = "LoRAtorio composed nothing: interrupted before the first step."
+    assert p.extra_generation_params["LoRAtorio note"] == interrupted
+    # Before the first batch the WebUI makes an infotext without a picture, of what `process` has written.
+    script.process(p, {"enabled": True, "top_k": 3})
+    assert p.extra_generation_params["LoRAtorio note"] == interrupted
+    assert p.extra_generation_params["LoRAtorio top-k"] == "3"
+    script.before_process_batch(p, prompts=p.prompts)
+    assert "LoRAtorio note" not in p.extra_generation_params
+    script.process(p, {"enabled": False})
+    assert p.extra_generation_params == {}
 
 
 def test_bad_knobs_stop_the_job(standin: Any, script: Any) -> None:

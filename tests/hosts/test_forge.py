@@ -407,6 +407,15 @@ def test_the_refiner_is_composed_too(webui: Any, standin: Any) -> None:
     assert torch.equal(standin.run(job("a", "c")), merged)
 
 
+def test_a_refiner_is_not_the_next_batch_s_model(webui: Any, standin: Any) -> None:
+    """img2img's sampler serves all batches, and would go on with the refiner."""
+    fields = {"refiner": webui.run.Model(standin.model.variant, "refiner", seed=2)}
+    both, _ = compose(standin, standin.img2img("a", "c", n_iter=2, **fields), **KNOBS)
+    second, done = compose(standin, standin.img2img("a", "c", seed=2, **fields), **KNOBS)
+    assert same(both[1:], second)
+    assert not done.notes
+
+
 def test_loras_that_do_not_fit_the_refiner_are_left_out_there(webui: Any, standin: Any) -> None:
     class Other(torch.nn.Module):
         """Without any layer that the LoRAs know."""

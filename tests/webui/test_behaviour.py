@@ -59,6 +59,21 @@ def test_no_lora_stays_in_memory(webui: WebUI, loras: list[str], has_reference: 
         assert webui.call("slow-reference-held") == 0
 
 
+def test_interrupted_at_once(webui: WebUI, loras: list[str]) -> None:
+    """Before the first batch, before the first step, or later: the infotext has LoRAs, or says that nothing was composed."""
+    done: list[Pictures] = []
+    fields = {"prompt": tagged("a red circle", loras[:2]), "steps": 60, "n_iter": 2}
+    job = threading.Thread(target=lambda: done.append(webui.txt2img(TOGETHER, **fields)))
+    job.start()
+    while not webui.call("progress?skip_current_image=true")["state"]["job"] and job.is_alive():
+        time.sleep(0.01)
+    webui.call("interrupt", {})
+    job.join()
+    assert done[0].infotexts
+    for text in done[0].infotexts:
+        assert ("LoRAtorio LoRAs" in text) != ("interrupted before the first step" in text), text
+
+
 @pytest.mark.parametrize("call", ["interrupt", "skip"])
 def test_interruption(webui: WebUI, loras: list[str], call: str) -> None:
     """The job ends early with a picture, and the next one is as if nothing had been."""

@@ -235,7 +235,8 @@ def test_knobs_are_written_when_the_job_begins() -> None:
     infotext.write(fields, Settings(enabled=True, patch_size=5), None)
     assert fields["LoRAtorio"] == "True"
     assert fields["LoRAtorio patch size"] == "5"
-    assert "LoRAtorio note" not in fields
+    # Until a batch begins, the WebUI makes an infotext only if it is interrupted.
+    assert fields["LoRAtorio note"] == "LoRAtorio composed nothing: interrupted before the first step."
     assert "LoRAtorio LoRAs" not in fields
     infotext.write(fields, Settings(), None)
     assert fields == {"Seed": 1, "LoRA": "x"}

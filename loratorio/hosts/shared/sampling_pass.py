@@ -15,7 +15,7 @@ from torch import Tensor
 from ...adapters.bank import Bank
 from ...compose.mixes import NO_WORDS
 from ...errors import LoratorioError
-from ...job import PassRecord
+from ...job import INTERRUPTED, PassRecord
 from ...pictures.infotext import LoraUse
 from ...prompt.admission import Admitted
 from ...prompt.places import OPTION as PLACE_OPTION
@@ -29,14 +29,22 @@ NO_STEP = (
     "Raise the steps, or the denoising strength."
 )
 
-INTERRUPTED = "LoRAtorio composed nothing: interrupted before the first step."
-
 BYPASSED = (
     "Another extension, or a newer WebUI, calls the model without LoRAtorio, so the picture would not be composed. "
     "Untick LoRAtorio, or switch off the other extension."
 )
 
 Result = TypeVar("Result")
+
+
+def _take_present_model(sampler: Any) -> None:
+    """img2img has one sampler for all batches, which would go on with the refiner of the batch before."""
+    from modules import shared
+
+    denoiser = sampler.model_wrap_cfg
+    if denoiser.inner_model.inner_model is not shared.sd_model:
+        denoiser.model_wrap = None
+        sampler.model_wrap = denoiser.inner_model
 
 
 class SamplingPass(ABC):
@@ -55,6 +63,7 @@ class SamplingPass(ABC):
 
     def __init__(self, source: PassLoras, admitted: Admitted[ReadLora], row_limit: int = 0) -> None:
         self.job, self.p = source.job, source.p
+        _take_present_model(self.p.sampler)
         self.source = source
         self.loras = admitted.loras
         self.all_take_part = all(lora.source is None for lora in admitted.left_out)

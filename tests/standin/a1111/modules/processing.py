@@ -196,9 +196,10 @@ def process_images(p):
         p.fire("before_process")
         p.fire("process")
         p.init()
-        batches = []
+        batches, model = [], shared.sd_model
         for iteration in range(p.n_iter):
             p.iteration = iteration
+            shared.sd_model = model  # a refiner may have taken its place
             p.fire("before_process_batch", prompts=p.prompts)
             p.parse_extra_network_prompts()
             p.activate(p.extra_network_data)

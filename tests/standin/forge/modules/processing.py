@@ -1,5 +1,7 @@
 """A job, its sampler and a guided step."""
 
+from types import SimpleNamespace
+
 import networks
 import torch
 from backend.sampling.sampling_function import sampling_function, sampling_prepare
@@ -13,6 +15,13 @@ class CFGDenoiser:
         self.sampler, self.p = sampler, sampler.p
         self.steps = self.total_steps = None
         self.step = 0
+        self.model_wrap = None
+
+    @property
+    def inner_model(self):
+        if self.model_wrap is None:
+            self.model_wrap = SimpleNamespace(inner_model=shared.sd_model)
+        return self.model_wrap
 
     def __call__(self, x, sigma, cond, uncond, cond_scale):
         if shared.state.interrupted:
@@ -42,6 +51,7 @@ class CFGDenoiser:
         return True
 
     def update_inner_model(self):
+        self.model_wrap = None
         self.sampler.conds = self.p.c, self.p.uc
 
 
@@ -51,6 +61,7 @@ class Sampler:
     def __init__(self, p, second_order=False):
         self.p, self.second_order = p, second_order
         self.model_wrap_cfg = CFGDenoiser(self)
+        self.model_wrap = self.model_wrap_cfg.inner_model
         self.last_latent = None
 
     def launch_sampling(self, steps, func):
@@ -62,8 +73,8 @@ class Sampler:
             return self.last_latent
 
     def sample(self, p, x, cond, uncond):
-        self.model_wrap_cfg.step = 0
-        sampling_prepare(p.sd_model.forge_objects.unet)
+        self.model_wrap_cfg.step, self.conds = 0, None
+        sampling_prepare(self.model_wrap.inner_model.forge_objects.unet)
         return self.launch_sampling(p.steps, lambda: self.loop(x * 10, p.steps, cond, uncond))
 
     def loop(self, x, steps, cond, uncond):
@@ -190,9 +201,10 @@ def process_images(p):
     with torch.no_grad():
         p.fire("process")
         p.init()
-        batches = []
+        batches, model = [], shared.sd_model
         for iteration in range(p.n_iter):
             p.iteration = iteration
+            shared.sd_model = model  # a refiner may have taken its place
             p.sd_model.forge_objects = p.sd_model.forge_objects_original.shallow_copy()
             networks.activate(p.extra_network_data)
             p.reset_to_loras()

@@ -18,7 +18,7 @@ def cond_from_a1111_to_patched_ldm_weighted(cond, weights):
 
 
 def forge_sample(denoiser, x, sigma, text_cond, weights, text_uncond, cond_scale):
-    unet = denoiser.p.sd_model.forge_objects.unet
+    unet = denoiser.inner_model.inner_model.forge_objects.unet
     model, options, seed = unet.model, unet.model_options, denoiser.p.seed
     uncond = cond_from_a1111_to_patched_ldm(text_uncond)
     cond = cond_from_a1111_to_patched_ldm_weighted(text_cond, weights)

@@ -99,7 +99,7 @@ def calc_cond_uncond_batch(
 
 
 def sampling_function(denoiser, x, sigma, text_cond, weights, text_uncond, cond_scale):
-    unet = denoiser.p.sd_model.forge_objects.unet
+    unet = denoiser.inner_model.inner_model.forge_objects.unet
     model, options = unet.model, unet.model_options
     uncond, cond = compile_conditions(text_uncond), compile_weighted_conditions(text_cond, weights)
     for entry in [*cond, *(uncond or ())]:
