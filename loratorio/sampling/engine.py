@@ -353,8 +353,8 @@ def check_places(settings: Settings, participants: Participants) -> None:
 
 
 def _rows(branches: Sequence[Branch], counts: tuple[int, int]) -> Iterator[Row]:
-    """Every row of every branch, rows of one mix standing together so that the bank can batch them."""
-    mixes = dict.fromkeys(branch.mix for branch in branches)
+    """Every row of every branch: those of one mix together, and those without any LoRA last, so that the bank can batch the others."""
+    mixes = sorted(dict.fromkeys(branch.mix for branch in branches), key=lambda mix: not any(mix))
     for mix in mixes:
         for cond, count in zip((True, False), counts, strict=True):
             if Branch(mix, cond) in branches:
