@@ -4,49 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ...compose.mixes import Mix, Words
+from ...prompt.admission import ActiveLora
+from ..shared.pass_loras import PassLoras
 from ..shared.text import Prompts, set_up_conds
-from .loras import Network, activated, at_text_strength, bundled_embeddings
+from .loras import activated, at_text_strength, bundled_embeddings
 
 
 def conditioning_under(
-    p: Any, loras: Sequence[Network], strengths: Sequence[float], mix: Mix, words: Words
+    source: PassLoras, loras: Sequence[ActiveLora], strengths: Sequence[float], mix: Mix, words: Words
 ) -> Prompts:
     """The pass's conditioning with each LoRA at its strength times its coefficient, read with these words, past the WebUI's caches."""
-    acting = [number for number, coefficient in enumerate(mix) if coefficient]
-    scaled = [at_text_strength(loras[number], strengths[number] * mix[number]) for number in acting]
+    acting = [(loras[number], strengths[number] * part) for number, part in enumerate(mix) if part]
+    kept = source.kept_texts([(replace(lora, text=strength), 1.0) for lora, strength in acting], words)
     with ExitStack() as undo:
-        undo.enter_context(_undisturbed(p))
-        undo.enter_context(activated(scaled))
-        undo.enter_context(bundled_embeddings([loras[number] for number in acting], loras))
-        return set_up_conds(p, words)
+        undo.enter_context(_undisturbed(source.p, kept))
+        undo.enter_context(activated([at_text_strength(lora.source, strength) for lora, strength in acting]))
+        undo.enter_context(
+            bundled_embeddings([lora.source for lora, _ in acting], [lora.source for lora in loras])
+        )
+        return set_up_conds(source.p, words)
 
 
 @contextmanager
-def _undisturbed(p: Any) -> Iterator[None]:
-    """Inside this block, conditioning bypasses the WebUI's caches. Afterwards its side effects are undone.
+def _undisturbed(p: Any, kept: dict[Any, list[Any]]) -> Iterator[None]:
+    """Inside this block, conditioning comes from the caches `kept`, not the WebUI's. Afterwards its side effects are undone.
 
-    The caches are keyed by the prompt and by the LoRAs named in it, not by the LoRAs that are active. So conditioning made
-    here must neither come from them nor stay in them.
+    Caches are keyed by the prompt and by the LoRAs named in it, not by the LoRAs that are active. So conditioning made
+    here must neither come from the WebUI's nor stay in them.
     """
-    from modules import devices, sd_hijack, shared
+    from modules import sd_hijack
 
-    def afresh(  # type: ignore[no-untyped-def]
+    def with_kept(  # type: ignore[no-untyped-def]
         function, required_prompts, steps, caches, extra_network_data, hires_steps=None
     ):
-        with devices.autocast():
-            return function(
-                shared.sd_model, required_prompts, steps, hires_steps, shared.opts.use_old_scheduling
-            )
+        is_negative = getattr(required_prompts, "is_negative_prompt", False)
+        cache = kept.setdefault((function, is_negative, hires_steps), [None, None])
+        return type(p).get_conds_with_caching(
+            p, function, required_prompts, steps, [cache], extra_network_data, hires_steps
+        )
 
     hijack = sd_hijack.model_hijack
     fields = ("c", "uc", "hr_c", "hr_uc", "step_multiplier", "firstpass_steps")
     before = {name: getattr(p, name) for name in fields if hasattr(p, name)}
     comments, infotext = list(hijack.comments), dict(hijack.extra_generation_params)
     overridden = vars(p).get("get_conds_with_caching")
-    p.get_conds_with_caching = afresh
+    p.get_conds_with_caching = with_kept
     try:
         yield
     finally:
