@@ -20,8 +20,12 @@ def conditioning_under(
     kept = source.kept_texts(
         [(lora.active, coefficient) for lora, coefficient in zip(loras, mix, strict=True)], words
     )
-    with text_encoder(p, _clip(p, loras, variant, mix)), _undisturbed(p, kept):
-        return set_up_conds(p, words)
+
+    def make(cond: bool) -> Any:
+        with text_encoder(p, _clip(p, loras, variant, mix)), _undisturbed(p):
+            return set_up_conds(p, words, kept, cond)
+
+    return Prompts(make)
 
 
 def _clip(p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix) -> Any:
@@ -58,15 +62,9 @@ def forget_conditioning(p: Any) -> None:
 
 
 @contextmanager
-def _undisturbed(p: Any, kept: dict[Any, list[Any]]) -> Iterator[None]:
-    """Conditioning made inside this block comes from the caches `kept` and stays there, not in the host's. Afterwards `p` is unchanged.
-
-    Caches are keyed by the prompt and the LoRAs named in it, not by the LoRAs that are active.
-    """
-    before = {name: getattr(p, name) for name in _TOUCHED + _CACHES if hasattr(p, name)}
-    for name in _CACHES:
-        if name in before:
-            setattr(p, name, kept.setdefault(name, [None, None, None]))
+def _undisturbed(p: Any) -> Iterator[None]:
+    """After conditioning was made inside this block, `p` is unchanged."""
+    before = {name: getattr(p, name) for name in _TOUCHED if hasattr(p, name)}
     try:
         yield
     finally:

@@ -129,7 +129,7 @@ class ForgePass(SamplingPass):
             partial(conditioning_under, self.source, self.loras, self._variant),
             host_has_merged=(self.all_take_part and not self._replaced) or merged_text,
         )
-        texts.prepare(self.engine.participants.every_mix(self.job.settings.share), self.engine.words)
+        texts.prepare(self.engine.branches_ahead(self.p.steps, self._guidance() != 1), self.engine.words)
         return texts
 
     def _without_loras(self) -> UnetClone:
