@@ -37,23 +37,51 @@ def add_low_rank(
         _add_to_pictures(output[part], layer._conv_forward(rows[part], own_down, None), own_up, own)
 
 
-def add_low_rank_by_row(
-    layer: nn.Module, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, factors: Tensor
-) -> None:
-    """output += up · (factors ∘ (down · rows)): one product for rows that have several LoRAs, each in its own measure.
+class Lowering:
+    """factors ∘ (down · rows), for rows that have several LoRAs, each in its own measure.
 
-    Args:
-        layer, rows, output: as in `add_low_rank`.
-        down: (r, in) or (r, in, kh, kw). up: (r, out).
-        factors: by row and rank, (R, r).
+    One product serves layers that get the same input one after another, such as the queries, keys and values of an attention: it is
+    computed for the first of them, and freed after the last. Whether a layer's input is that one is decided by identity.
     """
+
+    def __init__(self, down: Tensor, factors: Tensor, layers: int = 1) -> None:
+        """down: (r, in) or (r, in, kh, kw), r ranks of all layers. factors: by row and rank, (R, r). layers: how many share it."""
+        self._down, self._layers = down, layers
+        self._factors = factors[:, :, None, None] if down.ndim == 4 else factors[:, None]
+        self._input: Tensor | None = None
+        self._version: int | None = None
+        self._lowered: Tensor | None = None
+        self._left = 0
+
+    def of(self, layer: nn.Module, given: Tensor, rows: Tensor) -> Tensor:
+        """(R, …, r), or (R, r, H′, W′) of a convolution.
+
+        Args:
+            given: the layer's whole input, the same object for layers that share it.
+            rows: the R of its rows that count, (R, …, in) or (R, in, H, W).
+        """
+        lowered, version = self._lowered, None if given.is_inference() else given._version
+        if lowered is None or self._input is not given or self._version != version:
+            if isinstance(layer, nn.Conv2d):
+                # `_conv_forward` knows the layer's padding mode, which tiling changes while the model lives.
+                lowered = layer._conv_forward(rows, self._down, None) * self._factors
+            else:
+                lowered = F.linear(rows.reshape(len(rows), -1, rows.shape[-1]), self._down) * self._factors
+            self._left = self._layers
+        self._left -= 1
+        kept = self._left > 0
+        self._input, self._version, self._lowered = (given, version, lowered) if kept else (None, None, None)
+        return lowered
+
+
+def add_lowered(layer: nn.Module, lowered: Tensor, output: Tensor, up: Tensor) -> None:
+    """output += up · lowered, with the `Lowering` of these ranks and rows; up (r, out)."""
     if isinstance(layer, nn.Conv2d):
-        lowered = layer._conv_forward(rows, down, None) * factors[:, :, None, None]
         _add_to_pictures(output, lowered, up, 1.0)
-        return
-    tokens = rows.reshape(len(rows), -1, rows.shape[-1])
-    values = (tokens @ down.T) * factors.unsqueeze(1)
-    _add_product(output, values, up.unsqueeze(0), 1.0)
+    elif output.is_contiguous():
+        output.view(-1, up.shape[1]).addmm_(lowered.flatten(0, 1), up)
+    else:
+        output.add_((lowered @ up).view(output.shape))
 
 
 def _add_to_pictures(output: Tensor, lowered: Tensor, up: Tensor, factor: float | Tensor) -> None:

@@ -8,17 +8,18 @@ in another one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from .delta import Adapter, Fitted, LowRank
-from .plan import Coefficients, LayerProduct, Segment, planned, segments
+from .plan import Coefficients, Product, Segment, planned, segments, sharing
 from .stacks import Stacks, Target
 
 
@@ -29,7 +30,7 @@ class Regrouped(Exception):
 PLANS = 64
 """The most routings that are cached, and the most dense sums of several LoRAs."""
 
-_Plan = dict[tuple[str, Target], list[LayerProduct]]
+_Plan = dict[tuple[str, Target], Sequence[Product]]
 """The products of every layer for one way to route rows."""
 
 
@@ -41,17 +42,45 @@ class _Routing:
         mixes: one per row. segments: those that any LoRA acts on.
         by_layer: by layer, the mix that replaces every segment's mix there.
         plan: the products of this routing that are already planned.
+        one_mix: whether all rows are under one mix.
     """
 
     mixes: tuple[Coefficients, ...] = ()
     segments: tuple[Segment, ...] = ()
     by_layer: Mapping[str, Coefficients] = field(default_factory=dict)
     plan: _Plan = field(default_factory=dict)
+    one_mix: bool = False
 
-    @property
-    def one_mix(self) -> bool:
-        """Whether all rows are under one mix."""
-        return self.mixes.count(self.mixes[0]) == len(self.mixes)
+
+class _Inputs:
+    """Which layers get the same input one after another, as it was in the first model call.
+
+    Attributes:
+        shared: by layer, all those that share its input, in order; layers that share it with none are left out.
+    """
+
+    def __init__(self) -> None:
+        self.shared: dict[str, tuple[str, ...]] = {}
+        self._runs: list[list[str]] | None = []
+        self._last: Callable[[], Tensor | None] = lambda: None
+
+    def meet(self, name: str, given: Tensor) -> None:
+        """A layer is called for the first time with this input."""
+        if self._runs is None:
+            return
+        if self._last() is given:
+            self._runs[-1].append(name)
+        else:
+            self._runs.append([name])
+        self._last = ref(given)
+
+    def settle(self) -> bool:
+        """The first call is over. Returns whether any layers share their input and were not known to."""
+        runs, self._runs = self._runs, None if self._runs else self._runs
+        for run in runs or []:
+            if len(run) > 1 and not self.shared.keys() & run:
+                self.shared.update(dict.fromkeys(run, tuple(run)))
+        return bool(runs and self.shared)
 
 
 class Bank:
@@ -68,6 +97,7 @@ class Bank:
         self._most_apart = 0
         self._resident: dict[int, None] = {}  # of those kept apart, the last used at the end
         self._stacks: Stacks
+        self._inputs: _Inputs
         self._use({})
 
     @property
@@ -138,11 +168,13 @@ class Bank:
         self._make_room(now)
         # Mixes by layer differ at each step: not worth caching.
         plan: _Plan = {} if by_layer else self._plan_for(now)
-        self._routing = _Routing(tuple(mixes), now, by_layer or {}, plan)
+        self._routing = _Routing(tuple(mixes), now, by_layer or {}, plan, len(set(mixes)) == 1)
         try:
             yield
         finally:
             self._routing = before
+        if self._inputs.settle():
+            self._plans.clear()
 
     @contextmanager
     def routed_part(self, numbers: Sequence[int]) -> Iterator[None]:
@@ -224,6 +256,7 @@ class Bank:
     def _use(self, fitted: dict[str, dict[int, Fitted]]) -> None:
         self._fitted, self._stacks = fitted, Stacks(self.adapters, fitted, self._apart)
         self._has_assembled = False
+        self._inputs = _Inputs()
         self._plans.clear()
         self._resident.clear()
 
@@ -231,27 +264,36 @@ class Bank:
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         """The forward hook of every touched layer: each row's delta, added to the layer's output in place."""
-        if not self._routing.segments:
+        routing = self._routing
+        if not routing.segments:
             return
-        rows: Tensor = args[0] if args else next(iter(kwargs.values()))
-        one_mix = self._routing.one_mix
-        if not one_mix and len(rows) != len(self._routing.mixes):
-            raise Regrouped(f"{name}: {len(rows)} entries for {len(self._routing.mixes)} rows")
+        given: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if not routing.one_mix and len(given) != len(routing.mixes):
+            raise Regrouped(f"{name}: {len(given)} entries for {len(routing.mixes)} rows")
         # Under autocast a layer's output is in the dtype that it computed in.
-        rows = rows.to(output.dtype)
-        for product in self._products(name, output):
-            part = slice(None) if one_mix else slice(product.start, product.stop)
-            product.add(layer, rows[part], output[part])
+        rows = given if given.dtype == output.dtype else given.to(output.dtype)
+        for product in self._products(name, given, output):
+            if routing.one_mix or product.stop - product.start == len(routing.mixes):
+                product.apply(layer, given, rows, output)
+            else:
+                part = slice(product.start, product.stop)
+                product.apply(layer, given, rows[part], output[part])
 
-    def _products(self, name: str, like: Tensor) -> list[LayerProduct]:
-        where = Target(like.device, like.dtype)
+    def _products(self, name: str, given: Tensor, output: Tensor) -> Sequence[Product]:
+        where = Target(output.device, output.dtype)
         plan = self._routing.plan
         if (name, where) not in plan:
-            here = self._routing.segments
-            if name in self._routing.by_layer:
-                here = tuple(replace(segment, mix=self._routing.by_layer[name]) for segment in here)
-            plan[name, where] = list(planned(name, here, self._stacks, where))
+            self._inputs.meet(name, given)
+            names = self._inputs.shared.get(name, (name,))
+            made = sharing({each: list(self._planned(each, where)) for each in names}, self._stacks)
+            plan.update({(each, where): products for each, products in made.items()})
         return plan[name, where]
+
+    def _planned(self, name: str, where: Target) -> Iterator[Product]:
+        here = self._routing.segments
+        if name in self._routing.by_layer:
+            here = tuple(replace(segment, mix=self._routing.by_layer[name]) for segment in here)
+        return planned(name, here, self._stacks, where)
 
 
 def _change(fitted: Fitted, strength: float) -> tuple[Tensor, int] | None:

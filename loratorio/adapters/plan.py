@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from .apply import add_dense, add_low_rank, add_low_rank_by_row
+from .apply import Lowering, add_dense, add_low_rank, add_lowered
 from .stacks import Stack, Stacks, Target
 
 Coefficients = tuple[float, ...]
@@ -34,6 +34,54 @@ class LayerProduct:
     stop: int
     add: Callable[[nn.Module, Tensor, Tensor], None]
 
+    def apply(self, layer: nn.Module, given: Tensor, rows: Tensor, output: Tensor) -> None:
+        """Add to `output`, these rows of the layer's output. rows: the same of its input, which is `given` as a whole."""
+        self.add(layer, rows, output)
+
+
+@dataclass(frozen=True)
+class StackProduct:
+    """The product of all LoRAs of a stack with rows `start` to `stop`, which have all of them, each in its own measure.
+
+    Attributes:
+        factors: by row and rank, (rows, R).
+        lowering: `factors` ∘ (down · rows), alone or with that of other layers; `ranks` are this layer's in it.
+    """
+
+    start: int
+    stop: int
+    stack: Stack
+    factors: Tensor
+    lowering: Lowering
+    ranks: slice
+
+    def apply(self, layer: nn.Module, given: Tensor, rows: Tensor, output: Tensor) -> None:
+        lowered = self.lowering.of(layer, given, rows)[..., self.ranks]
+        add_lowered(layer, lowered, output, self.stack.up)
+
+
+Product = LayerProduct | StackProduct
+
+
+def sharing(plans: Mapping[str, Sequence[Product]], stacks: Stacks) -> Mapping[str, Sequence[Product]]:
+    """The products of layers that get the same input, by layer, with one lowering for all of them where all have the same rows."""
+    alone = {name: plan[0] for name, plan in plans.items() if len(plan) == 1}
+    products = {name: product for name, product in alone.items() if isinstance(product, StackProduct)}
+    rows = {(each.start, each.stop) for each in products.values()}
+    if len(plans) == 1 or len(products) < len(plans) or len(rows) > 1:
+        return plans
+    joined = stacks.joined({name: product.stack for name, product in products.items()})
+    if joined is None:
+        return plans
+    down, own = joined
+    lowering = Lowering(down, torch.cat([each.factors for each in products.values()], dim=1), len(products))
+    shared: dict[str, Sequence[Product]] = {}
+    stop = 0
+    for name, product in products.items():
+        start, stop = stop, stop + product.factors.shape[1]
+        shared[name] = [replace(product, stack=own[name], lowering=lowering, ranks=slice(start, stop))]
+    return shared
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -54,7 +102,7 @@ def segments(mixes: Sequence[Coefficients]) -> Iterator[Segment]:
         start = stop
 
 
-def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Target) -> Iterator[LayerProduct]:
+def planned(name: str, of: Sequence[Segment], stacks: Stacks, where: Target) -> Iterator[Product]:
     """The products of one layer for these segments."""
     parts = [_Part(each.start, each.stop, stacks.factors(name, each.mix)) for each in of]
     for block in _adjacent([part for part in parts if part.factors]):
@@ -85,7 +133,7 @@ def _stack_of_all(
     return None if stacks.has_dense(name, common) else first
 
 
-def _by_row(block: Sequence[_Part], stack: Stack, stacks: Stacks, where: Target) -> LayerProduct:
+def _by_row(block: Sequence[_Part], stack: Stack, stacks: Stacks, where: Target) -> StackProduct:
     ordered = sorted(stack.ranks, key=lambda number: stack.ranks[number])
     ranks = tuple(stack.ranks[number][1] - stack.ranks[number][0] for number in ordered)
     rows = tuple(
@@ -94,8 +142,8 @@ def _by_row(block: Sequence[_Part], stack: Stack, stacks: Stacks, where: Target)
         for _ in range(part.start, part.stop)
     )
     factors = stacks.factors_by_row(rows, ranks, where)
-    add = partial(add_low_rank_by_row, down=stack.down, up=stack.up, factors=factors)
-    return LayerProduct(block[0].start, block[-1].stop, add)
+    lowering = Lowering(stack.down, factors)
+    return StackProduct(block[0].start, block[-1].stop, stack, factors, lowering, slice(None))
 
 
 def _adjacent(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
@@ -126,7 +174,7 @@ def _without(part: _Part, common: dict[int, float]) -> _Part:
     return _Part(part.start, part.stop, {number: factor for number, factor in left.items() if factor})
 
 
-def _products(name: str, parts: Sequence[_Part], stacks: Stacks, where: Target) -> Iterator[LayerProduct]:
+def _products(name: str, parts: Sequence[_Part], stacks: Stacks, where: Target) -> Iterator[Product]:
     """Low-rank products, those of neighbouring parts with one LoRA each in one batched product; dense changes part by part."""
     run: list[tuple[_Part, int, Stack]] = []
     for part in parts:

@@ -34,11 +34,13 @@ class Stack(NamedTuple):
     Attributes:
         down: (R, in, …). up: (R, out).
         ranks: by LoRA, where in R it begins and ends.
+        joined: what `down` is a part of, if it is joined with other layers' (`Stacks.joined`).
     """
 
     down: Tensor
     up: Tensor
     ranks: Mapping[int, tuple[int, int]]
+    joined: Tensor | None = None
 
 
 class Stacks:
@@ -106,6 +108,31 @@ class Stacks:
             # What was made for another dtype is not needed any more.
             known = self._low_rank[name, together] = (where, self._stack(name, together, where))
         return known[1]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def joined(self, stacks: Mapping[str, Stack]) -> tuple[Tensor, Mapping[str, Stack]] | None:
+        """The `down` of several layers' stacks in one tensor, and the stacks, by layer, whose `down` are parts of it.
+
+        None for stacks that do not have all of a layer's LoRAs, for inputs of different size, and for convolutions.
+        """
+        keys = {name: (name, self._together(name)) for name in stacks}
+        if any(
+            self._low_rank.get(keys[name], (None, None))[1] is not stack for name, stack in stacks.items()
+        ):
+            return None
+        first, *others = stacks.values()
+        if first.down.ndim > 2 or any(stack.down.shape[1:] != first.down.shape[1:] for stack in others):
+            return None
+        if first.joined is not None and all(stack.joined is first.joined for stack in others):
+            return first.joined, stacks
+        whole = torch.cat([stack.down for stack in stacks.values()])
+        joined, stop = {}, 0
+        for name, stack in stacks.items():
+            start, stop = stop, stop + len(stack.down)
+            joined[name] = stack._replace(down=whole[start:stop], joined=whole)
+            self._low_rank[keys[name]] = (self._low_rank[keys[name]][0], joined[name])
+        return whole, joined
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -241,10 +241,3 @@ class Participants:
         """The words of the LoRA that a mix belongs to, with and without shared parts; LoRAs without words are left out."""
         every = (*self.loras, *self.with_shared_parts(share).loras)
         return {lora.mix: lora.words for lora in every if lora.words}
-
-    def every_mix(self, share: float = 0.0) -> list[Mix]:
-        """Every mix that a method may ask the model for, at this shared part."""
-        shared = self.with_shared_parts(share)
-        added = [each.mix for each in shared.additions]
-        every = [self.base, *self.mixes, *shared.mixes, *added, shared.reference, self.merged, self.named]
-        return list(dict.fromkeys(every))

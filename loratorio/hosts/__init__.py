@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 
 from ..errors import LoratorioError
 from .shared.host import WebUIHost
@@ -21,6 +22,13 @@ def webui_host() -> WebUIHost:
     raise LoratorioError(
         "LoRAtorio does not support this WebUI. It works in AUTOMATIC1111's WebUI and in the Forge family."
     )
+
+
+def forget_files() -> None:
+    """Free the LoRA files that are kept for the next job. Imports nothing."""
+    files = sys.modules.get(f"{__name__}.forge.files")
+    if files is not None:
+        files.FILES.forget()
 
 
 def sum_of_tags() -> str:

@@ -204,6 +204,23 @@ class Engine:
             return [f"There are no weight maps: {label} does not weight LoRAs patch by patch."]
         return []
 
+    def branches_ahead(self, steps: int, has_uncond: bool) -> list[Branch]:
+        """The branches that a sampling will ask for, as far as methods can tell before it begins."""
+        branches: dict[Branch, None] = {}
+        for index in range(steps):
+            step = Step(index, steps, torch.zeros(1, 1, 1, 1), int(has_uncond))
+            active = self.settings.active_at(index, steps) and self._acting.are_composed
+            method = METHODS[self.settings.method] if active else NAMED
+            now = self._context(method, self._acting if active else self._present, step)
+            branches |= dict.fromkeys(method.branches(now))
+            if has_uncond and "reuse" in now.knobs:
+                branches[Branch(now.participants.base, False)] = None
+            if self.places.is_on:
+                branches |= dict.fromkeys(self.places.branches(now))
+            if self.pool.settles_at(now):
+                branches |= dict.fromkeys(branches_for_reactions(now.participants))
+        return list(branches)
+
     def _context(self, method: Method, participants: Participants, step: Step) -> StepContext:
         if "share" in method.knobs:
             participants = participants.with_shared_parts(self.settings.share)
@@ -355,8 +372,8 @@ def check_places(settings: Settings, participants: Participants) -> None:
 
 
 def _rows(branches: Sequence[Branch], counts: tuple[int, int]) -> Iterator[Row]:
-    """Every row of every branch, rows of one mix standing together so that the bank can batch them."""
-    mixes = dict.fromkeys(branch.mix for branch in branches)
+    """Every row of every branch: those of one mix together, and those without any LoRA last, so that the bank can batch the others."""
+    mixes = sorted(dict.fromkeys(branch.mix for branch in branches), key=lambda mix: not any(mix))
     for mix in mixes:
         for cond, count in zip((True, False), counts, strict=True):
             if Branch(mix, cond) in branches:

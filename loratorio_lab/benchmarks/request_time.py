@@ -1,19 +1,23 @@
 """What a whole request costs on a running WebUI: its own merging, and LoRAtorio's presets.
 
 loratorio-lab request-time http://127.0.0.1:7860 --loras cat,night,robot
-loratorio-lab request-time http://127.0.0.1:7860 --loras a,b,c --steps 4 20 --size 512x512 --rounds 5
+loratorio-lab request-time http://127.0.0.1:7860 --loras a,b,c --schedules 4 20 --size 512x512 --rounds 5 --pid 1234
 
-All ways take turns within a round, so that other load on the machine affects all alike; times are medians over the rounds. The time of a
-request is taken for a straight line over the steps: *fixed* is what is left at no step, so what reading, attaching, text, decoding and
-putting back take.
+All ways take turns within a round, so that other load on the machine affects all alike; times are medians over the rounds. *First* is the
+request with the fewest steps that comes after another prompt's, so that LoRAs are read and merged; the others repeat it. The time of a
+request is taken for a straight line over the steps: *fixed* is what is left at no step, so what attaching, text, decoding and putting back
+take.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,35 +46,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", help="such as 512x512; the WebUI's own if not given")
     parser.add_argument("--cfg", type=float, default=2.0)
     parser.add_argument("--sampler", default="Euler")
+    parser.add_argument(
+        "--pid", type=int, help="the WebUI's process on this machine: processor time instead of elapsed time"
+    )
     options = parser.parse_args(arguments)
     options.steps = None
+    clock = partial(_processor_time, options.pid) if options.pid else time.perf_counter
     tags = " ".join(f"<lora:{name.strip()}:1>" for name in options.loras.split(","))
-    seconds: dict[tuple[str, int], list[float]] = {}
+    few, many = options.schedules
+    seconds: dict[tuple[str, str], list[float]] = {}
     # The first round loads what later ones find loaded.
     for number in range(options.rounds + 1):
         ways = list(WAYS)
         for name in ways[number % len(ways) :] + ways[: number % len(ways)]:
-            for steps in options.schedules:
-                body = {
-                    **sampling(options),
-                    "prompt": f"{options.prompt} {tags}",
-                    "seed": number,
-                    "steps": steps,
-                }
-                body["alwayson_scripts"] = {"LoRAtorio": {"args": [WAYS[name]]}}
-                since = time.perf_counter()
-                ask(options.url, "txt2img", body)
+            body = {**sampling(options), "seed": number}
+            body["alwayson_scripts"] = {"LoRAtorio": {"args": [WAYS[name]]}}
+            without = {**body, "prompt": options.prompt, "steps": 1, "alwayson_scripts": {}}
+            _timed(clock, options.url, without)
+            for kind, steps in (("first", few), ("few", few), ("many", many)):
+                taken = _timed(
+                    clock, options.url, {**body, "prompt": f"{options.prompt} {tags}", "steps": steps}
+                )
                 if number:
-                    seconds.setdefault((name, steps), []).append(time.perf_counter() - since)
-    few, many = options.schedules
+                    seconds.setdefault((name, kind), []).append(taken)
+    seconds_of = "processor seconds" if options.pid else "seconds"
+    steps_of = f"first, {few} steps | {few} steps | {many} steps"
     print(
-        f"| seconds, medians of {options.rounds} | {few} steps | {many} steps | fixed | a step | to merging at {many} steps |"
+        f"| {seconds_of}, medians of {options.rounds} | {steps_of} | fixed | a step | to merging at {many} steps |"
     )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in WAYS:
-        short, long = (statistics.median(seconds[name, steps]) for steps in options.schedules)
+        first, short, long = (statistics.median(seconds[name, kind]) for kind in ("first", "few", "many"))
         each = (long - short) / (many - few)
-        ratios = np.divide(seconds[name, many], seconds[MERGED, many])
+        ratio = statistics.median(np.divide(seconds[name, "many"], seconds[MERGED, "many"]))
         print(
-            f"| {name} | {short:.2f} | {long:.2f} | {short - few * each:.2f} | {each:.3f} | {np.median(ratios):.2f} |"
+            f"| {name} | {first:.2f} | {short:.2f} | {long:.2f} | {short - few * each:.2f} | {each:.3f} | {ratio:.2f} |"
         )
+
+
+def _timed(clock: Callable[[], float], url: str, body: Mapping[str, Any]) -> float:
+    since = clock()
+    ask(url, "txt2img", body)
+    return clock() - since
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds that a process and its threads have computed. Linux."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -135,5 +135,12 @@ class Products(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm")
+        self.count += func.overloadpacket.__name__.rstrip("_") in (
+            "linear",
+            "matmul",
+            "mm",
+            "addmm",
+            "bmm",
+            "baddbmm",
+        )
         return func(*args, **(kwargs or {}))

@@ -562,6 +562,86 @@ def test_what_rows_share_is_added_once() -> None:
     assert (everything.count, common_and_rest.count) == (1 + 2, 1 + 2 * 2)
 
 
+ATTENTION = ("to_q", "to_k", "to_v")
+
+
+def attention(dtype: torch.dtype = torch.float32) -> tuple[dict[str, nn.Module], Bank]:
+    """Queries, keys and values, and three LoRAs of other ranks for them, of which one has no keys."""
+    torch.manual_seed(0)
+    layers: dict[str, nn.Module] = {name: nn.Linear(6, 40, dtype=dtype) for name in ATTENTION}
+    random = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(
+            lora,
+            {
+                name: [low_rank(layers[name], rank, random)]
+                for name in ATTENTION
+                if (lora, name) != ("c", "to_k")
+            },
+        )
+        for lora, rank in (("a", 2), ("b", 3), ("c", 1))
+    ]
+    return layers, Bank(adapters)
+
+
+SHARED_PARTS: list[Mix] = [(0.25, 0.25, 0.25), (1.0, 0.25, 0.25), (0.25, 1.0, 0.5), (0.0, 0.0, 0.0)]
+
+
+def expected_of(layer: nn.Module, bank: Bank, name: str, rows: Tensor) -> Tensor:
+    return torch.cat(
+        [
+            merged(layer, bank.adapters, mix, name)(rows[i : i + 1].double())
+            for i, mix in enumerate(SHARED_PARTS)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_with_the_same_input_share_a_product(mode: Any, dtype: torch.dtype, limit: float) -> None:
+    layers, bank = attention(dtype)
+    mixes = SHARED_PARTS[:2] + SHARED_PARTS[3:]
+    counts = []
+    with mode(), bank.attached(layers):
+        for seed in range(3):
+            rows = torch.randn(len(SHARED_PARTS), 4, 6, generator=torch.Generator().manual_seed(seed)).to(
+                dtype
+            )
+            with bank.routed(SHARED_PARTS), Products() as products:
+                found = {name: layers[name](rows) for name in ATTENTION}
+            counts.append(products.count)
+            for name in ATTENTION:
+                assert relative_error(found[name], expected_of(layers[name], bank, name, rows)) < limit
+        rows = rows[:3]
+        with bank.routed(mixes):  # another routing uses the same matrices
+            for name in ATTENTION:
+                layers[name](rows)
+        large = [numbers for numbers in held(bank).values() if numbers > 80]  # than the factors of the rows
+    # In the first call each layer has its own, down and up; then one down serves all.
+    assert counts == [3 + 3 * 2, 3 + 1 + 3, 3 + 1 + 3]
+    assert sum(large) == bank.numbers
+
+
+def test_layers_whose_input_is_not_the_same_any_more() -> None:
+    layers, bank = attention()
+    rows, other = torch.randn(2, len(SHARED_PARTS), 4, 6)
+    with torch.no_grad(), bank.attached(layers):
+        with bank.routed(SHARED_PARTS):
+            for name in ATTENTION:
+                layers[name](rows)
+        for order in ((rows, other, rows), (rows, other, other), (other, rows.clone(), other.clone())):
+            with bank.routed(SHARED_PARTS):
+                for name, given_to_it in zip(ATTENTION, order, strict=True):
+                    expected = expected_of(layers[name], bank, name, given_to_it)
+                    assert relative_error(layers[name](given_to_it), expected) < 1e-6
+        with bank.routed(SHARED_PARTS):
+            for name in ATTENTION:  # the same tensor, with other numbers in it
+                assert relative_error(layers[name](rows), expected_of(layers[name], bank, name, rows)) < 1e-6
+                rows.mul_(1.5)
+
+
 def test_a_prepared_bank_makes_nothing_at_the_first_call() -> None:
     layer = nn.Linear(6, 6)
     bank = Bank(

@@ -416,6 +416,31 @@ def test_a_sampler_that_lasts_for_all_batches(standin: Any, method: str, is_wrap
     assert torch.equal(found, torch.cat([batches(seed, 1)[0] for seed in (1, 2, 3)]))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_text_is_encoded_once_for_all_batches(
+    a1111: Any, standin: Any, monkeypatch: Any, share: float
+) -> None:
+    from modules import prompt_parser
+
+    a, b = standin.lora("a", 1), standin.full("b", 2)
+    encoded: list[Any] = []
+    original = prompt_parser.get_learned_conditioning
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        encoded.append(args[1])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(prompt_parser, "get_learned_conditioning", counted)
+
+    def encodings(count: int) -> int:
+        encoded.clear()
+        compose(standin.job(a, b, n_iter=count), share=share)
+        return len(encoded)
+
+    encodings(1)  # now the WebUI has encoded its own
+    assert encodings(3) == encodings(1) > 0
+
+
 def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:
     a, b = standin.lora("a", 1), standin.full("b", 2)
     samples, job = compose(standin.job(a, b))

@@ -1300,6 +1300,80 @@ def test_a_replaced_file_is_read_whole(webui: Any, standin: Any, names: tuple[st
     assert not job.notes
 
 
+def test_an_unchanged_file_is_read_once(webui: Any, standin: Any, monkeypatch: Any) -> None:
+    from loratorio.hosts import forget_files
+    from loratorio.hosts.forge import variants as variants
+
+    written = {"/loras/a": (1, 1), "/loras/b": (1, 1)}
+    read: list[str] = []
+
+    def load(path: str) -> Any:
+        read.append(path)
+        return webui.networks.read_file(path)
+
+    monkeypatch.setattr(variants, "_written", written.get)
+    monkeypatch.setattr(webui.networks, "load_lora_state_dict", load)
+    forget_files()
+    standin.run(standin.job("a", "b"))  # now the host has read them
+    read.clear()
+    ticked = {**KNOBS, "recentre": 0.5, "share": 0.2}
+    first, _ = compose(standin, standin.job("a", "b"), **ticked)
+    assert read == ["/loras/a", "/loras/b"]
+    again, _ = compose(standin, standin.job("a", "b"), **ticked)
+    assert len(read) == 2
+    assert torch.equal(again, first)
+    standin.lora("a", 77)
+    written["/loras/a"] = (2, 1)
+    other, _ = compose(standin, standin.job("a", "b"), **ticked)
+    assert read[2:] == ["/loras/a"]
+    assert not close(other, first, 1e-2)
+    forget_files()
+    compose(standin, standin.job("b"), **ticked)
+    assert read[-1] == "/loras/b"
+    forget_files()
+
+
+def test_kept_files_have_a_limit() -> None:
+    from loratorio.hosts.forge.files import Files
+
+    read: list[str] = []
+
+    def load(path: str) -> Any:
+        read.append(path)
+        return {"weight": torch.zeros(25)}  # 100 bytes
+
+    files = Files(most=250)
+    for path in ("a", "b", "a", "c", "a", "b"):
+        files.of(path, (1, 1), load)
+    assert read == ["a", "b", "c", "b"]  # c took the place of b, which was used longest ago
+    for _ in range(2):
+        Files(most=99).of("a", (1, 1), load)
+        files.of("d", (0, 0), load)  # when it was written is unknown
+    assert read[4:] == ["a", "d", "a", "d"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_text_is_encoded_once_for_all_batches(
+    standin: Any, webui: Any, monkeypatch: Any, share: float
+) -> None:
+    encoded: list[Any] = []
+    original = webui.parser.get_learned_conditioning
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        encoded.append(args[1])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(webui.parser, "get_learned_conditioning", counted)
+
+    def encodings(count: int) -> int:
+        encoded.clear()
+        compose(standin, standin.job("a", "c", n_iter=count), share=share, **KNOBS)
+        return len(encoded)
+
+    encodings(1)  # now the host has encoded its own
+    assert encodings(3) == encodings(1) > 0
+
+
 def test_a_file_replaced_between_two_batches_is_read_whole(
     webui: Any, standin: Any, monkeypatch: Any
 ) -> None:

@@ -90,7 +90,7 @@ def test_rows_of_one_mix_stand_together_and_have_slots() -> None:
     latents = torch.randn(2, 4, 4, 4)
     Engine(paper(), loras(2)).step(step_of(latents), fake(latents, calls))
     base, first, second = (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)
-    assert calls == [[Row(mix, cond, slot) for mix in (base, first, second) for cond in (True, False) for slot in (0, 1)]]  # fmt: skip
+    assert calls == [[Row(mix, cond, slot) for mix in (first, second, base) for cond in (True, False) for slot in (0, 1)]]  # fmt: skip
 
 
 @st.composite

@@ -82,7 +82,7 @@ class Carried:
         if last == before or time == last:
             return difference
         part = DAMPING * min(1.0, (time - last) / (last - before))
-        return difference + part * (difference - former)
+        return torch.lerp(former, difference, 1 + part)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,11 @@ class UncondResidual:
 
     def now(self, cond: Tensor) -> Tensor:
         """What it is taken to be where the conditional one is `cond`."""
-        return self.uncond if self.follows is None else self.uncond + self.follows * (cond - self.cond)
+        return (
+            self.uncond
+            if self.follows is None
+            else torch.addcmul(self.uncond, self.follows, cond - self.cond)
+        )
 
 
 class Reuse(Method):
@@ -301,7 +305,7 @@ class Reuse(Method):
                 carried.keep(time, found)
             conds[branch.mix] = carried.at(time)
             if found is None:
-                made[branch] = anchor + unit * conds[branch.mix]
+                made[branch] = torch.addcmul(anchor, unit, conds[branch.mix])
         base = Branch(participants.base, False)
         if base not in requested:
             return made
@@ -311,7 +315,7 @@ class Reuse(Method):
             self._guidance.keep(time, found)
             uncond = by_branch[base].to(torch.float32)
         else:
-            uncond = made[base] = of_images + unit * self._guidance.at(time)
+            uncond = made[base] = torch.addcmul(of_images, unit, self._guidance.at(time))
         for branch in requested:
             if branch.cond or branch == base:
                 continue
@@ -322,7 +326,8 @@ class Reuse(Method):
                 self._runs[branch.mix] = UNCOND - 1 if sooner else 0
                 self._unconds[branch.mix] = UncondResidual.of(found, conds[branch.mix])
             else:
-                made[branch] = uncond + unit * self._unconds[branch.mix].now(conds[branch.mix])
+                residual = self._unconds[branch.mix].now(conds[branch.mix])
+                made[branch] = torch.addcmul(uncond, unit, residual)
         return made
 
 

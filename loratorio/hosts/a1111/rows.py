@@ -56,7 +56,7 @@ class A1111Rows:
     ) -> A1111Rows:
         from modules import prompt_parser
 
-        own = Prompts(sampler_args["cond"], sampler_args["uncond"])
+        own = Prompts(lambda cond: sampler_args["cond" if cond else "uncond"])
         parts, cond = prompt_parser.reconstruct_multicond_batch(own.cond, denoiser.step)
         uncond = prompt_parser.reconstruct_cond_batch(own.uncond, denoiser.step)
         owners = tuple(image for image, rows in enumerate(parts) for _ in rows)

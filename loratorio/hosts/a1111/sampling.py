@@ -71,9 +71,7 @@ class A1111Pass(SamplingPass):
         active = [lora.active for lora in self.loras]
         return TextConditioning(
             [lora.text is not None for lora in self.loras],
-            partial(
-                conditioning_under, self.p, [lora.source for lora in active], [*map(text_strength, active)]
-            ),
+            partial(conditioning_under, self.source, active, [*map(text_strength, active)]),
             # What it has may be a former file's (`forget_former_files`).
             host_has_merged=self.all_take_part and not any(lora.text is not None for lora in self.loras),
         )

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from ...compose.mixes import Mix, Words
-from ..shared.pass_loras import ReadLora
+from ..shared.pass_loras import PassLoras, ReadLora
 from ..shared.text import Prompts, set_up_conds
 from .variants import Variant
 
 
 def conditioning_under(
-    p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix, words: Words
+    source: PassLoras, loras: Sequence[ReadLora], variant: Variant, mix: Mix, words: Words
 ) -> Prompts:
     """The pass's conditioning with each LoRA at its coefficient, read with these words, past the host's caches."""
-    with text_encoder(p, _clip(p, loras, variant, mix)), _undisturbed(p):
-        return set_up_conds(p, words)
+    p = source.p
+    kept = source.kept_texts(
+        [(lora.active, coefficient) for lora, coefficient in zip(loras, mix, strict=True)], words
+    )
+
+    def make(cond: bool) -> Any:
+        with text_encoder(p, _clip(p, loras, variant, mix)), _undisturbed(p):
+            return set_up_conds(p, words, kept, cond)
+
+    return Prompts(make)
 
 
 def _clip(p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix) -> Any:
@@ -26,12 +33,10 @@ def _clip(p: Any, loras: Sequence[ReadLora], variant: Variant, mix: Mix) -> Any:
     acting = [(lora, coefficient) for lora, coefficient in zip(loras, mix, strict=True) if coefficient]
     if len(acting) == 1 and acting[0][1] == 1.0:
         return acting[0][0].text
-    original = p.sd_model.forge_objects_original
-    clip = original.clip
-    for lora, coefficient in acting:
-        file = lora.active.source
-        _, clip = variant.load(original.unet, clip, replace(file, text=file.text * coefficient))
-    return clip
+    original = p.sd_model.forge_objects_original.clip
+    if not acting:
+        return original
+    return variant.with_text(original, [(lora.text, coefficient) for lora, coefficient in acting])
 
 
 @contextmanager
@@ -58,14 +63,8 @@ def forget_conditioning(p: Any) -> None:
 
 @contextmanager
 def _undisturbed(p: Any) -> Iterator[None]:
-    """Conditioning made inside this block neither comes from the host's caches nor stays in them. Afterwards `p` is unchanged.
-
-    The caches are keyed by the prompt and the LoRAs named in it, not by the LoRAs that are active.
-    """
-    before = {name: getattr(p, name) for name in _TOUCHED + _CACHES if hasattr(p, name)}
-    for name in _CACHES:
-        if name in before:
-            setattr(p, name, [None, None, None])
+    """After conditioning was made inside this block, `p` is unchanged."""
+    before = {name: getattr(p, name) for name in _TOUCHED if hasattr(p, name)}
     try:
         yield
     finally:

@@ -126,10 +126,10 @@ class ForgePass(SamplingPass):
         merged_text = self._variant.text_sees_pictures()
         texts = TextConditioning(
             [lora.text is not None and not merged_text for lora in self.loras],
-            partial(conditioning_under, self.p, self.loras, self._variant),
+            partial(conditioning_under, self.source, self.loras, self._variant),
             host_has_merged=(self.all_take_part and not self._replaced) or merged_text,
         )
-        texts.prepare(self.engine.participants.every_mix(self.job.settings.share), self.engine.words)
+        texts.prepare(self.engine.branches_ahead(self.p.steps, self._guidance() != 1), self.engine.words)
         return texts
 
     def _without_loras(self) -> UnetClone:

@@ -19,6 +19,7 @@ from ...adapters.delta import LowRank
 from ...errors import LoratorioError
 from ...prompt.tags import BLOCK_WEIGHT
 from ..shared.tags import WrittenTags
+from .files import FILES, Tensors
 
 Patcher = Any  # the host's UnetPatcher, or the ModelPatcher of its text encoder
 BeforeEvaluation = Callable[..., tuple[Any, ...]]
@@ -100,7 +101,7 @@ class Variant:
         """Clones of `unet` and `clip` with this LoRA's patches. If it does not touch one of them, that one is returned itself."""
         import networks
 
-        tensors = dict(networks.load_lora_state_dict(lora.path))
+        tensors = dict(self._tensors(lora))
         loaded: tuple[Patcher, Any] = networks.load_lora_for_models(
             unet, clip, self._renamed(tensors), lora.unet, lora.text, filename=lora.path, online_mode=False
         )
@@ -111,10 +112,27 @@ class Variant:
 
     def names_in(self, lora: LoraFile) -> Iterable[str]:
         """Names of the tensors in the LoRA's file."""
+        return self._tensors(lora).keys()
+
+    def _tensors(self, lora: LoraFile) -> Tensors:
         import networks
 
-        names: Iterable[str] = networks.load_lora_state_dict(lora.path).keys()
-        return names
+        read = networks.load_lora_state_dict
+        # Some hosts cache the last files, even if they have changed.
+        return FILES.of(lora.path, lora.written, getattr(read, "__wrapped__", read))
+
+    def with_text(self, clip: Any, parts: Sequence[tuple[Any, float]]) -> Any:
+        """A clone of `clip` with what clones of it have more, each at a part of its strength."""
+        clone = clip.clone()
+        for other, part in parts:
+            for key, by_weight in other.patcher.lora_patches.items():
+                if key not in clip.patcher.lora_patches:
+                    path, strength, *more = key
+                    scaled = (path, strength * part, *more)
+                    clone.patcher.lora_patches[scaled] = {
+                        name: _scaled(patches, part) for name, patches in by_weight.items()
+                    }
+        return clone
 
     def patches(self, patcher: Patcher) -> Iterator[tuple[str, Sequence[Patch]]]:
         """Names of weights, and the patches that the patcher would merge into them."""
@@ -232,6 +250,15 @@ class Comfy(Variant):
         clone.patches_uuid = uuid.uuid4() if any(added.values()) else original.patches_uuid
         return clone
 
+    def with_text(self, clip: Any, parts: Sequence[tuple[Any, float]]) -> Any:
+        clone, own = clip.clone(), clip.patcher.patches
+        for other, part in parts:
+            for name, patches in other.patcher.patches.items():
+                added = _scaled(patches[len(own.get(name, ())) :], part)
+                clone.patcher.patches[name] = [*clone.patcher.patches.get(name, ()), *added]
+        clone.patcher.patches_uuid = uuid.uuid4()
+        return clone
+
     def low_rank(self, value: Any) -> LowRank | None:
         if getattr(value, "name", None) == "lora":
             return _plain_low_rank(value.weights)
@@ -280,7 +307,7 @@ class ReForge(Comfy):
     def load(self, unet: Patcher, clip: Any, lora: LoraFile) -> tuple[Patcher, Any]:
         import networks
 
-        tensors = dict(networks.load_lora_state_dict(lora.path))
+        tensors = dict(self._tensors(lora))
         own_unet, own_clip = networks.load_lora_for_models(
             unet, clip, tensors, lora.unet, lora.text, filename=lora.path
         )
@@ -377,6 +404,10 @@ def _written(path: str) -> tuple[int, int]:
     except OSError:  # reading it says more
         return 0, 0
     return status.st_mtime_ns, status.st_size
+
+
+def _scaled(patches: Sequence[Patch], part: float) -> list[Patch]:
+    return [(patch[0] * part, *patch[1:]) for patch in patches]
 
 
 def _patch_count(patcher: Patcher) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...adapters.delta import Adapter
 from ...compose.methods import METHODS
+from ...compose.mixes import Words
 from ...compose.regions import WHOLE, Box
 from ...errors import LoratorioError
 from ...job import Job
@@ -198,6 +199,11 @@ class PassLoras(ABC):
             self.job.adapters[key] = self.read(lora, skip_misfits)
         known: ReadLora = self.job.adapters[key]
         return replace(known, active=lora)  # the tag may say something else in the next batch
+
+    def kept_texts(self, acting: Sequence[tuple[ActiveLora, float]], words: Words) -> dict[Any, list[Any]]:
+        """The job's caches of conditioning by a text encoder that these LoRAs act on, each at a part of its strength."""
+        state = tuple((self.identity(lora), lora.text * part) for lora, part in acting if part)
+        return self.job.texts.setdefault((self.model_identity(), state, words), {})
 
     def on_refiner(self, active: Sequence[ActiveLora], before: Sequence[ReadLora]) -> tuple[ReadLora, ...]:
         """The pass's LoRAs on the refiner that was loaded, with a note about those that do not match it."""

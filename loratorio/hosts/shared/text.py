@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
-from ...compose.mixes import NO_WORDS, Mix, Words
+from ...compose.mixes import NO_WORDS, Branch, Mix, Words
 from ...prompt.own_words import with_words
 
 
-class Prompts(NamedTuple):
-    """Prompt schedules as the WebUI's sampler takes them; `uncond` is None where the pass has no unconditional rows."""
+class Prompts:
+    """Prompt schedules as the WebUI's sampler takes them, each made at its first use.
 
-    cond: Any
-    uncond: Any
+    Args:
+        make: the conditional schedules, or the unconditional ones; the latter None where the pass has no unconditional rows.
+    """
+
+    def __init__(self, make: Callable[[bool], Any]) -> None:
+        self._make = make
+
+    @cached_property
+    def cond(self) -> Any:
+        return self._make(True)
+
+    @cached_property
+    def uncond(self) -> Any:
+        return self._make(False)
 
 
 class TextConditioning:
@@ -38,12 +51,12 @@ class TextConditioning:
         self._made: dict[tuple[Mix, Words], Prompts] = {}
         self._merged = self._state((1.0,) * len(self._changes_text)) if host_has_merged else None
 
-    def prepare(self, mixes: Iterable[Mix], words: Mapping[Mix, Words]) -> None:
-        """Make the missing conditioning of these mixes, and of those with words."""
-        for mix in mixes:
-            self.of(mix)
-        for mix, own in words.items():
-            self.of(mix, own)
+    def prepare(self, branches: Iterable[Branch], words: Mapping[Mix, Words]) -> None:
+        """Make what is missing of these branches' conditioning, that of conditional ones as it is read with their mix's words."""
+        for mix, cond in branches:
+            prompts = self.of(mix, words.get(mix, NO_WORDS) if cond else NO_WORDS)
+            if prompts is not None:
+                _ = prompts.cond if cond else prompts.uncond
 
     def of(self, mix: Mix, words: Words = NO_WORDS) -> Prompts | None:
         """The conditioning of `mix`, as it is read with a LoRA's words or none; None if it is the WebUI's own."""
@@ -67,27 +80,46 @@ class TextConditioning:
         )
 
 
-def set_up_conds(p: Any, words: Words = NO_WORDS) -> Prompts:
-    """Let the WebUI parse and encode the pass's prompts, each as it is read with a LoRA's words."""
+def set_up_conds(p: Any, words: Words, kept: dict[Any, list[Any]], cond: bool) -> Any:
+    """Let the WebUI parse and encode the pass's prompts, each as it is read with a LoRA's words, or its negative prompts.
+
+    Args:
+        kept: takes the place of the WebUI's caches, which are keyed by the prompt and the LoRAs named in it, not by the LoRAs that are
+            active. So conditioning made here must neither come from them nor stay in them.
+        cond: whether the prompts are wanted, else the negative ones. The others are not encoded.
+    """
+
+    def get(function, required_prompts, steps, caches, extra_network_data, hires_steps=None):  # type: ignore[no-untyped-def]
+        if required_prompts.is_negative_prompt == cond:
+            return None
+        cache = kept.setdefault((cond, hires_steps is None), [None, None, None])
+        own = type(p).get_conds_with_caching
+        return own(p, function, required_prompts, steps, [cache], extra_network_data, hires_steps)
+
     name = "hr_prompts" if getattr(p, "is_hr_pass", False) else "prompts"
-    prompts = getattr(p, name)
+    prompts, overridden = getattr(p, name), vars(p).get("get_conds_with_caching")
     setattr(p, name, [with_words(prompt, words) for prompt in prompts])
+    p.get_conds_with_caching = get
     try:
-        return _set_up_conds(p)
+        return _set_up_conds(p)[0 if cond else 1]
     finally:
         setattr(p, name, prompts)
+        if overridden is None:
+            del p.get_conds_with_caching
+        else:
+            p.get_conds_with_caching = overridden
 
 
-def _set_up_conds(p: Any) -> Prompts:
+def _set_up_conds(p: Any) -> tuple[Any, Any]:
     from modules.processing import StableDiffusionProcessing
 
     if getattr(p, "is_hr_pass", False):
         p.hr_c = p.hr_uc = None
         p.calculate_hr_conds()
-        return Prompts(p.hr_c, p.hr_uc)
+        return p.hr_c, p.hr_uc
     # The base class's: the one of txt2img would make the second pass's conditioning (or activate its LoRAs) as well.
     StableDiffusionProcessing.setup_conds(p)
-    return Prompts(p.c, p.uc)
+    return p.c, p.uc
 
 
 def encoded(sd_model: Any, texts: Sequence[str]) -> list[Tensor]:

@@ -138,5 +138,5 @@ class CLIP:
     def __init__(self, patcher):
         self.patcher = patcher
 
-    def clone(self, patcher):
-        return CLIP(patcher)
+    def clone(self, patcher=None):
+        return CLIP(patcher or self.patcher.clone())
