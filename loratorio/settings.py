@@ -281,7 +281,7 @@ class Settings:
         if PRESET in values:
             rest = {name: value for name, value in values.items() if name != PRESET}
             preset = {} if values[PRESET] is None else find_preset(values[PRESET], self.called(PRESET)).values
-            return self.with_values({**preset, **rest})
+            return self.with_values(preset).with_values(rest)
         for name in values:
             if name not in KNOB_BY_NAME:
                 near = difflib.get_close_matches(str(name), KNOB_BY_NAME, n=1)

@@ -67,6 +67,7 @@ def test_merge_and_composite_are_plain_unless_they_are_told_to_re_centre() -> No
     assert merged.with_values({"method": "relative"}).recentre == 0.5
     assert usual.with_values({"method": "merge", "recentre": 0.3}).recentre == 0.3
     assert merged.with_values({"preset": "fast"}).recentre == 1
+    assert Settings.from_mapping({"preset": "paper", "method": "merge"}).recentre == 0
 
 
 @pytest.mark.parametrize(("former", "method"), FORMER_METHODS.items())

@@ -12,7 +12,8 @@ from ..adapters.bank import Bank
 from ..adapters.delta import Adapter
 from ..settings import Settings
 from .calls import Row
-from .engine import Engine, Step
+from .engine import Engine
+from .step import Step
 
 
 @lru_cache(maxsize=512)

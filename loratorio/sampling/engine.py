@@ -6,7 +6,7 @@ The engine knows no host. A host calls `Engine.step` with the step and with a fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,41 +26,12 @@ from .history import WeightHistory
 from .place_search import Found, PlaceSearch
 from .pool_calls import PoolCalls
 from .random_state import RandomState
+from .step import Step
 
 Predict = Callable[[Sequence[Row]], Tensor]
 """Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order:
 denoised latents D or noise e, as the step says. Called with the bank routed (`Bank.routed_part` for some of the rows). May raise torch's
 out-of-memory errors: the engine then asks for fewer rows at a time."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where a host's sampler stands.
-
-    Attributes:
-        index, total: this step, from 0, and how many there are.
-        latents: the noisy latent z of every conditional row, (Bc, C, H, W) or (Bc, C, T, H, W).
-        uncond_count: number of unconditional rows Bu; 0 where the step has none.
-        owners: image of every conditional row; a prompt with AND has several for an image. Empty: row i is image i.
-        denoised: predictions are denoised latents D, and e = (z − D)/σ; else they are the noise e itself.
-        sigma: where predictions are noise, the σ of z ∝ x₀ + σ·e, a number or a tensor of one; None where the host cannot tell.
-        guidance: the CFG scale s that the sampler guides with, for guidance rescale; None where the host cannot tell.
-        strengths: what multiplies each of the bank's LoRAs at this step, where that changes while sampling. Empty: 1 for all.
-        absent: numbers of the LoRAs that change nothing at this step, not even text.
-        painted: where an inpainting mask leaves the picture to the sampler, from 0 to 1, (H, W) or (B, H, W); None: everywhere.
-    """
-
-    index: int
-    total: int
-    latents: Tensor
-    uncond_count: int
-    owners: tuple[int, ...] = ()
-    denoised: bool = True
-    sigma: float | Tensor | None = None
-    guidance: float | None = None
-    strengths: tuple[float, ...] = ()
-    absent: frozenset[int] = frozenset()
-    painted: Tensor | None = None
 
 
 POOL_RESIDENT = 32
@@ -152,10 +123,10 @@ class Engine:
             branches = list(dict.fromkeys([*branches, *branches_for_reactions(now.participants)]))
         if self.places.is_on:
             branches = list(dict.fromkeys([*branches, *self.places.branches(now)]))
-        rows = list(_rows(branches, now.rows))
-        predictions = _predictions(step, rows, self._predict(rows, session, now, predict))
+        rows = list(step.rows(branches))
+        predictions = step.predictions(rows, self._predict(rows, session, now, predict))
         if self.places.is_on:
-            self.places.look(now, predictions, _frames(step.latents), step.painted)
+            self.places.look(now, predictions, step.frames, step.painted)
         if settles and self.pool.settle(reactions(predictions, now.participants)):
             self._use_settled_pool(step)
             now, session = self._context(method, self._acting, step), self._session(method, self._acting)
@@ -166,7 +137,7 @@ class Engine:
             weights = self._with_styles(composition.weights, now)
             composition = replace(composition, weights=weights)
             self._remember(weights, step.index)
-        return _unfolded(composition, step)
+        return step.unfolded(composition)
 
     def again(self, predict: Predict, cond: bool, uncond: bool) -> Composition:
         """Compose the last step's rows, run once more: on other latents, or with a layer replaced, as guidance extensions do.
@@ -183,12 +154,12 @@ class Engine:
             if (cond if branch.cond else uncond)
             and not any(branch.mix[number] for number in self.pool.left_out)
         ]
-        rows = list(_rows(branches, now.rows))
-        run = _predictions(step, rows, self._predict(rows, session, now, predict))
+        rows = list(step.rows(branches))
+        run = step.predictions(rows, self._predict(rows, session, now, predict))
         composition = session.again(now, replace(own.with_branches(run.by_branch), measured=own))
         if rescaled is not composed:
             composition = replace(composition, cond=composition.cond + (rescaled.cond - composed.cond))
-        return _unfolded(composition, step)
+        return step.unfolded(composition)
 
     def without_effect(self, steps: int) -> list[str]:
         """Sentences about settings that had no effect in this sampling of `steps` steps, when it is over."""
@@ -240,7 +211,7 @@ class Engine:
         )
 
     def _found_by_frame(self, step: Step) -> tuple[Found, ...]:
-        return tuple(each for each in self.places.found or () for _ in range(_frames(step.latents)))
+        return tuple(each for each in self.places.found or () for _ in range(step.frames))
 
     def _session(self, method: Method, participants: Participants) -> Method:
         """The method in its own object for this sampling on this model."""
@@ -304,7 +275,7 @@ class Engine:
         own_uncond = torch.stack([uncond[owner] for owner in predictions.owners])
         # A clip has one contrast, not one for each frame.
         shape = composition.cond.shape
-        clips = (-1, _frames(step.latents), *shape[1:])
+        clips = (-1, step.frames, *shape[1:])
         cond = rescaled_cond(composition.cond.reshape(clips), own_uncond.reshape(clips), scale, strength)
         return Composition(cond.reshape(shape), uncond, composition.weights)
 
@@ -369,52 +340,3 @@ def check_places(settings: Settings, participants: Participants) -> None:
             f"Places and own words must be composed in every step, but {start} and {end} leave some steps to merging. "
             f"Set {start} to 0 and {end} to 1, or remove at=… and words=… from the prompt."
         )
-
-
-def _rows(branches: Sequence[Branch], counts: tuple[int, int]) -> Iterator[Row]:
-    """Every row of every branch: those of one mix together, and those without any LoRA last, so that the bank can batch the others."""
-    mixes = sorted(dict.fromkeys(branch.mix for branch in branches), key=lambda mix: not any(mix))
-    for mix in mixes:
-        for cond, count in zip((True, False), counts, strict=True):
-            if Branch(mix, cond) in branches:
-                yield from (Row(mix, cond, slot) for slot in range(count))
-
-
-def _predictions(step: Step, rows: Sequence[Row], predicted: Tensor) -> Predictions:
-    """Sort the rows' predictions by branch, with frames folded into the batch: (B·T, C, H, W)."""
-    cond_count, frames = len(step.latents), _frames(step.latents)
-    by_branch: dict[Branch, Tensor] = {}
-    start = 0
-    for branch in dict.fromkeys(Branch(row.mix, row.cond) for row in rows):
-        stop = start + (cond_count if branch.cond else step.uncond_count)
-        by_branch[branch] = _folded(predicted[start:stop])
-        start = stop
-    owners = step.owners or range(cond_count)
-    return Predictions(
-        by_branch,
-        tuple(owner * frames + frame for owner in owners for frame in range(frames)),
-        # Only direction matters for the similarity: z − D stands for (z − D)/σ.
-        _folded(step.latents) if step.denoised else None,
-        None if step.denoised else step.sigma,
-    )
-
-
-def _frames(latents: Tensor) -> int:
-    return latents.shape[2] if latents.ndim == 5 else 1
-
-
-def _folded(latents: Tensor) -> Tensor:
-    """(B, C, T, H, W) to (B·T, C, H, W); four dimensions stay."""
-    return latents.movedim(2, 1).flatten(0, 1) if latents.ndim == 5 else latents
-
-
-def _unfolded(composition: Composition, step: Step) -> Composition:
-    if step.latents.ndim != 5:
-        return composition
-    frames = _frames(step.latents)
-
-    def unfold(prediction: Tensor) -> Tensor:
-        return prediction.reshape(-1, frames, *prediction.shape[1:]).movedim(1, 2)
-
-    uncond = None if composition.uncond is None else unfold(composition.uncond)
-    return Composition(unfold(composition.cond), uncond, composition.weights)

@@ -25,9 +25,10 @@ from ..prompt.own_words import with_words
 from ..prompt.places import OPTION as PLACE
 from ..prompt.roles import not_found_note, reactions_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
-from ..sampling.engine import Engine, Predict, Step
+from ..sampling.engine import Engine, Predict
 from ..sampling.history import WeightHistory
 from ..sampling.memory import measured_rows
+from ..sampling.step import Step
 from .checkpoint import Checkpoint
 from .lora_files import load_lora
 from .lora_set import Load, conditioner, load_loras

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..compose.guidance import guide
 from ..compose.methods import Composition
 from ..sampling.calls import Row
-from ..sampling.engine import Predict, Step
+from ..sampling.engine import Predict
+from ..sampling.step import Step
 from .samplers import Sampler
 
 Compose = Callable[[Step, Predict], Composition]

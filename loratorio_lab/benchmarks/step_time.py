@@ -34,7 +34,8 @@ from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.guidance import compose, guide, recentre
 from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from loratorio.settings import PRESET, PRESETS, Settings
 from loratorio_lab.knobs import measured, said
 

@@ -25,7 +25,8 @@ from loratorio.compose.regions import Box, Place
 from loratorio.compose.search import Layout
 from loratorio.sampling import place_search
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from loratorio.settings import Settings
 
 DEVICE = "gpu:0"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 from .layers import KINDS, LAYERS, deltas_for, merged, relative_error, rows_for

@@ -16,7 +16,8 @@ from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter, Delta, Dense, LowRank
 from loratorio.compose.methods.lego import Product, assembled, clusters
 from loratorio.compose.mixes import Participants
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 Unit = tuple[np.ndarray, np.ndarray]

@@ -23,7 +23,8 @@ from loratorio.compose.methods.reuse import TURN
 from loratorio.compose.mixes import STYLE_SHARE as STYLE
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 SHAPE = (4, 6, 5)

@@ -15,7 +15,8 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.mixes import NO_WORDS, STYLE_SHARE, Mix, Participants, Words
 from loratorio.compose.regions import Box, Place
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Composition, Engine, Step
+from loratorio.sampling.engine import Composition, Engine
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 SHAPE = (4, 6, 9)

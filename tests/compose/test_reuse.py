@@ -29,7 +29,8 @@ from loratorio.compose.methods.reuse import (
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.compose.regions import Box, Place
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 LEFT = Place((Box(0, 0, 0.5, 1),))

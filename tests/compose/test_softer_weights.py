@@ -13,7 +13,8 @@ from loratorio.adapters.delta import Adapter
 from loratorio.compose.guidance import guide, rescale, rescaled_cond
 from loratorio.compose.methods.loratorio import REFERENCE_SPREAD, at_reference_spread
 from loratorio.compose.patches import BLENDS
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 from .weighting import spatial_weights

@@ -16,7 +16,8 @@ from loratorio.prompt.roles import (
     recognised_note,
     unknown_options_note,
 )
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 

@@ -20,7 +20,8 @@ from loratorio.compose.methods import METHODS
 from loratorio.compose.mixes import Mix, Participants
 from loratorio.errors import LoratorioError
 from loratorio.sampling.calls import Row, is_out_of_memory
-from loratorio.sampling.engine import Engine, Predict, Step
+from loratorio.sampling.engine import Engine, Predict
+from loratorio.sampling.step import Step
 from loratorio.settings import Settings
 from tests import reference
 from tests.published import paper
@@ -64,10 +65,13 @@ ROWS = [
     ("loratorio", 1, 0.0, True, 2),
     ("loratorio", 1, 1.0, True, 2),
     ("loratorio", 1, 0.5, False, 1),
-    ("merge", 3, 0.5, True, 2),
+    ("merge", 3, 0.0, True, 2),
+    ("merge", 3, 0.5, True, 3),
+    ("merge", 3, 1.0, True, 2),
     ("merge", 3, 0.5, False, 1),
     ("switch", 3, 0.5, True, 2),
-    ("composite", 3, 0.5, True, 6),
+    ("composite", 3, 0.0, True, 6),
+    ("composite", 3, 0.5, True, 7),
     ("composite", 3, 0.5, False, 3),
 ]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from loratorio.adapters.bank import Bank
 from loratorio.adapters.delta import Adapter
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Engine, Step
+from loratorio.sampling.engine import Engine
 from loratorio.sampling.memory import MARGIN, MeasuredRows, measured_rows
+from loratorio.sampling.step import Step
 from tests.published import paper
 
 LATENTS = torch.zeros(1, 4, 4, 4)

@@ -18,7 +18,8 @@ from loratorio.errors import LoratorioError
 from loratorio.prompt.places import wishes
 from loratorio.prompt.roles import TaggedLora, lone_place_note, not_found_note, participants_of
 from loratorio.sampling.calls import Row
-from loratorio.sampling.engine import Composition, Engine, Step
+from loratorio.sampling.engine import Composition, Engine
+from loratorio.sampling.step import Step
 from loratorio.settings import Settings
 
 HEIGHT, WIDTH, TOTAL = 8, 24, 20

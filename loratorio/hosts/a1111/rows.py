@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...compose.mixes import Mix, Words
 from ...sampling.calls import Row
-from ...sampling.engine import Step
+from ...sampling.step import Step
 from ..shared.text import Prompts, TextConditioning
 
 Text = Any

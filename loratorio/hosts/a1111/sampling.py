@@ -20,8 +20,8 @@ from torch import Tensor
 from ...errors import LoratorioError
 from ...prompt.admission import Admitted
 from ...sampling.calls import Row, by_kind, predicted_by
-from ...sampling.engine import Step
 from ...sampling.memory import measured_rows
+from ...sampling.step import Step
 from ..shared.pass_loras import PassLoras, ReadLora
 from ..shared.sampling_pass import BYPASSED, SamplingPass
 from ..shared.text import TextConditioning

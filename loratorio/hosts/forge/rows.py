@@ -14,7 +14,7 @@ from ...compose.methods import Composition
 from ...compose.mixes import Branch, Mix, Words
 from ...errors import LoratorioError
 from ...sampling.calls import Row
-from ...sampling.engine import Step
+from ...sampling.step import Step
 from ..shared.text import TextConditioning
 from .variants import Sampling
 

@@ -14,7 +14,7 @@ from ...compose.methods import Composition
 from ...errors import LoratorioError
 from ...prompt.admission import Admitted
 from ...sampling.calls import ModelCall, Row, predicted_by
-from ...sampling.engine import Step
+from ...sampling.step import Step
 from ..shared.enclosure import enclose
 from ..shared.pass_loras import REFINER_WITHOUT, PassLoras, ReadLora
 from ..shared.sampling_pass import BYPASSED, SamplingPass
