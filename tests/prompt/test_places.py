@@ -152,7 +152,7 @@ def test_places_need_a_method_with_rows_for_each_lora(method: str, option: str) 
     else:
         with pytest.raises(
             LoratorioError,
-            match=r"do not work with .*LoRAtorio, LoRAtorio by divergence, Composite, W-Composite or Composite, re-centred, or remove them",
+            match=r"do not work with .*LoRAtorio, LoRAtorio by divergence, Composite or W-Composite, or remove them",
         ):
             check_places(settings, participants)
 
