@@ -111,7 +111,7 @@ def set_up_conds(p: Any, words: Words, kept: TextCache, cond: bool) -> Any:
     """
 
     def get(function, required_prompts, steps, caches, extra_network_data, hires_steps=None):  # type: ignore[no-untyped-def]
-        if required_prompts.is_negative_prompt == cond:
+        if getattr(required_prompts, "is_negative_prompt", False) == cond:
             return None
         cache = kept.setdefault((cond, hires_steps is None), [None, None, None])
         own = type(p).get_conds_with_caching
