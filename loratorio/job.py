@@ -66,7 +66,6 @@ class Job:
         told: the notes so far, each once per pass.
         begun: the passes that have begun, as (batch, hires).
         adapters: LoRAs that the host has read, kept for the job's other batches, because some kinds take seconds.
-        texts: caches of text conditioning, as the WebUI's own, by what the text encoder was like; kept for the other batches too.
         hires_prompts: the job's own prompts for the hires pass, while they are replaced by prompts that the WebUI can read.
     """
 
@@ -79,7 +78,6 @@ class Job:
     told: list[Note] = field(default_factory=list)
     begun: set[tuple[int, bool]] = field(default_factory=set)
     adapters: dict[Any, Any] = field(default_factory=dict)
-    texts: dict[Any, dict[Any, list[Any]]] = field(default_factory=dict)
     hires_prompts: list[str] | None = None
 
     @property
@@ -125,13 +123,12 @@ class Job:
         self.changed()
 
     def release(self) -> None:
-        """The job is over: free the LoRAs that were read for it, and their texts.
+        """The job is over: free the LoRAs that were read for it.
 
         The job and the WebUI's object refer to each other, so both live until Python collects cycles, which it does by their
         number and not by the gigabytes that they hold.
         """
         self.adapters.clear()
-        self.texts.clear()
 
     @contextmanager
     def ended_by_errors(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ ROOT = str(Path(scripts.basedir()))
 if ROOT not in sys.path:
     sys.path.append(ROOT)
 
-from loratorio.hosts import forget_files, sum_of_tags, webui_host  # noqa: E402
+from loratorio.hosts import forget, sum_of_tags, webui_host  # noqa: E402
 from loratorio.hosts.shared.host import refuse  # noqa: E402
 from loratorio.job import Job  # noqa: E402
 from loratorio.webui import api, docs, infotext_fields, lookup, options, panel, pools, self_check, xyz  # noqa: E402
@@ -53,7 +53,7 @@ class LoratorioScript(scripts.Script):
                 p.loratorio_job = Job(p, settings, standing, gr.Warning, partial(write_infotext, p))
                 p.loratorio_comments = infotext_fields.Comments(p.comments)
                 return
-            forget_files()
+            forget()
             if api.is_off_by_mistake(settings, args):
                 p.extra_generation_params[infotext_fields.NOTE_KEY] = api.OFF
                 p.comment(api.OFF)

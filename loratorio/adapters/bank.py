@@ -171,6 +171,9 @@ class Bank:
         self._routing = _Routing(tuple(mixes), now, by_layer or {}, plan, len(set(mixes)) == 1)
         try:
             yield
+        except BaseException:
+            self._plans.clear()  # and what they keep of this call
+            raise
         finally:
             self._routing = before
         if self._inputs.settle():

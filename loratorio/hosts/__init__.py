@@ -24,11 +24,13 @@ def webui_host() -> WebUIHost:
     )
 
 
-def forget_files() -> None:
-    """Free the LoRA files that are kept for the next job. Imports nothing."""
-    files = sys.modules.get(f"{__name__}.forge.files")
+def forget() -> None:
+    """Free what is kept for the next job: LoRA files, and text conditioning. Imports nothing."""
+    files, text = (sys.modules.get(f"{__name__}.{name}") for name in ("forge.files", "shared.text"))
     if files is not None:
         files.FILES.forget()
+    if text is not None:
+        text.forget_texts()
 
 
 def sum_of_tags() -> str:

@@ -642,6 +642,19 @@ def test_layers_whose_input_is_not_the_same_any_more() -> None:
                 rows.mul_(1.5)
 
 
+def test_a_call_that_fails_leaves_nothing_of_it_in_memory() -> None:
+    layers, bank = attention()
+    rows = torch.randn(len(SHARED_PARTS), 4, 6)
+    with torch.no_grad(), bank.attached(layers):
+        with bank.routed(SHARED_PARTS):
+            for name in ATTENTION:
+                layers[name](rows)
+        before = sum(held(bank).values())
+        with pytest.raises(Regrouped), bank.routed(SHARED_PARTS):
+            layers["to_v"](layers["to_q"](rows)[:3, :, :6])
+        assert sum(held(bank).values()) == before
+
+
 def test_a_prepared_bank_makes_nothing_at_the_first_call() -> None:
     layer = nn.Linear(6, 6)
     bank = Bank(

@@ -422,6 +422,8 @@ def test_text_is_encoded_once_for_all_batches(
 ) -> None:
     from modules import prompt_parser
 
+    from loratorio.hosts import forget
+
     a, b = standin.lora("a", 1), standin.full("b", 2)
     encoded: list[Any] = []
     original = prompt_parser.get_learned_conditioning
@@ -438,7 +440,13 @@ def test_text_is_encoded_once_for_all_batches(
         return len(encoded)
 
     encodings(1)  # now the WebUI has encoded its own
-    assert encodings(3) == encodings(1) > 0
+    forget()
+    once = encodings(1)
+    assert once > 0
+    assert encodings(2) == 0
+    forget()
+    assert encodings(3) == once
+    forget()
 
 
 def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:

@@ -1301,7 +1301,7 @@ def test_a_replaced_file_is_read_whole(webui: Any, standin: Any, names: tuple[st
 
 
 def test_an_unchanged_file_is_read_once(webui: Any, standin: Any, monkeypatch: Any) -> None:
-    from loratorio.hosts import forget_files
+    from loratorio.hosts import forget
     from loratorio.hosts.forge import variants as variants
 
     written = {"/loras/a": (1, 1), "/loras/b": (1, 1)}
@@ -1313,7 +1313,7 @@ def test_an_unchanged_file_is_read_once(webui: Any, standin: Any, monkeypatch: A
 
     monkeypatch.setattr(variants, "_written", written.get)
     monkeypatch.setattr(webui.networks, "load_lora_state_dict", load)
-    forget_files()
+    forget()
     standin.run(standin.job("a", "b"))  # now the host has read them
     read.clear()
     ticked = {**KNOBS, "recentre": 0.5, "share": 0.2}
@@ -1327,10 +1327,10 @@ def test_an_unchanged_file_is_read_once(webui: Any, standin: Any, monkeypatch: A
     other, _ = compose(standin, standin.job("a", "b"), **ticked)
     assert read[2:] == ["/loras/a"]
     assert not close(other, first, 1e-2)
-    forget_files()
+    forget()
     compose(standin, standin.job("b"), **ticked)
     assert read[-1] == "/loras/b"
-    forget_files()
+    forget()
 
 
 def test_kept_files_have_a_limit() -> None:
@@ -1356,6 +1356,8 @@ def test_kept_files_have_a_limit() -> None:
 def test_text_is_encoded_once_for_all_batches(
     standin: Any, webui: Any, monkeypatch: Any, share: float
 ) -> None:
+    from loratorio.hosts import forget
+
     encoded: list[Any] = []
     original = webui.parser.get_learned_conditioning
 
@@ -1371,7 +1373,13 @@ def test_text_is_encoded_once_for_all_batches(
         return len(encoded)
 
     encodings(1)  # now the host has encoded its own
-    assert encodings(3) == encodings(1) > 0
+    forget()
+    once = encodings(1)
+    assert once > 0
+    assert encodings(2) == 0
+    forget()
+    assert encodings(3) == once
+    forget()
 
 
 def test_a_file_replaced_between_two_batches_is_read_whole(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loratorio.adapters.bank import Bank, Regrouped
 from loratorio.adapters.delta import Adapter, LowRank
 from loratorio.compose.methods import METHODS
-from loratorio.compose.mixes import Mix, Participants
+from loratorio.compose.mixes import Branch, Mix, Participants
 from loratorio.errors import LoratorioError
 from loratorio.sampling.calls import Row, is_out_of_memory
 from loratorio.sampling.engine import Engine, Predict
@@ -87,6 +87,22 @@ def test_only_the_needed_rows_are_run(
     (rows,) = calls
     assert len(rows) == len(set(rows)) == expected
     assert (result.uncond is not None) == uncond
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("uncond", [True, False])
+@pytest.mark.parametrize(("strength", "start"), [(0.5, 0.0), (1.0, 0.3)])
+def test_the_branches_of_a_sampling_are_known_before_it(
+    method: str, uncond: bool, strength: float, start: float
+) -> None:
+    calls: list[list[Row]] = []
+    latents = torch.randn(1, 4, 4, 4)
+    chosen = paper(method=method, recentre=strength, share=0.2, reuse=3, start=start)
+    engine = Engine(chosen, loras(3))
+    ahead = engine.branches_ahead(20, uncond)
+    for index in range(20):
+        engine.step(step_of(latents, int(uncond), index), fake(latents, calls))
+    assert {Branch(row.mix, row.cond) for rows in calls for row in rows} == set(ahead)
 
 
 def test_rows_of_one_mix_stand_together_and_have_slots() -> None:

@@ -19,7 +19,7 @@ def conditioning_under(
 ) -> Prompts:
     """The pass's conditioning with each LoRA at its strength times its coefficient, read with these words, past the WebUI's caches."""
     acting = [(loras[number], strengths[number] * part) for number, part in enumerate(mix) if part]
-    kept = source.kept_texts([(replace(lora, text=strength), 1.0) for lora, strength in acting], words)
+    kept = source.text_cache([(replace(lora, text=strength), 1.0) for lora, strength in acting], words)
     others = [lora.source for lora in loras]
 
     def make(cond: bool) -> Any:

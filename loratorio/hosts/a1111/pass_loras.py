@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
@@ -50,11 +51,15 @@ class A1111Loras(PassLoras):
     def model_identity(self) -> Hashable:
         from modules import shared
 
-        filename: str = shared.sd_model.sd_checkpoint_info.filename
-        return filename
+        # The WebUI may load another checkpoint into the same object.
+        return shared.sd_model.sd_checkpoint_info.filename, weakref.ref(shared.sd_model)
 
     def identity(self, lora: ActiveLora) -> Hashable:
         return identity(lora.source)
+
+    def text_identity(self, lora: ActiveLora) -> Hashable:
+        network, *more = identity(lora.source)
+        return (weakref.ref(network), *more)
 
     def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
         from modules import shared

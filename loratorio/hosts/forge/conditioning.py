@@ -17,7 +17,7 @@ def conditioning_under(
 ) -> Prompts:
     """The pass's conditioning with each LoRA at its coefficient, read with these words, past the host's caches."""
     p = source.p
-    kept = source.kept_texts(
+    kept = source.text_cache(
         [(lora.active, coefficient) for lora, coefficient in zip(loras, mix, strict=True)], words
     )
 

@@ -20,6 +20,7 @@ from ...prompt.admission import ActiveLora, Admitted, LeftOut, UnreadableLora, a
 from ...prompt.roles import TaggedLora
 from .other_extensions import SAMPLE_PARTS, SAMPLE_TILES, chosen_script, known_options, takes_maps
 from .tags import WrittenTags
+from .text import TextCache, text_cache
 
 NO_LORA = "LoRAtorio composed nothing: the prompt names no LoRA. The picture is the WebUI's own."
 
@@ -99,6 +100,10 @@ class PassLoras(ABC):
     def identity(self, lora: ActiveLora) -> Hashable:
         """Equal for two activations of one LoRA that act in the same way."""
         return lora.source  # type: ignore[no-any-return]
+
+    def text_identity(self, lora: ActiveLora) -> Hashable:
+        """Equal for two activations of one LoRA that act on text in the same way. It does not keep the LoRA in memory."""
+        return self.identity(lora)
 
     @abstractmethod
     def read(self, lora: ActiveLora, skip_misfits: bool) -> ReadLora:
@@ -200,10 +205,10 @@ class PassLoras(ABC):
         known: ReadLora = self.job.adapters[key]
         return replace(known, active=lora)  # the tag may say something else in the next batch
 
-    def kept_texts(self, acting: Sequence[tuple[ActiveLora, float]], words: Words) -> dict[Any, list[Any]]:
-        """The job's caches of conditioning by a text encoder that these LoRAs act on, each at a part of its strength."""
-        state = tuple((self.identity(lora), lora.text * part) for lora, part in acting if part)
-        return self.job.texts.setdefault((self.model_identity(), state, words), {})
+    def text_cache(self, acting: Sequence[tuple[ActiveLora, float]], words: Words) -> TextCache:
+        """The conditioning that is kept of a text encoder that these LoRAs act on, each at a part of its strength."""
+        state = tuple((self.text_identity(lora), lora.text * part) for lora, part in acting if part)
+        return text_cache((self.model_identity(), state, words))
 
     def on_refiner(self, active: Sequence[ActiveLora], before: Sequence[ReadLora]) -> tuple[ReadLora, ...]:
         """The pass's LoRAs on the refiner that was loaded, with a note about those that do not match it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,27 @@ from torch import Tensor
 
 from ...compose.mixes import NO_WORDS, Branch, Mix, Words
 from ...prompt.own_words import with_words
+
+TextCache = dict[Any, list[Any]]
+"""Conditioning made by one state of the text encoder, in the form of the WebUI's caches: what it was made for, and what it is."""
+
+KEPT = 16
+"""The most states of the text encoder whose conditioning is kept, for other batches and for the next job."""
+
+_CACHES: dict[Hashable, TextCache] = {}
+
+
+def text_cache(state: Hashable) -> TextCache:
+    """What is kept of a state of the text encoder: the model, the LoRAs that act on it, and the words that prompts are read with."""
+    found = _CACHES[state] = _CACHES.pop(state, {})
+    while len(_CACHES) > KEPT:
+        del _CACHES[next(iter(_CACHES))]
+    return found
+
+
+def forget_texts() -> None:
+    """Free all conditioning that is kept."""
+    _CACHES.clear()
 
 
 class Prompts:
@@ -80,7 +101,7 @@ class TextConditioning:
         )
 
 
-def set_up_conds(p: Any, words: Words, kept: dict[Any, list[Any]], cond: bool) -> Any:
+def set_up_conds(p: Any, words: Words, kept: TextCache, cond: bool) -> Any:
     """Let the WebUI parse and encode the pass's prompts, each as it is read with a LoRA's words, or its negative prompts.
 
     Args:
@@ -90,7 +111,7 @@ def set_up_conds(p: Any, words: Words, kept: dict[Any, list[Any]], cond: bool) -
     """
 
     def get(function, required_prompts, steps, caches, extra_network_data, hires_steps=None):  # type: ignore[no-untyped-def]
-        if required_prompts.is_negative_prompt == cond:
+        if getattr(required_prompts, "is_negative_prompt", False) == cond:
             return None
         cache = kept.setdefault((cond, hires_steps is None), [None, None, None])
         own = type(p).get_conds_with_caching
