@@ -445,7 +445,7 @@ def test_places_with_a_method_that_has_none_are_said(page: Any) -> None:
     tab.choose("method", "Merge")
     tab.wait_for_line(
         "Will compose fox 1 ink 1 Places and own words do not work with Merge: the job will stop. Choose LoRAtorio, relative, "
-        "LoRAtorio, LoRAtorio by divergence, Composite, W-Composite or Composite, re-centred."
+        "LoRAtorio, LoRAtorio by divergence, Composite or W-Composite."
     )
     tab.prompt("<lora:fox:1> <lora:ink:1>")
     tab.wait_for_line("Will compose fox 1 ink 1")
