@@ -151,3 +151,19 @@ def test_places_and_reuse(webui: WebUI, model: str) -> None:
     print(f"{model} Balanced to its own reuse 1, 12 steps: {worst(full, reused):.1f} dB")
     assert is_composed(reused)
     assert worst(full, reused) >= 20
+
+
+def test_places_that_are_found(webui: WebUI, model: str) -> None:
+    fields = {**FIELDS, "cfg_scale": 4.0, "width": 128, "steps": 8}
+    everywhere = webui.txt2img(PAPER, prompt=prompt(model, "kohya:0.9", "lokr:0.7"), **fields)
+    sought = webui.txt2img(PAPER, prompt=prompt(model, "kohya:at=auto:0.9", "lokr:at=auto:0.7"), **fields)
+    print(f"{model} at=auto: {worst(everywhere, sought):.1f} dB to everywhere; {sought.infotexts[0].splitlines()[-1]}")
+    if "LoRAtorio places" in sought.infotexts[0]:
+        assert is_composed(sought)
+        assert worst(everywhere, sought) < 60
+    else:
+        assert "figure was found" in sought.infotexts[0]
+        assert worst(everywhere, sought) == float("inf")
+    # All of the picture is its place.
+    alone = webui.txt2img(PAPER, prompt=prompt(model, "kohya:at=auto:0.9", "lokr:0.7"), **fields)
+    assert worst(everywhere, alone) == float("inf")
