@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from loratorio.settings import PRESET, PRESETS
-from loratorio_lab.bench.webui import ask, sampling
+from loratorio_lab.bench.webui import ask, check_names, sampling
 
 MERGED = "the WebUI's own merging"
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.steps = None
     clock = partial(_processor_time, options.pid) if options.pid else time.perf_counter
-    tags = " ".join(f"<lora:{name.strip()}:1>" for name in options.loras.split(","))
+    names = [name.strip() for name in options.loras.split(",")]
+    check_names(options.url, names)
+    tags = " ".join(f"<lora:{name}:1>" for name in names)
     few, many = options.schedules
     seconds: dict[tuple[str, str], list[float]] = {}
     # The first round loads what later ones find loaded.
