@@ -73,7 +73,7 @@ def bench_webui(options: argparse.Namespace) -> None:
             f"{options.loras} has no combination of {options.counts} LoRAs: each has one of {CHARACTER}, and at most one of "
             "every other category."
         )
-    _check_names(options.webui, triggers)
+    check_names(options.webui, triggers)
     folder = options.out / "webui"
     folder.mkdir(parents=True, exist_ok=True)
     score = _scorer()
@@ -166,7 +166,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _check_names(url: str, names: Collection[str]) -> None:
+def check_names(url: str, names: Collection[str]) -> None:
     known = {each.get(key) for each in ask(url, "loras") for key in ("name", "alias")}
     lacking = [name for name in names if name not in known]
     if lacking:

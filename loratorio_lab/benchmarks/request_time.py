@@ -3,10 +3,9 @@
 loratorio-lab request-time http://127.0.0.1:7860 --loras cat,night,robot
 loratorio-lab request-time http://127.0.0.1:7860 --loras a,b,c --schedules 4 20 --size 512x512 --rounds 5 --pid 1234
 
-All ways take turns within a round, so that other load on the machine affects all alike; times are medians over the rounds. *First* is the
-request with the fewest steps that comes after another prompt's, so that LoRAs are read and merged; the others repeat it. The time of a
-request is taken for a straight line over the steps: *fixed* is what is left at no step, so what attaching, text, decoding and putting back
-take.
+All ways take turns within a round, so that other load on the machine affects all alike; times are medians over the rounds. *First* comes
+after another prompt's request, so that LoRAs are read and merged, and text is encoded; *again* repeats it with nothing changed. Then more
+steps: the WebUI's own caches of text go by the number of steps, so text is encoded again.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratorio.settings import PRESET, PRESETS
-from loratorio_lab.bench.webui import ask, sampling
+from loratorio_lab.bench.webui import ask, check_names, sampling
 
 MERGED = "the WebUI's own merging"
 WAYS: Mapping[str, Mapping[str, Any]] = {
     MERGED: {"enabled": False},
     **{preset.label: {"enabled": True, PRESET: name} for name, preset in PRESETS.items()},
 }
+
+KINDS = ("first", "again", "more")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.steps = None
     clock = partial(_processor_time, options.pid) if options.pid else time.perf_counter
-    tags = " ".join(f"<lora:{name.strip()}:1>" for name in options.loras.split(","))
+    names = [name.strip() for name in options.loras.split(",")]
+    check_names(options.url, names)
+    tags = " ".join(f"<lora:{name}:1>" for name in names)
     few, many = options.schedules
     seconds: dict[tuple[str, str], list[float]] = {}
     # The first round loads what later ones find loaded.
@@ -63,25 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             body["alwayson_scripts"] = {"LoRAtorio": {"args": [WAYS[name]]}}
             without = {**body, "prompt": options.prompt, "steps": 1, "alwayson_scripts": {}}
             _timed(clock, options.url, without)
-            for kind, steps in (("first", few), ("few", few), ("many", many)):
+            for kind, steps in zip(KINDS, (few, few, many), strict=True):
                 taken = _timed(
                     clock, options.url, {**body, "prompt": f"{options.prompt} {tags}", "steps": steps}
                 )
                 if number:
                     seconds.setdefault((name, kind), []).append(taken)
-    seconds_of = "processor seconds" if options.pid else "seconds"
-    steps_of = f"first, {few} steps | {few} steps | {many} steps"
+    unit = "processor seconds" if options.pid else "seconds"
     print(
-        f"| {seconds_of}, medians of {options.rounds} | {steps_of} | fixed | a step | to merging at {many} steps |"
+        f"| {unit}, medians of {options.rounds} | first, {few} steps | again | {many} steps | to merging: first | again | {many} steps |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in WAYS:
-        first, short, long = (statistics.median(seconds[name, kind]) for kind in ("first", "few", "many"))
-        each = (long - short) / (many - few)
-        ratio = statistics.median(np.divide(seconds[name, "many"], seconds[MERGED, "many"]))
-        print(
-            f"| {name} | {first:.2f} | {short:.2f} | {long:.2f} | {short - few * each:.2f} | {each:.3f} | {ratio:.2f} |"
-        )
+        times = [statistics.median(seconds[name, kind]) for kind in KINDS]
+        ratios = [
+            own / statistics.median(seconds[MERGED, kind]) for own, kind in zip(times, KINDS, strict=True)
+        ]
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in (*times, *ratios))} |")
 
 
 def _timed(clock: Callable[[], float], url: str, body: Mapping[str, Any]) -> float:

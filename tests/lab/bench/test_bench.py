@@ -382,17 +382,20 @@ def test_webui_mode_asks_scores_and_resumes(
 
 def test_whole_requests_are_timed_in_turns(webui: str, capsys: pytest.CaptureFixture[str]) -> None:
     request_time.main([webui, "--loras", "character_1,style_1", "--rounds", "2", "--schedules", "2", "6"])
-    asked = [(body["steps"], body["alwayson_scripts"]["LoRAtorio"]["args"][0]) for body in FakeWebUI.asked]
-    assert len(asked) == 3 * 4 * 2  # a round to warm up and two more, four ways, two schedules
-    assert {steps for steps, _ in asked} == {2, 6}
-    assert [way.get("preset") for _, way in asked[:8:2]] == [None, "paper", "balanced", "fast"]
-    assert [way.get("preset") for _, way in asked[8:16:2]] == ["paper", "balanced", "fast", None]
-    assert FakeWebUI.asked[0]["prompt"] == "a picture <lora:character_1:1> <lora:style_1:1>"
+    # A round to warm up and two more, four ways, and for each another prompt's request, two of few steps, and one of more.
+    assert [body["steps"] for body in FakeWebUI.asked] == [1, 2, 2, 6] * 4 * 3
+    assert FakeWebUI.asked[0]["prompt"] == "a picture"
+    assert FakeWebUI.asked[1]["prompt"] == "a picture <lora:character_1:1> <lora:style_1:1>"
+    ours = [body["alwayson_scripts"]["LoRAtorio"]["args"][0] for body in FakeWebUI.asked[1::4]]
+    assert [way.get("preset") for way in ours[:4]] == [None, "paper", "balanced", "fast"]
+    assert [way.get("preset") for way in ours[4:8]] == ["paper", "balanced", "fast", None]
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
-    for _, _, short, long, fixed, each, ratio, _ in rows:
-        assert float(fixed) == pytest.approx(float(short) - 2 * (float(long) - float(short)) / 4, abs=0.02)
-        assert float(each) == pytest.approx((float(long) - float(short)) / 4, abs=0.01)
-        assert float(ratio) > 0
+    merged = [float(value) for value in rows[0][2:5]]
+    for row in rows:
+        for ratio, own, others in zip(row[5:8], row[2:5], merged, strict=True):
+            # Of numbers with two digits behind the point.
+            assert (float(own) - 0.006) / (others + 0.006) - 0.006 < float(ratio)
+            assert others <= 0.006 or float(ratio) < (float(own) + 0.006) / (others - 0.006) + 0.006
     assert len(rows) == 4
 
 
