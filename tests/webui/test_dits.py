@@ -157,7 +157,9 @@ def test_places_that_are_found(webui: WebUI, model: str) -> None:
     fields = {**FIELDS, "cfg_scale": 4.0, "width": 128, "steps": 8}
     everywhere = webui.txt2img(PAPER, prompt=prompt(model, "kohya:0.9", "lokr:0.7"), **fields)
     sought = webui.txt2img(PAPER, prompt=prompt(model, "kohya:at=auto:0.9", "lokr:at=auto:0.7"), **fields)
-    print(f"{model} at=auto: {worst(everywhere, sought):.1f} dB to everywhere; {sought.infotexts[0].splitlines()[-1]}")
+    print(
+        f"{model} at=auto: {worst(everywhere, sought):.1f} dB to everywhere; {sought.infotexts[0].splitlines()[-1]}"
+    )
     if "LoRAtorio places" in sought.infotexts[0]:
         assert is_composed(sought)
         assert worst(everywhere, sought) < 60
