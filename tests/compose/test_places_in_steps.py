@@ -116,8 +116,7 @@ def test_where_none_acts_the_base_speaks(method: str, recentre: float) -> None:
     torch.testing.assert_close(result.cond[0, ..., IN_RIGHT], model.predicted(base, True)[..., IN_RIGHT])
     assert result.uncond is not None
     torch.testing.assert_close(result.uncond[0, ..., IN_RIGHT], model.predicted(base, False)[..., IN_RIGHT])
-    anchored = recentre if method == "loratorio" else 0.0
-    expected = torch.lerp(model.predicted(own, False), model.predicted(base, False), anchored)
+    expected = torch.lerp(model.predicted(own, False), model.predicted(base, False), recentre)
     torch.testing.assert_close(result.uncond[0, ..., IN_LEFT], expected[..., IN_LEFT])
 
 
