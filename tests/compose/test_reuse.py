@@ -352,6 +352,26 @@ def test_one_lora_is_run_at_every_step(recentre: float) -> None:
     assert asked == [full if recentre == 0 or index in uncond_runs else 1 for index in range(20)]
 
 
+@pytest.mark.parametrize("total", [4, 16])
+@pytest.mark.parametrize("reuse", [1, 3])
+@pytest.mark.parametrize("recentre", [0.0, 0.5, 1.0])
+def test_a_pool_of_one_is_that_lora(total: int, reuse: int, recentre: float) -> None:
+    """Whatever the prompt calls of a pool: one candidate alone is run at every step, as one LoRA that is named."""
+    shape = (4, 6, 6)
+    knobs = paper(method="relative", reuse=reuse, recentre=recentre, pool_size=1)
+    pooled = Participants.of(1, pooled=[0])
+    (engine, model), (named, other) = (
+        (Engine(knobs, bank(1), each), Model(shape)) for each in (pooled, Participants.of(1))
+    )
+    for index in range(total):
+        model.begin(index)
+        other.begin(index)
+        step = Step(index, total, latents(2, shape, index), 2)
+        found = engine.step(step, model)
+        assert model.run_at(index, engine.participants) == [0]
+        torch.testing.assert_close(found.cond, named.step(step, other).cond)
+
+
 @pytest.mark.parametrize("total", [4, SHORT])
 def test_short_schedules_run_unconditional_rows_at_every_other_evaluation(total: int) -> None:
     engine, model = Engine(paper(reuse=3, recentre=1.0), bank(3)), Model((4, 4, 4))

@@ -258,7 +258,9 @@ class Reuse(Method):
         return [lora for position, lora in enumerate(loras) if position in due]
 
     def _by_urgency(self, now: StepContext) -> list[ComposedLora]:
-        scored = [(i, lora) for i, lora in enumerate(now.participants.loras) if lora.scored]
+        # What the others are compared with is run in any case: a single candidate is.
+        loras = enumerate(now.participants.loras)
+        scored = [(i, lora) for i, lora in loras if lora.scored and lora.mix != _anchor(now)]
         if not scored or _is_whole_pool_run(now):
             return [lora for _, lora in scored]
         if self._shares is not None and not self._listed:
