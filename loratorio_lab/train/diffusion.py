@@ -121,8 +121,7 @@ def snr_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
 def level_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
     """`snr_weight` times SNR^−0.65, that within 0.1 and 40, (B,): all noise levels then have losses of about the same size.
 
-    What is where is decided at high noise, where errors are small in the noise: with `snr_weight` alone, forms and grounds are learned
-    half as fast.
+    What is where is decided at high noise, where errors are small in the noise.
     """
     weight: Tensor = snr_weight(schedule, times) * _snr(schedule, times).pow(-0.65).clamp(0.1, 40)
     return weight
