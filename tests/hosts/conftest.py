@@ -68,3 +68,31 @@ def left_over(monkeypatch: Any) -> Iterator[Callable[[], int]]:
     gc.disable()
     yield count
     gc.enable()
+
+
+def assert_encoded_once(monkeypatch: Any, parser: Any, make: Callable[[int], Any]) -> None:
+    """make: samples that many batches of one prompt. Its text is encoded once, for all of them and for the next job."""
+    from loratorio.hosts import forget
+
+    encoded: list[Any] = []
+    original = parser.get_learned_conditioning
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        encoded.append(args[1])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(parser, "get_learned_conditioning", counted)
+
+    def encodings(count: int) -> int:
+        encoded.clear()
+        make(count)
+        return len(encoded)
+
+    encodings(1)  # now the WebUI has encoded its own
+    forget()
+    once = encodings(1)
+    assert once > 0
+    assert encodings(2) == 0
+    forget()
+    assert encodings(3) == once
+    forget()

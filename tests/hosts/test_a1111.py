@@ -21,6 +21,7 @@ from loratorio.job import Job
 from loratorio.prompt.places import written
 from loratorio.settings import Settings
 from loratorio.webui import infotext_fields
+from tests.hosts.conftest import assert_encoded_once
 from tests.published import paper
 
 
@@ -422,31 +423,10 @@ def test_text_is_encoded_once_for_all_batches(
 ) -> None:
     from modules import prompt_parser
 
-    from loratorio.hosts import forget
-
     a, b = standin.lora("a", 1), standin.full("b", 2)
-    encoded: list[Any] = []
-    original = prompt_parser.get_learned_conditioning
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        encoded.append(args[1])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(prompt_parser, "get_learned_conditioning", counted)
-
-    def encodings(count: int) -> int:
-        encoded.clear()
-        compose(standin.job(a, b, n_iter=count), share=share)
-        return len(encoded)
-
-    encodings(1)  # now the WebUI has encoded its own
-    forget()
-    once = encodings(1)
-    assert once > 0
-    assert encodings(2) == 0
-    forget()
-    assert encodings(3) == once
-    forget()
+    assert_encoded_once(
+        monkeypatch, prompt_parser, lambda count: compose(standin.job(a, b, n_iter=count), share=share)
+    )
 
 
 def test_lets_go_of_the_loras(standin: Any, left_over: Any) -> None:

@@ -19,6 +19,7 @@ from loratorio.compose.methods import METHODS
 from loratorio.compose.methods.loratorio import by_similarity, spatial_weights
 from loratorio.errors import LoratorioError
 from loratorio.job import Job
+from tests.hosts.conftest import assert_encoded_once
 from tests.published import paper
 
 STANDIN = Path(__file__).parent.parent / "standin" / "forge"
@@ -1356,30 +1357,10 @@ def test_kept_files_have_a_limit() -> None:
 def test_text_is_encoded_once_for_all_batches(
     standin: Any, webui: Any, monkeypatch: Any, share: float
 ) -> None:
-    from loratorio.hosts import forget
+    def make(count: int) -> Any:
+        return compose(standin, standin.job("a", "c", n_iter=count), share=share, **KNOBS)
 
-    encoded: list[Any] = []
-    original = webui.parser.get_learned_conditioning
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        encoded.append(args[1])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(webui.parser, "get_learned_conditioning", counted)
-
-    def encodings(count: int) -> int:
-        encoded.clear()
-        compose(standin, standin.job("a", "c", n_iter=count), share=share, **KNOBS)
-        return len(encoded)
-
-    encodings(1)  # now the host has encoded its own
-    forget()
-    once = encodings(1)
-    assert once > 0
-    assert encodings(2) == 0
-    forget()
-    assert encodings(3) == once
-    forget()
+    assert_encoded_once(monkeypatch, webui.parser, make)
 
 
 def test_a_file_replaced_between_two_batches_is_read_whole(
