@@ -8,6 +8,7 @@ What it does not imitate: `InputAccordion`, tooltips, ui-config.json.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -93,10 +94,11 @@ def tab(name: str) -> dict[str, Any]:
     fields = [(prompt, "Prompt"), *infotext.paste_fields(components)]
     source = gr.Textbox(label="Paste from", elem_id=f"{name}_source", lines=3)
     paste = gr.Button("Paste", elem_id=f"{name}_paste")
+    pastes, times = gr.Textbox("0", label="Pastes", elem_id=f"{name}_pastes"), itertools.count(1)
     paste.click(
-        lambda text: [pasted(component, key, read(text)) for component, key in fields],
+        lambda text: [*(pasted(component, key, read(text)) for component, key in fields), str(next(times))],
         [source],
-        [component for component, _ in fields],
+        [*(component for component, _ in fields), pastes],
     )
     return {"fields": fields}
 

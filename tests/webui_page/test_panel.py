@@ -111,8 +111,14 @@ class Tab:
         return json.loads(result.input_value()), self.page.input_value(f"#{self.name}_infotext textarea")
 
     def paste(self, infotext: str) -> None:
+        """Until the answer is on the page: a click on Generate before it sends what stood there before."""
+        pastes = f"#{self.name}_pastes :is(textarea, input)"
+        before = self.page.input_value(pastes)
         self.page.fill(f"#{self.name}_source textarea", infotext)
         self.page.click(f"#{self.name}_paste")
+        self.page.wait_for_function(
+            "([id, before]) => document.querySelector(id).value !== before", arg=[pastes, before]
+        )
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
