@@ -43,7 +43,7 @@ BY_NAME = {element.name: element for element in ELEMENTS}
 
 CELL = 8
 """Sides and places of figures are multiples of this: a latent's pixel. A drawing then has one latent for each of its four sides,
-wherever it stands, where the autoencoder makes another of every shift by a pixel; so a small base learns forms in a fraction of the time."""
+wherever it stands, where the autoencoder makes another of every shift by a pixel: a small base has less to learn."""
 _ONE = {"": 80, "large": 112, "small": 56}
 _TWO = {128: {"": 56, "large": 80, "small": 40}, 192: {"": 80, "large": 112, "small": 56}}
 """Sides of a lone figure and of one of two, by the picture's width, pixels."""
