@@ -42,12 +42,11 @@ STRUCTURE = ("a", "an", "large", "small", "on", "the", "left", "right", "to", "b
 BY_NAME = {element.name: element for element in ELEMENTS}
 
 CELL = 8
-"""Sides and places of figures are multiples of this: a latent's pixel. A drawing then has one latent for each of its four sides,
-wherever it stands, where the autoencoder makes another of every shift by a pixel: a small base has less to learn."""
-_ONE = {"": 80, "large": 112, "small": 56}
-_TWO = {128: {"": 56, "large": 80, "small": 40}, 192: {"": 80, "large": 112, "small": 56}}
-"""Sides of a lone figure and of one of two, by the picture's width, pixels."""
-_PAIRS = (("", ""), ("", ""), ("", ""), ("large", "small"), ("small", "large"), ("", "small"), ("small", ""))
+LARGE, SMALL = 96, 56
+"""Figures' sides. They and the figures' places are multiples of `CELL`, a latent's pixel: a drawing then has two latents, one for
+each side, wherever it stands. A small base has less to learn so."""
+_PAIRS = (("", ""), ("", ""), ("", ""), ("small", "small"), ("large", "small"), ("small", "large"))
+"""Sizes of two figures; a large one has room in wide pictures alone."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +125,19 @@ def random_ground(rng: random.Random) -> tuple[str, str]:
 
 
 def arrange(rng: random.Random, names: Sequence[str], width: int) -> tuple[Figure, ...]:
-    """One or two figures at random places that fit the picture, from left to right."""
+    """One or two figures at random places that fit the picture, from left to right. Without a word, one alone is large, two are small."""
     if len(names) == 1:
         size = rng.choice(("", "", "large", "small"))
-        side = _ONE[size]
-        place = "" if size == "large" and width == 128 else rng.choice(("", "", "", "left", "right"))
+        side = SMALL if size == "small" else LARGE
+        place = rng.choice(("", "", "", "left", "right")) if width > HEIGHT or side == SMALL else ""
         free = width - side
-        near = CELL * rng.randint(1, 1 + free // (8 * CELL))
+        near = CELL * rng.randint(1, max(1, free // (6 * CELL)))
         corner = {"": _middle(rng, free), "left": near, "right": free - near}[place]
         return (_figure(rng, names[0], corner, side, size, place),)
-    sizes = rng.choice(_PAIRS)
-    sides = [_TWO[width][size] for size in sizes]
+    sizes = rng.choice(_PAIRS if width > HEIGHT else _PAIRS[:4])
+    sides = [LARGE if size == "large" else SMALL for size in sizes]
     free = (width - sum(sides)) // CELL
-    gaps = [CELL * rng.randint(free // 6, max(free // 6, free * 2 // 5)) for _ in sizes]
+    gaps = [CELL * rng.randint(free // 5, max(1, free * 2 // 5)) for _ in sizes]
     corners = (gaps[0], width - gaps[1] - sides[1])
     return tuple(
         _figure(rng, *each) for each in zip(names, corners, sides, sizes, ("left", "right"), strict=True)
