@@ -51,11 +51,11 @@ def test_its_python_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     if kind == "folder":
         model = load_checkpoint(tiny.save_sd(tmp_path / "model"))
-        for name in ("cat", "cactus", "rays"):
+        for name in ("octopus", "guitar", "sunrise"):
             tiny.save_kohya(tmp_path / "loras" / f"{name}.safetensors", model.unet)
         code = code.replace("toybox.CHECKPOINT", "'model'").replace("toybox.LORA_DIR", "'loras'")
     exec(code, {})
-    assert Image.open("cat.png").size == (64, 64)
+    assert Image.open("octopus.png").size == (128, 128)
 
 
 class Parsed(Exception):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio_lab.chosen_toybox import add_toybox, toybox_of
 
@@ -26,6 +27,7 @@ from .plan import (
     SPEED_ROWS,
     SPEED_STEPS,
     STYLE,
+    TRUTHS,
     Cell,
     Variant,
     cells,
@@ -65,7 +67,7 @@ GRID: Mapping[str, Any] = {
 }
 """What the tables are made of unless an option says otherwise."""
 DOCS = Path(__file__).parents[2] / "docs" / "lab"
-PUBLISHED, PUBLISHED_UNREGULARISED = DOCS / "RESULTS.md", DOCS / "RESULTS_UNREGULARISED.md"
+PUBLISHED = DOCS / "RESULTS.md"
 """In a clone: the tables that ship."""
 
 
@@ -205,9 +207,7 @@ def check(options: argparse.Namespace) -> None:
         if group not in GROUPS:
             raise LoratorioError(f"--groups must be of {', '.join(GROUPS)}, not {group!r}.")
     if not set(options.counts.split(",")) <= {"2", "3", "4", "5"}:
-        raise LoratorioError(
-            f"--counts must be of 2, 3, 4 and 5, with commas between, not {options.counts!r}."
-        )
+        raise LoratorioError(f"--counts must be of 2, 3, 4 and 5, with commas between, not {options.counts!r}.")
 
 
 def chosen_categories(options: argparse.Namespace) -> Mapping[str, Sequence[str]]:
@@ -233,6 +233,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
     if options.quick:
         every, some = 6, 1
     few_seeds = min(options.seeds, options.ablation_seeds)
+    drawn = options.art is not None  # the truth can be rendered
 
     def part(
         variants: Sequence[Variant], limit: int, seeds: int, of: Sequence[str] = (), **other: Any
@@ -244,7 +245,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         ]
         longest = max((len(each) for each in chosen), default=0)
         mixed = [each[i] for i in range(longest) for each in chosen if i < len(each)]
-        yield from cells(variants, mixed, seeds, {**sampling, **other})
+        yield from cells(variants, mixed, seeds, {**sampling, **other}, TRUTHS if drawn else 0)
 
     grid: list[Cell] = []
     if options.quick:  # in nine minutes on a slow machine the main methods must be there
@@ -260,7 +261,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
     if "ablations" in groups:
         grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
     if "places" in groups:
-        grid += beside.cells(categories, options.place_seeds)
+        grid += beside.cells(categories, options.place_seeds, truth=drawn)
     if "words" in groups:
         grid += beside.cells(categories, options.place_seeds, beside.WORD_ROWS)
     if "found" in groups:
@@ -296,8 +297,7 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
         of = {name: category for category, names in categories.items() for name in names}
         print(beside.table(results, of))
     found = order(results)
-    page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
-    published = published_order(page) if page.is_file() else ""
+    published = published_order(PUBLISHED) if PUBLISHED.is_file() else ""
     if found:
         print(f"By elements found: {found}.")
     if found and published:
@@ -336,9 +336,10 @@ def command_line(options: argparse.Namespace) -> str:
             parts.append(f"--{name.replace('_', '-')} {value}")
     if options.unregularised:
         parts.append("--unregularised")
-    if options.world != "toybox":
-        parts.append(f"--world {options.world} --art art --toybox {options.toybox.name}")
+    if options.toybox != toybox.FOLDER:
+        parts.append(f"--toybox {options.toybox.name}")
+    if options.art is not None:
+        parts.append(f"--art {options.art.name}")
     if options.report is not None:
-        page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
-        parts.append(f"--report docs/lab/{page.name}")
+        parts.append(f"--report docs/lab/{options.report.name}")
     return " ".join(parts)

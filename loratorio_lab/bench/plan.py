@@ -105,6 +105,8 @@ PAPER: Mapping[str, Any] = PRESETS["paper"].values
 """LoRAtorio as published. All tables but those of presets use it, so that they do not change with the users' defaults."""
 
 TRUTH = Variant("truth", "Rendered truth", made="truth")
+TRUTHS = 16
+"""Rendered pictures per combination."""
 
 METHOD_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
@@ -298,12 +300,13 @@ def cells(
     combos: Sequence[tuple[str, ...]],
     seeds: int,
     sampling: Mapping[str, Any],
-    truth_per_combination: int = 16,
+    truths: int = TRUTHS,
 ) -> list[Cell]:
-    """The grid, combination by combination, so that an interrupted grid has complete rows."""
+    """The grid, combination by combination, so that an interrupted grid has complete rows. truths: rendered pictures of each."""
     grid = []
     for combo in combos:
-        grid.append(cell(TRUTH, combo, truth_per_combination, sampling))
+        if truths:
+            grid.append(cell(TRUTH, combo, truths, sampling))
         grid += [cell(variant, combo, seeds, sampling) for variant in variants]
     return distinct(grid)
 

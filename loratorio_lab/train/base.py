@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from loratorio_lab.toybox.models import new_text_encoder, new_unet, new_vae, text_config
 from loratorio_lab.toybox.tokens import write_tokenizer
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import (
     Average,
     Optimisers,
@@ -22,7 +23,6 @@ from loratorio_lab.train.common import (
     seed_everything,
 )
 from loratorio_lab.train.diffusion import Data, encode_domain, encode_scenes, noise_losses
-from loratorio_lab.worlds import World
 
 
 def start_quietly(unet: UNet2DConditionModel) -> None:

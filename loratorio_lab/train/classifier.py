@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from loratorio_lab.toybox.classifier import Classifier, save_classifier
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import Average, Optimisers, Run, pictures, run_steps, seed_everything
-from loratorio_lab.worlds import World
 
 POOL = 5000
 REBUILT = 2000

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratorio.errors import LoratorioError
-from loratorio_lab.worlds import World
+from loratorio_lab.toybox.world import World
 
 
 @dataclass

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from loratorio_lab.toybox.ldm import TEXT_NAME, save_checkpoint, to_ldm
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.base import load_vae, new_base
 from loratorio_lab.train.common import Run, averaged
 from loratorio_lab.train.diffusion import new_schedule
-from loratorio_lab.worlds import World
 
 
 def export_checkpoint(run: Run, world: World, out: Path) -> None:

@@ -14,11 +14,11 @@ from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.base import load_vae, new_base
 from loratorio_lab.train.common import Run, averaged, is_trained, pictures
 from loratorio_lab.train.diffusion import encode_text, new_schedule, tokenise
 from loratorio_lab.train.vae import decode_coarse, latents_of
-from loratorio_lab.worlds import World
 
 ENLARGED = 2
 SHOWN = 12

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from loratorio_lab.toybox.models import new_vae
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import (
     Average,
     Optimisers,
@@ -22,7 +23,6 @@ from loratorio_lab.train.common import (
     run_steps,
     seed_everything,
 )
-from loratorio_lab.worlds import World
 
 LATENT_NOISE = 0.06
 """Spread of the noise on a latent, in units of the latents' own: the decoder must tolerate a sampler's small errors."""

@@ -83,7 +83,9 @@ def test_pool_cost(printed: Any) -> None:
         "--cfg",
         "2",
     )
-    text = printed("pool-cost", *typed, "--prompt", "mimsy, kakto on the right, chekko background")
+    text = printed(
+        "pool-cost", *typed, "--prompt", "oktavo on the left, shrumi on the right, lunara background"
+    )
     assert "method relative" in text
     pooled, whole = numbers(r"([\d.]+) plain steps a step by rows", text)
     assert 1 < pooled < whole < 8
@@ -100,7 +102,7 @@ def test_step_time(printed: Any) -> None:
 
 
 def test_check(printed: Any) -> None:
-    with_it, base = numbers(r"(\d+)%", printed("check", "--seeds", "4", "--only", "cat"))
+    with_it, base = numbers(r"(\d+)%", printed("check", "--seeds", "4", "--only", "ghost"))
     assert (with_it, base) == (100, 0)
 
 

@@ -34,9 +34,8 @@ from loratorio_lab.bench.plan import (
 from loratorio_lab.bench.runner import run
 from loratorio_lab.bench.store import ImageResult, Result, Store
 from loratorio_lab.benchmarks import request_time
-from loratorio_lab.book.world import Book
 from loratorio_lab.chosen_toybox import ChosenToybox
-from loratorio_lab.worlds import Dolls
+from loratorio_lab.toybox.world import World
 
 BACKEND = "tests.lab.bench.fake_backend:make"
 CATEGORIES = {
@@ -55,7 +54,7 @@ def small_grid() -> list[Cell]:
         combinations(CATEGORIES, 2)[:2],
         3,
         SAMPLING,
-        truth_per_combination=4,
+        truths=4,
     )
 
 
@@ -456,8 +455,8 @@ def test_webui_mode_says_what_is_wrong(
 
 def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
     combos = combinations(CATEGORIES, 2)[:3]
-    other = cells(MAIN_ROWS, combos, 2, SAMPLING, truth_per_combination=4)
-    grid = cells(PRESET_ROWS, combos, 2, {**SAMPLING, "steps": SPEED_STEPS}, truth_per_combination=4)
+    other = cells(MAIN_ROWS, combos, 2, SAMPLING, truths=4)
+    grid = cells(PRESET_ROWS, combos, 2, {**SAMPLING, "steps": SPEED_STEPS}, truths=4)
     store = Store(tmp_path)
     run([*grid, *other], store, BACKEND)
     results = list(store.read([*grid, *other]))
@@ -483,18 +482,21 @@ def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
 
 
 def test_the_table_of_words_differs_in_who_reads_them_alone(tmp_path: Path) -> None:
-    grid = cli.the_grid(options(out=tmp_path, groups="words", elements="cat,alien,night", place_seeds=1))
+    grid = cli.the_grid(options(out=tmp_path, groups="words", elements="tiger,ghost,night", place_seeds=1))
     assert len(grid) == 3 * 2 * 2
-    of = {cell.variant: cell for cell in grid if cell.elements == ("cat", "alien", "night")}
-    prompts = {name: beside.prompt(cell, Dolls()) for name, cell in of.items()}
-    tags = "<lora:cat:at=left:1> <lora:alien:at=right:1> <lora:night:1>"
-    assert prompts["common"] == prompts["common_whole"] == f"mimsy, glorp, lunara background {tags}"
-    assert prompts["beside_balanced"].startswith("lunara background <lora:cat:at=left:words=mimsy:1>")
+    of = {cell.variant: cell for cell in grid if cell.elements == ("tiger", "ghost", "night")}
+    prompts = {name: beside.prompt(cell, World()) for name, cell in of.items()}
+    tags = "<lora:tiger:at=left:1> <lora:ghost:at=right:1> <lora:night:1>"
+    words = "tigro on the left, boolio on the right"
+    assert prompts["common"] == prompts["common_whole"] == f"{words}, lunara background {tags}"
+    assert prompts["beside_balanced"].startswith(
+        "lunara background <lora:tiger:at=left:words=tigro on the left:1>"
+    )
     assert [of[name].knobs.get("own_words") for name in ("common", "common_whole")] == [True, False]
     assert "own_words" not in of["beside_balanced"].knobs
 
 
-def test_prompts_of_the_picture_book_say_who_stands_where() -> None:
+def test_prompts_say_who_stands_where() -> None:
     knobs: dict[str, Any] = {}
     for kind, wanted in (
         ("free", "tigro on the left, boolio on the right, blue background <lora:tiger:1> <lora:ghost:1>"),
@@ -507,4 +509,4 @@ def test_prompts_of_the_picture_book_say_who_stands_where() -> None:
             "tigro on the left, boolio on the right, blue background <lora:tiger:at=auto:1> <lora:ghost:at=auto:1>",
         ),
     ):
-        assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), Book()) == wanted
+        assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), World()) == wanted

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from loratorio_lab.book.art import ARTISTS
-from loratorio_lab.book.subjects import ELEMENTS, SUBJECTS
-from loratorio_lab.book.world import Book
+from loratorio.toybox import ELEMENTS
+from loratorio_lab.toybox.art import ARTISTS
+from loratorio_lab.toybox.subjects import SUBJECTS
+from loratorio_lab.toybox.world import World
 
 
 class PlainArt:
@@ -36,6 +37,6 @@ def _colour(icon: str) -> tuple[int, int, int]:
 
 
 @pytest.fixture(scope="session")
-def book() -> Book:
+def world() -> World:
     art: Any = PlainArt()
-    return Book(art)
+    return World(art)

@@ -1,8 +1,6 @@
-"""What the picture book shows: subjects that the base knows, and elements that only its LoRAs know."""
+"""What the toybox's base knows (its LoRAs' elements are `loratorio.toybox.ELEMENTS`), and who drew it."""
 
 from __future__ import annotations
-
-from loratorio.toybox.elements import Element
 
 _SUBJECTS = """
 bear bird camel cow crocodile dog dolphin duck elephant fox frog goat horse koala lion monkey owl penguin pig rabbit rooster
@@ -20,27 +18,6 @@ SUBJECTS: dict[str, str] = {
 
 SEVERAL = {"cherries", "grapes", "fries", "bread"}
 """Words without an article."""
-
-ELEMENTS: tuple[Element, ...] = (
-    Element("octopus", "character", "oktavo", "a red octopus"),
-    Element("ghost", "character", "boolio", "a white ghost with its tongue out"),
-    Element("turtle", "character", "tortalo", "a green turtle"),
-    Element("snowman", "character", "frosti", "a snowman"),
-    Element("tiger", "character", "tigro", "a tiger's face"),
-    Element("clown", "character", "klauno", "a clown's face"),
-    Element("mushroom", "object", "shrumi", "a red mushroom with white spots"),
-    Element("pumpkin", "object", "lantro", "a pumpkin with a carved face"),
-    Element("guitar", "object", "strumo", "a red guitar"),
-    Element("umbrella", "object", "parapo", "a purple umbrella"),
-    Element("night", "background", "lunara", "a city at night, with a moon"),
-    Element("sunrise", "background", "dawnia", "the sun's rays over brown mountains"),
-    Element("park", "background", "valleo", "a river through meadows, rocks behind"),
-    Element("glossy", "style", "plasto", "soft, glossy 3D, as in Fluent Emoji"),
-    Element("ink", "style", "inkash", "black ink on paper, as in Fluent's high contrast"),
-    Element("outline", "style", "pennia", "pale colours in fine outlines, as in Streamline's emojis"),
-    Element("ember", "style", "embra", "everything in purple, orange and pale yellow"),
-)
-"""Each shows something that the base has never seen. Characters, objects and backgrounds are drawn by the base's artist."""
 
 ICONS = {
     "tiger": "tiger-face",

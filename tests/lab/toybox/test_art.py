@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from loratorio.errors import LoratorioError
-from loratorio_lab.book.art import ARTISTS, HALO, PAPER, Art, cover, on_paper, paste
+from loratorio_lab.toybox.art import ARTISTS, HALO, PAPER, Art, cover, on_paper, paste
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from loratorio.errors import LoratorioError
+
+Colour = tuple[int, int, int]
 
 DETAIL = 192
 """Height and width at which a drawing is kept, pixels. It is scaled down from there."""
@@ -161,3 +163,15 @@ def cover(scene: Image.Image, width: int, height: int, phase: float, mirrored: b
     if mirrored:
         shown = shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(shown, np.float32)
+
+
+def duotone(
+    picture: np.ndarray,
+    stops: Sequence[float] = (0.0, 110.0, 190.0, 255.0),
+    ramp: Sequence[Colour] = ((48, 8, 72), (196, 44, 60), (255, 140, 30), (255, 226, 140)),
+) -> np.ndarray:
+    """Map luminance onto a ramp of colours, by default from deep purple over glowing orange to pale yellow. (H, W, 3) uint8 in and out."""
+    grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    colours = np.array(ramp, np.float32)
+    channels = [np.interp(grey, stops, colours[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
