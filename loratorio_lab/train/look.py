@@ -63,7 +63,7 @@ def samples(run: Run, world: World, texts: Sequence[str], width: int) -> Tensor:
     unet, text, tokenizer = new_base(world, run.work / "text", run.device)
     weights, numbers = averaged("base", run.work, run.kept)
     nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(weights)
-    scheduler = DDIMScheduler.from_config(new_schedule().config)
+    scheduler = DDIMScheduler.from_config(new_schedule().config, clip_sample=False)
     scheduler.set_timesteps(STEPS)
     noise = torch.Generator().manual_seed(run.seed)
     latents = torch.randn(len(texts), 4, world.pixels // 8, width // 8, generator=noise).to(run.device)
