@@ -23,8 +23,8 @@ from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import Average, Optimisers, Run, run_steps, seed_everything
 from loratorio_lab.train.diffusion import encode_domain, noise_losses
 
-RANK = 8
-ALPHA = 8
+RANK = 4
+ALPHA = 4
 PRIOR = 5
 """Regularisation pictures per picture of the LoRA's own."""
 Parts = tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]
