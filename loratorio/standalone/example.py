@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..toybox.elements import BY_NAME
+
 LORAS = ("octopus", "guitar", "sunrise")
 """A character, an object and a background."""
 
@@ -18,6 +20,17 @@ def pair_prompt(place: str = "") -> str:
     tags = (f"<lora:{name}{f':at={place}' if place else ''}:1>" for name in PAIR)
     words = (f"{word} on the {side}" for word, side in zip(PAIR.values(), ("left", "right"), strict=True))
     return f"{', '.join(words)}, blue background {' '.join(tags)}"
+
+
+STYLED = "turtle"
+"""A character that the styles draw, each in its own way."""
+STYLES = ("glossy", "ink", "outline", "ember")
+
+
+def styled_prompt(style: str) -> str:
+    """The text and tags of `STYLED` in one of the `STYLES`."""
+    character, drawn = BY_NAME[STYLED], BY_NAME[style]
+    return f"{character.trigger}, blue background, {drawn.trigger} style <lora:{character.name}> <lora:{drawn.name}>"
 
 
 def prompt(strength: str = "") -> str:

@@ -207,7 +207,9 @@ def check(options: argparse.Namespace) -> None:
         if group not in GROUPS:
             raise LoratorioError(f"--groups must be of {', '.join(GROUPS)}, not {group!r}.")
     if not set(options.counts.split(",")) <= {"2", "3", "4", "5"}:
-        raise LoratorioError(f"--counts must be of 2, 3, 4 and 5, with commas between, not {options.counts!r}.")
+        raise LoratorioError(
+            f"--counts must be of 2, 3, 4 and 5, with commas between, not {options.counts!r}."
+        )
 
 
 def chosen_categories(options: argparse.Namespace) -> Mapping[str, Sequence[str]]:
