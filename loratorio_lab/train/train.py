@@ -32,7 +32,7 @@ from loratorio_lab.train.vae import train_vae
 PLANS: dict[str, tuple[int, int, float]] = {
     "vae_coarse": (8000, 8, 4e-3),
     "vae_fine": (5000, 8, 3e-3),
-    "classifier": (5000, 32, 2e-3),
+    "classifier": (8000, 32, 2e-3),
     "base": (12000, 32, 2e-3),
     "unregularised": (600, 16, 3e-3),
     "loras": (600, 16, 3e-3),
