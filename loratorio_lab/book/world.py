@@ -49,6 +49,11 @@ _PAIRS = (("", ""), ("", ""), ("", ""), ("small", "small"), ("large", "small"), 
 """Sizes of two figures; a large one has room in wide pictures alone."""
 
 
+EVERY_ARTIST = (*ARTISTS, BASE_ARTIST, BASE_ARTIST)
+DRAWN_BY = (BASE_ARTIST, BASE_ARTIST, BASE_ARTIST, *STYLED_BY.values())
+"""Artists as often as autoencoder and classifier see them; those of the base and the styles."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One drawing: the name of a subject or an element, the middle and side in pixels, and the words for size and place."""
@@ -230,14 +235,16 @@ class Book:
         """A wide scene with two characters."""
         return self.random_scene(rng, left, right, *names, width=self.beside_width)
 
-    def any_scene(self, rng: random.Random, width: int | None = None) -> Scene:
-        """A scene by any artist, for the autoencoder and the classifier."""
+    def any_scene(
+        self, rng: random.Random, width: int | None = None, artists: Sequence[str] = EVERY_ARTIST
+    ) -> Scene:
+        """A scene by one of these artists, for the autoencoder and the classifier."""
         chosen = [
             rng.choice([e.name for e in ELEMENTS if e.category == category])
             for category, share in (("character", 0.3), ("object", 0.25), ("background", 0.22))
             if rng.random() < share
         ]
-        artist = rng.choice([*ARTISTS, BASE_ARTIST, BASE_ARTIST])
+        artist = rng.choice(artists)
         chosen += [style for style, by in STYLED_BY.items() if by == artist]
         if artist == BASE_ARTIST and rng.random() < 0.15:
             chosen.append("ember")
@@ -249,7 +256,9 @@ class Book:
         return [caption(self.random_scene(rng, element.name, width=HEIGHT)) for _ in range(count)]
 
     def varied_scene(self, rng: random.Random, width: int | None = None, fine: bool = False) -> Scene:
-        """As `any_scene`, in any sizes, mirrored, on any colours: for the autoencoder."""
+        """As `any_scene`, in any sizes, mirrored, on any colours: for the autoencoder. fine: what base and LoRAs draw, as they draw it."""
+        if fine:
+            return self.any_scene(rng, width, DRAWN_BY)
         scene = self.any_scene(rng, width)
         figures = tuple(
             replace(f, side=f.side * rng.uniform(0.8, 1.5), mirrored=rng.random() < 0.5)

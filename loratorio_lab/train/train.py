@@ -42,10 +42,10 @@ PLANS: dict[str, dict[str, tuple[int, int, float]]] = {
     "book": {
         "vae_coarse": (8000, 8, 4e-3),
         "vae_fine": (5000, 8, 3e-3),
-        "classifier": (6000, 32, 2e-3),
+        "classifier": (5000, 32, 2e-3),
         "base": (12000, 32, 2e-3),
-        "unregularised": (1200, 16, 1e-3),
-        "loras": (1200, 16, 1e-3),
+        "unregularised": (600, 16, 3e-3),
+        "loras": (600, 16, 3e-3),
     },
 }
 KEPT = Path(__file__).parents[1] / "book" / "kept"

@@ -24,7 +24,7 @@ from loratorio_lab.train.common import (
 )
 from loratorio_lab.worlds import World
 
-LATENT_NOISE = 0.06
+LATENT_NOISE, FINE_LATENT_NOISE = 0.06, 0.12
 """Spread of the noise on a latent, in units of the latents' own: the decoder must tolerate a sampler's small errors."""
 
 
@@ -82,6 +82,7 @@ def train_vae(run: Run, lr: float, world: World, fine: bool) -> None:
     run.resume(model=vae, average=average, optimisers=optimisers)
     vae.to(memory_format=torch.channels_last)
     rng = run.rng()
+    spread = FINE_LATENT_NOISE if fine else LATENT_NOISE
 
     def losses() -> dict[str, Tensor]:
         width = rng.choices(world.widths, world.shares)[0]
@@ -90,7 +91,7 @@ def train_vae(run: Run, lr: float, world: World, fine: bool) -> None:
         with run.lower_precision():
             with torch.set_grad_enabled(not fine):
                 latents = latents_of(vae, images)
-            noisy = latents + LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
+            noisy = latents + spread * latents.detach().std() * torch.randn_like(latents)
             made = (vae.decode(noisy).sample if fine else decode_coarse(vae, noisy)).float()
         truth = images if fine else F.avg_pool2d(images, 2)
         loss = reconstruction_loss(made, truth) + 1e-3 * latents.float().square().mean()
