@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from loratorio.errors import LoratorioError
+from loratorio.standalone.model_files import LATENT_PIXEL
 from loratorio.toybox.elements import BY_NAME, ELEMENTS, Element
 from loratorio_lab.toybox.art import ARTISTS, INK, PAPER, Art, Colour, cover, duotone, paste
 from loratorio_lab.toybox.subjects import BASE_ARTIST, LACKING, SEVERAL, STYLED_BY, SUBJECTS, icon
@@ -41,9 +42,8 @@ EMBER = (
 """Luminances and the colours that they become."""
 STRUCTURE = ("a", "an", "large", "small", "on", "the", "left", "right", "to", "background", "style", "and")
 
-CELL = 8
 LARGE, SMALL = 96, 56
-"""Figures' sides. They and the figures' places are multiples of `CELL`, a latent's pixel: a drawing then has two latents, one for
+"""Figures' sides. They and the figures' places are multiples of a latent's pixel: a drawing then has two latents, one for
 each side, wherever it stands. A small base has less to learn so."""
 _PAIRS = (("", ""), ("", ""), ("", ""), ("small", "small"), ("large", "small"), ("small", "large"))
 """Sizes of two figures; a large one has room in wide pictures alone."""
@@ -136,13 +136,13 @@ def arrange(rng: random.Random, names: Sequence[str], width: int) -> tuple[Figur
         side = SMALL if size == "small" else LARGE
         place = rng.choice(("", "", "", "left", "right")) if width > HEIGHT or side == SMALL else ""
         free = width - side
-        near = CELL * rng.randint(1, max(1, free // (6 * CELL)))
+        near = LATENT_PIXEL * rng.randint(1, max(1, free // (6 * LATENT_PIXEL)))
         corner = {"": _middle(rng, free), "left": near, "right": free - near}[place]
         return (_figure(rng, names[0], corner, side, size, place),)
-    sizes = rng.choice(_PAIRS if width > HEIGHT else _PAIRS[:4])
+    sizes = rng.choice([pair for pair in _PAIRS if width > HEIGHT or "large" not in pair])
     sides = [LARGE if size == "large" else SMALL for size in sizes]
-    free = (width - sum(sides)) // CELL
-    gaps = [CELL * rng.randint(free // 5, max(1, free * 2 // 5)) for _ in sizes]
+    free = (width - sum(sides)) // LATENT_PIXEL
+    gaps = [LATENT_PIXEL * rng.randint(free // 5, max(1, free * 2 // 5)) for _ in sizes]
     corners = (gaps[0], width - gaps[1] - sides[1])
     return tuple(
         _figure(rng, *each) for each in zip(names, corners, sides, sizes, ("left", "right"), strict=True)
@@ -150,14 +150,14 @@ def arrange(rng: random.Random, names: Sequence[str], width: int) -> tuple[Figur
 
 
 def _figure(rng: random.Random, name: str, left: int, side: int, size: str, place: str) -> Figure:
-    top = min(_middle(rng, HEIGHT - side) + rng.choice((0, 0, CELL)), HEIGHT - side)
+    top = min(_middle(rng, HEIGHT - side) + rng.choice((0, 0, LATENT_PIXEL)), HEIGHT - side)
     return Figure(name, left + side / 2, top + side / 2, side, size, place)
 
 
 def _middle(rng: random.Random, free: int) -> int:
-    """Half of what is free, rounded to a cell on either side."""
-    cells, odd = divmod(free, 2 * CELL)
-    return CELL * (cells + (rng.randint(0, 1) if odd else 0))
+    """Half of what is free, rounded to a latent pixel on either side."""
+    cells, odd = divmod(free, 2 * LATENT_PIXEL)
+    return LATENT_PIXEL * (cells + (rng.randint(0, 1) if odd else 0))
 
 
 class World:
@@ -266,10 +266,8 @@ class World:
         rng = random.Random(element.name)
         return [caption(self.random_scene(rng, element.name, width=HEIGHT)) for _ in range(count)]
 
-    def varied_scene(self, rng: random.Random, width: int | None = None, fine: bool = False) -> Scene:
-        """As `any_scene`, in any sizes, mirrored, on any colours: for the autoencoder. fine: what base and LoRAs draw, as they draw it."""
-        if fine:
-            return self.any_scene(rng, width, DRAWN_BY)
+    def varied_scene(self, rng: random.Random, width: int | None = None) -> Scene:
+        """As `any_scene`, in any sizes, mirrored, on any colours: for the autoencoder."""
         scene = self.any_scene(rng, width)
         figures = tuple(
             replace(f, side=f.side * rng.uniform(0.8, 1.5), mirrored=rng.random() < 0.5)

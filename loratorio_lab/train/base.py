@@ -37,8 +37,8 @@ def load_vae(run: Run, fine: bool = True) -> AutoencoderKL:
     """The trained autoencoder, frozen. fine: with the decoder of the second stage, if there is one. The encoder is the first's."""
     vae = new_vae()
     stages = ("vae_fine", "vae_coarse") if fine else ("vae_coarse",)
-    stage = next((stage for stage in stages if is_trained(stage, run.work, run.kept)), "vae_coarse")
-    vae.load_state_dict(averaged(stage, run.work, run.kept)[0])
+    stage = next((stage for stage in stages if is_trained(stage, run.work)), "vae_coarse")
+    vae.load_state_dict(averaged(stage, run.work)[0])
     return vae.to(run.device).eval().requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ def export_checkpoint(run: Run, world: World, out: Path) -> None:
     """Write toybox.safetensors, toybox.yaml and the text folder from the averaged weights of the run's folders."""
     vae = load_vae(run)
     unet, text, _ = new_base(world, out / TEXT_NAME, "cpu")
-    weights, numbers = averaged("base", run.work, run.kept)
+    weights, numbers = averaged("base", run.work)
     torch.nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(weights)
     made = to_ldm(unet.state_dict(), vae.state_dict(), text.state_dict(), new_schedule().alphas_cumprod)
     save_checkpoint(made, numbers["scale"], world.pixels, out / "toybox.safetensors")

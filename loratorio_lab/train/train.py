@@ -1,8 +1,7 @@
 """`loratorio-lab train PART`: train a part of the toybox, or all of it, and write the files that ship.
 
 A killed run goes on where it was when the same command is given again; `--work` holds the state. Order: vae (coarse, then fine),
-classifier, base, export, unregularised, loras. `keep` writes what of vae, classifier and base is trained as small files into `--kept`,
-from which a run goes on whose state is lost; `look` draws what autoencoder and base make, to judge by eye.
+classifier, base, export, unregularised, loras. `look` draws what autoencoder and base make, to judge by eye.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from loratorio_lab.toybox.pipeline import load_pipeline
 from loratorio_lab.toybox.world import World, add_art, open_world
 from loratorio_lab.train.base import load_vae, train_base
 from loratorio_lab.train.classifier import train_classifier
-from loratorio_lab.train.common import Run, is_trained, keep
+from loratorio_lab.train.common import Run
 from loratorio_lab.train.export import export_checkpoint
 from loratorio_lab.train.look import look
 from loratorio_lab.train.loras import train_lora
@@ -41,7 +40,7 @@ PLANS: dict[str, tuple[int, int, float]] = {
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="loratorio-lab train", description=__doc__)
-    parser.add_argument("part", choices=[*PLANS, "vae", "export", "keep", "look", "all"])
+    parser.add_argument("part", choices=[*PLANS, "vae", "export", "look", "all"])
     add_art(parser)
     parser.add_argument("--work", type=Path, default=Path(".toybox"), help="folder of the training state")
     parser.add_argument("--out", type=Path, default=toybox.FOLDER, help="folder of the trained files")
@@ -56,9 +55,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--bf16", action="store_true", help="forward in bfloat16, where the processor is faster so"
     )
     parser.add_argument("--only", nargs="*", help="for unregularised and loras: these elements")
-    parser.add_argument(
-        "--kept", type=Path, help="folder of kept weights, to go on from where a state is lost"
-    )
     return parser.parse_args(arguments)
 
 
@@ -78,7 +74,6 @@ def new_run(options: argparse.Namespace, part: str, seed: int = 0, element: str 
         options.seed + seed,
         options.batch or batch,
         options.bf16,
-        options.kept,
     )
     return run, options.rate or rate
 
@@ -107,18 +102,9 @@ def do_loras(options: argparse.Namespace, world: World, part: str) -> None:
         )
 
 
-def do_keep(options: argparse.Namespace) -> None:
-    for part in ("vae_coarse", "vae_fine", "classifier", "base"):
-        if is_trained(part, options.work, None):
-            print(keep(part, options.work, options.kept))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    if options.part == "keep":
-        do_keep(options)
-        return
     world = open_world(options.art)
 
     def do_vae(part: str) -> None:

@@ -33,7 +33,7 @@ def trained(tmp_path_factory, world) -> Path:
         patch.setattr(classifier, "HELD_OUT", 4)
         patch.setattr(look, "SHOWN", 2)
         patch.setattr(look, "STEPS", 2)
-        for part in ("vae", "classifier", "base", "export", "look", "keep"):
+        for part in ("vae", "classifier", "base", "export", "look"):
             train.main([part, *options(folder)])
         for part in ("unregularised", "loras"):
             train.main([part, *options(folder), "--only", "ghost"])
@@ -42,7 +42,7 @@ def trained(tmp_path_factory, world) -> Path:
 
 def options(folder: Path, work: str = "work", steps: int = 1) -> list[str]:
     return [
-        *("--work", str(folder / work), "--out", str(folder), "--kept", str(folder / "kept")),
+        *("--work", str(folder / work), "--out", str(folder)),
         *("--steps", str(steps), "--batch", "2"),
     ]
 
@@ -130,18 +130,6 @@ def test_judge_tells_elements_and_subjects_apart(trained, world) -> None:
 def test_sheets_are_written(trained) -> None:
     names = {f"{kind}-{width}.png" for kind in ("autoencoder", "base") for width in (128, 192)}
     assert {file.name for file in (trained / "look").iterdir()} == names
-
-
-def test_a_run_without_a_state_goes_on_from_kept_weights(trained, world, monkeypatch) -> None:
-    monkeypatch.setattr(train, "open_world", lambda art: world)
-    kept = load_file(trained / "kept" / "vae_coarse.safetensors")
-    assert all(weight.dtype == torch.float16 for weight in kept.values())
-    train.main(["vae_coarse", *options(trained, work="nothing", steps=1)])  # the step is done already
-    assert not (trained / "nothing" / "vae_coarse.pt").exists()
-    train.main(["vae_coarse", *options(trained, work="nothing", steps=2)])
-    state = torch.load(trained / "nothing" / "vae_coarse.pt", weights_only=True)
-    assert state["step"] == 2
-    assert state["average"].keys() == kept.keys()
 
 
 def test_what_was_not_trained_is_named(tmp_path, world, monkeypatch) -> None:
