@@ -10,7 +10,7 @@ import numpy as np
 
 from loratorio.settings import PRESETS
 
-from .plan import CHARACTER, PAPER, STYLE, Cell, Variant, cell
+from .plan import CHARACTER, PAPER, SAMPLING, STYLE, Cell, Variant, cell
 from .store import ImageResult, Result
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ FOUND_ROWS: tuple[Variant, ...] = (
 """The same prompts with places that are found, and beside them drawn ones and none."""
 
 BACKGROUND = "background"
-SAMPLING = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
-"""A wide picture needs more than the twelve steps of the other tables."""
 
 
 def cells(

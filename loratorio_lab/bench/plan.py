@@ -209,8 +209,8 @@ SPEED_ROWS: tuple[Variant, ...] = (
 )
 """What the presets are chosen from."""
 
-SPEED_STEPS = 20
-"""Reuse is made for schedules of the usual length; the other tables have twelve steps."""
+SAMPLING: Mapping[str, Any] = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
+"""How the toybox's pictures are sampled."""
 
 DYNAMIC_ROWS: tuple[Variant, ...] = (
     Variant("named", "LoRAtorio, the LoRAs named", PAPER),

@@ -19,12 +19,11 @@ import pytest
 from PIL import Image
 
 from loratorio.errors import LoratorioError
-from loratorio_lab.bench import beside, cli, measures, presets, report
+from loratorio_lab.bench import beside, cli, measures, presets, report, styles
 from loratorio_lab.bench.plan import (
     MAIN_ROWS,
     METHOD_ROWS,
     PRESET_ROWS,
-    SPEED_STEPS,
     Cell,
     Variant,
     cells,
@@ -455,13 +454,10 @@ def test_webui_mode_says_what_is_wrong(
 
 def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
     combos = combinations(CATEGORIES, 2)[:3]
-    other = cells(MAIN_ROWS, combos, 2, SAMPLING, truths=4)
-    grid = cells(PRESET_ROWS, combos, 2, {**SAMPLING, "steps": SPEED_STEPS}, truths=4)
+    grid = cells(PRESET_ROWS, combos, 2, SAMPLING, truths=4)
     store = Store(tmp_path)
-    run([*grid, *other], store, BACKEND)
-    results = list(store.read([*grid, *other]))
-    of_presets = presets.of_schedule(results, SPEED_STEPS)
-    assert {each.cell.variant for each in of_presets} == {"truth", *(row.name for row in PRESET_ROWS)}
+    run(grid, store, BACKEND)
+    results = list(store.read(grid))
     text = "\n".join(presets.section(results, {"presets": "results/presets.png"}))
     assert "## Presets" in text
     assert "(results/presets.png)" in text
@@ -470,12 +466,12 @@ def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
         line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")
     }
     assert list(by_label)[2:] == [row.label for row in PRESET_ROWS]
-    own = [each for each in of_presets if each.cell.variant == "fast"]
+    own = [each for each in results if each.cell.variant == "fast"]
     rows = np.mean([each.model_rows / len(each.images) for each in own])
-    assert by_label["Fast"][5].strip() == f"{rows / 2 / SPEED_STEPS:.2f}"
+    assert by_label["Fast"][5].strip() == f"{rows / 2 / SAMPLING['steps']:.2f}"
     assert by_label["Paper"][1].strip() == ""
     assert by_label["Fast"][1].strip()[0] in "+-"
-    file = presets.plot(of_presets, tmp_path)
+    file = presets.plot(results, tmp_path)
     assert file is not None
     assert Image.open(file).size[0] > 300
     assert presets.section([], {}) == []
@@ -510,3 +506,22 @@ def test_prompts_say_who_stands_where() -> None:
         ),
     ):
         assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), World()) == wanted
+
+
+def test_characters_in_styles_are_complete_or_not(tmp_path: Path) -> None:
+    grid = styles.cells(CATEGORIES, 2, truth=True)
+    pairs = [("robot", "ink"), ("cat", "ink")]
+    behind = [("robot", "night", "ink"), ("cat", "rays", "ink")]
+    assert [cell.elements for cell in grid if cell.variant == "balanced"] == pairs + behind
+    assert len(grid) == 4 * len(styles.ROWS)
+    assert styles.cells({"character": ["robot"], "style": []}, 2, truth=True) == []
+
+    def image(*found: str) -> ImageResult:
+        return ImageResult(0, found, 0.0, 0.0, 0.0, ())
+
+    results = [Result(cell, (image("robot", "ink", "night"), image(*cell.elements)), 1.0) for cell in grid]
+    heading, _, text = styles.section(results, CATEGORIES)
+    assert heading == "## A character in a style"
+    # Of the robot's pictures all are complete, of the cat's every second.
+    assert "| Merge | 75 (50–100) | 75 | 75 (50–100) |" in text
+    assert styles.section([], CATEGORIES) == []
