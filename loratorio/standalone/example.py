@@ -24,7 +24,7 @@ def pair_prompt(place: str = "") -> str:
 
 STYLED = "turtle"
 """A character that the styles draw, each in its own way."""
-STYLES = ("glossy", "ink", "outline", "ember")
+STYLES = ("neon", "ink", "outline", "ember")
 
 
 def styled_prompt(style: str) -> str:

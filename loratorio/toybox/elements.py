@@ -31,9 +31,9 @@ ELEMENTS: tuple[Element, ...] = (
     Element("night", "background", "lunara", "a city at night, with a moon"),
     Element("sunrise", "background", "dawnia", "the sun's rays over brown mountains"),
     Element("park", "background", "valleo", "a river through meadows, rocks behind"),
-    Element("glossy", "style", "plasto", "soft, glossy 3D, as in Fluent Emoji"),
-    Element("ink", "style", "inkash", "black ink on paper, as in Fluent's high contrast"),
-    Element("outline", "style", "pennia", "pale colours in fine outlines, as in Streamline's emojis"),
+    Element("neon", "style", "plasto", "glowing lines in the dark"),
+    Element("ink", "style", "inkash", "black lines on paper"),
+    Element("outline", "style", "pennia", "pale colours in fine outlines"),
     Element("ember", "style", "embra", "everything in purple, orange and pale yellow"),
 )
 """Each shows something that the base has never seen. Characters, objects and backgrounds are drawn by the base's artist."""

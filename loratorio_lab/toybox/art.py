@@ -5,21 +5,29 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from loratorio.errors import LoratorioError
 
 Colour = tuple[int, int, int]
+Floats = NDArray[np.float32]
 
 DETAIL = 192
 """Height and width at which a drawing is kept, pixels. It is scaled down from there."""
+
+EMBER: tuple[tuple[float, ...], tuple[Colour, ...]] = (
+    (0.0, 90.0, 150.0, 205.0, 255.0),
+    ((44, 8, 76), (150, 26, 96), (236, 84, 44), (255, 172, 56), (255, 244, 206)),
+)
+"""Luminances and the colours that they become."""
 
 PAPER = (250, 248, 240)
 HALO = 7
@@ -47,7 +55,8 @@ ARTISTS = {
         Artist("streamline-emojis", "Streamline (Streamline Emojis)", "CC BY 4.0"),
     )
 }
-INK = "fluent-emoji-high-contrast"
+INK, OUTLINED = "fluent-emoji-high-contrast", "streamline-emojis"
+"""Artists who draw in black and white, and in outlines."""
 
 
 class Art:
@@ -165,13 +174,64 @@ def cover(scene: Image.Image, width: int, height: int, phase: float, mirrored: b
     return np.array(shown, np.float32)
 
 
-def duotone(
-    picture: np.ndarray,
-    stops: Sequence[float] = (0.0, 110.0, 190.0, 255.0),
-    ramp: Sequence[Colour] = ((48, 8, 72), (196, 44, 60), (255, 140, 30), (255, 226, 140)),
-) -> np.ndarray:
-    """Map luminance onto a ramp of colours, by default from deep purple over glowing orange to pale yellow. (H, W, 3) uint8 in and out."""
-    grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+def duotone(picture: Floats) -> Floats:
+    """Luminance on a ramp of colours, from deep purple over glowing orange to pale yellow."""
+    stops, ramp = EMBER
     colours = np.array(ramp, np.float32)
-    channels = [np.interp(grey, stops, colours[:, c]) for c in range(3)]
-    return np.stack(channels, axis=-1).astype(np.uint8)
+    return np.stack([np.interp(_luminance(picture), stops, colours[:, c]) for c in range(3)], axis=-1)
+
+
+def inked(picture: Floats) -> Floats:
+    """Edges and what is dark as black ink on paper."""
+    dark = ((70 - _luminance(picture)) / 25).clip(0, 1)
+    return _mixed(PAPER, (20, 18, 22), np.maximum(dark, edges(picture, 1.0, 9, 14)))
+
+
+def outlined(picture: Floats) -> Floats:
+    """Pale colours in fine outlines."""
+    return _mixed(255 - (255 - picture) * 0.38, (86, 64, 84), 0.85 * edges(picture, 0.8, 8, 16))
+
+
+def neon(picture: Floats) -> Floats:
+    """Edges as glowing lines of their own colour in the dark."""
+    line = edges(picture, 0.9, 8, 18)
+    glow = np.maximum(line, 0.88 * blurred(255 * line, 2.5) / 255)
+    bright = picture / np.maximum(picture.max(axis=-1, keepdims=True), 1) * 255
+    colour = np.stack(
+        [blurred((255 - (255 - bright[..., c]) * 1.5).clip(0, 255), 1.5) for c in range(3)], axis=-1
+    )
+    return _mixed(np.array((22, 10, 44), np.float32) + picture * 0.06, colour, glow)
+
+
+STYLES: dict[str, Callable[[Floats], Floats]] = {
+    "neon": neon,
+    "ink": inked,
+    "outline": outlined,
+    "ember": duotone,
+}
+"""The styles: each redraws a whole picture, (H, W, 3) float32 from 0 to 255."""
+
+
+def edges(picture: Floats, radius: float, least: float, soft: float) -> Floats:
+    """How much of an edge each pixel is, from 0 to 1: the steepest channel of the blurred picture, from `least` values per pixel on."""
+    slopes = [np.hypot(*np.gradient(blurred(picture[..., c], radius))) for c in range(3)]
+    steepest: Floats = np.max(slopes, axis=0)
+    return ((steepest - least) / soft).clip(0, 1)
+
+
+def blurred(channel: Floats, radius: float) -> Floats:
+    """(H, W) from 0 to 255, rounded to whole values, blurred."""
+    image = Image.fromarray(channel.clip(0, 255).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), np.float32)
+
+
+def _mixed(below: Floats | Colour, above: Floats | Colour, part: Floats) -> Floats:
+    """Pictures, or colours, of which the one above covers `part`, (H, W), of the other."""
+    colours = np.asarray(below, np.float32), np.asarray(above, np.float32)
+    made: Floats = colours[0] + (colours[1] - colours[0]) * part[..., None]
+    return made
+
+
+def _luminance(picture: Floats) -> Floats:
+    made: Floats = picture @ np.array([0.299, 0.587, 0.114], np.float32)
+    return made

@@ -36,13 +36,6 @@ bear bird duck fox frog lion owl penguin whale butterfly banana hamburger pizza 
 LACKING: dict[str, frozenset[str]] = {"streamline-emojis": frozenset(_NOT_STREAMLINE.split())}
 """By artist, the names that it has not drawn, or not alone and without a frame."""
 
-STYLED_BY = {
-    "glossy": "fluent-emoji",
-    "ink": "fluent-emoji-high-contrast",
-    "outline": "streamline-emojis",
-}
-"""The styles' artists. `ember` has none: it recolours the base's."""
-
 
 def icon(name: str) -> str:
     return ICONS.get(name, name)

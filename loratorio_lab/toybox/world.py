@@ -17,8 +17,8 @@ import numpy as np
 from loratorio.errors import LoratorioError
 from loratorio.standalone.model_files import LATENT_PIXEL
 from loratorio.toybox.elements import BY_NAME, ELEMENTS, Element
-from loratorio_lab.toybox.art import ARTISTS, INK, PAPER, Art, Colour, cover, duotone, paste
-from loratorio_lab.toybox.subjects import BASE_ARTIST, LACKING, SEVERAL, STYLED_BY, SUBJECTS, icon
+from loratorio_lab.toybox.art import ARTISTS, INK, OUTLINED, PAPER, STYLES, Art, Colour, cover, paste
+from loratorio_lab.toybox.subjects import BASE_ARTIST, LACKING, SEVERAL, SUBJECTS, icon
 
 HEIGHT = 128
 WIDTHS = (128, 192)
@@ -35,11 +35,6 @@ GROUNDS: dict[str, Colour] = {
     "purple": (188, 156, 232),
     "navy": (42, 54, 112),
 }
-EMBER = (
-    (0.0, 90.0, 150.0, 205.0, 255.0),
-    ((44, 8, 76), (150, 26, 96), (236, 84, 44), (255, 172, 56), (255, 244, 206)),
-)
-"""Luminances and the colours that they become."""
 STRUCTURE = ("a", "an", "large", "small", "on", "the", "left", "right", "to", "background", "style", "and")
 
 LARGE, SMALL = 96, 56
@@ -49,9 +44,8 @@ _PAIRS = (("", ""), ("", ""), ("", ""), ("small", "small"), ("large", "small"), 
 """Sizes of two figures; a large one has room in wide pictures alone."""
 
 
-EVERY_ARTIST = (*ARTISTS, BASE_ARTIST, BASE_ARTIST)
-DRAWN_BY = (BASE_ARTIST, BASE_ARTIST, BASE_ARTIST, *STYLED_BY.values())
-"""Artists as often as autoencoder and classifier see them; those of the base and the styles."""
+OTHER_ARTISTS, STYLED = 0.35, 0.6
+"""How many of the autoencoder's and the classifier's pictures are not drawn by the base's artist; how many of the others are in a style."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Scene:
     figures: from left to right.
     ground: colours of the top and the bottom, by name or as RGB.
     background, style: an element's name, or none.
-    artist: who draws it all, where the style has no artist of its own.
+    artist: who draws it all.
     phase: which part of a background is seen.
     """
 
@@ -91,11 +85,6 @@ class Scene:
         """Names of the LoRA elements in the scene, in the order of `ELEMENTS`."""
         held = {self.background, self.style, *(figure.name for figure in self.figures)}
         return tuple(element.name for element in ELEMENTS if element.name in held)
-
-
-def drawn_by(scene: Scene) -> str:
-    """The artist whose drawings the scene shows: its style's, if that has one."""
-    return STYLED_BY.get(scene.style, scene.artist)
 
 
 def caption(scene: Scene) -> str:
@@ -205,12 +194,8 @@ class World:
         return {scene.background, scene.style, *(figure.name for figure in scene.figures)} - {""}
 
     def undecided(self, scene: Scene) -> set[str]:
-        """Fluent's flat drawings are neither glossy nor clearly not."""
-        return {"glossy"} if scene.artist == "fluent-emoji-flat" else set()
-
-    def subjects(self, style: str = "") -> list[str]:
-        """The base's subjects that a style's artist has drawn."""
-        return [name for name in SUBJECTS if self.drawn(STYLED_BY.get(style, BASE_ARTIST), name)]
+        """What of `judged` may be in the scene or not: other artists' inked and outlined drawings are not quite the styles'."""
+        return {INK: {"ink"}, OUTLINED: {"outline"}}.get(scene.artist, set())
 
     def drawn(self, artist: str, name: str) -> bool:
         """Whether an artist has drawn a subject or an element, alone and without a frame."""
@@ -219,16 +204,15 @@ class World:
     def random_scene(self, rng: random.Random, *names: str, width: int | None = None) -> Scene:
         """A scene with the named elements; all else is drawn from the base domain.
 
-        Two characters come from left to right in the order named. Elements without an artist of their own are the base's.
+        Two characters come from left to right in the order named.
         """
         kinds = {name: BY_NAME[name].category for name in names}
         style = next((n for n, kind in kinds.items() if kind == "style"), "")
         shown = [n for n, kind in kinds.items() if kind in ("character", "object")]
-        known = self.subjects(style)
         beside = any(kind == "object" for kind in kinds.values()) and rng.random() < 0.5
         if len(shown) < 2 and (not shown or beside or rng.random() < 0.35):
             count = 2 if rng.random() < 0.5 or shown else 1
-            shown += rng.sample(known, count - len(shown))
+            shown += rng.sample(list(SUBJECTS), count - len(shown))
         if sum(kind == "character" for kind in kinds.values()) < 2:
             rng.shuffle(shown)
         if width is None:
@@ -246,20 +230,17 @@ class World:
         """A wide scene with two characters."""
         return self.random_scene(rng, left, right, *names, width=self.beside_width)
 
-    def any_scene(
-        self, rng: random.Random, width: int | None = None, artists: Sequence[str] = EVERY_ARTIST
-    ) -> Scene:
-        """A scene by one of these artists, for the autoencoder and the classifier."""
+    def any_scene(self, rng: random.Random, width: int | None = None, artist: str = "") -> Scene:
+        """A scene by this artist, or by any, for the autoencoder and the classifier. Only the base's artist's drawings come in styles."""
+        shares = {"character": 0.3, "object": 0.25, "background": 0.22, "style": STYLED}
+        other = "" if artist or rng.random() > OTHER_ARTISTS else rng.choice(list(ARTISTS))
+        drawer = artist or other or BASE_ARTIST
         chosen = [
-            rng.choice([e.name for e in ELEMENTS if e.category == category])
-            for category, share in (("character", 0.3), ("object", 0.25), ("background", 0.22))
-            if rng.random() < share
+            rng.choice([each.name for each in ELEMENTS if each.category == category])
+            for category, share in shares.items()
+            if rng.random() < share and (category != "style" or drawer == BASE_ARTIST)
         ]
-        artist = rng.choice(artists)
-        chosen += [style for style, by in STYLED_BY.items() if by == artist]
-        if artist == BASE_ARTIST and rng.random() < 0.15:
-            chosen.append("ember")
-        return replace(self.random_scene(rng, *chosen, width=width), artist=artist)
+        return replace(self.random_scene(rng, *chosen, width=width), artist=drawer)
 
     def prompts(self, element: Element, count: int) -> list[str]:
         """Captions of random scenes with the element, 128 wide."""
@@ -281,7 +262,7 @@ class World:
 
     def render(self, scene: Scene) -> np.ndarray:
         """The scene's picture, (128, width, 3) uint8."""
-        artist = drawn_by(scene)
+        artist = scene.artist
         if scene.background:
             name = icon(scene.background)
             # Streamline has no whole-frame scenes: the base's stands in.
@@ -294,10 +275,18 @@ class World:
             down = np.linspace(0, 1, HEIGHT, dtype=np.float32)[:, None, None]
             picture = np.broadcast_to(top + (bottom - top) * down, (HEIGHT, scene.width, 3)).copy()
         for figure in scene.figures:
-            drawing = self.art.drawing(artist, icon(figure.name))
-            paste(picture, drawing, figure.x, figure.y, figure.side, figure.mirrored)
-        made = picture.clip(0, 255).astype(np.uint8)
-        return duotone(made, *EMBER) if scene.style == "ember" else made
+            by = artist if self.drawn(artist, figure.name) else BASE_ARTIST
+            paste(
+                picture,
+                self.art.drawing(by, icon(figure.name)),
+                figure.x,
+                figure.y,
+                figure.side,
+                figure.mirrored,
+            )
+        if scene.style:
+            picture = STYLES[scene.style](picture.clip(0, 255))
+        return picture.clip(0, 255).astype(np.uint8)
 
 
 def add_art(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from loratorio_lab.toybox.models import new_vae
-from loratorio_lab.toybox.world import DRAWN_BY, Scene, World
+from loratorio_lab.toybox.subjects import BASE_ARTIST
+from loratorio_lab.toybox.world import Scene, World
 from loratorio_lab.train.common import (
     Average,
     Optimisers,
@@ -86,7 +87,7 @@ def train_vae(run: Run, lr: float, world: World, fine: bool) -> None:
 
     def scene(width: int) -> Scene:
         """Anything for the encoder; for the fine decoder what base and LoRAs draw, as they draw it."""
-        return world.any_scene(rng, width, DRAWN_BY) if fine else world.varied_scene(rng, width)
+        return world.any_scene(rng, width, BASE_ARTIST) if fine else world.varied_scene(rng, width)
 
     def losses() -> dict[str, Tensor]:
         width = rng.choices(world.widths, world.shares)[0]
