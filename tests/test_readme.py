@@ -74,7 +74,7 @@ def test_commands_that_the_docs_name_are_commands(monkeypatch: pytest.MonkeyPatc
     text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES)
     shown = re.findall(r"^ *(loratorio(?:-lab)?) +(.*)$", text, re.MULTILINE)
     shown += re.findall(r"`(loratorio-lab) ([^`]+)`", text)
-    assert len(shown) >= 25
+    assert len(shown) >= 20
     for program, typed in shown:
         words = [word for word in shlex.split(typed, comments=True) if word != "..."]
         main = lab.main if program == "loratorio-lab" else cli.main
