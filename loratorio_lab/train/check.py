@@ -1,6 +1,6 @@
 """`loratorio-lab check`: is the toybox good enough? For each LoRA, pictures of its own prompt with and without it.
 
-The classifier must find the element in at least 90 % of the pictures with the LoRA and in at most 15 % of the base's. Writes the
+The classifier must find the element in at least 95 % of the pictures with the LoRA and in at most 5 % of the base's. Writes the
 contact sheet (base above, LoRA below) and, with --thumbs, the pictures for the LoRA cards. Exit code 1 if an element fails.
 """
 
@@ -21,7 +21,7 @@ from loratorio_lab.toybox.classifier import classifier_file, classify, load_clas
 from loratorio_lab.toybox.pipeline import load_pipeline
 from loratorio_lab.toybox.world import World
 
-FOUND, ABSENT = 0.90, 0.15
+FOUND, ABSENT = 0.95, 0.05
 STEPS, GUIDANCE = 20, 3.0
 SHOWN = 8
 """Seeds on the contact sheet."""
