@@ -33,7 +33,7 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
         seed=seed,
     )
     check(request)
-    for text in (example.prompt(), example.pair_prompt()):
+    for text in (example.prompt(), example.pair_prompt(), *map(example.styled_prompt, example.STYLES)):
         look_up(split_loras(text)[1], model_files.lora_dir)
     check_writable(out)
     model = model_files.load()

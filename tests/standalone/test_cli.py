@@ -410,7 +410,7 @@ def test_without_the_libraries_a_sentence(
         raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
 
     monkeypatch.setattr("loratorio.standalone.model.ModelFiles.load", gone)
-    assert cli.main(["generate", "a <lora:cat>"]) == 2
+    assert cli.main(["generate", "a <lora:octopus>"]) == 2
     assert "diffusers is not installed" in capsys.readouterr().err
 
 
