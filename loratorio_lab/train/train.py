@@ -86,10 +86,11 @@ def do_loras(options: argparse.Namespace, world: World, part: str) -> None:
     unknown = set(options.only or ()) - {element.name for element in world.elements}
     if unknown:
         raise LoratorioError(f"--only: there is no element {', '.join(sorted(unknown))}.")
-    regularised = part == "loras"
     for i, element in enumerate(world.elements):
         if options.only and element.name not in options.only:
             continue
+        # People train styles without regularisation pictures.
+        regularised = part == "loras" and element.category != "style"
         run, rate = new_run(options, part, seed=100 + i, element=element.name)
         train_lora(
             run,
@@ -97,7 +98,7 @@ def do_loras(options: argparse.Namespace, world: World, part: str) -> None:
             world,
             element,
             (vae, vae.config.scaling_factor, deepcopy(unet), deepcopy(text), pipeline.tokenizer),
-            options.out / ("lora" if regularised else "unregularised"),
+            options.out / ("lora" if part == "loras" else "unregularised"),
             regularised,
         )
 
