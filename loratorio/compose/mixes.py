@@ -198,6 +198,13 @@ class Participants:
         """The participants with the candidates that are left composed like LoRAs that the prompt names."""
         return replace(self, loras=tuple(replace(lora, scored=False) for lora in self.loras))
 
+    def with_styles(self, numbers: Collection[int]) -> Participants:
+        """The participants with the LoRAs of these numbers as styles."""
+        if not numbers:
+            return self
+        loras = tuple(replace(lora, style=lora.style or lora.number in numbers) for lora in self.loras)
+        return replace(self, loras=loras)
+
     def with_shared_parts(self, share: float = 0.0) -> Participants:
         """The participants without their styles, which the other LoRAs' mixes and the reference have at `STYLE_SHARE`.
 

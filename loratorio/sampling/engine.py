@@ -27,6 +27,7 @@ from .place_search import Found, PlaceSearch
 from .pool_calls import PoolCalls
 from .random_state import RandomState
 from .step import Step
+from .style_search import StyleSearch
 
 Predict = Callable[[Sequence[Row]], Tensor]
 """Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order:
@@ -64,6 +65,7 @@ class Engine:
         row_limit: int = 0,
         region: Box = WHOLE,
         found: Sequence[Found] | None = None,
+        styles: frozenset[int] | None = None,
     ) -> None:
         self.settings = settings
         self.participants = participants or Participants.of(len(bank.adapters))
@@ -75,6 +77,7 @@ class Engine:
         self.pool = PoolCalls(settings.pool_size)
         self.calls = RowCalls(row_limit, scores_pool=self.participants.has_pool)
         self.places = PlaceSearch(self.participants, settings.find_after, region, found)
+        self.styles = StyleSearch(self.participants, settings.style_from, settings.find_styles, styles)
         self._masks_of_places = PlaceMasks(region)
         # At the present step: with, and without, candidates that were left out.
         self._present = self._acting = self.participants
@@ -123,6 +126,9 @@ class Engine:
             branches = list(dict.fromkeys([*branches, *branches_for_reactions(now.participants)]))
         if self.places.is_on:
             branches = list(dict.fromkeys([*branches, *self.places.branches(now)]))
+        finds_styles = self.styles.settles_at(now)
+        if finds_styles:
+            branches = list(dict.fromkeys([*branches, *self.styles.branches(now)]))
         rows = list(step.rows(branches))
         predictions = step.predictions(rows, self._predict(rows, session, now, predict))
         if self.places.is_on:
@@ -130,6 +136,10 @@ class Engine:
         if settles and self.pool.settle(reactions(predictions, now.participants)):
             self._use_settled_pool(step)
             now, session = self._context(method, self._acting, step), self._session(method, self._acting)
+        if finds_styles and self.styles.settle(now, predictions):
+            # The others' rows, which at this step have the styles' shared part.
+            now = replace(now, participants=now.participants.without(self.styles.found or ()))
+            self._follow_strengths(step)
         composed = session.compose(now, predictions)
         composition = self._rescaled(composed, predictions, step)
         self._last = _Evaluated(step, session, now, predictions, composed, composition)
@@ -188,6 +198,8 @@ class Engine:
                 branches[Branch(now.participants.base, False)] = None
             if self.places.is_on:
                 branches |= dict.fromkeys(self.places.branches(now))
+            if self.styles.settles_at(now):
+                branches |= dict.fromkeys(self.styles.branches(now))
             if self.pool.settles_at(now):
                 branches |= dict.fromkeys(branches_for_reactions(now.participants))
         return list(branches)
@@ -231,6 +243,7 @@ class Engine:
         acting = self._present.without(self.pool.left_out)
         if self.pool.is_settled:
             acting = acting.settled()
+        acting = self.styles.acting(acting, step.index, step.total)
         if (acting, step.strengths) == (self._acting, self._strengths):
             return
         self._acting, self._strengths = acting, step.strengths

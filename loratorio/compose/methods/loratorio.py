@@ -261,6 +261,8 @@ class Loratorio(Method):
             "share",
             "yielding",
             "find_after",
+            "find_styles",
+            "style_from",
             *REUSE_KNOBS,
         )
         self._weighting = weighting
