@@ -247,12 +247,8 @@ class Settings:
         "steps", 6, minimum=1, maximum=20,
     )  # fmt: skip
     find_styles: bool = knob(
-        "bool", True, "Find styles", "A LoRA that changes what the others draw is a style: it acts in their passes, as with role=style.",
-        "weights", 5, former=(("0.3.0", False),), by_method=(("loratorio", False),),
-    )  # fmt: skip
-    style_from: float = knob(
-        "float", 0.3, "Styles from", "Fraction of the steps after which styles act. Until then the other LoRAs draw what they change.",
-        "steps", 6, step=0.05, former=(("0.3.0", 0.0),),
+        "bool", True, "Find styles", "Let a LoRA that changes the whole picture evenly act as with role=style: in the other LoRAs' passes.",
+        "weights", 5, former=(("0.3.0", False),),
     )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)
 
@@ -335,20 +331,41 @@ PRESETS: dict[str, Preset] = {
             "paper",
             "Paper",
             "As published: SoftMin weights, every LoRA at every step and in every patch, re-centring 0.5, no shared part. Slowest.",
-            {"method": "loratorio", "top_k": 0, "recentre": 0.5, "share": 0.0, "reuse": 1, "find_styles": False},
+            {
+                "method": "loratorio",
+                "top_k": 0,
+                "recentre": 0.5,
+                "share": 0.0,
+                "reuse": 1,
+                "find_styles": False,
+            },
         ),
         Preset(
             "balanced",
             "Balanced",
             "The default. Weights by relative divergence, two LoRAs per patch, each LoRA at every third step, re-centring 0.5, a small "
             "shared part.",
-            {"method": "relative", "top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3, "find_styles": True},
+            {
+                "method": "relative",
+                "top_k": 2,
+                "recentre": 0.5,
+                "share": 0.15,
+                "reuse": 3,
+                "find_styles": True,
+            },
         ),
         Preset(
             "fast",
             "Fast",
             "Like Balanced, but the unconditional prediction uses only the base model.",
-            {"method": "relative", "top_k": 2, "recentre": 1.0, "share": 0.15, "reuse": 3, "find_styles": True},
+            {
+                "method": "relative",
+                "top_k": 2,
+                "recentre": 1.0,
+                "share": 0.15,
+                "reuse": 3,
+                "find_styles": True,
+            },
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Which LoRAs are styles, found at a sampling's first step, and how they act then."""
+"""Which LoRAs are styles, found at a sampling's first step."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ PATCH = 2
 
 
 class StyleSearch:
-    """The styles among the LoRAs: those with role=style, and those that are found.
+    """Finds the LoRAs that act from the second step on as those with role=style do.
 
     Args:
-        begin: the part of the steps after which styles act.
-        sought: whether styles are found too.
+        sought: whether there is anything to find.
         found: numbers of those found in a pass before; None: not known.
 
     Attributes:
         found: numbers of the LoRAs that were found to be styles; None while they are sought.
     """
 
-    def __init__(
-        self, participants: Participants, begin: float, sought: bool, found: frozenset[int] | None = None
-    ) -> None:
-        is_sought = sought and any(map(_may_be_style, participants.loras))
+    def __init__(self, participants: Participants, sought: bool, found: frozenset[int] | None = None) -> None:
+        is_sought = sought and any(lora.may_be_style for lora in participants.loras)
         self.found: frozenset[int] | None = found if is_sought else frozenset()
-        self._begin = begin
 
     def settles_at(self, now: StepContext) -> bool:
         """Whether styles are found at this step."""
@@ -41,8 +37,12 @@ class StyleSearch:
         mixes = (lora.mix for lora in _compared(now.participants))
         return [Branch(mix, True) for mix in (now.participants.reference, *mixes)]
 
-    def settle(self, now: StepContext, predictions: Predictions) -> bool:
-        """Find the styles in a step's predictions. Waits for the device, once. Returns whether there are any."""
+    def possible(self, participants: Participants) -> list[Participants]:
+        """The participants if one of them is found to be a style."""
+        return [participants.with_styles({lora.number}) for lora in participants.loras if lora.may_be_style]
+
+    def settle(self, now: StepContext, predictions: Predictions) -> None:
+        """Find the styles in a step's predictions. Waits for the device, once."""
         loras = _compared(now.participants)
         base = predictions.noise(now.participants.reference)
         noise = torch.stack([predictions.noise(lora.mix) for lora in loras])
@@ -50,21 +50,9 @@ class StyleSearch:
         self.found = frozenset(
             lora.number
             for lora, is_style in zip(loras, styles, strict=True)
-            if is_style and _may_be_style(lora)
+            if is_style and lora.may_be_style
         )
-        return bool(self.found)
-
-    def acting(self, participants: Participants, index: int, total: int) -> Participants:
-        """The participants at step `index` of `total`: styles are left out until they act in the others' passes."""
-        acting = participants.with_styles(self.found or ())
-        styles = {lora.number for lora in acting.loras if lora.is_unweighed}
-        is_early = index < self._begin * total and len(styles) < len(acting.loras)
-        return acting.without(styles) if is_early else acting
 
 
 def _compared(participants: Participants) -> list[ComposedLora]:
     return [lora for lora in participants.loras if not lora.pooled]
-
-
-def _may_be_style(lora: ComposedLora) -> bool:
-    return not lora.is_private and not lora.style

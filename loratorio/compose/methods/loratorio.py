@@ -262,7 +262,6 @@ class Loratorio(Method):
             "yielding",
             "find_after",
             "find_styles",
-            "style_from",
             *REUSE_KNOBS,
         )
         self._weighting = weighting
