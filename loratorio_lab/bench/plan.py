@@ -179,18 +179,23 @@ BETTER_ROWS: tuple[Variant, ...] = (
 )
 """What the paper does not have, one at a time."""
 
+STYLES_OFF = Variant(
+    "styles_off", "Balanced without Find styles", {**PRESETS["balanced"].values, "find_styles": False}
+)
+
 PRESET_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
     *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
+    STYLES_OFF,
     Variant(
         "balanced_softmin",
         "Balanced with the paper's SoftMin",
-        {**PRESETS["balanced"].values, "method": "loratorio"},
+        {**PRESETS["balanced"].values, "method": "loratorio", "find_styles": False},
     ),
     Variant(
         "balanced_all",
         "the same, top-k 0",
-        {**PRESETS["balanced"].values, "method": "loratorio", "top_k": 0},
+        {**PRESETS["balanced"].values, "method": "loratorio", "top_k": 0, "find_styles": False},
     ),
 )
 """The presets, and the effect of the default's weights and top-k; run on every combination."""

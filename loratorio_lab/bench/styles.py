@@ -11,7 +11,7 @@ from loratorio.settings import PRESETS
 
 from . import measures
 from .beside import BACKGROUND
-from .plan import CHARACTER, SAMPLING, STYLE, TRUTHS, Cell, Variant, cell
+from .plan import CHARACTER, SAMPLING, STYLE, STYLES_OFF, TRUTHS, Cell, Variant, cell
 from .report import comparable, markdown, percent
 from .store import Result
 
@@ -22,6 +22,7 @@ ROWS: tuple[Variant, ...] = (
     Variant("cmlora", "CMLoRA", {"method": "cmlora"}),
     Variant("klora", "K-LoRA", {"method": "klora"}),
     *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
+    STYLES_OFF,
 )
 
 
