@@ -51,12 +51,12 @@ def test_its_python_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     if kind == "folder":
         model = load_checkpoint(tiny.save_sd(tmp_path / "model"))
-        for name in ("octopus", "guitar", "sunrise"):
+        for name in ("ghost", "night", "ink"):
             tiny.save_kohya(tmp_path / "loras" / f"{name}.safetensors", model.unet)
         code = code.replace("toybox.CHECKPOINT", "'model'").replace("toybox.LORA_DIR", "'loras'")
     exec(code, {})
     side = 128 if kind == "toybox" else 64
-    assert Image.open("octopus.png").size == (side, side)
+    assert Image.open("ghost.png").size == (side, side)
 
 
 class Parsed(Exception):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .generate import Outcome
     from .model import ModelFiles
 
-STEPS, PAIR_STEPS = 12, 20
+STEPS = 20
 
 
 def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | None = None) -> None:
@@ -69,8 +69,8 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
         outcome = make(entry.label, f"method-{entry.name}", own)
         add_maps(outcome, f"map-{entry.name}-.png")
     merge = Settings(enabled=True, method="merge")
-    # Wide enough for two figures. They take more steps to settle.
-    beside = replace(request, prompt=example.pair_prompt(), width=3 * size // 2, steps=steps or PAIR_STEPS)
+    # Wide enough for two figures.
+    beside = replace(request, prompt=example.pair_prompt(), width=3 * size // 2)
     placed = replace(beside, prompt=example.pair_prompt("auto"))
     merged = replace(beside, settings=merge)
     make("Merge", "two-merge", merged, pair)
@@ -80,7 +80,7 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     files["two-characters.png"] = png(contact_sheet([list(pair.values())], list(pair), title=placed.prompt))
     rows: dict[str, dict[str, Image.Image]] = {"Merge": {}, "LoRAtorio": {}}
     for style in example.STYLES:
-        styled = replace(request, prompt=example.styled_prompt(style), steps=steps or PAIR_STEPS)
+        styled = replace(request, prompt=example.styled_prompt(style))
         make(style, f"style-{style}-merge", replace(styled, settings=merge), rows["Merge"])
         make(style, f"style-{style}-loratorio", styled, rows["LoRAtorio"])
     shown = [list(row.values()) for row in rows.values()]

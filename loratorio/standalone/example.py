@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..toybox.elements import BY_NAME
 
-LORAS = ("octopus", "guitar", "sunrise")
-"""A character, an object and a background."""
+LORAS = ("ghost", "night", "ink")
+"""A character, a background and a style."""
 
-TEXT = "oktavo on the left, strumo on the right, dawnia background"
+TEXT = "boolio, lunara background, inkash style"
 """A caption as the toybox was trained on, with the words that call these LoRAs."""
 
 
@@ -22,7 +22,7 @@ def pair_prompt(place: str = "") -> str:
     return f"{', '.join(words)}, blue background {' '.join(tags)}"
 
 
-STYLED = "turtle"
+STYLED = "snowman"
 """A character that the styles draw, each in its own way."""
 STYLES = ("neon", "ink", "outline", "ember")
 
