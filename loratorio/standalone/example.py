@@ -22,7 +22,7 @@ def pair_prompt(place: str = "") -> str:
     return f"{', '.join(words)}, blue background {' '.join(tags)}"
 
 
-STYLED = "snowman"
+STYLED = "tiger"
 """A character that the styles draw, each in its own way."""
 STYLES = ("neon", "ink", "outline", "ember")
 

@@ -219,7 +219,7 @@ def test_the_command_writes_the_report(
     ):
         assert part in text, part
     assert (
-        "loratorio-lab bench --combinations 2 --other-combinations 1 --ablation-combinations 1 --seeds 2 --counts 2,3"
+        "loratorio-lab bench --combinations 2 --other-combinations 1 --ablation-combinations 1 --counts 2,3"
         in " ".join(text.split())
     )
     assert "Old tables" not in text
