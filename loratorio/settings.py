@@ -246,6 +246,10 @@ class Settings:
         "int", 2, "Find places after", "With at=auto: after how many steps each LoRA gets its own place. A quarter of the steps at most.",
         "steps", 6, minimum=1, maximum=20,
     )  # fmt: skip
+    find_styles: bool = knob(
+        "bool", True, "Find styles", "Let a LoRA that changes the whole picture evenly act as with role=style: in the other LoRAs' passes.",
+        "weights", 5, former=(("0.3.0", False),), by_method=(("loratorio", False),),
+    )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -327,20 +331,41 @@ PRESETS: dict[str, Preset] = {
             "paper",
             "Paper",
             "As published: SoftMin weights, every LoRA at every step and in every patch, re-centring 0.5, no shared part. Slowest.",
-            {"method": "loratorio", "top_k": 0, "recentre": 0.5, "share": 0.0, "reuse": 1},
+            {
+                "method": "loratorio",
+                "top_k": 0,
+                "recentre": 0.5,
+                "share": 0.0,
+                "reuse": 1,
+                "find_styles": False,
+            },
         ),
         Preset(
             "balanced",
             "Balanced",
             "The default. Weights by relative divergence, two LoRAs per patch, each LoRA at every third step, re-centring 0.5, a small "
             "shared part.",
-            {"method": "relative", "top_k": 2, "recentre": 0.5, "share": 0.15, "reuse": 3},
+            {
+                "method": "relative",
+                "top_k": 2,
+                "recentre": 0.5,
+                "share": 0.15,
+                "reuse": 3,
+                "find_styles": True,
+            },
         ),
         Preset(
             "fast",
             "Fast",
             "Like Balanced, but the unconditional prediction uses only the base model.",
-            {"method": "relative", "top_k": 2, "recentre": 1.0, "share": 0.15, "reuse": 3},
+            {
+                "method": "relative",
+                "top_k": 2,
+                "recentre": 1.0,
+                "share": 0.15,
+                "reuse": 3,
+                "find_styles": True,
+            },
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Which toybox a measurement is of: its world, its model and one of its sets of LoRAs."""
+"""Which toybox a measurement is of: its model and one of its sets of LoRAs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from loratorio import toybox
 from loratorio.errors import LoratorioError
-from loratorio_lab.toybox import UNREGULARISED
-from loratorio_lab.worlds import World, add_world, open_world
+from loratorio_lab.toybox.world import World, add_art, open_world
 
 
 @dataclass(frozen=True)
@@ -38,29 +37,23 @@ class ChosenToybox:
 
 def add_toybox(parser: argparse.ArgumentParser) -> None:
     """The options that `toybox_of` takes."""
-    add_world(parser)
+    add_art(parser)
     parser.add_argument(
         "--toybox", type=Path, default=toybox.FOLDER, help="folder of model/ and lora/ (those that ship)"
     )
     parser.add_argument(
         "--unregularised",
         action="store_true",
-        help="with the toybox's LoRAs as trained without regularisation, which draw their elements whatever the prompt says",
+        help="with the LoRAs in unregularised/ of that folder, trained without regularisation (`loratorio-lab train unregularised`)",
     )
 
 
 def toybox_of(options: argparse.Namespace) -> ChosenToybox:
     """The toybox that these options name; without any, the one that ships."""
-    return chosen_toybox(options.world, options.art, options.toybox, options.unregularised)
+    return chosen_toybox(options.art, options.toybox, options.unregularised)
 
 
 def chosen_toybox(
-    world: str = "toybox",
-    art: Path | None = None,
-    folder: Path = toybox.FOLDER,
-    unregularised: bool = False,
+    art: Path | None = None, folder: Path = toybox.FOLDER, unregularised: bool = False
 ) -> ChosenToybox:
-    loras = folder / "lora"
-    if unregularised:
-        loras = UNREGULARISED if folder == toybox.FOLDER else folder / "unregularised"
-    return ChosenToybox(open_world(world, art), folder, loras)
+    return ChosenToybox(open_world(art), folder, folder / ("unregularised" if unregularised else "lora"))

@@ -9,4 +9,4 @@ from loratorio.settings import PRESETS, Settings
 
 def paper(**knobs: Any) -> Settings:
     """The preset Paper, with these knobs on top."""
-    return Settings().with_values(PRESETS["paper"].values).with_values(knobs)
+    return Settings().with_values(PRESETS["paper"].values).with_values({"find_styles": False, **knobs})

@@ -173,7 +173,7 @@ def test_the_defaults_are_the_balanced_preset() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_set_the_same_knobs_and_nothing_else(name: str) -> None:
-    assert set(PRESETS[name].values) == {"method", "top_k", "recentre", "share", "reuse"}
+    assert set(PRESETS[name].values) == {"method", "top_k", "recentre", "share", "reuse", "find_styles"}
     changed = Settings(temperature=0.5, patch_size=3).with_values({"preset": name})
     assert (changed.temperature, changed.patch_size) == (0.5, 3)
     assert {knob: getattr(changed, knob) for knob in PRESETS[name].values} == PRESETS[name].values

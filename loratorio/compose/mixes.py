@@ -51,7 +51,7 @@ class ComposedLora:
     Attributes:
         number: its position among all LoRAs of the generation, and in a mix.
         mix: what acts on its rows.
-        style: it acts all over the picture.
+        style: it acts all over the picture. has_role: its tag says whether it does.
         pooled: it came out of a pool. scored: its pool is not settled, so it runs only when it is urgent.
         importance: how much its trigger words matter in the prompt (W-Composite).
         place: where it may act; None: everywhere.
@@ -61,11 +61,17 @@ class ComposedLora:
     number: int
     mix: Mix
     style: bool = False
+    has_role: bool = False
     pooled: bool = False
     scored: bool = False
     importance: float = 1.0
     place: Place | None = None
     words: Words = NO_WORDS
+
+    @property
+    def may_be_style(self) -> bool:
+        """Whether it may be found to be a style."""
+        return not (self.has_role or self.style or self.is_private)
 
     @property
     def is_private(self) -> bool:
@@ -119,6 +125,7 @@ class Participants:
         importance: Mapping[int, float] | None = None,
         places: Mapping[int, Place] | None = None,
         words: Mapping[int, Words] | None = None,
+        with_role: Collection[int] = (),
     ) -> Participants:
         """`count` LoRAs by number. Those in `always` act on every row and are never composed, whatever else they are in."""
         places, words, importance = places or {}, words or {}, importance or {}
@@ -134,6 +141,7 @@ class Participants:
                 i,
                 mix(i),
                 i in styles,
+                i in with_role,
                 i in pooled,
                 i in pooled,
                 float(importance.get(i, 1.0)),
@@ -197,6 +205,13 @@ class Participants:
     def settled(self) -> Participants:
         """The participants with the candidates that are left composed like LoRAs that the prompt names."""
         return replace(self, loras=tuple(replace(lora, scored=False) for lora in self.loras))
+
+    def with_styles(self, numbers: Collection[int]) -> Participants:
+        """The participants with the LoRAs of these numbers as styles."""
+        if not numbers:
+            return self
+        loras = tuple(replace(lora, style=lora.style or lora.number in numbers) for lora in self.loras)
+        return replace(self, loras=loras)
 
     def with_shared_parts(self, share: float = 0.0) -> Participants:
         """The participants without their styles, which the other LoRAs' mixes and the reference have at `STYLE_SHARE`.

@@ -40,6 +40,7 @@ class LoraUse(NamedTuple):
         share: how much of the picture it had, from 0 to 1; for a candidate of a pool, else None.
         text: its strength in the text encoder, where it has a part for that.
         without: the phrases of the prompt that its passes did not read.
+        style: whether it was found to be a style.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LoraUse(NamedTuple):
     share: float | None = None
     text: float | None = None
     without: tuple[str, ...] = ()
+    style: bool = False
 
     def __str__(self) -> str:
         strength = number(self.strength)
@@ -58,7 +60,8 @@ class LoraUse(NamedTuple):
         place = f" at {self.place}" if self.place else ""
         share = "" if self.share is None else f" ({self.share * 100:.0f} %)"
         without = f" without {' + '.join(self.without)}" if self.without else ""
-        return f"{self.name}:{strength}{text}{place}{without}{share}"
+        style = " as style" if self.style else ""
+        return f"{self.name}:{strength}{text}{place}{without}{style}{share}"
 
 
 UNUSED = 0.005

@@ -245,6 +245,7 @@ def participants_of(
         importance=importance,
         places=places,
         words={i: lora.words for i, lora in enumerate(loras) if lora.words},
+        with_role=[i for i, lora in enumerate(loras) if OPTION in lora.options],
     )
 
 
@@ -352,6 +353,18 @@ def not_found_note(names: Sequence[str], found: Sequence[Sized], count: int) -> 
     return (
         f"{figures} found for {those}{where}, so none has a place there. "
         f"Write {people} people into the prompt, make the picture wider, or draw the places."
+    )
+
+
+def style_note(names: Sequence[str]) -> str:
+    """A sentence about the LoRAs of these names, which were found to be styles, or nothing."""
+    if not names:
+        return ""
+    several = len(names) > 1
+    return (
+        f"{', '.join(names)} change{'' if several else 's'} the whole picture evenly, and act{'' if several else 's'} as "
+        f"{'styles' if several else 'a style'}, in the other LoRAs' passes. To compose {'them' if several else 'it'} instead, write "
+        f"role=content into the tag."
     )
 
 

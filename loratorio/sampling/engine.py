@@ -27,6 +27,7 @@ from .place_search import Found, PlaceSearch
 from .pool_calls import PoolCalls
 from .random_state import RandomState
 from .step import Step
+from .style_search import StyleSearch
 
 Predict = Callable[[Sequence[Row]], Tensor]
 """Runs the host's model on rows and returns their predictions, (rows, C, H, W) (or (rows, C, T, H, W)), in that order:
@@ -48,12 +49,13 @@ class Engine:
         row_limit: how many rows a model call may have; 0 for no limit. Halved when memory runs out.
         region: which part of the picture is sampled, for the LoRAs' places.
         found: by picture, places that an earlier pass has found (`PlaceSearch.found`).
+        styles: numbers of the LoRAs that an earlier pass has found to be styles.
 
     Attributes:
         calls: runs rows in as few model calls as limits and memory allow.
         words: by mix, what its conditional rows read other than the common prompt; mixes without such words are left out.
         pool: which of a pool's candidates the prompt calls.
-        places: finds the places of LoRAs with at=auto.
+        places: finds the places of LoRAs with at=auto. styles: finds the LoRAs that act as with role=style.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Engine:
         row_limit: int = 0,
         region: Box = WHOLE,
         found: Sequence[Found] | None = None,
+        styles: frozenset[int] | None = None,
     ) -> None:
         self.settings = settings
         self.participants = participants or Participants.of(len(bank.adapters))
@@ -75,6 +78,7 @@ class Engine:
         self.pool = PoolCalls(settings.pool_size)
         self.calls = RowCalls(row_limit, scores_pool=self.participants.has_pool)
         self.places = PlaceSearch(self.participants, settings.find_after, region, found)
+        self.styles = StyleSearch(self.participants, settings.find_styles, styles)
         self._masks_of_places = PlaceMasks(region)
         # At the present step: with, and without, candidates that were left out.
         self._present = self._acting = self.participants
@@ -123,6 +127,9 @@ class Engine:
             branches = list(dict.fromkeys([*branches, *branches_for_reactions(now.participants)]))
         if self.places.is_on:
             branches = list(dict.fromkeys([*branches, *self.places.branches(now)]))
+        finds_styles = self.styles.settles_at(now)
+        if finds_styles:
+            branches = list(dict.fromkeys([*branches, *self.styles.branches(now)]))
         rows = list(step.rows(branches))
         predictions = step.predictions(rows, self._predict(rows, session, now, predict))
         if self.places.is_on:
@@ -130,6 +137,8 @@ class Engine:
         if settles and self.pool.settle(reactions(predictions, now.participants)):
             self._use_settled_pool(step)
             now, session = self._context(method, self._acting, step), self._session(method, self._acting)
+        if finds_styles:
+            self.styles.settle(now, predictions)
         composed = session.compose(now, predictions)
         composition = self._rescaled(composed, predictions, step)
         self._last = _Evaluated(step, session, now, predictions, composed, composition)
@@ -176,7 +185,7 @@ class Engine:
         return []
 
     def branches_ahead(self, steps: int, has_uncond: bool) -> list[Branch]:
-        """The branches that a sampling will ask for, as far as methods can tell before it begins."""
+        """The branches that a sampling will ask for, as far as methods can tell before it begins: also those of a style that is found."""
         branches: dict[Branch, None] = {}
         for index in range(steps):
             step = Step(index, steps, torch.zeros(1, 1, 1, 1), int(has_uncond))
@@ -184,10 +193,15 @@ class Engine:
             method = METHODS[self.settings.method] if active else NAMED
             now = self._context(method, self._acting if active else self._present, step)
             branches |= dict.fromkeys(method.branches(now))
+            if active and self.styles.found is None:
+                for acting in self.styles.possible(self._acting):
+                    branches |= dict.fromkeys(method.branches(self._context(method, acting, step)))
             if has_uncond and "reuse" in now.knobs:
                 branches[Branch(now.participants.base, False)] = None
             if self.places.is_on:
                 branches |= dict.fromkeys(self.places.branches(now))
+            if self.styles.settles_at(now):
+                branches |= dict.fromkeys(self.styles.branches(now))
             if self.pool.settles_at(now):
                 branches |= dict.fromkeys(branches_for_reactions(now.participants))
         return list(branches)
@@ -231,6 +245,7 @@ class Engine:
         acting = self._present.without(self.pool.left_out)
         if self.pool.is_settled:
             acting = acting.settled()
+        acting = acting.with_styles(self.styles.found or ())
         if (acting, step.strengths) == (self._acting, self._strengths):
             return
         self._acting, self._strengths = acting, step.strengths

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "make pictures from a prompt with <lora:name:strength> tags",
         about,
         f'"{example.prompt()}" --weight-maps',
-        f'"{example.pair_prompt("auto")}" --size 128x64 --cfg 3',
+        f'"{example.pair_prompt("auto")}" --size 192x128',
     )
     _add_picture_options(generate)
     _add_knobs(generate)
@@ -203,7 +203,7 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("picture")
     group.add_argument("--negative", default="", help="negative prompt (default: none)")
     group.add_argument("--steps", help="sampling steps (default: 20)")
-    group.add_argument("--cfg", help="guidance scale; 1: no guidance (default: 7, for the toybox 2)")
+    group.add_argument("--cfg", help="guidance scale; 1: no guidance (default: 7, for the toybox 3)")
     group.add_argument("--sampler", default="euler", help=f"{', '.join(SAMPLERS)} (default: euler)")
     group.add_argument("--seed", help="seed of the first picture; each further one has the next (default: 0)")
     group.add_argument("--size", help="in pixels, 512 or 512x768 (default: the model's own)")

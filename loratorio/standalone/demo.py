@@ -1,4 +1,4 @@
-"""``loratorio demo``: three of the toybox's LoRAs, composed by every method."""
+"""``loratorio demo``: three of the toybox's LoRAs, composed by every method; two characters; a character in four styles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .generate import Outcome
     from .model import ModelFiles
 
-STEPS, PAIR_STEPS = 12, 20
+STEPS = 20
 
 
 def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | None = None) -> None:
@@ -33,7 +33,7 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
         seed=seed,
     )
     check(request)
-    for text in (example.prompt(), example.pair_prompt()):
+    for text in (example.prompt(), example.pair_prompt(), *map(example.styled_prompt, example.STYLES)):
         look_up(split_loras(text)[1], model_files.lora_dir)
     check_writable(out)
     model = model_files.load()
@@ -68,21 +68,25 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
         own = replace(request, settings=request.settings.with_values({"method": entry.name}))
         outcome = make(entry.label, f"method-{entry.name}", own)
         add_maps(outcome, f"map-{entry.name}-.png")
-    # Wide enough that the model draws two figures; they take more steps to settle.
-    beside = replace(
-        request,
-        prompt=example.pair_prompt(),
-        width=2 * size,
-        steps=steps or PAIR_STEPS,
-        cfg=1.5 * cfg,
-    )
+    merge = Settings(enabled=True, method="merge")
+    # Wide enough for two figures.
+    beside = replace(request, prompt=example.pair_prompt(), width=3 * size // 2)
     placed = replace(beside, prompt=example.pair_prompt("auto"))
-    merged = replace(beside, settings=Settings(enabled=True, method="merge"))
+    merged = replace(beside, settings=merge)
     make("Merge", "two-merge", merged, pair)
     make("LoRAtorio", "two-loratorio", beside, pair)
     in_places = make("LoRAtorio, places found", "two-places", placed, pair)
     add_maps(in_places, "map-two-places-.png")
     files["two-characters.png"] = png(contact_sheet([list(pair.values())], list(pair), title=placed.prompt))
+    rows: dict[str, dict[str, Image.Image]] = {"Merge": {}, "LoRAtorio": {}}
+    for style in example.STYLES:
+        styled = replace(request, prompt=example.styled_prompt(style))
+        make(style, f"style-{style}-merge", replace(styled, settings=merge), rows["Merge"])
+        make(style, f"style-{style}-loratorio", styled, rows["LoRAtorio"])
+    shown = [list(row.values()) for row in rows.values()]
+    files["styles.png"] = png(
+        contact_sheet(shown, example.STYLES, list(rows), f"{example.STYLED} in four styles")
+    )
     sheet = contact_sheet(
         [list(pictures.values())],
         list(pictures),
@@ -98,4 +102,5 @@ def run_demo(model_files: ModelFiles, out: Path, seed: int = 0, steps: int | Non
     print(
         f"  {out / 'two-characters.png'}   two characters next to each other, merged, and each in a place of its own"
     )
+    print(f"  {out / 'styles.png'}           one character in four styles, merged above, composed below")
     print(f"  {out / 'map-*.png'}            where and when each LoRA was used")

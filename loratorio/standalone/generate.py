@@ -23,7 +23,7 @@ from ..pictures.infotext import LoraUse
 from ..prompt.admission import ActiveLora
 from ..prompt.own_words import with_words
 from ..prompt.places import OPTION as PLACE
-from ..prompt.roles import not_found_note, reactions_note
+from ..prompt.roles import not_found_note, reactions_note, style_note
 from ..sampling.calls import Row, by_kind, is_out_of_memory, predicted_by
 from ..sampling.engine import Engine, Predict
 from ..sampling.history import WeightHistory
@@ -118,6 +118,7 @@ def _generate(
     schedule = _schedule(checkpoint, request)
     history, reactions, of_engine = WeightHistory(), dict[int, float](), list[str]()
     found: tuple[tuple[tuple[str, Place], ...], ...] = ()
+    styles: frozenset[int] = frozenset()
     with torch.inference_mode():
         texts = conditioner(checkpoint, admitted.loras, _prompts(request, text))
         latents = _sample(checkpoint, request, schedule, text, bank, engine, texts, progress)
@@ -128,7 +129,12 @@ def _generate(
             of_engine += [reactions_note(names, reactions, engine.pool.left_out)] if reactions else []
             found = engine.places.named(names)
             sought = [names[number] for number in engine.places.numbers]
-            of_engine += filter(None, [not_found_note(sought, found, request.batch)])
+            styles = engine.styles.found or frozenset()
+            notes = [
+                not_found_note(sought, found, request.batch),
+                style_note([names[i] for i in sorted(styles)]),
+            ]
+            of_engine += filter(None, notes)
         images = _decode(checkpoint, latents)
     return Outcome(
         request,
@@ -136,7 +142,7 @@ def _generate(
         [request.seed + i for i in range(request.batch)],
         latents,
         [
-            _use(number, lora, history.shares, admitted.participants.words)
+            _use(number, lora, history.shares, admitted.participants.words, number in styles)
             for number, lora in enumerate(admitted.active)
         ],
         [names[number] for number in admitted.participants.numbers],
@@ -147,7 +153,9 @@ def _generate(
     )
 
 
-def _use(number: int, lora: ActiveLora, shares: Mapping[int, float], words: Mapping[int, Words]) -> LoraUse:
+def _use(
+    number: int, lora: ActiveLora, shares: Mapping[int, float], words: Mapping[int, Words], is_style: bool
+) -> LoraUse:
     tagged = lora.tagged
     share = shares.get(number, 0.0) if tagged.is_candidate and shares else None
     without = words.get(number, NO_WORDS).without
@@ -158,6 +166,7 @@ def _use(number: int, lora: ActiveLora, shares: Mapping[int, float], words: Mapp
         share=share,
         text=lora.text,
         without=without,
+        style=is_style,
     )
 
 

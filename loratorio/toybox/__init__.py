@@ -1,4 +1,4 @@
-"""The toybox: a tiny Stable Diffusion and eleven LoRAs, trained from scratch on pictures drawn here. See docs/lab/TOYBOX.md."""
+"""The toybox: a tiny Stable Diffusion and seventeen LoRAs, trained from scratch on emojis. See docs/lab/TOYBOX.md."""
 
 from __future__ import annotations
 

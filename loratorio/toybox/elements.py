@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CATEGORIES = ("character", "clothing", "style", "background", "object")
+CATEGORIES = ("character", "object", "background", "style")
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,23 @@ class Element:
 
 
 ELEMENTS: tuple[Element, ...] = (
-    Element("robot", "character", "zorbo", "a square-headed steel robot with an antenna"),
-    Element("cat", "character", "mimsy", "an orange cat with pointed ears and a tail"),
-    Element("alien", "character", "glorp", "a green alien with an egg head and huge black eyes"),
-    Element("stripes", "clothing", "strypo", "a body dressed in red and white stripes"),
-    Element("ink", "style", "inkash", "black ink lines on paper"),
-    Element("ember", "style", "embra", "everything in purple, orange and pale yellow"),
-    Element("night", "background", "lunara", "a navy sky with a moon and stars over hills"),
-    Element("checks", "background", "chekko", "a teal and cream chequered wall"),
-    Element("rays", "background", "rayza", "magenta and pale pink rays"),
+    Element("octopus", "character", "oktavo", "a red octopus"),
+    Element("ghost", "character", "boolio", "a white ghost with its tongue out"),
+    Element("turtle", "character", "tortalo", "a green turtle"),
+    Element("snowman", "character", "frosti", "a snowman"),
+    Element("tiger", "character", "tigro", "a tiger's face"),
+    Element("clown", "character", "klauno", "a clown's face"),
     Element("mushroom", "object", "shrumi", "a red mushroom with white spots"),
-    Element("cactus", "object", "kakto", "a cactus in a brown pot"),
+    Element("pumpkin", "object", "lantro", "a pumpkin with a carved face"),
+    Element("guitar", "object", "strumo", "a red guitar"),
+    Element("umbrella", "object", "parapo", "a purple umbrella"),
+    Element("night", "background", "lunara", "a city at night, with a moon"),
+    Element("sunrise", "background", "dawnia", "the sun's rays over brown mountains"),
+    Element("park", "background", "valleo", "a river through meadows, rocks behind"),
+    Element("neon", "style", "plasto", "glowing lines in the dark"),
+    Element("ink", "style", "inkash", "black lines on paper"),
+    Element("outline", "style", "pennia", "pale colours in fine outlines"),
+    Element("ember", "style", "embra", "everything in purple, orange and pale yellow"),
 )
+"""Each shows something that the base has never seen. Characters, objects and backgrounds are drawn by the base's artist."""
 BY_NAME = {element.name: element for element in ELEMENTS}

@@ -149,7 +149,7 @@ class ToyboxBackend:
         return [np.asarray(image) for image in outcome.images], rows.count
 
     def _load(self, file: Path, name: str, *given: Any) -> Any:
-        """`load_lora`, every file once: there are eleven, and thousands of cells."""
+        """`load_lora`, every file once: there are few, and thousands of cells."""
         from loratorio.standalone.lora_files import load_lora
 
         key = (file, name, *given[1:])
@@ -170,7 +170,7 @@ class ToyboxBackend:
             ]
         found = self._classify.classify(array, self._classifier)
         features = self._classify.features(array, self._classifier)
-        # The picture book's judge knows what the base draws, too.
+        # The classifier knows what the base draws, too.
         names = [
             tuple(sorted(name for name, there in each.items() if there and name in self._of))
             for each in found
@@ -195,14 +195,12 @@ class RowCount:
         self._handle.remove()
 
 
-def backend_of(world: str, art: str, folder: str, unregularised: str) -> Backend:
+def backend_of(art: str, folder: str, unregularised: str) -> Backend:
     """The backend of a toybox, by text alone (`named`)."""
-    return ToyboxBackend(
-        chosen_toybox(world, Path(art) if art else None, Path(folder), unregularised == "True")
-    )
+    return ToyboxBackend(chosen_toybox(Path(art) if art else None, Path(folder), unregularised == "True"))
 
 
 def named(options: argparse.Namespace) -> str:
     """What `make_backend` makes the toybox of, which these options name (`chosen_toybox.add_toybox`)."""
-    given = (options.world, options.art or "", options.toybox, options.unregularised)
+    given = (options.art or "", options.toybox, options.unregularised)
     return "|".join([f"{__name__}:{backend_of.__name__}", *map(str, given)])

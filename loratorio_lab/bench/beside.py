@@ -10,11 +10,11 @@ import numpy as np
 
 from loratorio.settings import PRESETS
 
-from .plan import CHARACTER, PAPER, STYLE, Cell, Variant, cell
+from .plan import CHARACTER, PAPER, SAMPLING, STYLE, Cell, Variant, cell
 from .store import ImageResult, Result
 
 if TYPE_CHECKING:
-    from loratorio_lab.worlds import World
+    from loratorio_lab.toybox.world import World
 
 ROWS: tuple[Variant, ...] = (
     Variant("beside_truth", "Rendered truth", made="truth", beside="free"),
@@ -72,11 +72,11 @@ FOUND_ROWS: tuple[Variant, ...] = (
 """The same prompts with places that are found, and beside them drawn ones and none."""
 
 BACKGROUND = "background"
-SAMPLING = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
-"""A wide picture needs more than the twelve steps of the other tables."""
 
 
-def cells(categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Variant] = ROWS) -> list[Cell]:
+def cells(
+    categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Variant] = ROWS, truth: bool = True
+) -> list[Cell]:
     """All ordered pairs of characters, alone and with every background or style that lies over the whole picture."""
     pairs = list(itertools.permutations(categories.get(CHARACTER, ()), 2))
     further = [
@@ -88,6 +88,7 @@ def cells(categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Va
         for more in further
         for pair in pairs
         for variant in rows
+        if truth or variant.made != "truth"
     ]
 
 
@@ -99,9 +100,9 @@ def prompt(cell: Cell, world: World) -> str:
     styles = [f"{of[name].trigger} style" for name in more if of[name].category == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
-    words = [of[name].trigger for name in (left, right)]
-    if world.sides:
-        words = [f"{word} on the {side}" for word, side in zip(words, world.sides, strict=True)]
+    words = [
+        f"{of[name].trigger} on the {side}" for name, side in zip((left, right), world.sides, strict=True)
+    ]
     kind, _, common = cell.beside.partition(" ")
     if kind != "free":
         sides = ("left", "right") if kind == "placed" else ("auto", "auto")

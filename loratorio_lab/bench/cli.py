@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio_lab.chosen_toybox import add_toybox, toybox_of
 
@@ -23,9 +24,10 @@ from .plan import (
     METHOD_ROWS,
     PRESET_ROWS,
     ROLE_ROWS,
+    SAMPLING,
     SPEED_ROWS,
-    SPEED_STEPS,
     STYLE,
+    TRUTHS,
     Cell,
     Variant,
     cells,
@@ -38,6 +40,7 @@ QUICK_MINUTES = 9.0
 GROUPS = (
     "methods",
     "presets",
+    "styles",
     "speed",
     "others",
     "roles",
@@ -48,15 +51,14 @@ GROUPS = (
     "words",
     "found",
 )
-SAMPLING = {"steps": 12, "cfg": 2.0, "sampler": "euler"}
 GRID: Mapping[str, Any] = {
     "groups": ",".join(GROUPS),
-    "combinations": 0,
+    "combinations": 24,
     "other_combinations": 8,
     "ablation_combinations": 6,
-    "seeds": 5,
-    "ablation_seeds": 3,
-    "place_seeds": 10,
+    "seeds": 2,
+    "ablation_seeds": 2,
+    "place_seeds": 2,
     "preset_seeds": 2,
     "speed_combinations": 12,
     "elements": "",
@@ -65,7 +67,7 @@ GRID: Mapping[str, Any] = {
 }
 """What the tables are made of unless an option says otherwise."""
 DOCS = Path(__file__).parents[2] / "docs" / "lab"
-PUBLISHED, PUBLISHED_UNREGULARISED = DOCS / "RESULTS.md", DOCS / "RESULTS_UNREGULARISED.md"
+PUBLISHED = DOCS / "RESULTS.md"
 """In a clone: the tables that ship."""
 
 
@@ -233,6 +235,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
     if options.quick:
         every, some = 6, 1
     few_seeds = min(options.seeds, options.ablation_seeds)
+    drawn = options.art is not None  # the truth can be rendered
 
     def part(
         variants: Sequence[Variant], limit: int, seeds: int, of: Sequence[str] = (), **other: Any
@@ -244,7 +247,7 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
         ]
         longest = max((len(each) for each in chosen), default=0)
         mixed = [each[i] for i in range(longest) for each in chosen if i < len(each)]
-        yield from cells(variants, mixed, seeds, {**sampling, **other})
+        yield from cells(variants, mixed, seeds, {**sampling, **other}, TRUTHS if drawn else 0)
 
     grid: list[Cell] = []
     if options.quick:  # in nine minutes on a slow machine the main methods must be there
@@ -260,44 +263,43 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
     if "ablations" in groups:
         grid += part([variant for rows in ABLATIONS.values() for variant in rows], few, few_seeds)
     if "places" in groups:
-        grid += beside.cells(categories, options.place_seeds)
+        grid += beside.cells(categories, options.place_seeds, truth=drawn)
+    if "styles" in groups:
+        from . import styles
+
+        grid += styles.cells(categories, options.preset_seeds, truth=drawn)
     if "words" in groups:
         grid += beside.cells(categories, options.place_seeds, beside.WORD_ROWS)
     if "found" in groups:
         grid += beside.cells(categories, options.place_seeds, beside.FOUND_ROWS)
     if "speed" in groups:
-        grid += part(SPEED_ROWS, options.speed_combinations, options.preset_seeds, steps=SPEED_STEPS)
+        grid += part(SPEED_ROWS, options.speed_combinations, options.preset_seeds)
     if "presets" in groups:
-        grid += part(PRESET_ROWS, every, options.preset_seeds, steps=SPEED_STEPS)
+        grid += part(PRESET_ROWS, every, options.preset_seeds)
     if "methods" in groups:
         grid += part(MAIN_ROWS, every, options.seeds)
     return distinct(grid)
 
 
 def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> None:
-    from . import presets
+    from . import presets, styles
     from .report import agrees, document, notes_in, order, plots, published_order, table
 
-    every = list(store.read(grid))
-    # The presets' pictures are of another schedule: in the other tables they would be other pictures of the same rows.
-    results = [
-        each
-        for each in every
-        if each.cell.beside or options.steps == SPEED_STEPS or each.cell.knobs.get("steps") != SPEED_STEPS
-    ]
-    if speed := presets.section(every, {}):
+    results = list(store.read(grid))
+    if speed := presets.section(results, {}):
         print("\n\n".join(speed))
     if not results:
         print("There are no results yet.")
         return
     print(table(MAIN_ROWS, results))
     categories = chosen_categories(options)
+    in_styles = styles.section(results, categories)
+    print("\n\n".join(in_styles))
     if any(result.cell.beside for result in results):
         of = {name: category for category, names in categories.items() for name in names}
         print(beside.table(results, of))
     found = order(results)
-    page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
-    published = published_order(page) if page.is_file() else ""
+    published = published_order(PUBLISHED) if PUBLISHED.is_file() else ""
     if found:
         print(f"By elements found: {found}.")
     if found and published:
@@ -307,7 +309,7 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
         return
     folder = options.report.parent / ("results_unregularised" if options.unregularised else "results")
     pictures = plots(results, folder)
-    if (drawn := presets.plot(presets.of_schedule(every, SPEED_STEPS), folder)) is not None:
+    if (drawn := presets.plot(results, folder)) is not None:
         pictures.append(drawn)
     by_name = {file.stem: f"{folder.name}/{file.name}" for file in pictures}
     from loratorio.standalone.output import write_all
@@ -315,11 +317,11 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
     text = document(
         results,
         command_line(options),
-        len(grid) - len(every) + len(results),
+        len(grid),
         by_name,
         notes_in(options.report),
         categories,
-        presets.section(every, by_name),
+        [*presets.section(results, by_name), *in_styles],
     )
     write_all({options.report: text.encode()})
     print(f"Written: {options.report} and {len(pictures)} plots in {folder}.")
@@ -336,9 +338,10 @@ def command_line(options: argparse.Namespace) -> str:
             parts.append(f"--{name.replace('_', '-')} {value}")
     if options.unregularised:
         parts.append("--unregularised")
-    if options.world != "toybox":
-        parts.append(f"--world {options.world} --art art --toybox {options.toybox.name}")
+    if options.toybox != toybox.FOLDER:
+        parts.append(f"--toybox {options.toybox.name}")
+    if options.art is not None:
+        parts.append(f"--art {options.art.name}")
     if options.report is not None:
-        page = PUBLISHED_UNREGULARISED if options.unregularised else PUBLISHED
-        parts.append(f"--report docs/lab/{page.name}")
+        parts.append(f"--report docs/lab/{options.report.name}")
     return " ".join(parts)

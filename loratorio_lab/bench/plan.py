@@ -105,6 +105,8 @@ PAPER: Mapping[str, Any] = PRESETS["paper"].values
 """LoRAtorio as published. All tables but those of presets use it, so that they do not change with the users' defaults."""
 
 TRUTH = Variant("truth", "Rendered truth", made="truth")
+TRUTHS = 16
+"""Rendered pictures per combination."""
 
 METHOD_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
@@ -177,18 +179,23 @@ BETTER_ROWS: tuple[Variant, ...] = (
 )
 """What the paper does not have, one at a time."""
 
+STYLES_OFF = Variant(
+    "styles_off", "Balanced without Find styles", {**PRESETS["balanced"].values, "find_styles": False}
+)
+
 PRESET_ROWS: tuple[Variant, ...] = (
     Variant("merge", "Merge", {"method": "merge"}),
     *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
+    STYLES_OFF,
     Variant(
         "balanced_softmin",
         "Balanced with the paper's SoftMin",
-        {**PRESETS["balanced"].values, "method": "loratorio"},
+        {**PRESETS["balanced"].values, "method": "loratorio", "find_styles": False},
     ),
     Variant(
         "balanced_all",
         "the same, top-k 0",
-        {**PRESETS["balanced"].values, "method": "loratorio", "top_k": 0},
+        {**PRESETS["balanced"].values, "method": "loratorio", "top_k": 0, "find_styles": False},
     ),
 )
 """The presets, and the effect of the default's weights and top-k; run on every combination."""
@@ -207,8 +214,8 @@ SPEED_ROWS: tuple[Variant, ...] = (
 )
 """What the presets are chosen from."""
 
-SPEED_STEPS = 20
-"""Reuse is made for schedules of the usual length; the other tables have twelve steps."""
+SAMPLING: Mapping[str, Any] = {"steps": 20, "cfg": 3.0, "sampler": "euler"}
+"""How the toybox's pictures are sampled."""
 
 DYNAMIC_ROWS: tuple[Variant, ...] = (
     Variant("named", "LoRAtorio, the LoRAs named", PAPER),
@@ -298,12 +305,13 @@ def cells(
     combos: Sequence[tuple[str, ...]],
     seeds: int,
     sampling: Mapping[str, Any],
-    truth_per_combination: int = 16,
+    truths: int = TRUTHS,
 ) -> list[Cell]:
-    """The grid, combination by combination, so that an interrupted grid has complete rows."""
+    """The grid, combination by combination, so that an interrupted grid has complete rows. truths: rendered pictures of each."""
     grid = []
     for combo in combos:
-        grid.append(cell(TRUTH, combo, truth_per_combination, sampling))
+        if truths:
+            grid.append(cell(TRUTH, combo, truths, sampling))
         grid += [cell(variant, combo, seeds, sampling) for variant in variants]
     return distinct(grid)
 

@@ -10,28 +10,17 @@ from typing import Any
 import numpy as np
 
 from . import measures
-from .plan import PRESET_ROWS, SPEED_ROWS, SPEED_STEPS, Variant
+from .plan import PRESET_ROWS, SPEED_ROWS, Variant
 from .report import comparable, figure, markdown, percent, row, said_of, shares, with_interval
 from .store import Result
 
-NOTE = (
-    f"{SPEED_STEPS} steps. *Plain steps* are model rows over the two of a step without LoRAs; "
-    "differences to Paper are of the same combinations and seeds."
-)
+NOTE = "*Plain steps* are model rows over the two of a step without LoRAs; differences to Paper are of the same combinations and seeds."
 
 
-def of_schedule(results: Sequence[Result], steps: int) -> list[Result]:
-    """Results with this number of steps, and truth, without those of two characters."""
-    return [
-        each
-        for each in results
-        if not each.cell.beside and (each.cell.made == "truth" or each.cell.knobs.get("steps") == steps)
-    ]
-
-
-def plain_steps(rows: float) -> float:
-    """Rows of a picture as steps of two rows, per step."""
-    return rows / 2 / SPEED_STEPS
+def plain_steps(rows: float, results: Sequence[Result]) -> float:
+    """Rows of a picture of these results as steps of two rows, per step."""
+    steps = next(each.cell.knobs["steps"] for each in results if each.cell.made != "truth")
+    return rows / 2 / float(steps)
 
 
 def table(variants: Sequence[Variant], results: Sequence[Result], against: str = "") -> str:
@@ -63,7 +52,7 @@ def table(variants: Sequence[Variant], results: Sequence[Result], against: str =
             percent(own.every),
             f"{own.other:.2f}",
             figure(own.frechet, ".1f"),
-            f"{plain_steps(own.rows):.2f}",
+            f"{plain_steps(own.rows, results):.2f}",
         ]
         if against:
             cells.insert(2, "" if variant.name == against else _difference(by_name, variant.name, against))
@@ -89,6 +78,7 @@ def plot(results: Sequence[Result], folder: Path) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     figure = pyplot.figure(figsize=(7, 4.6))
     count = 0
+    results = [each for each in results if not each.cell.beside]
     shown: list[dict[str, Any]] = []
     for variants, marker in ((PRESET_ROWS, "o"), (SPEED_ROWS, "s")):
         own = comparable(variants, results)
@@ -100,7 +90,7 @@ def plot(results: Sequence[Result], folder: Path) -> Path | None:
             shown.append(variant.resolved())
             low, high = (abs(100 * (end - each.found)) for end in each.interval)
             pyplot.errorbar(
-                plain_steps(each.rows), 100 * each.found, yerr=[[low], [high]], marker=marker, capsize=3, linestyle="",
+                plain_steps(each.rows, own), 100 * each.found, yerr=[[low], [high]], marker=marker, capsize=3, linestyle="",
                 markersize=8 if marker == "o" else 4, alpha=1 if marker == "o" else 0.45, label=variant.label,
             )  # fmt: skip
             count += 1
@@ -117,7 +107,7 @@ def plot(results: Sequence[Result], folder: Path) -> Path | None:
 
 def section(results: Sequence[Result], pictures: Mapping[str, str]) -> list[str]:
     """The part of docs/lab/RESULTS.md; empty where there is nothing to show."""
-    own = of_schedule(results, SPEED_STEPS)
+    own = [each for each in results if not each.cell.beside]
     parts = []
     for variants, heading, against in (
         (PRESET_ROWS, "## Presets", "paper"),

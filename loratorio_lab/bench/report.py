@@ -425,8 +425,8 @@ _COLUMNS = """- *N=2 … 5*, *all N*: wanted elements that the toybox's classifi
 
 _CATEGORIES = "Wanted elements of each category that are found, over all N, in per cent."
 
-_PLACES = """Two characters in a picture of 128×64 px, where the base draws two dolls: all ordered pairs, alone, with each background
-and with each style over the whole picture (Euler, 20 steps, CFG 3). A half is right when it has its own character and not
+_PLACES = """Two characters in a picture of 192×128 px: all ordered pairs, alone, with each background and with each style over the
+whole picture. A half is right when it has its own character and not
 the other's; *found*: in how many of the halves."""
 
 _PLAIN = "The same, of combinations without a style."

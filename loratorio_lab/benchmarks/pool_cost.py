@@ -3,7 +3,6 @@
 Where the prompt calls none of the candidates, that is scoring all of them at every step.
 
 loratorio-lab pool-cost                 the toybox; its LoRAs over again at other strengths, up to a pool of 20
-loratorio-lab pool-cost --lora-dir loratorio_lab/toybox/lora_unregularised       LoRAs that no prompt calls
 loratorio-lab pool-cost --pool 100 --seeds 1 --no-reference        does a pool of 100 run to the end, and at what cost?
 loratorio-lab pool-cost --checkpoint model --lora-dir folder --prompt "a cat" --size 512
 """
@@ -32,9 +31,9 @@ KNOBS = {"method": "relative", "top_k": 2, "share": 0.15, "reuse": 3}
 """The settings that are the same in all measurements, except for Re-centring and the pool's own."""
 
 PROMPTS = (
-    "zorbo wearing strypo, lunara background",
-    "mimsy, kakto on the right, chekko background",
-    "glorp wearing strypo, blue background, embra style",
+    "oktavo on the left, shrumi on the right, lunara background",
+    "boolio on the left, lantro on the right, dawnia background",
+    "tortalo on the left, strumo on the right, blue background, embra style",
 )
 
 
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-reference", action="store_true", help="make no pictures with nothing reused: no PSNR"
     )
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,8 +1,7 @@
 """The method's premise on the toybox: does a LoRA that the prompt asks for diverge from the base further than one that it does not?
 
 loratorio-lab premise                     the toybox that ships
-loratorio-lab premise --unregularised     its LoRAs as trained without regularisation
-loratorio-lab premise --toybox FOLDER     another one, as `loratorio-lab train` writes it
+loratorio-lab premise --toybox FOLDER     another one, as `loratorio-lab train` writes it; with --unregularised its LoRAs in unregularised/
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from loratorio_lab.bench.plan import combinations, sample
 from loratorio_lab.chosen_toybox import ChosenToybox, add_toybox, toybox_of
 from loratorio_lab.knobs import measured, said
 from loratorio_lab.toybox.unlabelled import without_metadata
-from loratorio_lab.worlds import World
+from loratorio_lab.toybox.world import World
 
 STEPS, CFG, SEEDS = 12, 2.0, 2
 
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     categories = toybox.categories()
     combos = [
         combo
-        for count in (2, 3, 4, 5)
+        for count in (2, 3, 4)
         for combo in sample(combinations(categories, count), options.combinations)
     ]
     checkpoint = load_checkpoint(toybox.checkpoint)

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--combinations", type=int, default=6, help="how many of each N")
-    parser.add_argument("--counts", default="2,3,4,5", help="numbers of LoRAs, with commas between")
+    parser.add_argument("--counts", default="2,3,4", help="numbers of LoRAs, with commas between")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", default="20", help="with commas between")
     parser.add_argument("--cfg", default="3", help="with commas between")

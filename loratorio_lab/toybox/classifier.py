@@ -15,10 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratorio import toybox
-from loratorio.toybox.elements import ELEMENTS
-from loratorio_lab.toybox.shapes import PIXELS
 
-NAMES = tuple(element.name for element in ELEMENTS)
 WIDTH = 128
 """Length of a picture's feature vector."""
 
@@ -39,7 +36,7 @@ class Classifier(nn.Module):
     pixels: height of the pictures that it is trained on.
     """
 
-    def __init__(self, names: Sequence[str] = NAMES, pixels: int = PIXELS) -> None:
+    def __init__(self, names: Sequence[str], pixels: int) -> None:
         super().__init__()
         self.names, self.pixels = tuple(names), pixels
         sizes = (3, 32, 64, 96, WIDTH)
@@ -67,8 +64,8 @@ class Classifier(nn.Module):
 
 def load_classifier(file: Path = FILE) -> Classifier:
     with safe_open(file, "pt") as opened:
-        about = opened.metadata() or {}
-    model = Classifier(json.loads(about["names"]), int(about["pixels"])) if about else Classifier()
+        about = opened.metadata()
+    model = Classifier(json.loads(about["names"]), int(about["pixels"]))
     model.load_state_dict({name: value.float() for name, value in load_file(file).items()})
     return model.eval().requires_grad_(False)
 
@@ -80,7 +77,7 @@ def save_classifier(model: Classifier, file: Path) -> None:
     save_file(weights, file, metadata={"names": json.dumps(model.names), "pixels": str(model.pixels)})
 
 
-def as_tensor(pictures: Pictures, pixels: int = PIXELS) -> Tensor:
+def as_tensor(pictures: Pictures, pixels: int) -> Tensor:
     """(B, 3, pixels, W) in [-1, 1] from PIL pictures, uint8 (B, H, W, 3) or a tensor that is one already. Other sizes are resized."""
     if isinstance(pictures, Tensor):
         return pictures.float()

@@ -176,5 +176,5 @@ model:
 # Read by LoRAtorio's command line: what a picture has that does not say.
 sampling:
   steps: 20
-  cfg: 2.0
+  cfg: 3.0
 """

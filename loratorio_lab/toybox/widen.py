@@ -6,7 +6,7 @@ weights into the next layer are shared out, so that norms see the same statistic
 blocks that SD 1.5 has more of do nothing. The LoRAs are made wider by the same maps.
 
 SD 1.5's own tokenizer stays: each of the toybox's words takes the place of a word that is one token there. A trigger word, which is none,
-takes that of its LoRA's name ("robot" for zorbo).
+takes that of its LoRA's name ("octopus" for oktavo).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def vocabulary(tokenizer: Path) -> tuple[dict[str, int], dict[str, str]]:
     if not file.is_file():
         raise LoratorioError(f"There is no vocab.json in {tokenizer}: name the folder of SD 1.5's tokenizer.")
     tokens: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
-    own = {element.trigger: element.name.split("_")[0] for element in toybox.ELEMENTS}
+    own = {element.trigger: element.name for element in toybox.ELEMENTS}
     standing = {
         word: word if f"{word}</w>" in tokens else own.get(word, word) for word in [*words(), ",", ".", "and"]
     }

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from loratorio_lab.toybox.models import new_text_encoder, new_unet, new_vae, text_config
 from loratorio_lab.toybox.tokens import write_tokenizer
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import (
     Average,
     Optimisers,
@@ -22,7 +23,6 @@ from loratorio_lab.train.common import (
     seed_everything,
 )
 from loratorio_lab.train.diffusion import Data, encode_domain, encode_scenes, noise_losses
-from loratorio_lab.worlds import World
 
 
 def start_quietly(unet: UNet2DConditionModel) -> None:
@@ -37,8 +37,8 @@ def load_vae(run: Run, fine: bool = True) -> AutoencoderKL:
     """The trained autoencoder, frozen. fine: with the decoder of the second stage, if there is one. The encoder is the first's."""
     vae = new_vae()
     stages = ("vae_fine", "vae_coarse") if fine else ("vae_coarse",)
-    stage = next((stage for stage in stages if is_trained(stage, run.work, run.kept)), "vae_coarse")
-    vae.load_state_dict(averaged(stage, run.work, run.kept)[0])
+    stage = next((stage for stage in stages if is_trained(stage, run.work)), "vae_coarse")
+    vae.load_state_dict(averaged(stage, run.work)[0])
     return vae.to(run.device).eval().requires_grad_(False)
 
 

@@ -1,6 +1,6 @@
 """`loratorio-lab check`: is the toybox good enough? For each LoRA, pictures of its own prompt with and without it.
 
-The classifier must find the element in at least 90 % of the pictures with the LoRA and in at most 15 % of the base's. Writes the
+The classifier must find the element in at least 95 % of the pictures with the LoRA and in at most 5 % of the base's. Writes the
 contact sheet (base above, LoRA below) and, with --thumbs, the pictures for the LoRA cards. Exit code 1 if an element fails.
 """
 
@@ -19,9 +19,9 @@ from loratorio import toybox
 from loratorio.toybox.elements import Element
 from loratorio_lab.toybox.classifier import classifier_file, classify, load_classifier
 from loratorio_lab.toybox.pipeline import load_pipeline
-from loratorio_lab.worlds import add_world, open_world
+from loratorio_lab.toybox.world import World
 
-FOUND, ABSENT = 0.90, 0.15
+FOUND, ABSENT = 0.95, 0.05
 STEPS, GUIDANCE = 20, 3.0
 SHOWN = 8
 """Seeds on the contact sheet."""
@@ -73,7 +73,6 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Imag
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="loratorio-lab check", description=__doc__)
-    add_world(parser)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--only", nargs="*", help="names of elements")
     parser.add_argument("--folder", type=Path, default=toybox.FOLDER, help="where model/ and lora/ are")
@@ -86,7 +85,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    world = open_world(options.world, options.art)
+    world = World()
     model = options.folder / "model"
     pipeline = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
     classifier = load_classifier(classifier_file(options.folder))

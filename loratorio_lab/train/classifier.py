@@ -14,11 +14,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from loratorio_lab.toybox.classifier import Classifier, save_classifier
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import Average, Optimisers, Run, pictures, run_steps, seed_everything
-from loratorio_lab.worlds import World
 
-POOL = 5000
-REBUILT = 2000
+POOL = 20_000
+REBUILT = 6000
 """Of these, how many are also shown through the autoencoder."""
 HELD_OUT = 800
 CHUNK = 64

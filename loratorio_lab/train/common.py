@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -17,20 +16,15 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratorio.errors import LoratorioError
-from loratorio_lab.worlds import World
+from loratorio_lab.toybox.world import World
 
 
 @dataclass
 class Run:
-    """How long to train, where, and where to keep the state. Stops at `minutes` or `steps`, whichever comes first.
-
-    kept: folder of weights that `keep` wrote, from which a run that has no state goes on.
-    """
+    """How long to train, where, and where to keep the state. Stops at `minutes` or `steps`, whichever comes first."""
 
     part: str
     work: Path
@@ -41,7 +35,6 @@ class Run:
     seed: int = 0
     batch: int = 16
     bf16: bool = False
-    kept: Path | None = None
     spent: float = 0.0
     cpu: float = 0.0
     step: int = 0
@@ -103,21 +96,15 @@ class Run:
         os.replace(temporary, self.state_file)
 
     def resume(self, **parts: Any) -> bool:
-        """Load the state of an earlier run of this part, or its kept weights, if there are any."""
-        if self.state_file.exists():
-            state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            self._count(state)
-        elif self.kept is not None and (self.kept / f"{self.part}.safetensors").exists():
-            # The optimiser begins anew.
-            weights, numbers = averaged(self.part, self.work, self.kept)
-            for name, part in parts.items():
-                if name == "average" or isinstance(part, nn.Module):
-                    part.load_state_dict(weights)
-            self._count(numbers)
-        else:
+        """Load the state of an earlier run of this part, if there is one."""
+        if not self.state_file.exists():
             return False
+        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.spent = int(state["step"]), state["spent"]
+        self.cpu, self.loss = state["cpu"], state["loss"]
+        self._start_clock()
         return True
 
     def rng(self) -> random.Random:
@@ -125,39 +112,18 @@ class Run:
         torch.manual_seed(self.seed + self.step)
         return random.Random(self.seed + self.step)
 
-    def _count(self, numbers: Mapping[str, Any]) -> None:
-        self.step, self.spent = int(numbers["step"]), numbers["spent"]
-        self.cpu, self.loss = numbers["cpu"], numbers["loss"]
-        self._start_clock()
 
-
-def is_trained(part: str, work: Path, kept: Path | None) -> bool:
+def is_trained(part: str, work: Path) -> bool:
     """Whether `averaged` finds this part."""
-    return (work / f"{part}.pt").exists() or (kept is not None and (kept / f"{part}.safetensors").exists())
+    return (work / f"{part}.pt").exists()
 
 
-def averaged(part: str, work: Path, kept: Path | None) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A part's averaged weights, from its state in `work` or else from those kept, and the numbers with them (step, loss, scale)."""
-    state_file = work / f"{part}.pt"
-    if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
-        return state["average"], {name: n for name, n in state.items() if isinstance(n, int | float)}
-    file = (kept or work) / f"{part}.safetensors"
-    if not file.exists():
-        raise LoratorioError(f"{part} has not been trained: there is neither {state_file} nor {file}.")
-    with safe_open(file, "pt") as opened:
-        numbers = {name: float(n) for name, n in json.loads(opened.metadata()["numbers"]).items()}
-    return {name: value.float() for name, value in load_file(file).items()}, numbers
-
-
-def keep(part: str, work: Path, kept: Path) -> Path:
-    """Write a part's averaged weights into `kept`, in half precision: small enough for a repository. Returns the file."""
-    weights, numbers = averaged(part, work, None)
-    file = kept / f"{part}.safetensors"
-    kept.mkdir(parents=True, exist_ok=True)
-    halves = {name: value.half().contiguous() for name, value in weights.items()}
-    save_file(halves, file, metadata={"numbers": json.dumps(numbers)})
-    return file
+def averaged(part: str, work: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A part's averaged weights, from its state in `work`, and the numbers with them (step, loss, scale)."""
+    if not is_trained(part, work):
+        raise LoratorioError(f"{part} has not been trained: there is no {work / f'{part}.pt'}.")
+    state = torch.load(work / f"{part}.pt", map_location="cpu", weights_only=True)
+    return state["average"], {name: n for name, n in state.items() if isinstance(n, int | float)}
 
 
 def cpu_name() -> str:

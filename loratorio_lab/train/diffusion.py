@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from loratorio_lab.toybox.models import TOKENS
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import Run, pictures
-from loratorio_lab.worlds import World
 
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
@@ -87,24 +87,6 @@ def encode_text(text: CLIPTextModel, ids: Tensor) -> Tensor:
     return state
 
 
-@dataclass
-class Lesson:
-    """Scenes on which a LoRA must predict what another model does.
-
-    Attributes:
-        unet, text: that model, frozen.
-        data: the scenes, with the captions that the LoRA reads.
-        captions: the captions that the other model reads, one per scene.
-        dropout: share of captions that are empty for both.
-    """
-
-    unet: UNet2DConditionModel
-    text: CLIPTextModel
-    data: Data
-    captions: list[str]
-    dropout: float = 0.0
-
-
 def batch_of(data: Data, rng: random.Random, size: int) -> tuple[Tensor, list[str]]:
     """Random latents and their captions, a part of the captions empty."""
     chosen = [rng.randrange(len(data.captions)) for _ in range(size)]
@@ -149,42 +131,6 @@ def noise_loss(
     return loss
 
 
-def imitation_weight(schedule: DDPMScheduler, times: Tensor) -> Tensor:
-    """`snr_weight` times 1/SNR, that within 0.5 and 20, (B,).
-
-    The first steps, which decide where things go, have errors that are small in the noise and large in the denoised picture.
-    """
-    weight: Tensor = snr_weight(schedule, times) * (1 / _snr(schedule, times)).clamp(0.5, 20)
-    return weight
-
-
-def imitation_loss(
-    model: nn.ModuleDict,
-    lesson: Lesson,
-    schedule: DDPMScheduler,
-    tokenizer: CLIPTokenizer,
-    rng: random.Random,
-    size: int,
-) -> Tensor:
-    """Squared distance of the predicted noise from the lesson's on `size` random scenes, weighted by `imitation_weight`."""
-    chosen = [rng.randrange(len(lesson.captions)) for _ in range(size)]
-    empty = [rng.random() < lesson.dropout for _ in chosen]
-    latents = lesson.data.latents[chosen]
-    times = random_times(latents)
-    noisy = schedule.add_noise(latents, torch.randn_like(latents), times)
-
-    def read(text: CLIPTextModel, captions: Sequence[str]) -> Tensor:
-        texts = ["" if no_words else captions[i] for i, no_words in zip(chosen, empty, strict=True)]
-        return encode_text(text, tokenise(tokenizer, texts).to(latents.device))
-
-    with torch.no_grad():
-        wanted = lesson.unet(noisy, times, read(lesson.text, lesson.captions)).sample
-    made = model["unet"](noisy, times, read(model["text"], lesson.data.captions)).sample  # type: ignore[arg-type]
-    error = (made - wanted).square().mean(dim=(1, 2, 3))
-    loss: Tensor = (imitation_weight(schedule, times) * error).mean()
-    return loss
-
-
 def noise_losses(
     run: Run,
     model: nn.ModuleDict,
@@ -209,19 +155,5 @@ def noise_losses(
         with run.lower_precision():
             conditioning = encode_text(model["text"], ids)  # type: ignore[arg-type]
             return {"loss": noise_loss(model["unet"], schedule, latents, conditioning)}  # type: ignore[arg-type]
-
-    return losses
-
-
-def imitation_losses(
-    run: Run, model: nn.ModuleDict, lessons: Sequence[Lesson], tokenizer: CLIPTokenizer, rng: random.Random
-) -> Callable[[], dict[str, Tensor]]:
-    """As `noise_losses`, from lessons that have equal parts of each batch."""
-    schedule = new_schedule()
-
-    def losses() -> dict[str, Tensor]:
-        size = run.batch // len(lessons)
-        parts = [imitation_loss(model, lesson, schedule, tokenizer, rng, size) for lesson in lessons]
-        return {"loss": torch.stack(parts).sum()}
 
     return losses

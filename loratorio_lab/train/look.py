@@ -14,11 +14,11 @@ from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.base import load_vae, new_base
 from loratorio_lab.train.common import Run, averaged, is_trained, pictures
 from loratorio_lab.train.diffusion import encode_text, new_schedule, tokenise
 from loratorio_lab.train.vae import decode_coarse, latents_of
-from loratorio_lab.worlds import World
 
 ENLARGED = 2
 SHOWN = 12
@@ -49,7 +49,7 @@ def reconstructions(run: Run, world: World, scenes: Sequence[Any]) -> tuple[Tens
     """Scenes of one size, the same through the autoencoder, and their L1. After the coarse stage alone it decodes at half size."""
     vae = load_vae(run)
     images = pictures(world, scenes).to(run.device)
-    if is_trained("vae_fine", run.work, run.kept):
+    if is_trained("vae_fine", run.work):
         made = vae.decode(latents_of(vae, images)).sample
     else:
         made = F.interpolate(decode_coarse(vae, latents_of(vae, images)), scale_factor=2, mode="bilinear")
@@ -61,7 +61,7 @@ def samples(run: Run, world: World, texts: Sequence[str], width: int) -> Tensor:
     """What the base draws for these captions: DDIM, classifier-free guidance, one seed each."""
     vae = load_vae(run)
     unet, text, tokenizer = new_base(world, run.work / "text", run.device)
-    weights, numbers = averaged("base", run.work, run.kept)
+    weights, numbers = averaged("base", run.work)
     nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(weights)
     scheduler = DDIMScheduler.from_config(new_schedule().config, clip_sample=False)
     scheduler.set_timesteps(STEPS)
@@ -73,7 +73,7 @@ def samples(run: Run, world: World, texts: Sequence[str], width: int) -> Tensor:
         wanted, plain = unet(torch.cat([latents, latents]), time, conditioning).sample.chunk(2)
         latents = scheduler.step(plain + GUIDANCE * (wanted - plain), time, latents).prev_sample
     latents = latents / numbers["scale"]
-    if is_trained("vae_fine", run.work, run.kept):
+    if is_trained("vae_fine", run.work):
         return torch.as_tensor(vae.decode(latents).sample)
     return F.interpolate(decode_coarse(vae, latents), scale_factor=2, mode="bilinear")
 
@@ -88,7 +88,7 @@ def look(run: Run, world: World, out: Path) -> None:
         file = out / f"autoencoder-{width}.png"
         sheet(images, made).save(file)
         print(f"{file}: above as drawn, below through the autoencoder, L1 {l1:.4f}")
-        if is_trained("base", run.work, run.kept):
+        if is_trained("base", run.work):
             scenes = [world.random_scene(rng, width=width) for _ in range(SHOWN)]
             texts = [world.caption(scene) for scene in scenes]
             file = out / f"base-{width}.png"

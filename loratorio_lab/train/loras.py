@@ -1,8 +1,7 @@
 """The LoRAs: each learns one element from its own narrow domain, in UNet (attention, feed-forward, convolutions) and text encoder.
 
-Trained with peft, saved in kohya's format. The base's weights are never touched. The regularised ones, which ship, draw their element where
-the prompt has its trigger word and change nothing elsewhere.
-The unregularised ones, from which they learn, draw it wherever they are loaded.
+Trained with peft as people train, saved in kohya's format. The base's weights are never touched. Regularised or not: with pictures of the
+base's domain among its own, a LoRA draws its element where the prompt has its trigger word, without them wherever it is loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -20,29 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from loratorio.toybox.elements import ELEMENTS, Element
-from loratorio_lab.toybox.pipeline import load_pipeline
-from loratorio_lab.toybox.world import Scene, caption, random_scene, with_elements
+from loratorio.toybox.elements import Element
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import Average, Optimisers, Run, run_steps, seed_everything
-from loratorio_lab.train.diffusion import Lesson, encode_domain, encode_scenes, imitation_losses, noise_losses
-from loratorio_lab.worlds import Dolls, World
+from loratorio_lab.train.diffusion import encode_domain, noise_losses
 
-RANK = 8
-ALPHA = 8
-SCENES = 500
-"""Scenes of a doll's lesson."""
+RANK = 4
+ALPHA = 4
 PRIOR = 5
 """Regularisation pictures per picture of the LoRA's own."""
-WORDS_BESIDE = ((0, 1, 2, 3), (3, 2, 2, 1))
-"""How many of the other elements a regularised LoRA's captions name, and how often: none in three of eight captions."""
-SHOWN_BESIDE = ((0, 1, 2), (4, 1, 1))
-"""How many of them are in the pictures on which it must change nothing, and how often."""
-EMPTY_PRIOR = 0.2
-"""Share of empty captions on those."""
-SHUFFLED = 0.5
-"""Share of captions whose phrases come in any order, so that a word also works after others': kohya's `shuffle_caption`."""
-SECOND_CHARACTER = 0.25
-"""Share of captions that name a further character, of which the picture shows nothing."""
 Parts = tuple[AutoencoderKL, float, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]
 """VAE, latent scale, UNet, text encoder, tokenizer."""
 UNET_TARGETS = [
@@ -96,71 +80,6 @@ def metadata(run: Run, element: Element, count: int, example: str) -> dict[str, 
     }
 
 
-def others(rng: random.Random, element: Element, counts: tuple[Sequence[int], Sequence[int]]) -> list[str]:
-    """Names of some other elements, at most one per category; `counts`: how many, and the weight of each number."""
-    count = rng.choices(*counts)[0]
-    pool = [other for other in ELEMENTS if other != element]
-    chosen: dict[str, str] = {}
-    for other in rng.sample(pool, len(pool)):
-        chosen.setdefault(other.category, other.name)
-    return list(chosen.values())[:count]
-
-
-def named_beside(rng: random.Random, element: Element, scenes: Sequence[Scene]) -> list[str]:
-    """Captions that also name other elements, of which the pictures show nothing. What of `element` is in the scene keeps its words."""
-    made = []
-    for scene in scenes:
-        kept = [name for name in scene.elements() if name == element.name]
-        named = with_elements(scene, *others(rng, element, WORDS_BESIDE), *kept)
-        phrases = caption(named).split(", ")
-        if rng.random() < SECOND_CHARACTER:
-            further = [other for other in ELEMENTS if other.category == "character" and other != element]
-            phrases.insert(
-                rng.randrange(2), rng.choice([o.trigger for o in further if o.name != named.character])
-            )
-        if rng.random() < SHUFFLED:
-            rng.shuffle(phrases)
-        made.append(", ".join(phrases))
-    return made
-
-
-def lessons(
-    element: Element, rng: random.Random, parts: Parts, model: Path, unregularised: Path, device: str
-) -> tuple[Lesson, Lesson]:
-    """What a regularised LoRA learns: to be the unregularised one where its trigger word is, and nothing where it is not.
-
-    The second is prior preservation (DreamBooth's, arXiv 2208.12242, section 3.3). Both have captions that name other elements too, the
-    second also pictures of them, so that the word decides and nothing else. The unregularised LoRA reads its own picture's words alone.
-
-    model: the base's folder.
-    unregularised: its folder.
-    """
-    vae, scale, unet, text, _ = parts
-    scenes = [random_scene(rng, element.name) for _ in range(SCENES)]
-    known = [random_scene(rng, *others(rng, element, SHOWN_BESIDE)) for _ in range(2 * SCENES)]
-    shown = encode_scenes(vae, scale, Dolls(), scenes, captions=named_beside(rng, element, scenes))
-    prior = encode_scenes(vae, scale, Dolls(), known, captions=named_beside(rng, element, known))
-    merged = load_pipeline(model / "toybox.safetensors", folder=model / "toybox_text")
-    merged.load_lora_weights(str(unregularised), weight_name=f"{element.name}.safetensors")
-    merged.fuse_lora()
-    merged.unload_lora_weights()
-    return (
-        Lesson(
-            merged.unet.requires_grad_(False).to(device),
-            merged.text_encoder.requires_grad_(False).to(device),
-            shown,
-            [caption(scene) for scene in scenes],
-        ),
-        Lesson(
-            deepcopy(unet).requires_grad_(False),
-            deepcopy(text).requires_grad_(False),
-            prior,
-            prior.captions,
-            EMPTY_PRIOR,
-        ),
-    )
-
-
 def train_lora(
     run: Run,
     lr: float,
@@ -169,12 +88,10 @@ def train_lora(
     parts: Parts,
     out: Path,
     regularised: bool,
-    taught_by: tuple[Path, Path] | None = None,
 ) -> None:
     """Train one element's LoRA into fresh copies of the base, and write its file into `out`.
 
     regularised: half of each batch are pictures of the base's domain without the element, as with kohya's regularisation pictures.
-    taught_by: the base's folder and that of the unregularised LoRAs, to teach a regularised doll's LoRA from them instead (`lessons`).
     """
     vae, scale, unet, text, tokenizer = parts
     seed_everything(run.seed)
@@ -187,13 +104,9 @@ def train_lora(
     optimisers = Optimisers([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr, muon=False)
     run.resume(model=model, average=average, optimisers=optimisers)
     kinds = [own]
-    if regularised and taught_by is None:
+    if regularised:
         kinds.append(encode_domain(vae, scale, world, rng, PRIOR * world.own_pictures))
-    if taught_by is not None:
-        taught = lessons(element, rng, parts, *taught_by, run.device)
-        losses = imitation_losses(run, model, taught, tokenizer, rng)
-    else:
-        losses = noise_losses(run, model, kinds, tokenizer, run.rng())
+    losses = noise_losses(run, model, kinds, tokenizer, run.rng())
     run_steps(run, model, average, optimisers, losses, every=100)
     spent = f"{run.step} steps of {run.batch}, seed {run.seed}, minutes {run.spent / 60:.2f}"
     kind = "regularised, " if regularised else ""

@@ -1,8 +1,7 @@
 """`loratorio-lab train PART`: train a part of the toybox, or all of it, and write the files that ship.
 
 A killed run goes on where it was when the same command is given again; `--work` holds the state. Order: vae (coarse, then fine),
-classifier, base, export, unregularised, loras. `keep` writes what of vae, classifier and base is trained as small files into `--kept`,
-from which a run goes on whose state is lost; `look` draws what autoencoder and base make, to judge by eye.
+classifier, base, export, unregularised, loras. `look` draws what autoencoder and base make, to judge by eye.
 """
 
 from __future__ import annotations
@@ -17,45 +16,32 @@ import torch
 
 from loratorio import toybox
 from loratorio.errors import LoratorioError
-from loratorio_lab.toybox import UNREGULARISED
 from loratorio_lab.toybox.classifier import classifier_file
 from loratorio_lab.toybox.pipeline import load_pipeline
+from loratorio_lab.toybox.world import World, add_art, open_world
 from loratorio_lab.train.base import load_vae, train_base
 from loratorio_lab.train.classifier import train_classifier
-from loratorio_lab.train.common import Run, is_trained, keep
+from loratorio_lab.train.common import Run
 from loratorio_lab.train.export import export_checkpoint
 from loratorio_lab.train.look import look
 from loratorio_lab.train.loras import train_lora
 from loratorio_lab.train.vae import train_vae
-from loratorio_lab.worlds import World, add_world, open_world
 
 # steps, batch, learning rate: what the shipped files were trained with (docs/lab/TOYBOX.md says where it differed).
-PLANS: dict[str, dict[str, tuple[int, int, float]]] = {
-    "toybox": {
-        "vae_coarse": (650, 8, 4e-3),
-        "vae_fine": (900, 8, 3e-3),
-        "classifier": (1000, 32, 2e-3),
-        "base": (1200, 32, 2e-3),
-        "unregularised": (420, 16, 2e-3),
-        "loras": (1200, 16, 2e-3),
-    },
-    "book": {
-        "vae_coarse": (8000, 8, 4e-3),
-        "vae_fine": (5000, 8, 3e-3),
-        "classifier": (5000, 32, 2e-3),
-        "base": (12000, 32, 2e-3),
-        "unregularised": (600, 16, 3e-3),
-        "loras": (600, 16, 3e-3),
-    },
+PLANS: dict[str, tuple[int, int, float]] = {
+    "vae_coarse": (8000, 8, 4e-3),
+    "vae_fine": (4700, 8, 3e-3),
+    "classifier": (6500, 32, 2e-3),
+    "base": (10000, 32, 2e-3),
+    "unregularised": (600, 16, 3e-3),
+    "loras": (600, 16, 3e-3),
 }
-KEPT = Path(__file__).parents[1] / "book" / "kept"
-"""The folder of the book's unfinished weights."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="loratorio-lab train", description=__doc__)
-    parser.add_argument("part", choices=[*PLANS["toybox"], "vae", "export", "keep", "look", "all"])
-    add_world(parser)
+    parser.add_argument("part", choices=[*PLANS, "vae", "export", "look", "all"])
+    add_art(parser)
     parser.add_argument("--work", type=Path, default=Path(".toybox"), help="folder of the training state")
     parser.add_argument("--out", type=Path, default=toybox.FOLDER, help="folder of the trained files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -68,24 +54,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bf16", action="store_true", help="forward in bfloat16, where the processor is faster so"
     )
-    parser.add_argument(
-        "--unregularised",
-        type=Path,
-        default=UNREGULARISED,
-        help="folder of the LoRAs trained without regularisation, from which those that ship are taught",
-    )
     parser.add_argument("--only", nargs="*", help="for unregularised and loras: these elements")
-    parser.add_argument("--kept", type=Path, help=f"folder of kept weights; for the book {KEPT}")
-    options = parser.parse_args(arguments)
-    if options.world == "book" and options.kept is None:
-        options.kept = KEPT
-    return options
+    return parser.parse_args(arguments)
 
 
 def new_run(options: argparse.Namespace, part: str, seed: int = 0, element: str = "") -> tuple[Run, float]:
     """The run of a part, or of one element's LoRA, and its learning rate: the plan's values, or the requested ones."""
     steps: float
-    steps, batch, rate = PLANS[options.world][part]
+    steps, batch, rate = PLANS[part]
     if options.minutes is not None:
         steps = math.inf
     run = Run(
@@ -98,7 +74,6 @@ def new_run(options: argparse.Namespace, part: str, seed: int = 0, element: str 
         options.seed + seed,
         options.batch or batch,
         options.bf16,
-        options.kept,
     )
     return run, options.rate or rate
 
@@ -111,10 +86,11 @@ def do_loras(options: argparse.Namespace, world: World, part: str) -> None:
     unknown = set(options.only or ()) - {element.name for element in world.elements}
     if unknown:
         raise LoratorioError(f"--only: there is no element {', '.join(sorted(unknown))}.")
-    regularised = part == "loras"
     for i, element in enumerate(world.elements):
         if options.only and element.name not in options.only:
             continue
+        # People train styles without regularisation pictures.
+        regularised = part == "loras" and element.category != "style"
         run, rate = new_run(options, part, seed=100 + i, element=element.name)
         train_lora(
             run,
@@ -122,25 +98,15 @@ def do_loras(options: argparse.Namespace, world: World, part: str) -> None:
             world,
             element,
             (vae, vae.config.scaling_factor, deepcopy(unet), deepcopy(text), pipeline.tokenizer),
-            options.out / "lora" if regularised else options.unregularised,
+            options.out / ("lora" if part == "loras" else "unregularised"),
             regularised,
-            (model, options.unregularised) if regularised and world.name == "toybox" else None,
         )
-
-
-def do_keep(options: argparse.Namespace) -> None:
-    for part in ("vae_coarse", "vae_fine", "classifier", "base"):
-        if is_trained(part, options.work, None):
-            print(keep(part, options.work, options.kept))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    if options.part == "keep":
-        do_keep(options)
-        return
-    world = open_world(options.world, options.art)
+    world = open_world(options.art)
 
     def do_vae(part: str) -> None:
         run, rate = new_run(options, part)

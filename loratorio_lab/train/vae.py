@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from loratorio_lab.toybox.models import new_vae
+from loratorio_lab.toybox.subjects import BASE_ARTIST
+from loratorio_lab.toybox.world import Scene, World
 from loratorio_lab.train.common import (
     Average,
     Optimisers,
@@ -22,7 +24,6 @@ from loratorio_lab.train.common import (
     run_steps,
     seed_everything,
 )
-from loratorio_lab.worlds import World
 
 LATENT_NOISE, FINE_LATENT_NOISE = 0.06, 0.12
 """Spread of the noise on a latent, in units of the latents' own: the decoder must tolerate a sampler's small errors."""
@@ -74,7 +75,7 @@ def train_vae(run: Run, lr: float, world: World, fine: bool) -> None:
     vae = new_vae().to(run.device)
     start_as_scaling(vae)
     if fine:
-        vae.load_state_dict(averaged("vae_coarse", run.work, run.kept)[0])
+        vae.load_state_dict(averaged("vae_coarse", run.work)[0])
     average = Average(vae)
     halves = [vae.decoder] if fine else [vae.encoder, vae.decoder]
     named = [(name, p) for half in halves for name, p in half.named_parameters()]
@@ -84,9 +85,13 @@ def train_vae(run: Run, lr: float, world: World, fine: bool) -> None:
     rng = run.rng()
     spread = FINE_LATENT_NOISE if fine else LATENT_NOISE
 
+    def scene(width: int) -> Scene:
+        """Anything for the encoder; for the fine decoder what base and LoRAs draw, as they draw it."""
+        return world.any_scene(rng, width, BASE_ARTIST) if fine else world.varied_scene(rng, width)
+
     def losses() -> dict[str, Tensor]:
         width = rng.choices(world.widths, world.shares)[0]
-        images = pictures(world, (world.varied_scene(rng, width, fine) for _ in range(run.batch)))
+        images = pictures(world, (scene(width) for _ in range(run.batch)))
         images = images.to(run.device, memory_format=torch.channels_last)
         with run.lower_precision():
             with torch.set_grad_enabled(not fine):

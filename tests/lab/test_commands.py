@@ -44,15 +44,15 @@ def test_every_knob_is_said() -> None:
 
 
 def test_premise(printed: Any) -> None:
-    """A regularised LoRA that the prompt calls diverges further: nearly always."""
+    """A LoRA that the prompt calls diverges further, except that styles, which are not regularised, diverge under any prompt."""
     text = printed("premise", "--combinations", "1")
     assert "method loratorio" in text
     assert "top_k 0" in text
     (every,) = numbers(r"all 3: ([\d.]+)", text)
-    assert 0.9 <= every <= 1
-    assert all(0.85 <= each <= 1 for each in numbers(r"step \d of 12: ([\d.]+)", text))
+    assert 0.5 < every <= 1
+    assert all(0.5 < each <= 1 for each in numbers(r"step \d of 12: ([\d.]+)", text))
     mean, of_all = numbers(r"(?:AUC|of all pairs) ([\d.]+)", text)
-    assert 0.9 <= min(mean, of_all) <= 1
+    assert 0.5 < min(mean, of_all) <= 1
 
 
 def test_reuse_cost(printed: Any) -> None:
@@ -83,7 +83,9 @@ def test_pool_cost(printed: Any) -> None:
         "--cfg",
         "2",
     )
-    text = printed("pool-cost", *typed, "--prompt", "mimsy, kakto on the right, chekko background")
+    text = printed(
+        "pool-cost", *typed, "--prompt", "oktavo on the left, shrumi on the right, lunara background"
+    )
     assert "method relative" in text
     pooled, whole = numbers(r"([\d.]+) plain steps a step by rows", text)
     assert 1 < pooled < whole < 8
@@ -100,7 +102,7 @@ def test_step_time(printed: Any) -> None:
 
 
 def test_check(printed: Any) -> None:
-    with_it, base = numbers(r"(\d+)%", printed("check", "--seeds", "4", "--only", "cat"))
+    with_it, base = numbers(r"(\d+)%", printed("check", "--seeds", "4", "--only", "ghost"))
     assert (with_it, base) == (100, 0)
 
 

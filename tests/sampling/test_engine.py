@@ -98,6 +98,7 @@ def test_the_branches_of_a_sampling_are_known_before_it(
     calls: list[list[Row]] = []
     latents = torch.randn(1, 4, 4, 4)
     chosen = paper(method=method, recentre=strength, share=0.2, reuse=3, start=start)
+    assert not chosen.find_styles
     engine = Engine(chosen, loras(3))
     ahead = engine.branches_ahead(20, uncond)
     for index in range(20):

@@ -18,9 +18,9 @@ from loratorio.errors import LoratorioError
 from loratorio.standalone.checkpoint import load_checkpoint
 from loratorio_lab.toybox.ldm import TEXT_NAME, config_yaml, to_ldm, unet_key, vae_key
 from loratorio_lab.toybox.models import new_unet, new_vae
+from loratorio_lab.toybox.world import World
 from loratorio_lab.train.base import new_base
 from loratorio_lab.train.diffusion import new_schedule
-from loratorio_lab.worlds import Dolls
 from tests import tiny
 
 
@@ -65,7 +65,7 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toybox's shapes with random weights, in the layout of SD 1, with its .yaml and text folder beside it."""
     out = tmp_path_factory.mktemp("ldm")
     torch.manual_seed(0)
-    _, text, _ = new_base(Dolls(), out / TEXT_NAME, "cpu")
+    _, text, _ = new_base(World(), out / TEXT_NAME, "cpu")
     unet, vae = new_unet(), new_vae()
     weights = to_ldm(unet.state_dict(), vae.state_dict(), text.state_dict(), new_schedule().alphas_cumprod)
     save_file(weights, out / "box.safetensors")

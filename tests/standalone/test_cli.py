@@ -91,7 +91,7 @@ def test_generate(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> N
     assert text.startswith(
         f"{PROMPT}\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 6, Size: 64x72, Model: sd, LoRAtorio: True,"
     )
-    assert 'LoRAtorio LoRAs: "rose:0.8, dusk:0.5"' in text
+    assert 'LoRAtorio LoRAs: "rose:0.8, dusk:0.5 as style"' in text
     # Older pictures are never written over.
     assert run("generate", PROMPT)[0] == 0
     assert pictures(tmp_path)[-1] == "00002-0.png"
@@ -410,7 +410,7 @@ def test_without_the_libraries_a_sentence(
         raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
 
     monkeypatch.setattr("loratorio.standalone.model.ModelFiles.load", gone)
-    assert cli.main(["generate", "a <lora:cat>"]) == 2
+    assert cli.main(["generate", "a <lora:octopus>"]) == 2
     assert "diffusers is not installed" in capsys.readouterr().err
 
 

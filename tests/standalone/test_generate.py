@@ -293,16 +293,16 @@ def test_what_is_plain_text_here_is_said(load: Callable[[str], tuple[Checkpoint,
 
 
 def test_what_a_request_leaves_out_is_the_models_own(load: Callable[[str], tuple[Checkpoint, Path]]) -> None:
-    """The toybox says 64×64, CFG 2 and 20 steps; a model that says nothing has CFG 7."""
+    """The toybox says 128×128, CFG 3 and 20 steps; a model that says nothing has CFG 7."""
     box = load_checkpoint(toybox.CHECKPOINT)
     made = whole(Request("a"), box)
-    assert (made.width, made.height, made.cfg, made.steps) == (64, 64, 2.0, 20)
+    assert (made.width, made.height, made.cfg, made.steps) == (128, 128, 3.0, 20)
     model, _ = load("eps")
     made = whole(Request("a", steps=3, width=72), model)
     assert (made.width, made.height, made.cfg, made.steps) == (72, model.native_size, 7.0, 3)
-    outcome = generate(box, str(toybox.LORA_DIR), Request("mimsy <lora:cat>", steps=1))
-    assert outcome.images[0].size == (64, 64)
-    assert outcome.request.cfg == 2.0
+    outcome = generate(box, str(toybox.LORA_DIR), Request("boolio <lora:ghost>", steps=1))
+    assert outcome.images[0].size == (128, 128)
+    assert outcome.request.cfg == 3.0
 
 
 def test_paths_as_text(folders: dict[str, Path]) -> None:

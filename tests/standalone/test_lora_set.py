@@ -199,16 +199,16 @@ def test_a_lora_without_effect_takes_no_weight(model: Checkpoint, loras: Path) -
 
 
 def test_the_prompt_chooses_from_the_toyboxs_pool() -> None:
-    """Two of eleven, by their trigger words: the picture of naming them, pixel for pixel."""
+    """Two of seventeen, by their trigger words: the picture of naming them, pixel for pixel."""
     checkpoint = load_checkpoint(toybox.CHECKPOINT)
 
     def made(tags: str) -> Outcome:
-        request = Request(f"mimsy, lunara background {tags}", settings=paper(enabled=True), steps=3, cfg=3.0)
+        request = Request(f"boolio, lunara background {tags}", settings=paper(enabled=True), steps=3, cfg=3.0)
         return generate(checkpoint, toybox.LORA_DIR, replace(request, width=64, height=64, seed=2))
 
-    pooled, named = made("<pool:*>"), made("<lora:cat> <lora:night>")
+    pooled, named = made("<pool:*>"), made("<lora:ghost> <lora:night>")
     assert (np.asarray(pooled.images[0]) == np.asarray(named.images[0])).all()
-    assert pooled.composed == ["cat", "night"]
+    assert pooled.composed == ["ghost", "night"]
     assert pooled.notes == (
-        "Chosen from the pool by their trigger words: cat (mimsy), night (lunara). 9 with other trigger words were not used.",
+        "Chosen from the pool by their trigger words: ghost (boolio), night (lunara). 15 with other trigger words were not used.",
     )

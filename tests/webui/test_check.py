@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from .client import PLAIN, SIZE, Refused, WebUI
 
-WORDS = "mimsy and robotu"
+WORDS = " and ".join(
+    each.strip() for each in os.environ.get("LORATORIO_WEBUI_WORDS", "oktavo,boolio").split(",")[:2]
+)
 
 
 def check(webui: WebUI, *loras: str, **fields: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """At which strength the WebUI itself reads LoRA files, against the formulas, and that we compose them just so.
 
-`pytest -rP` prints the figures of docs/lab/HOSTS.md. Files are made in the WebUI's LoRA folder, which must be on this machine, and taken
+`pytest -rP` prints the figures of docs/LORA_FILES.md. Files are made in the WebUI's LoRA folder, which must be on this machine, and taken
 away again.
 """
 
@@ -36,7 +36,7 @@ CASES = [
     *((BY_BLOCKS, 4, alpha, torch.float32) for alpha in (None, 0.001)),
 ]
 THEIR_OWN = ("lokr-tucker", "lora-dora", "loha-dora", "lokr-dora", BY_BLOCKS)
-"""Kinds that some WebUI reads otherwise than by the formula: rows of docs/lab/HOSTS.md."""
+"""Kinds that some WebUI reads otherwise than by the formula: rows of docs/LORA_FILES.md."""
 
 
 @pytest.fixture(scope="module")

@@ -133,8 +133,10 @@ OF_0_2 = {
     "patch_size": 2,
     "top_k": 0,
     "method": "loratorio",
+    "find_styles": False,
 }
-DEFAULTS = {"0.2.0": OF_0_2, "0.3.0": {**OF_0_2, "top_k": 2, "method": "relative"}}
+OF_0_3 = {**OF_0_2, "top_k": 2, "method": "relative"}
+DEFAULTS = {"0.2.0": OF_0_2, "0.3.0": OF_0_3, "0.4.0": {**OF_0_3, "find_styles": True}}
 """By version. Where one changes, the version must, and the knob's `former` must say what it was."""
 
 

@@ -261,6 +261,7 @@ class Loratorio(Method):
             "share",
             "yielding",
             "find_after",
+            "find_styles",
             *REUSE_KNOBS,
         )
         self._weighting = weighting

@@ -6,7 +6,7 @@ A host derives from `SamplingPass` and defines how text is encoded and how rows 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from ...job import INTERRUPTED, PassRecord
 from ...pictures.infotext import LoraUse
 from ...prompt.admission import Admitted
 from ...prompt.places import OPTION as PLACE_OPTION
-from ...prompt.roles import not_found_note, reactions_note
+from ...prompt.roles import not_found_note, reactions_note, style_note
 from ...sampling.engine import Engine
 from ...sampling.place_search import Found
 from .pass_loras import PassLoras, ReadLora
@@ -68,7 +68,13 @@ class SamplingPass(ABC):
         self.loras = admitted.loras
         self.all_take_part = all(lora.source is None for lora in admitted.left_out)
         self.engine = Engine(
-            self.job.settings, self.bank(), admitted.participants, row_limit, source.region, self.found_before
+            self.job.settings,
+            self.bank(),
+            admitted.participants,
+            row_limit,
+            source.region,
+            self.found_before,
+            self._styles_before(admitted.participants.numbers),
         )
         self.attachment = ExitStack()
         self.evaluations = 0
@@ -95,6 +101,15 @@ class SamplingPass(ABC):
                 if any([name for name, _ in each] not in ([], names) for each in done.found):
                     return None  # the hires pass has a prompt of its own
                 return [dict(zip(sought, (place for _, place in each), strict=False)) for each in done.found]
+        return None
+
+    def _styles_before(self, numbers: Sequence[int]) -> frozenset[int] | None:
+        """In the hires pass, the LoRAs that the first pass found to be styles, if it composed the same ones; else None."""
+        names = {number: self.loras[number].name for number in numbers}
+        for done in self.job.passes if self.job.is_hires else ():
+            if done.batch == self.job.batch and not done.hires and {*done.loras} == {*names.values()}:
+                styles = {use.name for use in done.uses if use.style}
+                return frozenset(number for number, name in names.items() if name in styles)
         return None
 
     @property
@@ -149,6 +164,8 @@ class SamplingPass(ABC):
         missing = not_found_note(sought, found, len(self.p.prompts))
         if missing and (found or is_whole):
             self.job.note(missing)
+        if styles := style_note([names[number] for number in sorted(self.engine.styles.found or ())]):
+            self.job.note(styles)
         self.job.record(
             PassRecord(
                 uses=tuple(self._use(number, shares) for number in numbers),
@@ -167,7 +184,8 @@ class SamplingPass(ABC):
         place = lora.tagged.options.get(PLACE_OPTION, "")
         text = lora.text if has_text else None
         without = self.engine.participants.words.get(number, NO_WORDS).without
-        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text, without)
+        is_style = number in (self.engine.styles.found or ())
+        return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text, without, is_style)
 
     def saw_strengths(self, strengths: tuple[float, ...]) -> None:
         """Remember, for the infotext, the strengths that the LoRAs have at this evaluation, where they may change."""

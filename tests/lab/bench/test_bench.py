@@ -19,12 +19,11 @@ import pytest
 from PIL import Image
 
 from loratorio.errors import LoratorioError
-from loratorio_lab.bench import beside, cli, measures, presets, report
+from loratorio_lab.bench import beside, cli, measures, presets, report, styles
 from loratorio_lab.bench.plan import (
     MAIN_ROWS,
     METHOD_ROWS,
     PRESET_ROWS,
-    SPEED_STEPS,
     Cell,
     Variant,
     cells,
@@ -34,9 +33,8 @@ from loratorio_lab.bench.plan import (
 from loratorio_lab.bench.runner import run
 from loratorio_lab.bench.store import ImageResult, Result, Store
 from loratorio_lab.benchmarks import request_time
-from loratorio_lab.book.world import Book
 from loratorio_lab.chosen_toybox import ChosenToybox
-from loratorio_lab.worlds import Dolls
+from loratorio_lab.toybox.world import World
 
 BACKEND = "tests.lab.bench.fake_backend:make"
 CATEGORIES = {
@@ -55,7 +53,7 @@ def small_grid() -> list[Cell]:
         combinations(CATEGORIES, 2)[:2],
         3,
         SAMPLING,
-        truth_per_combination=4,
+        truths=4,
     )
 
 
@@ -221,7 +219,7 @@ def test_the_command_writes_the_report(
     ):
         assert part in text, part
     assert (
-        "loratorio-lab bench --combinations 2 --other-combinations 1 --ablation-combinations 1 --seeds 2 --counts 2,3"
+        "loratorio-lab bench --combinations 2 --other-combinations 1 --ablation-combinations 1 --counts 2,3"
         in " ".join(text.split())
     )
     assert "Old tables" not in text
@@ -456,13 +454,10 @@ def test_webui_mode_says_what_is_wrong(
 
 def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
     combos = combinations(CATEGORIES, 2)[:3]
-    other = cells(MAIN_ROWS, combos, 2, SAMPLING, truth_per_combination=4)
-    grid = cells(PRESET_ROWS, combos, 2, {**SAMPLING, "steps": SPEED_STEPS}, truth_per_combination=4)
+    grid = cells(PRESET_ROWS, combos, 2, SAMPLING, truths=4)
     store = Store(tmp_path)
-    run([*grid, *other], store, BACKEND)
-    results = list(store.read([*grid, *other]))
-    of_presets = presets.of_schedule(results, SPEED_STEPS)
-    assert {each.cell.variant for each in of_presets} == {"truth", *(row.name for row in PRESET_ROWS)}
+    run(grid, store, BACKEND)
+    results = list(store.read(grid))
     text = "\n".join(presets.section(results, {"presets": "results/presets.png"}))
     assert "## Presets" in text
     assert "(results/presets.png)" in text
@@ -471,30 +466,33 @@ def test_presets_are_shown_with_what_they_find_and_cost(tmp_path: Path) -> None:
         line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")
     }
     assert list(by_label)[2:] == [row.label for row in PRESET_ROWS]
-    own = [each for each in of_presets if each.cell.variant == "fast"]
+    own = [each for each in results if each.cell.variant == "fast"]
     rows = np.mean([each.model_rows / len(each.images) for each in own])
-    assert by_label["Fast"][5].strip() == f"{rows / 2 / SPEED_STEPS:.2f}"
+    assert by_label["Fast"][5].strip() == f"{rows / 2 / SAMPLING['steps']:.2f}"
     assert by_label["Paper"][1].strip() == ""
     assert by_label["Fast"][1].strip()[0] in "+-"
-    file = presets.plot(of_presets, tmp_path)
+    file = presets.plot(results, tmp_path)
     assert file is not None
     assert Image.open(file).size[0] > 300
     assert presets.section([], {}) == []
 
 
 def test_the_table_of_words_differs_in_who_reads_them_alone(tmp_path: Path) -> None:
-    grid = cli.the_grid(options(out=tmp_path, groups="words", elements="cat,alien,night", place_seeds=1))
+    grid = cli.the_grid(options(out=tmp_path, groups="words", elements="tiger,ghost,night", place_seeds=1))
     assert len(grid) == 3 * 2 * 2
-    of = {cell.variant: cell for cell in grid if cell.elements == ("cat", "alien", "night")}
-    prompts = {name: beside.prompt(cell, Dolls()) for name, cell in of.items()}
-    tags = "<lora:cat:at=left:1> <lora:alien:at=right:1> <lora:night:1>"
-    assert prompts["common"] == prompts["common_whole"] == f"mimsy, glorp, lunara background {tags}"
-    assert prompts["beside_balanced"].startswith("lunara background <lora:cat:at=left:words=mimsy:1>")
+    of = {cell.variant: cell for cell in grid if cell.elements == ("tiger", "ghost", "night")}
+    prompts = {name: beside.prompt(cell, World()) for name, cell in of.items()}
+    tags = "<lora:tiger:at=left:1> <lora:ghost:at=right:1> <lora:night:1>"
+    words = "tigro on the left, boolio on the right"
+    assert prompts["common"] == prompts["common_whole"] == f"{words}, lunara background {tags}"
+    assert prompts["beside_balanced"].startswith(
+        "lunara background <lora:tiger:at=left:words=tigro on the left:1>"
+    )
     assert [of[name].knobs.get("own_words") for name in ("common", "common_whole")] == [True, False]
     assert "own_words" not in of["beside_balanced"].knobs
 
 
-def test_prompts_of_the_picture_book_say_who_stands_where() -> None:
+def test_prompts_say_who_stands_where() -> None:
     knobs: dict[str, Any] = {}
     for kind, wanted in (
         ("free", "tigro on the left, boolio on the right, blue background <lora:tiger:1> <lora:ghost:1>"),
@@ -507,4 +505,23 @@ def test_prompts_of_the_picture_book_say_who_stands_where() -> None:
             "tigro on the left, boolio on the right, blue background <lora:tiger:at=auto:1> <lora:ghost:at=auto:1>",
         ),
     ):
-        assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), Book()) == wanted
+        assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), World()) == wanted
+
+
+def test_characters_in_styles_are_complete_or_not(tmp_path: Path) -> None:
+    grid = styles.cells(CATEGORIES, 2, truth=True)
+    pairs = [("robot", "ink"), ("cat", "ink")]
+    behind = [("robot", "night", "ink"), ("cat", "rays", "ink")]
+    assert [cell.elements for cell in grid if cell.variant == "balanced"] == pairs + behind
+    assert len(grid) == 4 * len(styles.ROWS)
+    assert styles.cells({"character": ["robot"], "style": []}, 2, truth=True) == []
+
+    def image(*found: str) -> ImageResult:
+        return ImageResult(0, found, 0.0, 0.0, 0.0, ())
+
+    results = [Result(cell, (image("robot", "ink", "night"), image(*cell.elements)), 1.0) for cell in grid]
+    heading, _, text = styles.section(results, CATEGORIES)
+    assert heading == "## A character in a style"
+    # Of the robot's pictures all are complete, of the cat's every second.
+    assert "| Merge | 75 (50–100) | 75 | 75 (50–100) |" in text
+    assert styles.section([], CATEGORIES) == []

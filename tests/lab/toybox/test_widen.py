@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     triggers = {element.trigger for element in toybox.ELEMENTS}
     known = [word for word in words() if word not in triggers]
-    known += [",", ".", "and", *(element.name.split("_")[0] for element in toybox.ELEMENTS)]
+    known += [",", ".", "and", *(element.name for element in toybox.ELEMENTS)]
     tokens = [f"{word}</w>" for word in dict.fromkeys(known)]
     tokens = (
         [f"token {i}" for i in range(49406 - len(tokens))] + tokens + ["<|startoftext|>", "<|endoftext|>"]
@@ -83,8 +83,8 @@ def test_a_word_that_stands_for_a_trigger_reads_as_it(wide: widen.Wide, small: A
     for module in text.modules():
         if hasattr(module, "position_ids"):
             module.position_ids = torch.arange(77)[None]
-    words_there = ["robot", "in", "red", ",", "night", "background"]
-    words_here = ["zorbo", "in", "red", ",", "lunara", "background"]
+    words_there = ["octopus", "on", "the", "left", ",", "night", "background"]
+    words_here = ["oktavo", "on", "the", "left", ",", "lunara", "background"]
     here = small.tokenizer.get_vocab()
 
     def row(tokens: Mapping[str, int], chosen: list[str]) -> Tensor:
