@@ -23,7 +23,7 @@ from loratorio_lab.toybox.world import World
 
 FOUND, ABSENT = 0.95, 0.05
 STEPS, GUIDANCE = 20, 3.0
-SHOWN = 8
+SHOWN = 4
 """Seeds on the contact sheet."""
 
 
