@@ -363,8 +363,7 @@ def style_note(names: Sequence[str]) -> str:
     several = len(names) > 1
     return (
         f"{', '.join(names)} change{'' if several else 's'} the whole picture evenly, and act{'' if several else 's'} as "
-        f"{'styles' if several else 'a style'}, in the other LoRAs' passes. To compose {'them' if several else 'it'} instead, write "
-        f"role=content into the tag."
+        f"{'styles' if several else 'a style'}, in the other LoRAs' passes. {_to_compose(several)}"
     )
 
 
@@ -431,6 +430,9 @@ def recognised_note(roles: Sequence[AssignedRole]) -> str:
     several = len(names) > 1
     return (
         f"{', '.join(names)} look{'' if several else 's'} like {'' if several else 'a '}speed LoRA{'s' if several else ''} "
-        f"and act{'' if several else 's'} on every row (role=always). To compose {'them' if several else 'it'} instead, write "
-        "role=content into the tag."
+        f"and act{'' if several else 's'} on every row (role=always). {_to_compose(several)}"
     )
+
+
+def _to_compose(several: bool) -> str:
+    return f"To compose {'them' if several else 'it'} instead, write role=content into the tag."

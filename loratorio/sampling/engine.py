@@ -193,15 +193,14 @@ class Engine:
             method = METHODS[self.settings.method] if active else NAMED
             now = self._context(method, self._acting if active else self._present, step)
             branches |= dict.fromkeys(method.branches(now))
-            if active and self.styles.found is None:
-                for acting in self.styles.possible(self._acting):
-                    branches |= dict.fromkeys(method.branches(self._context(method, acting, step)))
             if has_uncond and "reuse" in now.knobs:
                 branches[Branch(now.participants.base, False)] = None
             if self.places.is_on:
                 branches |= dict.fromkeys(self.places.branches(now))
             if self.styles.settles_at(now):
                 branches |= dict.fromkeys(self.styles.branches(now))
+                for acting in self.styles.possible(self._acting):
+                    branches |= dict.fromkeys(method.branches(self._context(method, acting, step)))
             if self.pool.settles_at(now):
                 branches |= dict.fromkeys(branches_for_reactions(now.participants))
         return list(branches)

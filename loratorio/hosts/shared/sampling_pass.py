@@ -95,22 +95,26 @@ class SamplingPass(ABC):
         sought = [
             i for i, lora in enumerate(self.loras) if (place := lora.active.tagged.place) and place.sought
         ]
-        names = [self.loras[i].name for i in sought]
-        for done in self.job.passes if self.job.is_hires else ():
-            if done.batch == self.job.batch and not done.hires and done.found:
-                if any([name for name, _ in each] not in ([], names) for each in done.found):
-                    return None  # the hires pass has a prompt of its own
-                return [dict(zip(sought, (place for _, place in each), strict=False)) for each in done.found]
-        return None
+        names, first = [self.loras[i].name for i in sought], self._first_pass
+        if first is None or not first.found:
+            return None
+        if any([name for name, _ in each] not in ([], names) for each in first.found):
+            return None  # the hires pass has a prompt of its own
+        return [dict(zip(sought, (place for _, place in each), strict=False)) for each in first.found]
 
     def _styles_before(self, numbers: Sequence[int]) -> frozenset[int] | None:
         """In the hires pass, the LoRAs that the first pass found to be styles, if it composed the same ones; else None."""
-        names = {number: self.loras[number].name for number in numbers}
-        for done in self.job.passes if self.job.is_hires else ():
-            if done.batch == self.job.batch and not done.hires and {*done.loras} == {*names.values()}:
-                styles = {use.name for use in done.uses if use.style}
-                return frozenset(number for number, name in names.items() if name in styles)
-        return None
+        names, first = {number: self.loras[number].name for number in numbers}, self._first_pass
+        if first is None or {*first.loras} != {*names.values()}:
+            return None
+        styles = {use.name for use in first.uses if use.style}
+        return frozenset(number for number, name in names.items() if name in styles)
+
+    @property
+    def _first_pass(self) -> PassRecord | None:
+        """In the hires pass, what the first pass of this batch composed; else None."""
+        passes = self.job.passes if self.job.is_hires else ()
+        return next((each for each in passes if each.batch == self.job.batch and not each.hires), None)
 
     @property
     def painted(self) -> Tensor | None:
