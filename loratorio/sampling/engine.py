@@ -244,7 +244,7 @@ class Engine:
         acting = self._present.without(self.pool.left_out)
         if self.pool.is_settled:
             acting = acting.settled()
-        acting = acting.with_styles(self.styles.found or ())
+        acting = acting.with_styles(self.styles.numbers)
         if (acting, step.strengths) == (self._acting, self._strengths):
             return
         self._acting, self._strengths = acting, step.strengths

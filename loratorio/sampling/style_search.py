@@ -28,6 +28,11 @@ class StyleSearch:
         is_sought = sought and any(lora.may_be_style for lora in participants.loras)
         self.found: frozenset[int] | None = found if is_sought else frozenset()
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Those that were found, none while they are sought."""
+        return self.found or frozenset()
+
     def settles_at(self, now: StepContext) -> bool:
         """Whether styles are found at this step."""
         return self.found is None and "find_styles" in now.knobs and len(_compared(now.participants)) > 1

@@ -129,7 +129,7 @@ def _generate(
             of_engine += [reactions_note(names, reactions, engine.pool.left_out)] if reactions else []
             found = engine.places.named(names)
             sought = [names[number] for number in engine.places.numbers]
-            styles = engine.styles.found or frozenset()
+            styles = engine.styles.numbers
             notes = [
                 not_found_note(sought, found, request.batch),
                 style_note([names[i] for i in sorted(styles)]),

@@ -153,7 +153,12 @@ def percent(share: float) -> str:
 
 def with_interval(of: TableRow) -> str:
     """The elements that it finds, and the 95 % interval, in per cent."""
-    return f"{percent(of.found)} ({percent(of.interval[0])}–{percent(of.interval[1])})"
+    return ranged(of.found, of.interval)
+
+
+def ranged(share: float, interval: tuple[float, float]) -> str:
+    """A share and its interval, in per cent."""
+    return f"{percent(share)} ({percent(interval[0])}–{percent(interval[1])})"
 
 
 def figure(value: float, form: str) -> str:

@@ -12,7 +12,7 @@ from loratorio.settings import PRESETS
 from . import measures
 from .beside import BACKGROUND
 from .plan import CHARACTER, SAMPLING, STYLE, STYLES_OFF, TRUTHS, Cell, Variant, cell
-from .report import comparable, markdown, percent
+from .report import comparable, markdown, percent, ranged
 from .store import Result
 
 ROWS: tuple[Variant, ...] = (
@@ -23,6 +23,11 @@ ROWS: tuple[Variant, ...] = (
     Variant("klora", "K-LoRA", {"method": "klora"}),
     *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
     STYLES_OFF,
+)
+
+NOTE = (
+    f"Pictures in which everything that was asked for is found, in per cent; {SAMPLING['steps']} steps, CFG {SAMPLING['cfg']:g}. Each "
+    "character in each style, and the same in front of a background."
 )
 
 
@@ -67,12 +72,6 @@ def section(results: Sequence[Result], categories: Mapping[str, Sequence[str]]) 
     return ["## A character in a style", NOTE, markdown(lines)] if len(lines) > 2 else []
 
 
-NOTE = (
-    "Pictures in which everything that was asked for is found, in per cent; 20 steps, CFG 3. Each character in each style, and the same in "
-    "front of a background."
-)
-
-
 def _is_asked(result: Result, categories: Mapping[str, Sequence[str]]) -> bool:
     further = result.cell.elements[1:-1]
     return not further or further[0] in categories.get(BACKGROUND, ())
@@ -82,12 +81,15 @@ def _complete(result: Result) -> measures.Floats:
     return np.array([float(set(result.cell.elements) <= set(image.found)) for image in result.images])
 
 
+def _share(results: Sequence[Result]) -> float:
+    return float(np.concatenate([_complete(each) for each in results]).mean())
+
+
 def _all_found(results: Sequence[Result]) -> str:
-    return percent(float(np.concatenate([_complete(each) for each in results]).mean())) if results else "–"
+    return percent(_share(results)) if results else "–"
 
 
 def _with_interval(results: Sequence[Result]) -> str:
-    if not results:
-        return "–"
-    low, high = measures.bootstrap([_complete(each) for each in results])
-    return f"{_all_found(results)} ({percent(low)}–{percent(high)})"
+    return (
+        ranged(_share(results), measures.bootstrap([_complete(each) for each in results])) if results else "–"
+    )

@@ -233,8 +233,7 @@ class World:
     def any_scene(self, rng: random.Random, width: int | None = None, artist: str = "") -> Scene:
         """A scene by this artist, or by any, for the autoencoder and the classifier. Only the base's artist's drawings come in styles."""
         shares = {"character": 0.3, "object": 0.25, "background": 0.22, "style": STYLED}
-        other = "" if artist or rng.random() > OTHER_ARTISTS else rng.choice(list(ARTISTS))
-        drawer = artist or other or BASE_ARTIST
+        drawer = artist or (BASE_ARTIST if rng.random() > OTHER_ARTISTS else rng.choice(list(ARTISTS)))
         chosen = [
             rng.choice([each.name for each in ELEMENTS if each.category == category])
             for category, share in shares.items()

@@ -168,7 +168,7 @@ class SamplingPass(ABC):
         missing = not_found_note(sought, found, len(self.p.prompts))
         if missing and (found or is_whole):
             self.job.note(missing)
-        if styles := style_note([names[number] for number in sorted(self.engine.styles.found or ())]):
+        if styles := style_note([names[number] for number in sorted(self.engine.styles.numbers)]):
             self.job.note(styles)
         self.job.record(
             PassRecord(
@@ -188,7 +188,7 @@ class SamplingPass(ABC):
         place = lora.tagged.options.get(PLACE_OPTION, "")
         text = lora.text if has_text else None
         without = self.engine.participants.words.get(number, NO_WORDS).without
-        is_style = number in (self.engine.styles.found or ())
+        is_style = number in self.engine.styles.numbers
         return LoraUse(lora.tagged.name, min(seen), place, max(seen), share, text, without, is_style)
 
     def saw_strengths(self, strengths: tuple[float, ...]) -> None:
