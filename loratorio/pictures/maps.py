@@ -5,7 +5,7 @@ Pillow and numpy alone, so that a WebUI can draw them too. Letters in shapes: N 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ def render(
     picture: Image.Image,
     steps: Sequence[int] = (),
     single: bool = True,
+    styles: Collection[int] = (),
 ) -> list[Image.Image]:
     """Maps of one picture: first all LoRAs in one, each in its colour, then, if asked for, one map per LoRA.
 
@@ -36,6 +37,8 @@ def render(
         picture: the finished picture, under the maps.
         steps: number of each recorded step, from 0; by default they are counted.
         single: whether each of several LoRAs has a map of its own, too.
+        styles: which of the names are LoRAs that act in the others' passes, with a weight of 1 everywhere. They have no colour in
+            the map of all.
 
     Raises:
         ValueError: no weights, or not as many names as LoRAs.
@@ -47,9 +50,16 @@ def render(
         )
     steps = list(steps) or list(range(len(recorded)))
     base = enlarged(picture.convert("RGB"), _SIDE)
-    maps = [_map(base, recorded, steps, list(names), range(len(names)))]
+    # Where a style acts in the others' passes, it would hide whose each place is.
+    beside: np.ndarray = (recorded > 0.999).all(axis=(2, 3)) & np.isin(range(len(names)), list(styles))
+    legend = [
+        f"{name}: a style, everywhere" if style else f"{name}: {part * 100:.0f} % of the picture"
+        for name, style, part in zip(names, beside.max(axis=0), recorded.mean(axis=(0, 2, 3)), strict=True)
+    ]
+    others = recorded * ~beside[:, :, None, None]
+    maps = [_map(base, others, steps, legend, range(len(names)))]
     if single and len(names) > 1:
-        maps += [_map(base, recorded, steps, list(names), [number]) for number in range(len(names))]
+        maps += [_map(base, recorded, steps, legend, [number]) for number in range(len(names))]
     return maps
 
 
@@ -86,7 +96,7 @@ def _decided(array: np.ndarray) -> np.ndarray:
 
 
 def _map(
-    base: Image.Image, recorded: np.ndarray, steps: Sequence[int], names: Sequence[str], shown: Sequence[int]
+    base: Image.Image, recorded: np.ndarray, steps: Sequence[int], legend: Sequence[str], shown: Sequence[int]
 ) -> Image.Image:
     """One map: legend, large mean, moments over time."""
     size = max(14, base.width // 24)
@@ -95,19 +105,17 @@ def _map(
     columns = min(len(moments), 3)
     small = (base.width - _GAP * (columns - 1)) // columns
     small_height = round(small * base.height / base.width)
-    legend = [
+    lines = [
         (text, number if i == 0 else None)
         for number in shown
-        for i, text in enumerate(
-            wrapped(_legend(names[number], recorded[:, number]), size, base.width - size - _GAP)
-        )
+        for i, text in enumerate(wrapped(legend[number], size, base.width - size - _GAP))
     ]
     rows = -(-len(moments) // columns)
-    height = 3 * _GAP + len(legend) * line + base.height + rows * (small_height + line + _GAP)
+    height = 3 * _GAP + len(lines) * line + base.height + rows * (small_height + line + _GAP)
     sheet = Image.new("RGB", (base.width + 2 * _GAP, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     y = _GAP
-    for text, number in legend:
+    for text, number in lines:
         if number is not None:
             box = (_GAP, y + 2, _GAP + size, y + 2 + size)
             draw.rectangle(box, fill=COLOURS[number % len(COLOURS)])
@@ -128,10 +136,6 @@ def _map(
             FAINT,
         )
     return sheet
-
-
-def _legend(name: str, weights: np.ndarray) -> str:
-    return f"{name}: {weights.mean() * 100:.0f} % of the picture"
 
 
 def _spread(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

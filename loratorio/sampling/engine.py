@@ -273,6 +273,10 @@ class Engine:
             own = dict(zip(self._acting.numbers, weights, strict=True))
             none = torch.zeros_like(weights[0])
             self.history.record(index, torch.stack([own.get(i, none) for i in self.participants.numbers]))
+            unweighed = {lora.number for lora in self._acting.loras if lora.is_unweighed}
+            self.history.styles = frozenset(
+                place for place, i in enumerate(self.participants.numbers) if i in unweighed
+            )
 
     def _mix_now(self, mix: Mix) -> Mix:
         """How much of each LoRA's changes acts under `mix` at this step."""

@@ -16,10 +16,12 @@ class WeightHistory:
     Attributes:
         steps: indices of the recorded steps.
         weights: per recorded step, (N, Bc, H, W) float16; on the model's device until `settle`.
+        styles: which of the N are LoRAs that act in the others' rows, with a weight of 1 in all of their place.
     """
 
     steps: list[int] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    styles: frozenset[int] = frozenset()
     _sums: dict[tuple[int, ...], tuple[int, Tensor]] = field(default_factory=dict, repr=False)
 
     def count(self, numbers: Sequence[int], weights: Tensor) -> None:

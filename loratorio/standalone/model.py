@@ -86,7 +86,8 @@ def weight_maps(outcome: Outcome, image: int) -> list[Image.Image]:
         return []
     weights = [step[:, image] for step in outcome.history.weights]
     single = outcome.request.settings.single_maps
-    return render(weights, outcome.composed, outcome.images[image], outcome.history.steps, single)
+    history = outcome.history
+    return render(weights, outcome.composed, outcome.images[image], history.steps, single, history.styles)
 
 
 def map_files(outcome: Outcome, image: int, path: Path) -> dict[Path, bytes]:

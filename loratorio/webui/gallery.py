@@ -61,7 +61,8 @@ def _draw(p: Any, picture: Image.Image, done: PassRecord, row: int, single: bool
         x, y, width, height = region
         picture = picture.crop((x, y, x + width, y + height))
     weights = [_of_image(step, done.owners, row) for step in done.history.weights]
-    return maps.render(weights, done.loras[: len(weights[0])], picture, done.history.steps, single)
+    names, history = done.loras[: len(weights[0])], done.history
+    return maps.render(weights, names, picture, history.steps, single, history.styles)
 
 
 def _of_image(weights: Tensor, owners: tuple[int, ...], row: int) -> Tensor:

@@ -97,6 +97,24 @@ def test_one_lora_has_one_map() -> None:
     assert len(render([np.ones((1, 4, 4), np.float16)], ["rose"], GREY, [3])) == 1
 
 
+def test_a_style_hides_nothing_in_the_map_of_all() -> None:
+    """It acts in the others' passes: its weight of 1 everywhere comes on top of theirs."""
+    without = torch.cat([halves(), torch.zeros(1, 8, 8)])
+    beside = torch.cat([halves(), torch.ones(1, 8, 8)])
+    names = ["rose", "cat", "ink"]
+    first = torch.cat([halves() * 0.5, torch.full((1, 8, 8), 0.5)])  # a step in which it is not found yet
+    plain, *singles = render([first, without], names, GREY)
+    styled, *styled_singles = render([first, beside], names, GREY, styles={2})
+    legend = 4 * 20  # where the names stand
+    assert (np.asarray(plain)[legend:] == np.asarray(styled)[legend:]).all()
+    assert (np.asarray(plain)[:legend] != np.asarray(styled)[:legend]).any()
+    hidden = render([first, beside], names, GREY)[0]
+    assert (np.asarray(hidden)[legend:] != np.asarray(styled)[legend:]).any()
+    # Its own map shows that it is everywhere; the others' are as before.
+    assert all((np.asarray(singles[i]) == np.asarray(styled_singles[i])).all() for i in range(2))
+    assert (np.asarray(singles[2]) != np.asarray(styled_singles[2])).any()
+
+
 @pytest.mark.parametrize(
     ("weights", "names"), [([], ["a"]), ([halves()], ["a"]), ([halves()[0]], ["a", "b"])]
 )

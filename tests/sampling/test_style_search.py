@@ -81,6 +81,17 @@ def test_from_the_second_step_on_it_acts_as_with_its_role() -> None:
     assert (done[1].weights[1] == 1).all()
 
 
+def test_the_weight_history_knows_the_styles() -> None:
+    for options in ({}, {"role": "style"}):
+        made = engine(named({}, options, {}), weight_maps=True)
+        run(made, Model())
+        assert made.history.styles == {1}
+        assert all((weights[1] == 1).all() for weights in made.history.weights[1:])
+    plain = engine(named({}, {}, {}), weight_maps=True, find_styles=False)
+    run(plain, Model())
+    assert not plain.history.styles
+
+
 def test_the_first_step_is_composed_as_without_styles() -> None:
     (first, *_), (plain, *_) = (run(engine(named({}, {}), find_styles=on), Model()) for on in (True, False))
     torch.testing.assert_close(first.cond, plain.cond)

@@ -59,7 +59,7 @@ OTHERS = Some(
     ["pool=1", "rolle=style", "start=2", "stop=3", "lbw=XYZ", "a=b=c", "x", "words=a hat:1.2"],
 )
 POOLS = Some(
-    ["*", "*:0.5", "c*", "*:0.5:role=style", "**/*", "?at"], ["none", "../x", "/etc/*", "", ",", "["]
+    ["*", "*:0.5", "{0}*", "*:0.5:role=style", "**/*", "?{1}"], ["none", "../x", "/etc/*", "", ",", "["]
 )
 SAMPLERS = ["Euler", "Euler a", "DDIM", "DPM++ 2M", "Heun", "DPM++ 2M SDE", "LCM", "UniPC"]
 
