@@ -14,7 +14,7 @@ from .regions import Place
 
 Mix = tuple[float, ...]
 
-STYLE_SHARE = 0.7
+STYLE_SHARE = 0.9
 """The part of a style's strength that acts in the other LoRAs' rows: found by measurement (docs/lab/METHODS.md)."""
 
 
@@ -89,13 +89,11 @@ class Addition(NamedTuple):
 
     Attributes:
         number: its position among all LoRAs of the generation. mix: the reference's, and this LoRA.
-        always: whether it acts in the base's unconditional row too.
     """
 
     number: int
     mix: Mix
     place: Place
-    always: bool
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Participants:
     """The LoRAs of a generation as mixes.
 
     Attributes:
-        base: the mix without any composed LoRA. merged: the mix with all of them.
+        base: the mix without any composed LoRA but styles. merged: the mix with all of them.
         loras: those that are composed.
         additions: those that are added inside their places.
         reference: the mix that conditional predictions are compared with: the base, and what all LoRAs' rows share.
@@ -150,7 +148,7 @@ class Participants:
             )
             for i in composed
         )
-        additions = tuple(Addition(i, mix(i), places[i], True) for i in sorted(apart & places.keys()))
+        additions = tuple(Addition(i, mix(i), places[i]) for i in sorted(apart & places.keys()))
         return cls(mix(), loras, mix(*composed), mix(), additions)
 
     @property
@@ -214,7 +212,7 @@ class Participants:
         return replace(self, loras=loras)
 
     def with_shared_parts(self, share: float = 0.0) -> Participants:
-        """The participants without their styles, which the other LoRAs' mixes and the reference have at `STYLE_SHARE`.
+        """The participants without their styles, which base, reference and the other LoRAs' mixes have at `STYLE_SHARE`.
 
         Styles alone, with no other LoRA to act on, are one mix of their own at full strength. A style with a place is in no
         other mix: it becomes an addition.
@@ -229,12 +227,13 @@ class Participants:
             return self
         strength = STYLE_SHARE if weighed else 1.0
         # By number, the part of a LoRA that every mix has. A LoRA's own mix has all of it anyway.
-        parts = {lora.number: strength for lora in styles if lora.place is None}
-        parts |= {lora.number: share for lora in sharing}
+        styled = {lora.number: strength for lora in styles if lora.place is None}
+        parts = styled | {lora.number: share for lora in sharing}
 
-        def with_others(mix: Mix) -> Mix:
+        def with_others(mix: Mix, parts: Mapping[int, float] = parts) -> Mix:
             return tuple(max(own, parts.get(i, 0.0)) for i, own in enumerate(mix))
 
+        base = with_others(self.base, styled) if weighed else self.base
         reference = with_others(self.base)
 
         def added(number: int, part: float) -> Mix:
@@ -246,11 +245,11 @@ class Participants:
             loras = [ComposedLora(only, reference)]
         additions = [each._replace(mix=added(each.number, 1.0)) for each in self.additions]
         additions += [
-            Addition(lora.number, added(lora.number, strength), lora.place, False)
+            Addition(lora.number, added(lora.number, strength), lora.place)
             for lora in styles
             if lora.place is not None
         ]
-        return replace(self, loras=tuple(loras), reference=reference, additions=tuple(additions))
+        return replace(self, base=base, loras=tuple(loras), reference=reference, additions=tuple(additions))
 
     def words_by_mix(self, share: float = 0.0) -> dict[Mix, Words]:
         """The words of the LoRA that a mix belongs to, with and without shared parts; LoRAs without words are left out."""

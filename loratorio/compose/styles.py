@@ -1,9 +1,9 @@
 """Which LoRAs are styles: by where they diverge.
 
-A style diverges evenly over the whole picture, or where another LoRA does, but more evenly than that one. A background diverges where the
-others do not, and two figures diverge equally unevenly.
+A style diverges evenly over the whole picture, or where another LoRA does, but more evenly than that one, or gives the whole picture other
+colours. A background diverges where the others do not, and two figures diverge equally unevenly.
 
-Letters in shapes: N LoRAs, B images, h×w patches.
+Letters in shapes: N LoRAs, B images, C channels, H×W latent pixels, h×w patches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EVENNESS = 0.9
 """A style's coefficient of variation of D is at most this part of that of a LoRA which diverges in the same places. Found by measurement
-(docs/lab/METHODS.md), as are the other two."""
+(docs/lab/METHODS.md), as are the others."""
 
 UNEVEN = 1.4
 """No style has a larger one."""
@@ -25,12 +25,23 @@ UNEVEN = 1.4
 EVEN = 0.7
 """A LoRA with a smaller one is a style wherever the others diverge."""
 
+UNIFORM = 0.55
+"""A LoRA is a style if at least this part of its change is the same everywhere."""
 
-def are_styles(divergence: Tensor) -> list[bool]:
+
+def uniform_part(change: Tensor) -> Tensor:
+    """The part of a change's energy that is the same at all pixels, (…, C, H, W) to (…), from 0 to 1; 0 of no change."""
+    energy = change.square().sum(dim=(-3, -2, -1))
+    same = change.mean(dim=(-2, -1)).square().sum(dim=-1) * (change.shape[-2] * change.shape[-1])
+    return torch.where(energy > 0, same / energy.clamp_min(1e-30), 0.0)
+
+
+def are_styles(divergence: Tensor, uniform: Tensor) -> list[bool]:
     """Which of N LoRAs are styles. The one that diverges least evenly never is.
 
     Args:
         divergence: D = 1 − S of each LoRA, (N, B, h, w), from 0. The images of a batch decide together, by their mean.
+        uniform: `uniform_part` of what each LoRA changes, (N, B).
     """
     patches = divergence.flatten(2)
     roots = patches.sqrt()
@@ -44,5 +55,8 @@ def are_styles(divergence: Tensor) -> list[bool]:
     styles = ((alike > 0) & less_uneven).any(dim=1)
     # Of those that change all of the picture only the most even one: the others may be backgrounds.
     most = int(uneven.argmin())
-    styles[most] |= (uneven[most] < EVEN) & (uneven[most] < EVENNESS * uneven.max())
+    styles[most] |= uneven[most] < EVEN
+    styles |= uniform.mean(dim=1) >= UNIFORM
+    # Where all are as even, none is a style for the others.
+    styles &= uneven < EVENNESS * uneven.max()
     return [bool(each) for each in styles]

@@ -7,7 +7,7 @@ import torch
 from ..compose.methods import Predictions, StepContext
 from ..compose.mixes import Branch, ComposedLora, Participants
 from ..compose.patches import patch_divergence
-from ..compose.styles import are_styles
+from ..compose.styles import are_styles, uniform_part
 
 PATCH = 2
 """The side of a patch, in latent pixels."""
@@ -47,11 +47,13 @@ class StyleSearch:
         return [participants.with_styles({lora.number}) for lora in participants.loras if lora.may_be_style]
 
     def settle(self, now: StepContext, predictions: Predictions) -> None:
-        """Find the styles in a step's predictions. Waits for the device, once."""
+        """Find the styles in a step's predictions. Waits for the device."""
         loras = _compared(now.participants)
         base = predictions.noise(now.participants.reference)
         noise = torch.stack([predictions.noise(lora.mix) for lora in loras])
-        styles = are_styles(patch_divergence(base, noise, PATCH).to("cpu", torch.float64))
+        divergence = patch_divergence(base, noise, PATCH).to("cpu", torch.float64)
+        change = noise.to(torch.float32) - base.to(torch.float32)
+        styles = are_styles(divergence, uniform_part(change).to("cpu", torch.float64))
         self.found = frozenset(
             lora.number
             for lora, is_style in zip(loras, styles, strict=True)

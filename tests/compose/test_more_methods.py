@@ -298,11 +298,13 @@ def test_a_style_acts_in_the_rows_of_all_the_others() -> None:
     assert bool((styled.weights[1] == 1).all())
 
 
-def test_the_unconditional_anchor_is_the_base_without_styles() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_unconditional_anchor_is_the_base_with_its_styles(share: float) -> None:
+    """Else guidance would exaggerate the style: it is in every conditional row."""
     model = FakeModel()
-    result = run(Engine(paper(recentre=1), bank(3), Participants.of(3, styles=[1])), model)
+    result = run(Engine(paper(recentre=1, share=share), bank(3), Participants.of(3, styles=[1])), model)
     assert result.uncond is not None
-    base = torch.stack([model.opinion((0.0,) * 3, False, slot) for slot in range(2)])
+    base = torch.stack([model.opinion((0.0, STYLE, 0.0), False, slot) for slot in range(2)])
     torch.testing.assert_close(result.uncond, base)
 
 
@@ -363,7 +365,7 @@ def test_one_lora_has_nothing_to_share_and_candidates_share_nothing() -> None:
     styled = Participants.of(3, styles=[0]).with_shared_parts(0.25)
     assert styled.mixes == [(STYLE, 1.0, 0.25), (STYLE, 0.25, 1.0)]
     assert styled.reference == (STYLE, 0.25, 0.25)
-    assert styled.base == (0.0, 0.0, 0.0)
+    assert styled.base == (STYLE, 0.0, 0.0)
 
 
 def test_a_pool_runs_only_those_whose_word_matters() -> None:
@@ -452,8 +454,8 @@ def test_a_style_beside_a_pool_acts_in_its_candidates_rows() -> None:
     run(engine, model)
     asked = {(row.mix, row.cond) for call in model.asked for row in call}
     assert ((STYLE, 0.0, 0.0, 0.0), True) in asked
-    assert ((0.0,) * 4, False) in asked
-    assert all(mix[0] == STYLE for mix, cond in asked if cond)
+    assert ((STYLE, 0.0, 0.0, 0.0), False) in asked
+    assert all(mix[0] == STYLE for mix, _ in asked)
     (weights,) = engine.history.weights
     torch.testing.assert_close(
         weights.sum(dim=0).float(), torch.full((2, *SHAPE[1:]), 2.0), rtol=0, atol=2e-3

@@ -142,9 +142,9 @@ def test_a_style_with_a_place_is_added_there(recentre: float) -> None:
     assert result.weights is not None
     assert torch.equal(result.weights[1, 0], RIGHT.mask(*SHAPE[1:]))
     difference = model.predicted(styled, False) - model.predicted(base, False)
-    uncond = model.predicted(single, False) + RIGHT.mask(*SHAPE[1:]) * difference
+    uncond = torch.lerp(model.predicted(single, False), model.predicted(base, False), recentre)
     assert result.uncond is not None
-    torch.testing.assert_close(result.uncond[0], torch.lerp(uncond, model.predicted(base, False), recentre))
+    torch.testing.assert_close(result.uncond[0], uncond + RIGHT.mask(*SHAPE[1:]) * difference)
 
 
 def test_what_always_acts_in_a_place_acts_in_both_predictions() -> None:

@@ -283,7 +283,7 @@ class Loratorio(Method):
             branches += [Branch(reference, False)] if strength < 1 and now.has_gap else []
         for added in participants.additions:
             branches += [Branch(reference, True), Branch(added.mix, True)]
-            if now.has_uncond and (added.always or strength < 1):
+            if now.has_uncond:
                 branches += [Branch(reference, False), Branch(added.mix, False)]
         # LoRAs that share all of themselves are all one mix.
         return list(dict.fromkeys(branches))
@@ -343,17 +343,12 @@ class Loratorio(Method):
         return composed
 
     def _added(self, composed: Tensor, now: StepContext, predictions: Predictions, cond: bool) -> Tensor:
-        """ẽ + Σ over the additions of mask·(e(reference and LoRA) − e(reference)), (B, C, H, W) float32.
-
-        In the unconditional prediction a style's part is 1 − λ, as the others' is; what always acts is in the base's too.
-        """
+        """ẽ + Σ over the additions of mask·(e(reference and LoRA) − e(reference)), (B, C, H, W) float32."""
         reference = Branch(now.participants.reference, cond)
         for added in now.participants.additions:
-            part = 1.0 if cond or added.always else 1 - now.recentring
-            if part:
-                own = predictions.by_branch[Branch(added.mix, cond)].to(torch.float32)
-                difference = own - predictions.by_branch[reference].to(torch.float32)
-                composed = composed + part * now.mask(added.place) * difference
+            own = predictions.by_branch[Branch(added.mix, cond)].to(torch.float32)
+            difference = own - predictions.by_branch[reference].to(torch.float32)
+            composed = composed + now.mask(added.place) * difference
         return composed
 
 
