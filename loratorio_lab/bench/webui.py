@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -201,9 +202,11 @@ def _scorer() -> Score:
         module, _, name = own.partition(":")
         try:
             make = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as problem:
+            inspect.signature(make).bind()
+        except (ImportError, AttributeError, TypeError, ValueError) as problem:
             raise LoratorioError(
-                f"LORATORIO_SCORER={own} cannot be used ({problem}): write module:function. A file in this folder also needs PYTHONPATH=."
+                f"LORATORIO_SCORER={own} cannot be used ({problem}): write module:function, a function without arguments that returns the "
+                "one that scores. A file in this folder also needs PYTHONPATH=."
             ) from problem
         made: Score = make()
         return made

@@ -443,7 +443,7 @@ def test_webui_mode_says_what_is_wrong(
     bad.write_text(json.dumps({"character": [{"id": "character_1"}]}))
     with pytest.raises(LoratorioError, match="no combination of 2,3,4,5 LoRAs"):
         cli.bench(options(webui=webui, loras=bad, out=tmp_path))
-    for scorer in ("no_such_module:make", "json:no_such_function", "json", ":make"):
+    for scorer in ("no_such_module:make", "json:no_such_function", "json", ":make", "json:dumps"):
         monkeypatch.setenv("LORATORIO_SCORER", scorer)
         with pytest.raises(LoratorioError, match="write module:function"):
             cli.bench(options(webui=webui, loras=lora_list, out=tmp_path))
