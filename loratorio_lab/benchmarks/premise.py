@@ -44,23 +44,33 @@ EARLY = 3
 """Only the first steps count: later ones show what was already composed."""
 
 
-def divergence_auc(checkpoint: Checkpoint, toybox: ChosenToybox, combination: Sequence[str]) -> list[float]:
+def divergence_auc(
+    checkpoint: Checkpoint, toybox: ChosenToybox, combination: Sequence[str]
+) -> list[tuple[float, float]]:
     """How well divergence tells a combination's LoRAs from the others of the toybox, per early step.
 
     All LoRAs are composed under the combination's prompt. A LoRA's divergence is its mean over the patches of 1 − cos to the base's noise,
     up to a constant of the step: at temperature 1 the logarithm of its weight is that (arXiv 2508.11624, SoftMin over similarities).
 
     Returns:
-        The probability that a LoRA that is asked for diverges further than one that is not; 0.5 is chance.
+        The probability that a LoRA that is asked for diverges further than one that is not, and than one of its category; 0.5 is
+        chance.
     """
     tags = " ".join(f"<lora:{element.name}>" for element in toybox.world.elements)
     request = _request(toybox.world, combination, tags, PUBLISHED)
     outcome = generate(checkpoint, toybox.loras, request, progress=False)
     wanted = np.array([name in combination for name in outcome.composed])
+    category = {element.name: element.category for element in toybox.world.elements}
+    kinds = np.array([category[name] for name in outcome.composed])
+    alike = [kinds == kind for kind in sorted({category[name] for name in combination})]
     found = []
     for weights in outcome.history.weights[:EARLY]:
         scores = np.log(np.asarray(weights.float())).mean(axis=(2, 3))  # (LoRAs, pictures)
-        found.append(float(np.mean([auc(scores[:, image], wanted) for image in range(SEEDS)])))
+        of_all, of_kind = [], []
+        for image in range(SEEDS):
+            of_all.append(auc(scores[:, image], wanted))
+            of_kind += [auc(scores[kind, image], wanted[kind]) for kind in alike]
+        found.append((float(np.mean(of_all)), float(np.mean(of_kind))))
     return found
 
 
@@ -124,9 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"Divergence of the LoRAs that are asked for and of the others, {len(combos)} combinations, {SEEDS} seeds: AUC"
     )
-    for step, values in enumerate(every.T, 1):
-        print(f"  step {step} of {STEPS}: {values.mean():.2f} (least of a combination {values.min():.2f})")
-    print(f"  all {EARLY}: {every.mean():.2f}")
+    for step in range(EARLY):
+        of_all, of_kind = every[:, step].T
+        print(
+            f"  step {step + 1} of {STEPS}: {of_all.mean():.2f} (least of a combination {of_all.min():.2f}), "
+            f"within a category {of_kind.mean():.2f}"
+        )
+    print(f"  all {EARLY}: {every[..., 0].mean():.2f}, within a category {every[..., 1].mean():.2f}")
     with TemporaryDirectory(prefix="loratorio-premise-") as folder:
         unlabelled = without_metadata(toybox.loras, Path(folder))
         moved = [reaction_scores(checkpoint, unlabelled, toybox.world, combo) for combo in combos]

@@ -32,7 +32,7 @@ def test_auc_is_the_share_of_pairs_in_order(pairs: list[tuple[int, bool]]) -> No
 def test_one_combination() -> None:
     found = divergence_auc(load_checkpoint(toybox.CHECKPOINT), chosen_toybox(), ("ghost", "night"))
     assert len(found) == EARLY
-    assert all(0.8 < value <= 1 for value in found)
+    assert all(0.7 < value <= 1 for pair in found for value in pair)
 
 
 def test_scores_that_are_no_numbers_have_no_auc() -> None:
