@@ -15,7 +15,7 @@ from .regions import Place
 Mix = tuple[float, ...]
 
 STYLE_SHARE = 0.9
-"""The part of a style's strength that acts in the other LoRAs' rows: found by measurement (docs/lab/METHODS.md)."""
+"""The part of a style's strength that acts in the other LoRAs' and the base's rows: found by measurement (docs/lab/METHODS.md)."""
 
 
 class Words(NamedTuple):
@@ -229,17 +229,13 @@ class Participants:
         # By number, the part of a LoRA that every mix has. A LoRA's own mix has all of it anyway.
         styled = {lora.number: strength for lora in styles if lora.place is None}
         parts = styled | {lora.number: share for lora in sharing}
-
-        def with_others(mix: Mix, parts: Mapping[int, float] = parts) -> Mix:
-            return tuple(max(own, parts.get(i, 0.0)) for i, own in enumerate(mix))
-
-        base = with_others(self.base, styled) if weighed else self.base
-        reference = with_others(self.base)
+        base = _with_parts(self.base, styled) if weighed else self.base
+        reference = _with_parts(self.base, parts)
 
         def added(number: int, part: float) -> Mix:
             return tuple(part if i == number else own for i, own in enumerate(reference))
 
-        loras = [replace(lora, mix=with_others(lora.mix)) for lora in weighed]
+        loras = [replace(lora, mix=_with_parts(lora.mix, parts)) for lora in weighed]
         if not loras:
             only = styles[0].number if styles else self.additions[0].number
             loras = [ComposedLora(only, reference)]
@@ -255,3 +251,8 @@ class Participants:
         """The words of the LoRA that a mix belongs to, with and without shared parts; LoRAs without words are left out."""
         every = (*self.loras, *self.with_shared_parts(share).loras)
         return {lora.mix: lora.words for lora in every if lora.words}
+
+
+def _with_parts(mix: Mix, parts: Mapping[int, float]) -> Mix:
+    """The mix with at least these parts of the LoRAs of these numbers."""
+    return tuple(max(own, parts.get(i, 0.0)) for i, own in enumerate(mix))

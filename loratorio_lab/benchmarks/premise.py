@@ -60,9 +60,11 @@ def divergence_auc(
     request = _request(toybox.world, combination, tags, PUBLISHED)
     outcome = generate(checkpoint, toybox.loras, request, progress=False)
     wanted = np.array([name in combination for name in outcome.composed])
-    category = {element.name: element.category for element in toybox.world.elements}
-    kinds = np.array([category[name] for name in outcome.composed])
-    alike = [kinds == kind for kind in sorted({category[name] for name in combination})]
+    alike = [
+        np.isin(outcome.composed, names)
+        for names in toybox.categories().values()
+        if not set(names).isdisjoint(combination)
+    ]
     found = []
     for weights in outcome.history.weights[:EARLY]:
         scores = np.log(np.asarray(weights.float())).mean(axis=(2, 3))  # (LoRAs, pictures)

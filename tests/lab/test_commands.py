@@ -44,7 +44,7 @@ def test_every_knob_is_said() -> None:
 
 
 def test_premise(printed: Any) -> None:
-    """A LoRA that the prompt calls diverges further, except that styles, which are not regularised, diverge under any prompt."""
+    """A LoRA that the prompt calls diverges further more often than not: on this toybox hardly (docs/lab/TOYBOX.md)."""
     text = printed("premise", "--combinations", "1")
     assert "method loratorio" in text
     assert "top_k 0" in text

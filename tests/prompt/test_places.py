@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratorio.compose.methods import METHODS
-from loratorio.compose.mixes import NO_WORDS, STYLE_SHARE, Participants, Words
+from loratorio.compose.mixes import NO_WORDS, Participants, Words
 from loratorio.compose.regions import WHOLE, Box, Place
 from loratorio.errors import LoratorioError
 from loratorio.prompt.places import EDGE, NAMED, read_place, written
@@ -137,7 +137,7 @@ def test_participants_know_places_and_words() -> None:
     assert shared.reference == (0.0, 0.5, 0.0, 0.0)
     assert [(each.number, each.mix) for each in shared.additions] == [
         (2, (0.0, 0.5, 1.0, 0.0)),
-        (3, (0.0, 0.5, 0.0, STYLE_SHARE)),
+        (3, (0.0, 0.5, 0.0, 0.9)),
     ]
 
 
