@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .regions import Place
+from .regions import Place, outside
 
 Mix = tuple[float, ...]
 
@@ -248,9 +248,22 @@ class Participants:
         return replace(self, base=base, loras=tuple(loras), reference=reference, additions=tuple(additions))
 
     def words_by_mix(self, share: float = 0.0) -> dict[Mix, Words]:
-        """The words of the LoRA that a mix belongs to, with and without shared parts; LoRAs without words are left out."""
-        every = (*self.loras, *self.with_shared_parts(share).loras)
-        return {lora.mix: lora.words for lora in every if lora.words}
+        """By mix, what its conditional rows read other than the common prompt, with and without shared parts.
+
+        Where the places fill the picture, a LoRA without a place is seen inside the others' only. It reads their own words too, as does
+        the reference: so its rows show the figures that theirs show, as they do if the words are in the prompt (docs/lab/METHODS.md).
+        """
+        placed = [(lora.place, lora.words.own) for lora in self.loras if lora.place]
+        fill = not outside([box for place, _ in placed for box in place.boxes])
+        all_own = Words(", ".join(own for _, own in placed if own and fill))
+        words: dict[Mix, Words] = {}
+        for each in (self, self.with_shared_parts(share)):
+            words |= {lora.mix: lora.words for lora in each.loras if lora.words}
+            over_all = [lora.mix for lora in each.loras if not lora.place and not lora.words]
+            if all_own and over_all:
+                compared = [each.reference, *(added.mix for added in each.additions)]
+                words |= dict.fromkeys([*compared, *over_all], all_own)
+        return words
 
 
 def _with_parts(mix: Mix, parts: Mapping[int, float]) -> Mix:

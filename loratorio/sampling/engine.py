@@ -248,7 +248,7 @@ class Engine:
         if (acting, step.strengths) == (self._acting, self._strengths):
             return
         self._acting, self._strengths = acting, step.strengths
-        self.words.update(acting.words_by_mix(self.settings.share))
+        self.words = acting.words_by_mix(self.settings.share)
         # Nothing that is remembered of a LoRA at another strength holds.
         self._sessions.clear()
 

@@ -169,6 +169,45 @@ def test_own_words_are_in_the_loras_own_conditional_rows_alone() -> None:
     assert {row.words for row in model.asked} == {NO_WORDS, Words("red dress"), Words("hat")}
 
 
+@pytest.mark.parametrize(
+    ("places", "words", "base", "free"),
+    [
+        ({0: LEFT, 1: RIGHT}, {0: "red dress", 1: "hat"}, "red dress, hat", "red dress, hat"),
+        ({0: LEFT, 1: RIGHT}, {0: "red dress"}, "red dress", "red dress"),
+        ({0: LEFT, 1: RIGHT}, {0: "red dress", 2: "hills"}, "", "hills"),
+        # Beside the place it is seen alone: another's words have no business there.
+        ({0: LEFT}, {0: "red dress"}, "", ""),
+        ({0: LEFT, 1: LEFT}, {0: "red dress", 1: "hat"}, "", ""),
+    ],
+)
+def test_over_places_that_fill_the_picture_all_own_words_are_read(
+    places: dict[int, Place], words: dict[int, str], base: str, free: str
+) -> None:
+    model = FakeModel()
+    participants = Participants.of(3, places=places, words={i: Words(own) for i, own in words.items()})
+    step(participants, model, share=0.0, recentre=0.5)
+    read = {row.mix: row.words.own for row in model.asked if row.cond}
+    assert read[0.0, 0.0, 0.0] == base
+    assert read[0.0, 0.0, 1.0] == free
+    assert read[1.0, 0.0, 0.0] == words[0]
+    assert all(row.words == NO_WORDS for row in model.asked if not row.cond)
+
+
+def test_without_a_lora_over_all_places_the_base_reads_the_common_prompt() -> None:
+    model = FakeModel()
+    step(Participants.of(2, places={0: LEFT, 1: RIGHT}, words={0: Words("hat")}), model)
+    assert {row.words for row in model.asked if not any(row.mix)} == {NO_WORDS}
+
+
+def test_a_style_with_a_place_and_its_reference_read_the_same() -> None:
+    """Else the words' effect would be added with the style's."""
+    model = FakeModel()
+    places = {0: LEFT, 1: RIGHT, 3: RIGHT}
+    step(Participants.of(4, styles=[3], places=places, words={0: Words("hat")}), model)
+    read = {row.mix: row.words.own for row in model.asked if row.cond}
+    assert read[0.0, 0.0, 0.0, 0.9] == read[0.0, 0.0, 0.0, 0.0] == "hat"
+
+
 def test_a_batch_with_and_and_five_dimensions() -> None:
     """Every conditional row and every frame has the same places."""
     engine = Engine(
