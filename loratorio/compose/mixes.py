@@ -22,7 +22,7 @@ class Words(NamedTuple):
     """What a LoRA's rows read other than the common prompt (`prompt.own_words.with_words`).
 
     Attributes:
-        own: words after the prompt.
+        own: words before the prompt.
         without: phrases that are left out of it. but: phrases that stay, though some of `without` may be parts of them.
     """
 

@@ -1,4 +1,4 @@
-"""What a LoRA's passes read other than the common prompt: its own words after it, and other LoRAs' trigger words left out of it.
+"""What a LoRA's passes read other than the common prompt: its own words before it, and other LoRAs' trigger words left out of it.
 
 Most people write the words of all characters into one prompt. A LoRA that reads another's word draws the other character in its own place.
 """
@@ -27,9 +27,9 @@ _PART = re.compile(r"^(\s*)(.*?)(\s*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*|\s*)$", re.D
 
 
 def with_words(prompt: str, words: Words) -> str:
-    """The prompt as it is read with these words: without the phrases of others, and followed by own words.
+    """The prompt as it is read with these words: own words first, and without the phrases of others.
 
-    With ``AND``, each part is followed by them. A prompt that would have no word left stays whole.
+    With ``AND``, each part begins with them. A prompt that would have no word left stays whole.
     """
     prompt = _without(prompt, words)
     if not words.own:
@@ -47,7 +47,7 @@ def with_words(prompt: str, words: Words) -> str:
 def _joined(part: re.Match[str], words: str) -> str:
     """Text and words, before the part's weight and with the blanks that were around it."""
     before, text, after = part.groups()
-    return f"{before}{text}{', ' if text else ''}{words}{after}"
+    return f"{before}{words}{', ' if text else ''}{text}{after}"
 
 
 def reading(loras: Sequence[TaggedLora], prompts: Sequence[str]) -> list[TaggedLora]:

@@ -100,8 +100,10 @@ def prompt(cell: Cell, world: World) -> str:
     styles = [f"{of[name].trigger} style" for name in more if of[name].category == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
+    # A LoRA that reads its own words only knows of no other figure, and one alone is large.
     words = [
-        f"{of[name].trigger} on the {side}" for name, side in zip((left, right), world.sides, strict=True)
+        f"small {of[name].trigger} on the {side}"
+        for name, side in zip((left, right), world.sides, strict=True)
     ]
     kind, _, common = cell.beside.partition(" ")
     if kind != "free":

@@ -607,9 +607,9 @@ def test_own_words_are_a_longer_prompt_for_the_loras_own_rows(a1111: Any, either
     Tag = a1111.run.Tag
     a = either.lora("a", 1)
     for prompts, longer in (
-        (("a red circle",), ("a red circle, {}",)),
-        (("a AND b :0.6", "c AND d :2"), ("a, {} AND b, {} :0.6", "c, {} AND d, {} :2")),
-        (("a [red:blue:2] circle",), ("a [red:blue:2] circle, {}",)),
+        (("a red circle",), ("{}, a red circle",)),
+        (("a AND b :0.6", "c AND d :2"), ("{}, a AND {}, b :0.6", "{}, c AND {}, d :2")),
+        (("a [red:blue:2] circle",), ("{}, a [red:blue:2] circle",)),
     ):
         for words in ("dress", "one two three four five six seven"):
             own, job = compose(either.job(Tag(a, named={"words": words}), prompts=prompts), recentre=0.0)

@@ -867,9 +867,9 @@ def test_blocks_of_a_low_bit_weight_are_read_before_the_host_has_arranged_them(
 def test_own_words_are_a_longer_prompt_for_the_loras_own_rows(webui: Any, standin: Any) -> None:
     tag = webui.run.tag
     for prompts, longer in (
-        (("a red circle",), ("a red circle, {}",)),
-        (("a AND b :0.6",), ("a, {} AND b, {} :0.6",)),
-        (("a red circle", "a blue square"), ("a red circle, {}", "a blue square, {}")),
+        (("a red circle",), ("{}, a red circle",)),
+        (("a AND b :0.6",), ("{}, a AND {}, b :0.6",)),
+        (("a red circle", "a blue square"), ("{}, a red circle", "{}, a blue square")),
     ):
         for words in ("dress", "one two three four five six seven"):
             own, _ = compose(standin, standin.job(tag("a", words=words), prompts=prompts), recentre=0.0)

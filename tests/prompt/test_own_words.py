@@ -1,4 +1,4 @@
-"""What a LoRA's passes read: own words behind the prompt, and the words of LoRAs in other places left out of it."""
+"""What a LoRA's passes read: own words before the prompt, and the words of LoRAs in other places left out of it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from loratorio.prompt.roles import TaggedLora, participants_of
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("a man", "a man, red dress"),
+        ("a man", "red dress, a man"),
         ("", "red dress"),
-        ("a man AND a dog", "a man, red dress AND a dog, red dress"),
-        ("a man :0.7 AND a dog: 1.2", "a man, red dress :0.7 AND a dog, red dress: 1.2"),
-        ("AND a dog", "red dress AND a dog, red dress"),
-        ("a man AND AND", "a man, red dress AND red dress AND red dress"),
-        ("BRAND new", "BRAND new, red dress"),
-        ("a [b:c:0.5] (d:1.2)", "a [b:c:0.5] (d:1.2), red dress"),
+        ("a man AND a dog", "red dress, a man AND red dress, a dog"),
+        ("a man :0.7 AND a dog: 1.2", "red dress, a man :0.7 AND red dress, a dog: 1.2"),
+        ("AND a dog", "red dress AND red dress, a dog"),
+        ("a man AND AND", "red dress, a man AND red dress AND red dress"),
+        ("BRAND new", "red dress, BRAND new"),
+        ("a [b:c:0.5] (d:1.2)", "red dress, a [b:c:0.5] (d:1.2)"),
     ],
 )
-def test_own_words_stand_behind_every_part_of_the_prompt(prompt: str, expected: str) -> None:
+def test_every_part_of_the_prompt_begins_with_own_words(prompt: str, expected: str) -> None:
     assert with_words(prompt, Words("red dress")) == expected
     assert with_words(prompt, NO_WORDS) == prompt
 
@@ -82,7 +82,7 @@ def test_the_longest_phrase_has_its_words() -> None:
         with_words(prompt, Words(without=("(dragon:1.35000000)",), but=("red dragon girl",)))
         == "red dragon girl and a "
     )
-    assert with_words(prompt, Words("hat", ("dragon",))) == "red  girl and a, hat "
+    assert with_words(prompt, Words("hat", ("dragon",))) == "hat, red  girl and a "
 
 
 PIECES = [

@@ -31,10 +31,9 @@ def tag(name: str, option: str = "", strength: float = 1.0) -> str:
 @pytest.mark.parametrize("text", ["a red circle", "a red circle AND a green field :0.6"])
 def test_own_words_are_a_longer_prompt_for_the_loras_rows(webui: WebUI, loras: list[str], text: str) -> None:
     """With one LoRA at λ = 0 it is the WebUI's own picture of that prompt."""
-    longer = ", blue, a hat"
+    words = "blue, a hat, "
     own = webui.txt2img({"recentre": 0.0}, prompt=f"{text} {tag(loras[0], 'words=blue, a hat')}")
-    parts = text.replace(" AND", f"{longer} AND").replace(" :0.6", f"{longer} :0.6")
-    wanted = parts if "AND" in text else text + longer
+    wanted = words + text.replace("AND ", f"AND {words}")
     assert psnr(own.image, webui.txt2img(prompt=f"{wanted} {tag(loras[0])}").image) >= 70
     assert not np.array_equal(own.image, webui.txt2img(prompt=f"{text} {tag(loras[0])}").image)
 

@@ -483,10 +483,10 @@ def test_the_table_of_words_differs_in_who_reads_them_alone(tmp_path: Path) -> N
     of = {cell.variant: cell for cell in grid if cell.elements == ("tiger", "ghost", "night")}
     prompts = {name: beside.prompt(cell, World()) for name, cell in of.items()}
     tags = "<lora:tiger:at=left:1> <lora:ghost:at=right:1> <lora:night:1>"
-    words = "tigro on the left, boolio on the right"
+    words = "small tigro on the left, small boolio on the right"
     assert prompts["common"] == prompts["common_whole"] == f"{words}, lunara background {tags}"
     assert prompts["beside_balanced"].startswith(
-        "lunara background <lora:tiger:at=left:words=tigro on the left:1>"
+        "lunara background <lora:tiger:at=left:words=small tigro on the left:1>"
     )
     assert [of[name].knobs.get("own_words") for name in ("common", "common_whole")] == [True, False]
     assert "own_words" not in of["beside_balanced"].knobs
@@ -495,14 +495,17 @@ def test_the_table_of_words_differs_in_who_reads_them_alone(tmp_path: Path) -> N
 def test_prompts_say_who_stands_where() -> None:
     knobs: dict[str, Any] = {}
     for kind, wanted in (
-        ("free", "tigro on the left, boolio on the right, blue background <lora:tiger:1> <lora:ghost:1>"),
+        (
+            "free",
+            "small tigro on the left, small boolio on the right, blue background <lora:tiger:1> <lora:ghost:1>",
+        ),
         (
             "placed",
-            "blue background <lora:tiger:at=left:words=tigro on the left:1> <lora:ghost:at=right:words=boolio on the right:1>",
+            "blue background <lora:tiger:at=left:words=small tigro on the left:1> <lora:ghost:at=right:words=small boolio on the right:1>",
         ),
         (
             "found common",
-            "tigro on the left, boolio on the right, blue background <lora:tiger:at=auto:1> <lora:ghost:at=auto:1>",
+            "small tigro on the left, small boolio on the right, blue background <lora:tiger:at=auto:1> <lora:ghost:at=auto:1>",
         ),
     ):
         assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), World()) == wanted
