@@ -30,9 +30,12 @@ there the prompt's order makes pictures that are as often right (docs/lab/METHOD
 UPRIGHT = 3.0
 """Figures are taller than wide: distances downwards are divided by this, unless the prompt asks for top or bottom."""
 
-UNEXPLAINED = 1.28
-"""N LoRAs have N figures if the part of the mass's variance that N centres leave is at most this over N²: the N parts of an even line leave
-1/N². Found by measurement (docs/lab/METHODS.md)."""
+APART = 3.8
+"""N LoRAs have N figures if any two of the N centres are at least this many times their mean spread apart: of a figure that is divided, the
+parts are √12 = 3.5 apart if it is even, and 2.7 if it fades. Found by measurement (docs/lab/METHODS.md)."""
+
+OWN = 0.25
+"""They also have N if each LoRA diverges in its own box: by this part of the way from an equal share in each box, 0, to all in one, 1."""
 
 _STARTS, _ROUNDS = 12, 50
 
@@ -42,13 +45,13 @@ class Layout(NamedTuple):
 
     Attributes:
         boxes: for each LoRA its part of the picture; together they are all of it.
-        explained: how much of the mass's variance the figures' centres explain, from 0 to 1.
-        are_apart: whether that is as much as so many figures leave; else there are fewer of them.
+        separation: of the two centres that are nearest to each other, the distance over their mean spread, inf for one LoRA.
+        are_apart: whether there are as many figures as LoRAs; else there are fewer.
         fits: how much of each LoRA's divergence lies in its own box, from 0 to 1.
     """
 
     boxes: tuple[Box, ...]
-    explained: float
+    separation: float
     are_apart: bool
     fits: tuple[float, ...]
 
@@ -86,7 +89,7 @@ def layout(
         return None
     towards = towards or [None] * count
     upright = 1.0 if any(wish is not None and wish[1] != 0.5 for wish in towards) else UPRIGHT
-    centres, explained = _centres(mass, count, upright)
+    centres, separation = _centres(mass, count, upright)
     across, down = (region.x1 - region.x0) / width, (region.y1 - region.y0) / height
     cells = _cut({i: (x, y) for i, (x, y) in enumerate(centres)}, WHOLE, (region, across, down, upright))
     inside = torch.stack([_inside(cells[i], region, height, width) for i in range(count)])
@@ -94,21 +97,17 @@ def layout(
     shares = (parts / parts.sum(dim=1, keepdim=True).clamp_min(1e-20)).tolist()
     middles = [(region.x0 + x * across, region.y0 + y * down) for x, y in centres]
     order = _order(shares, middles, towards)
-    return Layout(
-        tuple(cells[cell] for cell in order),
-        explained,
-        (1 - explained) * count**2 <= UNEXPLAINED,
-        tuple(shares[i][cell] for i, cell in enumerate(order)),
-    )
+    fits = tuple(shares[i][cell] for i, cell in enumerate(order))
+    own = (sum(fits) - 1) / (count - 1) if count > 1 else 1.0
+    return Layout(tuple(cells[cell] for cell in order), separation, separation >= APART or own >= OWN, fits)
 
 
 def _centres(mass: Tensor, count: int, upright: float) -> tuple[list[tuple[float, float]], float]:
-    """The best of several k-means on the pixels' positions, (x, y) in pixels, and how much of the variance they explain."""
+    """The best of several k-means on the pixels' positions, (x, y) in pixels, and how far apart its nearest two centres are, in spreads:
+    the root mean square distance of a centre's mass from it."""
     rows, columns = torch.nonzero(mass, as_tuple=True)
     weights = mass[rows, columns]
     points = torch.stack([columns + 0.5, (rows + 0.5) / upright], dim=-1).to(torch.float64)  # (M, 2)
-    mean = (weights[:, None] * points).sum(dim=0) / weights.sum()
-    variance = float((weights * (points - mean).square().sum(dim=-1)).sum())
     # Each start divides the mass into equal parts along another direction.
     angles = torch.arange(_STARTS, dtype=torch.float64) * (math.pi / _STARTS)
     along = points @ torch.stack([angles.cos(), angles.sin()])  # (M, S)
@@ -126,10 +125,18 @@ def _centres(mass: Tensor, count: int, upright: float) -> tuple[list[tuple[float
         if torch.equal(nearest, labels):
             break
         labels = nearest
-    left = (distances.amin(dim=-1) * weights).sum(dim=-1)
-    best = int(left.argmin())
+    left = distances.amin(dim=-1) * weights  # each pixel's part of the variance that is left
+    best = int(left.sum(dim=-1).argmin())
+    mass = of[best].sum(dim=0)
+    spread = (of[best].gt(0) * left[best][:, None]).sum(dim=0).div(mass.clamp_min(1e-20)).sqrt()
+    between = [
+        float((centres[best, i] - centres[best, j]).norm() / (spread[i] + spread[j]).div(2).clamp_min(1e-20))
+        for i, j in itertools.combinations(range(count), 2)
+    ]
     chosen = [(float(x), float(y) * upright) for x, y in centres[best].tolist()]
-    return chosen, 1 - float(left[best]) / variance if variance > 0 else 0.0
+    if not bool((mass > 0).all()):  # a centre without any pixel
+        return chosen, 0.0
+    return chosen, min(between, default=math.inf)
 
 
 _Scale = tuple[Box, float, float, float]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratorio.compose.regions import WHOLE, Box, outside
-from loratorio.compose.search import TIE, UNEXPLAINED, UPRIGHT, Layout, layout, relative_to_mean
+from loratorio.compose.search import APART, TIE, UPRIGHT, Layout, layout, relative_to_mean
 
 HEIGHT, WIDTH = 8, 24
 EVERYWHERE = torch.ones(HEIGHT, WIDTH, dtype=torch.float64)
@@ -39,7 +39,7 @@ def found(divergence: Tensor, **more: object) -> Layout:
 
 
 def slow_layout(divergence: np.ndarray) -> tuple[list[tuple[float, float]], float, tuple[int, ...]]:
-    """Two centres, how much they explain, and each LoRA's figure, by loops over everything that the formula names: D over its mean, the
+    """Two centres, how far apart they are, and each LoRA's figure, by loops over everything that the formula names: D over its mean, the
     mass, all ways to divide the pixels by a line, the shares."""
     count, height, width = divergence.shape
     relative = [[[float(d) / float(own.mean()) for d in row] for row in own] for own in divergence]
@@ -58,14 +58,18 @@ def slow_layout(divergence: np.ndarray) -> tuple[list[tuple[float, float]], floa
         )
         return sum(mass * ((x - middle[0]) ** 2 + (y - middle[1]) ** 2) for x, y, mass in group), middle
 
-    best = (math.inf, [(0.0, 0.0)])
+    best = (math.inf, [(0.0, 0.0)], 0.0)
     for angle in range(0, 180, 3):
         a, b = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         order = sorted(pixels, key=lambda each: a * each[0] + b * each[1])
         for cut in range(1, len(order)):
             one, other = left(order[:cut]), left(order[cut:])
-            best = min(best, (one[0] + other[0], [one[1], other[1]]), key=lambda each: each[0])
-    explained = 1 - best[0] / left(pixels)[0]
+            spreads = [
+                math.sqrt(part[0] / sum(mass for *_, mass in group))
+                for part, group in ((one, order[:cut]), (other, order[cut:]))
+            ]
+            apart = math.dist(one[1], other[1]) / max(sum(spreads) / 2, 1e-20)
+            best = min(best, (one[0] + other[0], [one[1], other[1]], apart), key=lambda each: each[0])
     centres = [(x, y * UPRIGHT) for x, y in sorted(best[1])]
     cut = (centres[0][0] + centres[1][0]) / 2
     shares = []
@@ -74,7 +78,7 @@ def slow_layout(divergence: np.ndarray) -> tuple[list[tuple[float, float]], floa
         first = sum(row[x] for row in own for x in range(width) if x + 0.5 < cut)
         shares.append((first / total, 1 - first / total))
     straight, turned = shares[0][0] + shares[1][1], shares[0][1] + shares[1][0]
-    return centres, explained, (1, 0) if turned / 2 > straight / 2 + TIE else (0, 1)
+    return centres, best[2], (1, 0) if turned / 2 > straight / 2 + TIE else (0, 1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -82,9 +86,9 @@ def slow_layout(divergence: np.ndarray) -> tuple[list[tuple[float, float]], floa
 @pytest.mark.parametrize("clear", [0.05, 3.0])
 def test_it_is_the_slow_reference(seed: int, strongest: list[int], clear: float) -> None:
     divergence = figures([4 + seed, 17.5], strongest, seed, clear)
-    centres, explained, order = slow_layout(divergence[:, 0].numpy())
+    centres, separation, order = slow_layout(divergence[:, 0].numpy())
     made = found(divergence)
-    assert made.explained == pytest.approx(explained, abs=1e-3)
+    assert made.separation == pytest.approx(separation, rel=1e-3)
     line = round((centres[0][0] + centres[1][0]) / 2 / WIDTH, 3)
     halves = Box(0, 0, line, 1), Box(line, 0, 1, 1)
     for box, cell in zip(made.boxes, order, strict=True):
@@ -136,13 +140,43 @@ def test_mirrored_and_scaled(seed: int, scale: float) -> None:
     assert scaled.boxes == made.boxes
 
 
-def test_one_figure_is_not_two() -> None:
-    assert found(figures([6.0, 17.0], [0, 1])).are_apart
-    one = found(figures([12.0], [0, 0]))
-    assert not one.are_apart
-    assert (1 - one.explained) * 4 > UNEXPLAINED
-    alike = torch.full((2, HEIGHT, WIDTH), 1.0, dtype=torch.float64)
-    assert layout(alike, EVERYWHERE) is None  # no pixel has any mass
+def alike(columns: list[float], count: int) -> Tensor:
+    """D of LoRAs that diverge in the same places."""
+    return figures(columns, [0] * count)[:1].expand(count, -1, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "count"), [([12.0], 2), ([12.0], 3), ([5.0, 18.0], 3), ([4.0, 12.0, 20.0], 4)]
+)
+def test_fewer_figures_than_loras_are_not_apart(columns: list[float], count: int) -> None:
+    """Also where most of the variance is explained: two figures for three LoRAs, of which one is divided."""
+    assert found(alike([4.0, 12.0, 20.0][:3], 3)).are_apart
+    made = found(alike(columns, count))
+    assert not made.are_apart
+    assert made.separation < 3.0 < APART
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_parts_of_an_even_line_are_the_root_of_twelve_apart(count: int) -> None:
+    line = torch.full((count, 1, 1, 240), 1e-3, dtype=torch.float64)
+    line[..., 60:180] += 1
+    made = layout(relative_to_mean(line, torch.ones(1, 240).double())[:, 0], torch.ones(1, 240).double())
+    assert made is not None
+    assert made.separation == pytest.approx(12**0.5, rel=0.01)
+    assert not made.are_apart
+
+
+def test_where_each_diverges_in_its_own_part_figures_may_touch() -> None:
+    touching = torch.full((2, 1, 1, 24), 0.05, dtype=torch.float64)
+    touching[0, ..., 6:12] += 1
+    touching[1, ..., 12:18] += 1
+    made = layout(relative_to_mean(touching, torch.ones(1, 24).double())[:, 0], torch.ones(1, 24).double())
+    assert made is not None
+    assert made.separation < APART
+    assert made.are_apart
+    assert found(figures([12.0], [0])).are_apart  # one LoRA has all of it
+    nowhere = torch.full((2, HEIGHT, WIDTH), 1.0, dtype=torch.float64)
+    assert layout(nowhere, EVERYWHERE) is None  # no pixel has any mass
 
 
 def test_where_both_fit_alike_words_decide_and_then_the_prompts_order() -> None:

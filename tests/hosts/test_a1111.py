@@ -635,7 +635,7 @@ def test_a_place_that_is_the_picture_is_no_place(a1111: Any, either: Any) -> Non
 def test_places_are_found_for_each_picture_and_kept_for_the_hires_pass(
     a1111: Any, standin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "UNEXPLAINED", 99.0)  # the stand-in's model draws no figures
+    monkeypatch.setattr(search, "APART", 0.0)  # the stand-in's model draws no figures
     a, b = (
         a1111.run.Tag(standin.lora(name, seed), named={"at": "auto"}) for name, seed in (("a", 1), ("b", 2))
     )
@@ -660,7 +660,7 @@ def test_places_are_found_for_each_picture_and_kept_for_the_hires_pass(
 
 
 def test_fewer_figures_are_said(a1111: Any, standin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "UNEXPLAINED", 0.0)
+    monkeypatch.setattr(search, "APART", 1e9)
     a, b = (
         a1111.run.Tag(standin.lora(name, seed), named={"at": "auto"}) for name, seed in (("a", 1), ("b", 2))
     )

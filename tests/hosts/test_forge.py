@@ -931,7 +931,7 @@ def test_a_place_that_is_the_picture_is_no_place(webui: Any, standin: Any) -> No
 def test_places_are_found_for_each_picture_and_kept_for_the_hires_pass(
     webui: Any, standin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "UNEXPLAINED", 99.0)  # the stand-in's model draws no figures
+    monkeypatch.setattr(search, "APART", 0.0)  # the stand-in's model draws no figures
     tags = [webui.run.tag(name, at="auto") for name in ("a", "b")]
     prompts = ("b on the left, a", "b on the left, a")
 
@@ -944,7 +944,7 @@ def test_places_are_found_for_each_picture_and_kept_for_the_hires_pass(
     assert second.found == first.found
     assert job.notes == []
     assert torch.equal(composed, made()[0])
-    monkeypatch.setattr(search, "UNEXPLAINED", 0.0)
+    monkeypatch.setattr(search, "APART", 1e9)
     _, job = made()
     assert [note.startswith("One figure was found for a and b") for note in job.notes] == [True]
     assert job.passes[1].found == ((), ())
