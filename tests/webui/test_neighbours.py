@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from .client import Pictures, WebUI, psnr
+from .scenarios import HIRES as HIRES_FIX
 from .scenarios import INIT, INPAINT
 
 PLAIN = {"sampler_name": "DDIM", "steps": 8, "cfg_scale": 4.0, "negative_prompt": ""}
@@ -134,13 +135,7 @@ class Way:
 
 
 LARGE = {"width": 128, "height": 128}
-HIRES = {
-    "enable_hr": True,
-    "hr_scale": 2,
-    "hr_upscaler": "None",
-    "denoising_strength": 0.7,
-    "hr_second_pass_steps": 3,
-}
+HIRES = {**HIRES_FIX, "hr_scale": 2, "hr_upscaler": "None"}
 SAMPLERS = {"Euler": {}, "DDIM": {"sampler_name": "DDIM"}}
 WAYS = {
     **{
