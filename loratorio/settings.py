@@ -247,7 +247,7 @@ class Settings:
         "steps", 6, minimum=1, maximum=20,
     )  # fmt: skip
     find_styles: bool = knob(
-        "bool", True, "Find styles", "Let a LoRA that changes the whole picture evenly act as with role=style: in the other LoRAs' passes.",
+        "bool", True, "Find styles", "Let a LoRA that changes the whole picture evenly act as with role=style: in all passes.",
         "weights", 5, former=(("0.3.0", False),), by_method=(("loratorio", False),),
     )  # fmt: skip
     naming: Naming = field(default="name", compare=False, repr=False)

@@ -363,7 +363,7 @@ def style_note(names: Sequence[str]) -> str:
     several = len(names) > 1
     return (
         f"{', '.join(names)} change{'' if several else 's'} the whole picture evenly, and act{'' if several else 's'} as "
-        f"{'styles' if several else 'a style'}, in the other LoRAs' passes. {_to_compose(several)}"
+        f"{'styles' if several else 'a style'}, in all passes. {_to_compose(several)}"
     )
 
 

@@ -153,7 +153,7 @@ def test_all_rows_that_may_come_are_known_before() -> None:
 def test_it_is_said() -> None:
     assert style_note([]) == ""
     assert style_note(["ink"]) == (
-        "ink changes the whole picture evenly, and acts as a style, in the other LoRAs' passes. To compose it instead, write "
+        "ink changes the whole picture evenly, and acts as a style, in all passes. To compose it instead, write "
         "role=content into the tag."
     )
     assert "ink, neon change the whole picture evenly, and act as styles" in style_note(["ink", "neon"])
