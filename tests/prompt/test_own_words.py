@@ -159,9 +159,9 @@ def test_loras_in_other_places_keep_their_words() -> None:
     # Without a place of its own, or without another, all of the prompt is common.
     for loras in ([CAT, lora("alien", "glorp")], [CAT, lora("alien", "glorp", at="0,0,1,1")], [CAT, night]):
         assert read(loras, prompt) == [prompt] * 2
-    # What its tag says is what it reads, after all of the prompt.
+    # What its tag says is what it reads, before all of the prompt.
     assert read([lora("cat", "mimsy", at="left", words="hat"), ALIEN], prompt) == [
-        f"{prompt}, hat",
+        f"hat, {prompt}",
         ", glorp, lunara sky",
     ]
     # Nothing left out: the same text, made once.
