@@ -56,6 +56,7 @@ WORD_ROWS: tuple[Variant, ...] = (
 """Whose words a LoRA reads; the last row has `words=`, as all placed rows of the other table."""
 
 FOUND_ROWS: tuple[Variant, ...] = (
+    *ROWS[:2],
     Variant("free_balanced", "Balanced, no places", _BALANCED, beside="free"),
     *WORD_ROWS[1:],
     *(
@@ -69,7 +70,7 @@ FOUND_ROWS: tuple[Variant, ...] = (
         for common, words in (("", "own words"), (" common", "words in the common prompt"))
     ),
 )
-"""The same prompts with places that are found, and beside them drawn ones and none."""
+"""The same prompts with places that are found, and beside them drawn ones, none, merged and rendered ones."""
 
 BACKGROUND = "background"
 
@@ -138,44 +139,38 @@ def is_right(image: ImageResult, elements: Sequence[str]) -> bool:
 
 
 def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
-    """Per variant: the share of pictures with both halves right, and of halves with each background or style found."""
+    """Per variant: the share of pictures with both halves right, alone and with each background and style, and of halves in which that
+    is found."""
+    further = list(dict.fromkeys(name for result in results for name in result.cell.elements[2:]))
+    further.sort(key=lambda name: (category[name] != BACKGROUND, name))
+    titles = [f"{'before' if category[name] == BACKGROUND else 'in'} {name}" for name in further]
     lines = [
-        "| | both halves right: the pair alone | with a background | the background found | with a style | the style found |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| both halves right / that is found | {' | '.join(['alone', *titles])} |",
+        "| --- |" + " ---: |" * (1 + len(further)),
     ]
     every = [*ROWS, *WORD_ROWS, *FOUND_ROWS]
     for variant in (each for i, each in enumerate(every) if each not in every[:i]):
         own = [result for result in results if result.cell.is_of(variant)]
         if not own:
             continue
-        alone = [result for result in own if len(result.cell.elements) == 2]
-        shown = [_share_right(alone)]
-        for kind in (BACKGROUND, STYLE):
-            part = [
-                each
-                for each in own
-                if len(each.cell.elements) > 2 and category[each.cell.elements[2]] == kind
-            ]
-            shown += [_share_right(part), _share_found(part)]
+        shown = [_share_right([each for each in own if len(each.cell.elements) == 2])]
+        for name in further:
+            part = [each for each in own if name in each.cell.elements[2:]]
+            shown.append(f"{_share_right(part)} / {_share_found(part, name)}" if part else "–")
         lines.append(f"| {variant.label} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def _share_right(results: Sequence[Result]) -> str:
     right = [is_right(image, result.cell.elements) for result in results for image in result.images]
-    return f"{np.mean(right):.0%} of {len(right)}".replace("%", " %") if right else "–"
+    return f"{100 * np.mean(right):.0f}" if right else "–"
 
 
-def _share_found(results: Sequence[Result]) -> str:
-    names = list(dict.fromkeys(result.cell.elements[2] for result in results))
-    shares = []
-    for name in names:
-        found = [
-            f"{side}:{name}" in image.found
-            for result in results
-            if result.cell.elements[2] == name
-            for image in result.images
-            for side in ("left", "right")
-        ]
-        shares.append(f"{name} {np.mean(found):.0%}".replace("%", " %"))
-    return ", ".join(shares) or "–"
+def _share_found(results: Sequence[Result], name: str) -> str:
+    found = [
+        f"{side}:{name}" in image.found
+        for result in results
+        for image in result.images
+        for side in ("left", "right")
+    ]
+    return f"{100 * np.mean(found):.0f}"

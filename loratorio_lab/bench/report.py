@@ -432,7 +432,7 @@ _CATEGORIES = "Wanted elements of each category that are found, over all N, in p
 
 _PLACES = """Two characters in a picture of 192×128 px: all ordered pairs, alone, with each background and with each style over the
 whole picture. A half is right when it has its own character and not
-the other's; *found*: in how many of the halves."""
+the other's. Per cent of the pictures in which both are, and of the halves in which the background or style is found."""
 
 _PLAIN = "The same, of combinations without a style."
 

@@ -511,6 +511,29 @@ def test_prompts_say_who_stands_where() -> None:
         assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), World()) == wanted
 
 
+def test_the_table_of_places_has_a_column_for_each_background_and_style() -> None:
+    category = {"tiger": "character", "ghost": "character", "night": "background", "ink": "style"}
+    right, turned = ("left:tiger", "right:ghost"), ("left:ghost", "right:tiger")
+    made = {
+        (): [right, right],
+        ("ink",): [(*right, "left:ink", "right:ink"), turned],
+        ("night",): [(*right, "left:night"), ()],
+    }
+    results = [
+        Result(
+            beside.cell(beside.WORD_ROWS[1], ("tiger", "ghost", *more), 2, SAMPLING),
+            tuple(ImageResult(i, found, 1.0, 0.5, 0.0, (0.0,)) for i, found in enumerate(pictures)),
+            1.0,
+        )
+        for more, pictures in made.items()
+    ]
+    assert beside.table(results, category).splitlines() == [
+        "| both halves right / that is found | alone | before night | in ink |",
+        "| --- | ---: | ---: | ---: |",
+        "| **both words in the prompt, each read by its own LoRA** | 100 | 50 / 25 | 50 / 50 |",
+    ]
+
+
 def test_characters_in_styles_are_complete_or_not(tmp_path: Path) -> None:
     grid = styles.cells(CATEGORIES, 2, truth=True)
     pairs = [("robot", "ink"), ("cat", "ink")]
