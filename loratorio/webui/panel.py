@@ -26,8 +26,8 @@ CHECKING = "Checking: this makes about a dozen pictures of one to four steps and
 NONE_YET = "No LoRA in the prompt yet, so nothing is composed. Add one, for example <lora:name:0.8>."
 
 ROLES_HELP = (
-    "content: composed patch by patch, where it fits. style: acts everywhere, in all passes, and is not weighted. always: acts in every pass "
-    "and is never composed (LCM, Lightning, Turbo and other speed LoRAs)."
+    "content: composed patch by patch, where it fits. style: acts everywhere, in all passes, and is not weighted. always: acts in every "
+    "pass and is never composed (LCM, Lightning, Turbo and other speed LoRAs)."
 )
 
 CUSTOM, CUSTOM_HELP = "Custom", "Your own values under All settings."
