@@ -18,6 +18,10 @@ STYLE_SHARE = 0.9
 """The part of a style's strength that acts in the other LoRAs' and the base's rows: found by measurement (docs/lab/METHODS.md)."""
 
 
+ROOM = 0.25
+"""Beside places that leave no more of the picture than this, there is no room for another figure."""
+
+
 class Words(NamedTuple):
     """What a LoRA's rows read other than the common prompt (`prompt.own_words.with_words`).
 
@@ -250,11 +254,12 @@ class Participants:
     def words_by_mix(self, share: float = 0.0) -> dict[Mix, Words]:
         """By mix, what its conditional rows read other than the common prompt, with and without shared parts.
 
-        Where the places fill the picture, a LoRA without a place is seen inside the others' only. It reads their own words too, as does
-        the reference: so its rows show the figures that theirs show, as they do if the words are in the prompt (docs/lab/METHODS.md).
+        Where the places leave no room beside them, a LoRA without a place is a background to their figures. It reads their own words too,
+        as does the reference: so its rows show those figures, as they do if the words are in the prompt (docs/lab/METHODS.md).
         """
         placed = [(lora.place, lora.words.own) for lora in self.loras if lora.place]
-        fill = not outside([box for place, _ in placed for box in place.boxes])
+        free = outside([box for place, _ in placed for box in place.boxes])
+        fill = sum((box.x1 - box.x0) * (box.y1 - box.y0) for box in free) <= ROOM
         all_own = Words(", ".join(own for _, own in placed if own and fill))
         words: dict[Mix, Words] = {}
         for each in (self, self.with_shared_parts(share)):

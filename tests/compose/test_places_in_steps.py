@@ -21,6 +21,8 @@ from tests.published import paper
 
 SHAPE = (4, 6, 9)
 LEFT, RIGHT = Place((Box(0, 0, 4 / 9, 1),)), Place((Box(4 / 9, 0, 1, 1),))
+NEARLY, THIN = Place((Box(0.2, 0, 4 / 9, 1),)), Place((Box(0.2, 0, 0.38, 1),))
+"""With RIGHT they leave 20 and 26 % of the picture."""
 EVERYWHERE = Place((Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)), 0.1)
 IN_LEFT, IN_RIGHT = slice(0, 4), slice(4, 9)
 
@@ -175,12 +177,14 @@ def test_own_words_are_in_the_loras_own_conditional_rows_alone() -> None:
         ({0: LEFT, 1: RIGHT}, {0: "red dress", 1: "hat"}, "red dress, hat", "red dress, hat"),
         ({0: LEFT, 1: RIGHT}, {0: "red dress"}, "red dress", "red dress"),
         ({0: LEFT, 1: RIGHT}, {0: "red dress", 2: "hills"}, "", "hills"),
+        ({0: NEARLY, 1: RIGHT}, {0: "red dress", 1: "hat"}, "red dress, hat", "red dress, hat"),
+        ({0: THIN, 1: RIGHT}, {0: "red dress", 1: "hat"}, "", ""),
         # Beside the place it is seen alone: another's words have no business there.
         ({0: LEFT}, {0: "red dress"}, "", ""),
         ({0: LEFT, 1: LEFT}, {0: "red dress", 1: "hat"}, "", ""),
     ],
 )
-def test_over_places_that_fill_the_picture_all_own_words_are_read(
+def test_where_places_leave_no_room_all_own_words_are_read(
     places: dict[int, Place], words: dict[int, str], base: str, free: str
 ) -> None:
     model = FakeModel()
