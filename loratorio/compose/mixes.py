@@ -260,7 +260,8 @@ class Participants:
         placed = [(lora.place, lora.words.own) for lora in self.loras if lora.place]
         free = outside([box for place, _ in placed for box in place.boxes])
         fill = sum((box.x1 - box.x0) * (box.y1 - box.y0) for box in free) <= ROOM
-        all_own = Words(", ".join(own for _, own in placed if own and fill))
+        # A pool's LoRAs have the same words.
+        all_own = Words(", ".join(dict.fromkeys(own for _, own in placed if own and fill)))
         words: dict[Mix, Words] = {}
         for each in (self, self.with_shared_parts(share)):
             words |= {lora.mix: lora.words for lora in each.loras if lora.words}

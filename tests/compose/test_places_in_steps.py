@@ -177,6 +177,7 @@ def test_own_words_are_in_the_loras_own_conditional_rows_alone() -> None:
         ({0: LEFT, 1: RIGHT}, {0: "red dress", 1: "hat"}, "red dress, hat", "red dress, hat"),
         ({0: LEFT, 1: RIGHT}, {0: "red dress"}, "red dress", "red dress"),
         ({0: LEFT, 1: RIGHT}, {0: "red dress", 2: "hills"}, "", "hills"),
+        ({0: LEFT, 1: RIGHT}, {0: "hat", 1: "hat"}, "hat", "hat"),
         ({0: NEARLY, 1: RIGHT}, {0: "red dress", 1: "hat"}, "red dress, hat", "red dress, hat"),
         ({0: THIN, 1: RIGHT}, {0: "red dress", 1: "hat"}, "", ""),
         # Beside the place it is seen alone: another's words have no business there.
