@@ -23,6 +23,7 @@ ROWS: tuple[Variant, ...] = (
     Variant("klora", "K-LoRA", {"method": "klora"}),
     *(Variant(preset.name, preset.label, preset.values) for preset in PRESETS.values()),
     STYLES_OFF,
+    Variant("styles_said", "Balanced, `role=style` in the tag", PRESETS["balanced"].values, role="style"),
 )
 
 NOTE = (
