@@ -133,7 +133,8 @@ WIDE_FIGURES = {**WIDE, "steps": 8, "cfg_scale": 3.0, "negative_prompt": ""}
 
 def auto(loras: list[str]) -> str:
     """A prompt with both LoRAs' words in common and places that are to be found."""
-    return f"{', '.join([*WORDS[:2], 'sky background'])} {tag(loras[0], 'at=auto')}{tag(loras[1], 'at=auto')}"
+    sides = (f"{word} on the {side}" for word, side in zip(WORDS, ("left", "right"), strict=False))
+    return f"{', '.join([*sides, 'sky background'])} {tag(loras[0], 'at=auto')}{tag(loras[1], 'at=auto')}"
 
 
 def places_of(infotext: str) -> dict[str, list[float]]:
