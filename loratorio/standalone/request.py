@@ -86,7 +86,7 @@ def check(request: Request, latent_scale: int = LATENT_PIXEL) -> None:
         (size or "height", request.height, latent_scale, LARGEST),
     ):
         if number is not None and not lowest <= number <= highest:
-            raise LoratorioError(f"{what} must be from {lowest:g} to {highest:g}, not {number:g}.")
+            raise LoratorioError(f"{what} must be from {lowest} to {highest}, not {number}.")
     for what, pixels in ((size or "width", request.width), (size or "height", request.height)):
         if pixels is not None and pixels % latent_scale:
             raise LoratorioError(

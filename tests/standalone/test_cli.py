@@ -239,7 +239,7 @@ BAD = {
     ),
     "a size that no machine has": (
         ["generate", PROMPT, "--size", "8000000"],
-        r"--size must be from 8 to 8192",
+        r"--size must be from 8 to 8192, not 8000000",
     ),
     "no steps": (["generate", PROMPT, "--steps", "0"], r"--steps must be from 1 to 1000, not 0"),
     "a seed out of range": (["generate", PROMPT, "--seed", str(2**63 - 1)], r"--seed must be from 0"),
