@@ -98,7 +98,7 @@ def layout(
     middles = [(region.x0 + x * across, region.y0 + y * down) for x, y in centres]
     order = _order(shares, middles, towards)
     fits = tuple(shares[i][cell] for i, cell in enumerate(order))
-    own = (sum(fits) - 1) / (count - 1) if count > 1 else 1.0
+    own = (sum(fits) - 1) / max(count - 1, 1)
     return Layout(tuple(cells[cell] for cell in order), separation, separation >= APART or own >= OWN, fits)
 
 
@@ -125,10 +125,10 @@ def _centres(mass: Tensor, count: int, upright: float) -> tuple[list[tuple[float
         if torch.equal(nearest, labels):
             break
         labels = nearest
-    left = distances.amin(dim=-1) * weights  # each pixel's part of the variance that is left
-    best = int(left.sum(dim=-1).argmin())
+    left = (distances.amin(dim=-1) * weights).sum(dim=-1)
+    best = int(left.argmin())
     mass = of[best].sum(dim=0)
-    spread = (of[best].gt(0) * left[best][:, None]).sum(dim=0).div(mass.clamp_min(1e-20)).sqrt()
+    spread = ((of[best] * distances[best]).sum(dim=0) / mass.clamp_min(1e-20)).sqrt()
     between = [
         float((centres[best, i] - centres[best, j]).norm() / (spread[i] + spread[j]).div(2).clamp_min(1e-20))
         for i, j in itertools.combinations(range(count), 2)
