@@ -76,7 +76,7 @@ BACKGROUND = "background"
 
 
 def cells(
-    categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Variant] = ROWS, truth: bool = True
+    categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Variant] = ROWS, *, truth: bool
 ) -> list[Cell]:
     """All ordered pairs of characters, alone and with every background or style that lies over the whole picture."""
     pairs = list(itertools.permutations(categories.get(CHARACTER, ()), 2))

@@ -269,9 +269,9 @@ def the_grid(options: argparse.Namespace) -> list[Cell]:
 
         grid += styles.cells(categories, options.preset_seeds, truth=drawn)
     if "words" in groups:
-        grid += beside.cells(categories, options.place_seeds, beside.WORD_ROWS)
+        grid += beside.cells(categories, options.place_seeds, beside.WORD_ROWS, truth=drawn)
     if "found" in groups:
-        grid += beside.cells(categories, options.place_seeds, beside.FOUND_ROWS)
+        grid += beside.cells(categories, options.place_seeds, beside.FOUND_ROWS, truth=drawn)
     if "speed" in groups:
         grid += part(SPEED_ROWS, options.speed_combinations, options.preset_seeds)
     if "presets" in groups:

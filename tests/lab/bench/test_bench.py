@@ -492,6 +492,13 @@ def test_the_table_of_words_differs_in_who_reads_them_alone(tmp_path: Path) -> N
     assert "own_words" not in of["beside_balanced"].knobs
 
 
+@pytest.mark.parametrize("group", ["places", "styles", "words", "found"])
+def test_without_the_art_no_rendered_pictures_are_asked_for(tmp_path: Path, group: str) -> None:
+    grid = cli.the_grid(options(out=tmp_path, groups=group, elements="tiger,ghost,ink", art=None))
+    assert grid
+    assert all(cell.made != "truth" for cell in grid)
+
+
 def test_prompts_say_who_stands_where() -> None:
     knobs: dict[str, Any] = {}
     for kind, wanted in (
