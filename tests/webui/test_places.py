@@ -76,6 +76,20 @@ def test_places_in_every_way(webui: WebUI, loras: list[str], way: str) -> None:
     assert len(call({}, prompt=placed, batch_size=4, **fields).images) >= 4
 
 
+@pytest.mark.parametrize("way", ["txt2img", "hires fix"])
+def test_where_places_leave_no_room_all_read_the_words(webui: WebUI, loras: list[str], way: str) -> None:
+    """If both places have the same words, every LoRA and the base read what they read of a longer prompt."""
+    call, fields = in_way(webui, way, WIDE)
+    left, right, everywhere = loras[:3]
+
+    def placed(text: str, words: str) -> str:
+        return f"{text} {tag(left, f'at=left{words}')}{tag(right, f'at=right{words}')}{tag(everywhere)}"
+
+    own = call({}, prompt=placed("a red circle", ":words=a hat"), **fields)
+    assert psnr(own.image, call({}, prompt=placed("a hat, a red circle", ""), **fields).image) >= 70
+    assert psnr(own.image, call({}, prompt=placed("a red circle", ""), **fields).image) < 60
+
+
 @pytest.fixture
 def called(webui: WebUI, loras: list[str]) -> Iterator[list[Path]]:
     """Copies of two LoRAs with activation texts, sks and wug."""
