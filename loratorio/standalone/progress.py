@@ -12,14 +12,15 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def bar(label: str = "") -> Iterator[Progress]:
-    """A progress bar on stderr, from the first step on, so that errors in the input have no bar."""
+    """A progress bar on stderr if that is a terminal, from the first step on, so that errors in the input have no bar."""
     from tqdm import tqdm
 
     bars: list[Any] = []
 
     def progress(done: int, total: int) -> None:
         if not bars:
-            bars.append(tqdm(total=total, desc=label or None, unit="step", leave=False, dynamic_ncols=True))
+            shown = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": None}
+            bars.append(tqdm(total=total, desc=label or None, **shown))
         bars[0].update(done - bars[0].n)
 
     try:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -479,6 +484,28 @@ def test_help_names_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in text
 
 
+def read_until(terminal: int, wanted: bytes, seconds: float) -> bytes:
+    """What a process writes to its terminal, until it has written this, ends, or the seconds are over."""
+    shown = b""
+    until = time.monotonic() + seconds
+    while wanted not in shown and (left := until - time.monotonic()) > 0:
+        if select.select([terminal], [], [], left)[0]:
+            try:
+                shown += os.read(terminal, 4096)
+            except OSError:  # Linux says so where the other end is closed.
+                break
+    return shown
+
+
+def test_a_log_holds_no_progress_bar(studio: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "loratorio", "generate", PROMPT, "--steps", "2"]
+    command += ["--checkpoint", str(studio / "sd"), "--lora-dir", str(studio / "loras"), "--device", "cpu"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert b"step/s" not in done.stderr
+    assert b"\r" not in done.stderr
+
+
 def test_ctrl_c_leaves_no_half_written_file(studio: Path, tmp_path: Path) -> None:
     """The command in a process of its own, interrupted while it samples."""
     command = [
@@ -503,22 +530,23 @@ def test_ctrl_c_leaves_no_half_written_file(studio: Path, tmp_path: Path) -> Non
         "cpu",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    terminal, end = pty.openpty()  # The bar, which says that it samples, is drawn in a terminal alone.
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     # A shell that runs the tests in the background has them ignore Ctrl-C, and children would inherit that.
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        process = subprocess.Popen(command, stderr=end, stdout=subprocess.DEVNULL, env=environment)
     finally:
         signal.signal(signal.SIGINT, ignored)
-    assert process.stderr is not None
-    shown = b""
-    until = time.monotonic() + 240
+        os.close(end)
     try:
-        while b"step/s" not in shown and time.monotonic() < until:
-            shown += process.stderr.read1(4096)
+        shown = read_until(terminal, b"step/s", seconds=240)
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=120)
+        rest = read_until(terminal, b"stopped", seconds=120)
+        process.wait(timeout=120)
     finally:
         process.kill()
+        os.close(terminal)
     assert process.returncode == 130, shown + rest
     assert b"stopped" in rest
     assert pictures(tmp_path) == []
