@@ -62,7 +62,9 @@ def latent_modifier(**changes: Any) -> tuple[Any, ...]:
 
 GUIDES = {
     "Perturbed attention": Guide(PAG, (True, 3.0, 0.0, 0.0, 1.0), fields=LARGER),
-    "Perturbed attention, scale 10, in part of the steps": Guide(PAG, (True, 10.0, 5.0, 0.2, 0.8), fields=LARGER),
+    "Perturbed attention, scale 10, in part of the steps": Guide(
+        PAG, (True, 10.0, 5.0, 0.2, 0.8), fields={**LARGER, "steps": 4}
+    ),
     "Perturbed attention, hires fix": Guide(PAG, (True, 3.0, 0.0, 0.0, 1.0), fields={**LARGER, **HIRES}),
     "Perturbed attention, CFG 1": Guide(PAG, (True, 3.0, 0.0, 0.0, 1.0), fields={"cfg_scale": 1.0, **LARGER}),
     "Perturbed attention, AND": Guide(
