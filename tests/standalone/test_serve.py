@@ -103,6 +103,8 @@ def test_on_a_phone_it_goes_to_the_pictures_of_the_size_that_was_asked_for(page:
     page.get_by_text("Picture", exact=True).click()
     page.get_by_label("number input for Width").fill("128")
     page.get_by_label("number input for Width").press("Tab")
+    # The page has taken the number when its slider shows it.
+    page.wait_for_function("document.querySelector('[aria-label=\"range slider for Width\"]').value == 128")
     page.locator("#generate").click()
     page.wait_for_selector("#pictures img")
     page.wait_for_function("document.querySelector('#pictures').getBoundingClientRect().top < 450")
