@@ -19,8 +19,16 @@ def bar(label: str = "") -> Iterator[Progress]:
 
     def progress(done: int, total: int) -> None:
         if not bars:
-            shown = {"unit": "step", "leave": False, "dynamic_ncols": True, "disable": None}
-            bars.append(tqdm(total=total, desc=label or None, **shown))
+            bars.append(
+                tqdm(
+                    total=total,
+                    desc=label or None,
+                    unit="step",
+                    leave=False,
+                    dynamic_ncols=True,
+                    disable=None,
+                )
+            )
         bars[0].update(done - bars[0].n)
 
     try:

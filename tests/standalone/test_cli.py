@@ -497,10 +497,17 @@ def read_until(terminal: int, wanted: bytes, seconds: float) -> bytes:
     return shown
 
 
+def generating(studio: Path, out: Path, steps: int) -> list[str]:
+    """The command for a process of its own that makes a picture."""
+    return [
+        *(sys.executable, "-W", "ignore", "-m", "loratorio", "generate", PROMPT, "--device", "cpu"),
+        *("--checkpoint", str(studio / "sd"), "--lora-dir", str(studio / "loras")),
+        *("--steps", str(steps), "--out", str(out)),
+    ]
+
+
 def test_a_log_holds_no_progress_bar(studio: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "loratorio", "generate", PROMPT, "--steps", "2"]
-    command += ["--checkpoint", str(studio / "sd"), "--lora-dir", str(studio / "loras"), "--device", "cpu"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, timeout=240)
+    done = subprocess.run(generating(studio, tmp_path / "out", 2), capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert b"step/s" not in done.stderr
     assert b"\r" not in done.stderr
@@ -508,27 +515,7 @@ def test_a_log_holds_no_progress_bar(studio: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_no_half_written_file(studio: Path, tmp_path: Path) -> None:
     """The command in a process of its own, interrupted while it samples."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "loratorio",
-        "generate",
-        PROMPT,
-        "--checkpoint",
-        str(studio / "sd"),
-    ]
-    command += [
-        "--lora-dir",
-        str(studio / "loras"),
-        "--steps",
-        "1000",
-        "--out",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    ]
+    command = generating(studio, tmp_path / "out", 1000)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     terminal, end = pty.openpty()  # The bar, which says that it samples, is drawn in a terminal alone.
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -123,3 +124,9 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     assert one.shape == other.shape, (one.shape, other.shape)
     error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def note(infotext: str) -> str:
+    """The note, or nothing."""
+    found = re.search(r'LoRAtorio note: ("(?:[^"\\]|\\.)*"|[^,]*)', infotext)
+    return found[1].strip('"') if found else ""

@@ -209,13 +209,13 @@ def test_the_same_lora_as_two_files(
     if any(option not in known for option in way.options):
         pytest.skip("the WebUI has no such option")
 
-    def run(knobs: dict[str, Any] | None, *names: str, batch: int = pictures) -> Pictures:
+    def run(knobs: dict[str, Any] | None, *names: str) -> Pictures:
         return (webui.img2img if kind == "img2img" else webui.txt2img)(
             knobs,
             prompt=way.prompt.format(" ".join(f"<lora:{each}:0:1>" for each in names)),
             scripts={way.script: list(way.args)} if way.script else {},
             override_settings=way.options,
-            **{"batch_size": batch, "cfg_scale": 4.0, **way.fields},
+            **{"batch_size": pictures, "cfg_scale": 4.0, **way.fields},
         )
 
     try:
@@ -230,7 +230,4 @@ def test_the_same_lora_as_two_files(
     print(f"\nPSNR {name}, {pictures}: {', '.join(f'{each:.1f}' for each in likeness)} dB")
     assert "LoRAtorio LoRAs" in ours.infotext
     assert "LoRAtorio note" not in ours.infotext
-    if min(likeness) < 75:
-        # Rounding that grows from step to step. The host's own shows between batch sizes.
-        other = run(None, twins[0], batch=3 - pictures)
-        assert min(likeness) >= max(60, psnr(own.image, other.image))
+    assert min(likeness) >= 75

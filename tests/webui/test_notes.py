@@ -15,18 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from loratorio.webui.xyz import PREFIX
 
-from .client import Refused, WebUI, psnr
+from .client import Refused, WebUI, note, psnr
 from .scenarios import HIRES, INIT
 from .test_scenarios import upscaled
 
 KNOBS = {"reuse": 1}
 NO_LORA = "names no LoRA"
-
-
-def note(infotext: str) -> str:
-    """The note, or nothing."""
-    found = re.search(r'LoRAtorio note: ("(?:[^"\\]|\\.)*"|[^,]*)', infotext)
-    return found[1].strip('"') if found else ""
 
 
 def composed(infotext: str) -> str:

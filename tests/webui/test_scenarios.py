@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .client import PLAIN, SIZE, Pictures, WebUI, psnr
+from .client import PLAIN, SIZE, Pictures, WebUI, note, psnr
 from .scenarios import HIRES, KINDS, SCENARIOS, Scenario
 
 ALONE = {"recentre": 0.0}
@@ -85,11 +85,17 @@ def worst(some: Pictures, others: Pictures) -> float:
     return min(psnr(one, other) for one, other in zip(some.images, others.images, strict=True))
 
 
+FOUND_STYLE = re.compile(
+    r"[^.]+ changes? the whole picture evenly, and acts? as (a style|styles), in all passes\. "
+    r"To compose (it|them) instead, write role=content into the tag\."
+)
+
+
 def is_composed(pictures: Pictures, *, styles_may_be_found: bool = False) -> bool:
-    """Whether LoRAs were composed, with nothing to say to it; a found style may be said if that is allowed."""
+    """Whether LoRAs were composed, with nothing to say to it; a found style may be said, and nothing else, if that is allowed."""
     return all(
         "LoRAtorio: True" in text
-        and ("LoRAtorio note" not in text or (styles_may_be_found and "in all passes. To compose" in text))
+        and ("LoRAtorio note" not in text or (styles_may_be_found and FOUND_STYLE.fullmatch(note(text))))
         for text in pictures.infotexts
     )
 
