@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,17 @@ class Sampler:
     options: Mapping[str, Any]
 
     def make(self, schedule: Mapping[str, Any]) -> Any:
-        """A scheduler for a model of this schedule (`Checkpoint.schedule`)."""
+        """A scheduler for a model of this schedule (`Checkpoint.schedule`). Raises LoratorioError if it knows no such schedules."""
         import diffusers
 
-        return getattr(diffusers, self.scheduler)(**{**schedule, **self.options})
+        scheduler = getattr(diffusers, self.scheduler)
+        options = {**schedule, **self.options}
+        strange = options.keys() - inspect.signature(scheduler.__init__).parameters.keys()
+        if any(options[name] for name in strange):
+            raise LoratorioError(
+                f"{self.label} has no schedule like this model's ({', '.join(sorted(strange))}). Choose another sampler."
+            )
+        return scheduler(**{name: value for name, value in options.items() if name not in strange})
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -37,6 +45,8 @@ SAMPLERS: dict[str, Sampler] = {
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True, "timestep_spacing": "linspace"},
         ),
+        Sampler("heun", "Heun", "HeunDiscreteScheduler", {"timestep_spacing": "linspace"}),
+        Sampler("unipc", "UniPC", "UniPCMultistepScheduler", {"timestep_spacing": "linspace"}),
         Sampler(
             "ddim",
             "DDIM",

@@ -29,7 +29,8 @@ RunModel = Callable[[Tensor, Any, Sequence[Row]], Tensor]
 
 @dataclass(frozen=True)
 class SamplingSchedule:
-    """A scheduler whose timesteps are set, of which the last `steps` are sampled."""
+    """A scheduler whose timesteps are set, of which the last `steps` steps are sampled. Heun evaluates the model twice in each but the
+    last."""
 
     scheduler: Any
     steps: int
@@ -41,14 +42,25 @@ class SamplingSchedule:
         """`strength` 1 samples all steps; less, as for img2img, only the last part of them, at least one."""
         scheduler = sampler.make(schedule)
         scheduler.set_timesteps(steps, device=device)
-        sampled = len(scheduler.timesteps) if strength >= 1 else max(1, int(steps * strength))
+        whole = -(-len(scheduler.timesteps) // scheduler.order)
+        made = cls(scheduler, whole if strength >= 1 else max(1, int(steps * strength)))
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(len(scheduler.timesteps) - sampled)
-        return cls(scheduler, sampled)
+            scheduler.set_begin_index(made._first)
+        return made
+
+    @property
+    def per_step(self) -> int:
+        """Evaluations of the model in each step but the last, which has one."""
+        return int(self.scheduler.order)
 
     @property
     def timesteps(self) -> Tensor:
-        return self.scheduler.timesteps[-self.steps :]  # type: ignore[no-any-return]
+        """One for each evaluation."""
+        return self.scheduler.timesteps[self._first :]  # type: ignore[no-any-return]
+
+    @property
+    def _first(self) -> int:
+        return len(self.scheduler.timesteps) - (self.per_step * (self.steps - 1) + 1)
 
     def start(self, noise: Tensor, picture: Tensor | None) -> Tensor:
         """The first noisy latents, of noise alone or of a picture's latents with noise."""
@@ -58,10 +70,9 @@ class SamplingSchedule:
         return self.scheduler.add_noise(picture, noise, times)  # type: ignore[no-any-return]
 
     def alpha_sigma(self, index: int) -> tuple[float, float]:
-        """(α, σ) of the model's input x = α·x₀ + σ·e at step `index` of those sampled."""
-        place = len(self.scheduler.timesteps) - self.steps + index
+        """(α, σ) of the model's input x = α·x₀ + σ·e at evaluation `index` of those sampled."""
         if hasattr(self.scheduler, "sigmas"):
-            sigma = float(self.scheduler.sigmas[place])
+            sigma = float(self.scheduler.sigmas[self._first + index])
             alpha = (sigma**2 + 1) ** -0.5
             return alpha, sigma * alpha
         kept = float(self.scheduler.alphas_cumprod[int(self.timesteps[index])])
@@ -94,9 +105,10 @@ def denoise(
     step_options = _step_options(schedule.scheduler, generators)
     if progress is not None:
         progress(0, schedule.steps)
-    for index, time in enumerate(schedule.timesteps):
+    for evaluation, time in enumerate(schedule.timesteps):
         scaled: Tensor = schedule.scheduler.scale_model_input(latents, time)
-        alpha, sigma = schedule.alpha_sigma(index)
+        alpha, sigma = schedule.alpha_sigma(evaluation)
+        index = evaluation // schedule.per_step
 
         step = Step(
             index=index,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -101,21 +101,13 @@ def test_one_lora_without_recentring_is_that_lora_merged(
     assert psnr(plain.images[0], merged.images[0]) < 40
 
 
-@pytest.mark.parametrize(
-    ("kind", "scheduler"),
-    [
-        ("eps", DDIMScheduler),
-        ("eps", EulerDiscreteScheduler),
-        ("v", DDIMScheduler),
-        ("v", EulerDiscreteScheduler),
-    ],
-)
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "unipc", "dpmpp-2m-karras"])
 def test_without_loras_it_is_diffusers_own_picture(
-    load: Callable[[str], tuple[Checkpoint, Path]], folders: dict[str, Path], kind: str, scheduler: type
+    load: Callable[[str], tuple[Checkpoint, Path]], folders: dict[str, Path], kind: str, name: str
 ) -> None:
     """Diffusers' pipeline with the same scheduler, start and prompt."""
     model, _ = load(kind)
-    name = {DDIMScheduler: "ddim", EulerDiscreteScheduler: "euler"}[scheduler]
     ours = generate(model, None, request("a red circle", sampler=name, steps=4)).images[0]
     pipe = StableDiffusionPipeline.from_pretrained(folders[kind], safety_checker=None)
     pipe.scheduler = SAMPLERS[name].make(model.schedule)
@@ -161,6 +153,30 @@ def test_img2img(load: Callable[[str], tuple[Checkpoint, Path]], sampler: str) -
     assert told[0] == (0, 2)
     assert told[-1] == (9, 9)
     assert psnr(little, decoded) > psnr(much, decoded)
+
+
+def test_heun_runs_the_model_twice_in_each_step_but_the_last(
+    load: Callable[[str], tuple[Checkpoint, Path]],
+) -> None:
+    model, _ = load("eps")
+    rows: list[int] = []
+    told: list[tuple[int, int]] = []
+    hook = model.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        generate(model, None, request("a", steps=3, sampler="heun"), lambda *at: told.append(at))
+    finally:
+        hook.remove()
+    assert rows == [2] * 5
+    assert told == [(0, 3), (1, 3), (1, 3), (2, 3), (2, 3), (3, 3)]
+
+
+def test_a_schedule_that_a_sampler_does_not_know_is_an_error() -> None:
+    schedule = {"num_train_timesteps": 1000, "rescale_betas_zero_snr": True}
+    with pytest.raises(
+        LoratorioError, match=r"Heun has no schedule .*rescale_betas_zero_snr.*another sampler"
+    ):
+        SAMPLERS["heun"].make(schedule)
+    SAMPLERS["heun"].make({**schedule, "rescale_betas_zero_snr": False})
 
 
 def test_courses_end_without_noise() -> None:
