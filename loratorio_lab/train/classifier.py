@@ -17,8 +17,8 @@ from loratorio_lab.toybox.classifier import Classifier, save_classifier
 from loratorio_lab.toybox.world import World
 from loratorio_lab.train.common import Average, Optimisers, Run, pictures, run_steps, seed_everything
 
-POOL = 20_000
-REBUILT = 6000
+POOL = 40_000
+REBUILT = 12_000
 """Of these, how many are also shown through the autoencoder."""
 HELD_OUT = 800
 CHUNK = 64

@@ -1363,6 +1363,18 @@ def test_text_is_encoded_once_for_all_batches(
     assert_encoded_once(monkeypatch, webui.parser, make)
 
 
+def test_text_of_many_possible_styles_is_encoded_once(standin: Any, webui: Any, monkeypatch: Any) -> None:
+    """Each of four LoRAs may turn out to be a style: more states of the text encoder than one job without styles has."""
+    names = ("a", "c", "d", "e")
+    for seed, name in enumerate(names[2:], 4):
+        standin.lora(name, seed)
+
+    def make(count: int) -> Any:
+        return compose(standin, standin.job(*names, n_iter=count), method="relative", find_styles=True)
+
+    assert_encoded_once(monkeypatch, webui.parser, make)
+
+
 def test_a_file_replaced_between_two_batches_is_read_whole(
     webui: Any, standin: Any, monkeypatch: Any
 ) -> None:

@@ -14,7 +14,7 @@ from ...prompt.own_words import with_words
 TextCache = dict[Any, list[Any]]
 """Conditioning made by one state of the text encoder, in the form of the WebUI's caches: what it was made for, and what it is."""
 
-KEPT = 16
+KEPT = 64
 """The most states of the text encoder whose conditioning is kept, for other batches and for the next job."""
 
 _CACHES: dict[Hashable, TextCache] = {}
