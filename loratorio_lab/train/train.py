@@ -31,7 +31,7 @@ from loratorio_lab.train.vae import train_vae
 PLANS: dict[str, tuple[int, int, float]] = {
     "vae_coarse": (8000, 8, 4e-3),
     "vae_fine": (4700, 8, 3e-3),
-    "classifier": (6500, 32, 2e-3),
+    "classifier": (17000, 32, 2e-3),
     "base": (10000, 32, 2e-3),
     "unregularised": (600, 16, 3e-3),
     "loras": (600, 16, 3e-3),

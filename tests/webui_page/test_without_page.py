@@ -137,7 +137,14 @@ OF_0_2 = {
 }
 OF_0_3 = {**OF_0_2, "top_k": 2, "method": "relative"}
 OF_0_4 = {**OF_0_3, "find_styles": True}
-DEFAULTS = {"0.2.0": OF_0_2, "0.3.0": OF_0_3, "0.4.0": OF_0_4, "0.4.1": OF_0_4, "0.5.0": OF_0_4}
+DEFAULTS = {
+    "0.2.0": OF_0_2,
+    "0.3.0": OF_0_3,
+    "0.4.0": OF_0_4,
+    "0.4.1": OF_0_4,
+    "0.5.0": OF_0_4,
+    "0.5.1": OF_0_4,
+}
 """By version. Where one changes, the version must, and the knob's `former` must say what it was."""
 
 
