@@ -26,12 +26,13 @@ class Sampler:
 
         scheduler = getattr(diffusers, self.scheduler)
         options = {**schedule, **self.options}
-        strange = options.keys() - inspect.signature(scheduler.__init__).parameters.keys()
-        if any(options[name] for name in strange):
+        known = inspect.signature(scheduler).parameters
+        lacking = [name for name, value in options.items() if value and name not in known]
+        if lacking:
             raise LoratorioError(
-                f"{self.label} has no schedule like this model's ({', '.join(sorted(strange))}). Choose another sampler."
+                f"{self.label} has no schedule like this model's ({', '.join(lacking)}). Choose another sampler."
             )
-        return scheduler(**{name: value for name, value in options.items() if name not in strange})
+        return scheduler(**{name: value for name, value in options.items() if name in known})
 
 
 SAMPLERS: dict[str, Sampler] = {
