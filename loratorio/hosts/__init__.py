@@ -30,7 +30,7 @@ def forget() -> None:
     if files is not None:
         files.FILES.forget()
     if text is not None:
-        text.forget_texts()
+        text.TEXTS.forget()
 
 
 def sum_of_tags() -> str:

@@ -1353,6 +1353,29 @@ def test_kept_files_have_a_limit() -> None:
     assert read[4:] == ["a", "d", "a", "d"]
 
 
+def test_texts_are_kept_for_the_four_latest_passes() -> None:
+    from loratorio.hosts.shared.text import KeptTexts
+
+    class Pass:
+        pass
+
+    kept, first, hires = KeptTexts(), Pass(), Pass()
+    many = [(number, ()) for number in range(200)]
+    for state in many:
+        kept.of(first, state)["what"] = [state]
+    kept.of(hires, "hires")["what"] = ["hires"]
+    # The next job's passes find all of it again, however much it is.
+    again, later = Pass(), Pass()
+    assert all(kept.of(again, state)["what"] == [state] for state in many[:100])
+    assert kept.of(later, "hires")["what"] == ["hires"]
+    # By the fifth pass, what the first alone has used is gone; what two passes used is not.
+    fifth = Pass()
+    assert kept.of(fifth, many[150]) == {}
+    assert kept.of(fifth, many[0])["what"] == [many[0]]
+    kept.forget()
+    assert kept.of(fifth, many[0]) == {}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_text_is_encoded_once_for_all_batches(
     standin: Any, webui: Any, monkeypatch: Any, share: float

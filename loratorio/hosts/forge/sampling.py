@@ -18,7 +18,7 @@ from ...sampling.step import Step
 from ..shared.enclosure import enclose
 from ..shared.pass_loras import REFINER_WITHOUT, PassLoras, ReadLora
 from ..shared.sampling_pass import BYPASSED, SamplingPass
-from ..shared.text import TextConditioning, forget_texts
+from ..shared.text import TEXTS, TextConditioning
 from .conditioning import conditioning_under, forget_conditioning
 from .loras import layers_of
 from .rows import MARK, Call, ForgeRows
@@ -107,7 +107,7 @@ class ForgePass(SamplingPass):
         self._functions = variant.sampling()
         self._replaced = [lora.name for lora in self.loras if lora.was_replaced]
         if self._replaced:
-            forget_texts()
+            TEXTS.forget()
         self._texts = self._text_conditioning()
         self._unet = self._without_loras()
         self._evaluation: ForgeEvaluation | None = None

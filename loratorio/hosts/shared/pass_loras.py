@@ -20,7 +20,7 @@ from ...prompt.admission import ActiveLora, Admitted, LeftOut, UnreadableLora, a
 from ...prompt.roles import TaggedLora
 from .other_extensions import SAMPLE_PARTS, SAMPLE_TILES, chosen_script, known_options, takes_maps
 from .tags import WrittenTags
-from .text import TextCache, text_cache
+from .text import TEXTS, TextCache
 
 NO_LORA = "LoRAtorio composed nothing: the prompt names no LoRA. The picture is the WebUI's own."
 
@@ -208,7 +208,7 @@ class PassLoras(ABC):
     def text_cache(self, acting: Sequence[tuple[ActiveLora, float]], words: Words) -> TextCache:
         """The conditioning that is kept of a text encoder that these LoRAs act on, each at a part of its strength."""
         state = tuple((self.text_identity(lora), lora.text * part) for lora, part in acting if part)
-        return text_cache((self.model_identity(), state, words))
+        return TEXTS.of(self, (self.model_identity(), state, words))
 
     def on_refiner(self, active: Sequence[ActiveLora], before: Sequence[ReadLora]) -> tuple[ReadLora, ...]:
         """The pass's LoRAs on the refiner that was loaded, with a note about those that do not match it."""

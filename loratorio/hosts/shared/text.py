@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,24 +16,34 @@ from ...prompt.own_words import with_words
 TextCache = dict[Any, list[Any]]
 """Conditioning made by one state of the text encoder, in the form of the WebUI's caches: what it was made for, and what it is."""
 
-KEPT = 64
-"""The most states of the text encoder whose conditioning is kept, for other batches and for the next job: what six LoRAs need, each of
-which may turn out to be a style. About 80 MB with SDXL."""
-
-_CACHES: dict[Hashable, TextCache] = {}
+PASSES = 4
+"""Conditioning is kept that one of this many latest passes used: a job's with hires fix or a refiner, and the next job's."""
 
 
-def text_cache(state: Hashable) -> TextCache:
-    """What is kept of a state of the text encoder: the model, the LoRAs that act on it, and the words that prompts are read with."""
-    found = _CACHES[state] = _CACHES.pop(state, {})
-    while len(_CACHES) > KEPT:
-        del _CACHES[next(iter(_CACHES))]
-    return found
+class KeptTexts:
+    """Conditioning by state of the text encoder: the model, the LoRAs that act on it, and the words that prompts are read with."""
+
+    def __init__(self) -> None:
+        self._caches: dict[Hashable, TextCache] = {}
+        self._used: deque[tuple[weakref.ref[Any], set[Hashable]]] = deque(maxlen=PASSES)
+
+    def of(self, user: Any, state: Hashable) -> TextCache:
+        """What is kept of a state. user: the pass that asks."""
+        if not self._used or self._used[-1][0]() is not user:
+            self._used.append((weakref.ref(user), set()))
+            kept = set[Hashable]().union(*(states for _, states in self._used))
+            self._caches = {known: made for known, made in self._caches.items() if known in kept}
+        self._used[-1][1].add(state)
+        return self._caches.setdefault(state, {})
+
+    def forget(self) -> None:
+        """Free all of it."""
+        self._caches.clear()
+        self._used.clear()
 
 
-def forget_texts() -> None:
-    """Free all conditioning that is kept."""
-    _CACHES.clear()
+TEXTS = KeptTexts()
+"""What all passes in this process share."""
 
 
 class Prompts:
