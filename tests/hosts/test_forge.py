@@ -1376,6 +1376,29 @@ def test_texts_are_kept_for_the_four_latest_passes() -> None:
     assert kept.of(fifth, many[0]) == {}
 
 
+def test_texts_of_a_grid_are_kept_from_row_to_row() -> None:
+    """Twelve cells in a row, each a pass with states of its own; the next row has the same ones."""
+    from loratorio.hosts.shared.text import KeptTexts
+
+    class Pass:
+        pass
+
+    kept = KeptTexts()
+    rows: list[list[bool]] = []
+    for _ in range(3):
+        known = []
+        for cell in range(12):
+            user = Pass()
+            for state in range(5):
+                text = kept.of(user, (cell, state))
+                known.append("what" in text)
+                text["what"] = [state]
+        rows.append(known)
+    assert not any(rows[0])
+    assert all(rows[1])
+    assert all(rows[2])
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_text_is_encoded_once_for_all_batches(
     standin: Any, webui: Any, monkeypatch: Any, share: float

@@ -16,8 +16,10 @@ from ...prompt.own_words import with_words
 TextCache = dict[Any, list[Any]]
 """Conditioning made by one state of the text encoder, in the form of the WebUI's caches: what it was made for, and what it is."""
 
+KEPT = 64
+"""States of the text encoder whose conditioning is kept, the latest used ones: a grid goes back to them. About 80 MB with SDXL."""
 PASSES = 4
-"""Conditioning is kept that one of this many latest passes used: a job's with hires fix or a refiner, and the next job's."""
+"""All states that one of so many latest passes used are kept, however many: a job's with hires fix or a refiner, and the next job's."""
 
 
 class KeptTexts:
@@ -31,10 +33,13 @@ class KeptTexts:
         """What is kept of a state. user: the pass that asks."""
         if not self._used or self._used[-1][0]() is not user:
             self._used.append((weakref.ref(user), set()))
-            kept = set[Hashable]().union(*(states for _, states in self._used))
-            self._caches = {known: made for known, made in self._caches.items() if known in kept}
+            needed = set[Hashable]().union(*(states for _, states in self._used))
+            # The oldest come first, and what the latest passes used last.
+            for old in list(self._caches)[: -max(KEPT, len(needed))]:
+                del self._caches[old]
         self._used[-1][1].add(state)
-        return self._caches.setdefault(state, {})
+        found = self._caches[state] = self._caches.pop(state, {})
+        return found
 
     def forget(self) -> None:
         """Free all of it."""
