@@ -81,7 +81,7 @@ def layout(
         divergence: `relative_to_mean` of each LoRA, the mean over the first evaluations, (N, H, W) float64 on the processor.
         area: as there, (H, W) float64.
         region: the part of the picture that these H×W latent pixels show.
-        towards: for each LoRA where the prompt wants it, (x, y) in parts of the picture, or None.
+        towards: for each LoRA where the prompt wants it, (x, y) in parts of the picture and perhaps outside of it, or None.
     """
     count, height, width = divergence.shape
     mass = (divergence.mean(dim=0) - 1).clamp_min(0) * area
@@ -196,8 +196,9 @@ def _order(
     row = {cell: place for place, cell in enumerate(sorted(range(count), key=lambda cell: middles[cell]))}
 
     def against(order: tuple[int, ...]) -> tuple[float, int, float]:
+        # Squared: of two on the same side, the one that is wanted farther out stands there.
         asked = sum(
-            math.dist(middles[cell], wish)
+            math.dist(middles[cell], wish) ** 2
             for cell, wish in zip(order, towards, strict=True)
             if wish is not None
         )

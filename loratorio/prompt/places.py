@@ -67,8 +67,9 @@ def written(place: Place) -> str:
 
 _SIDES = {
     "left": (0.0, None), "right": (1.0, None), "top": (None, 0.0), "upper": (None, 0.0), "bottom": (None, 1.0), "lower": (None, 1.0),
-    "middle": (0.5, 0.5), "centre": (0.5, 0.5), "center": (0.5, 0.5),
+    "middle": (0.5, 0.5), "centre": (0.5, 0.5), "center": (0.5, 0.5), "far left": (-0.5, None), "far right": (1.5, None),
 }  # fmt: skip
+"""Points that words name, in parts of the picture; outside of it, so that one on the left stands between."""
 _SIDE = re.compile(rf"(?<!\w)({'|'.join(_SIDES)})(?!\w)", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,.;\n|]|(?<!\w)(?:and|BREAK)(?!\w)", re.IGNORECASE)
 
@@ -76,7 +77,7 @@ _CLAUSE = re.compile(r"[,.;\n|]|(?<!\w)(?:and|BREAK)(?!\w)", re.IGNORECASE)
 def wishes(
     prompt: str, words: Sequence[Sequence[str]], own: Sequence[str]
 ) -> list[tuple[float, float] | None]:
-    """For each LoRA where the prompt wants it, (x, y) in parts of the picture; None if it does not say.
+    """For each LoRA where the prompt wants it, (x, y) in parts of the picture and perhaps outside of it; None if it does not say.
 
     A word such as *left* counts for the trigger word before it in the same part of a sentence, or else for the one after it.
 

@@ -187,6 +187,12 @@ def test_where_both_fit_alike_words_decide_and_then_the_prompts_order() -> None:
     assert found(both, towards=[(1.0, 0.5), None]).boxes == (right, left)
     assert found(both, towards=[None, (0.0, 0.5)]).boxes == (right, left)
     assert found(both, towards=[(1.0, 0.5), (1.0, 0.5)]).boxes == (left, right)
+    # Four, in another order than they stand: farther out on the same side is farther out.
+    alike = figures([3.0, 9.0, 15.0, 21.0], [0, 1, 2, 3], clear=0.0)
+    alike[:] = alike[0].clone()
+    wanted = [(0.0, 0.5), (1.5, 0.5), (-0.5, 0.5), (1.0, 0.5)]
+    edges = [box.x0 for box in found(alike, towards=wanted).boxes]
+    assert sorted(range(4), key=lambda number: edges[number]) == [2, 0, 3, 1]
     # LoRAs that differ clearly are where they are.
     clear = figures([6.0, 17.0], [1, 0], clear=9.0)
     assert found(clear, towards=[(0.0, 0.5), (1.0, 0.5)]).boxes[0].x0 > 0

@@ -244,6 +244,8 @@ def test_what_cannot_be_sought_is_a_sentence() -> None:
         ("Alice to the right of bob", ["", ""], [(1, 0.5), None]),
         ("on the right alice and bob in the middle", ["", ""], [(1, 0.5), (0.5, 0.5)]),
         ("top left alice; bob at the bottom", ["", ""], [(0, 0), (0.5, 1)]),
+        ("alice on the left, bob on the Far Left", ["", ""], [(0, 0.5), (-0.5, 0.5)]),
+        ("far right alice, bob at the bottom far left", ["", ""], [(1.5, 0.5), (-0.5, 1)]),
         ("alice and bob, left-handed people", ["", ""], [None, None]),
         ("malice left, copyright bob", ["", ""], [None, None]),
         ("two friends", ["alice at the right", ""], [(1, 0.5), None]),
