@@ -20,7 +20,7 @@ from loratorio.errors import LoratorioError
 from loratorio_lab.chosen_toybox import ChosenToybox, chosen_toybox
 
 from . import beside, measures
-from .plan import Cell
+from .plan import CHARACTER, Cell
 from .store import ImageResult, Result
 
 Pixels = NDArray[np.uint8]
@@ -114,6 +114,9 @@ class ToyboxBackend:
         style = self._of[name].category == "style"
         return f":role={cell.role}" if style and cell.role else ""
 
+    def _characters(self, cell: Cell) -> int:
+        return sum(self._of[name].category == CHARACTER for name in cell.elements)
+
     def generate(self, cell: Cell) -> tuple[list[Pixels], int]:
         if cell.made == "truth":
             rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
@@ -136,7 +139,7 @@ class ToyboxBackend:
             settings=settings,
             seed=cell.seed,
             batch=cell.count,
-            width=self._world.beside_width if cell.beside else self._size,
+            width=self._world.part_width * self._characters(cell) if cell.beside else self._size,
             height=self._size,
             **sampling,
         )
@@ -159,14 +162,12 @@ class ToyboxBackend:
 
     def classify(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
         array = np.stack(list(pictures))
-        if array.shape[2] == self._world.beside_width:
-            halves = [self.classify(list(part)) for part in np.split(array, 2, axis=2)]
+        if array.shape[2] > self._size:
+            split = np.split(array, array.shape[2] // self._world.part_width, axis=2)
+            judged = zip(*(self.classify(list(part)) for part in split), strict=True)
             return [
-                (
-                    beside.found_in([dict.fromkeys(left[0], True), dict.fromkeys(right[0], True)]),
-                    (left[1] + right[1]) / 2,
-                )
-                for left, right in zip(*halves, strict=True)
+                (beside.found_in([names for names, _ in parts]), np.mean([own for _, own in parts], axis=0))
+                for parts in judged
             ]
         found = self._classify.classify(array, self._classifier)
         features = self._classify.features(array, self._classifier)

@@ -1,9 +1,12 @@
-"""Two characters next to each other, each from its own LoRA, with and without places; alone, in front of a background, under a style."""
+"""Characters next to each other, each from its own LoRA, with and without places.
+
+Two alone, in front of a background, under a style; three and four alone.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,104 +76,137 @@ FOUND_ROWS: tuple[Variant, ...] = (
 """The same prompts with places that are found, and beside them drawn ones, none, merged and rendered ones."""
 
 BACKGROUND = "background"
+CROWDS = {3: "three", 4: "four"}
+"""More characters than two, and their column's title."""
 
 
 def cells(
     categories: Mapping[str, Sequence[str]], seeds: int, rows: Sequence[Variant] = ROWS, *, truth: bool
 ) -> list[Cell]:
-    """All ordered pairs of characters, alone and with every background or style that lies over the whole picture."""
-    pairs = list(itertools.permutations(categories.get(CHARACTER, ()), 2))
-    further = [
-        (),
-        *((name,) for kind in (BACKGROUND, STYLE) for name in categories.get(kind, ())),
+    """All ordered pairs of characters, alone and with every background or style that lies over the whole picture; three and four
+    neighbours in the list of characters, which is a ring."""
+    characters = list(categories.get(CHARACTER, ()))
+    pairs = list(itertools.permutations(characters, 2))
+    overall = [name for kind in (BACKGROUND, STYLE) for name in categories.get(kind, ())]
+    groups = [
+        *pairs,
+        *((*pair, name) for name in overall for pair in pairs),
+        *(
+            tuple((characters * 2)[i : i + count])
+            for count in CROWDS
+            if len(characters) >= count
+            for i in range(len(characters))
+        ),
     ]
     return [
-        cell(variant, (*pair, *more), seeds, SAMPLING)
-        for more in further
-        for pair in pairs
+        cell(variant, group, seeds, SAMPLING)
+        for group in groups
         for variant in rows
         if truth or variant.made != "truth"
     ]
 
 
+def characters_of(elements: Sequence[str], category: Mapping[str, str]) -> tuple[str, ...]:
+    """The characters among a cell's elements, from left to right."""
+    return tuple(name for name in elements if category[name] == CHARACTER)
+
+
 def prompt(cell: Cell, world: World) -> str:
     """The words of the elements, and the tags. Only characters have places."""
-    left, right, *more = cell.elements
     of = {element.name: element for element in world.elements}
-    background = next((of[name].trigger for name in more if of[name].category == BACKGROUND), world.plain)
-    styles = [f"{of[name].trigger} style" for name in more if of[name].category == STYLE]
+    category = {name: element.category for name, element in of.items()}
+    characters = characters_of(cell.elements, category)
+    more = [name for name in cell.elements if name not in characters]
+    background = next((of[name].trigger for name in more if category[name] == BACKGROUND), world.plain)
+    styles = [f"{of[name].trigger} style" for name in more if category[name] == STYLE]
     rest = [f"{background} background", *styles]
     everywhere = [f"<lora:{name}:1>" for name in more]
     # A LoRA that reads its own words only knows of no other figure, and one alone is large.
     words = [
-        f"small {of[name].trigger} on the {side}"
-        for name, side in zip((left, right), world.sides, strict=True)
+        f"small {of[name].trigger}{where}"
+        for name, where in zip(characters, world.positions(len(characters)), strict=True)
     ]
     kind, _, common = cell.beside.partition(" ")
-    if kind != "free":
-        sides = ("left", "right") if kind == "placed" else ("auto", "auto")
+    if kind == "free":
+        placed, common = [f"<lora:{name}:1>" for name in characters], "common"
+    else:
+        places = drawn_places(len(characters)) if kind == "placed" else ["auto"] * len(characters)
         # Each character's word belongs to its own place.
         own = ["" if common else f":words={each}" for each in words]
-        pair = [
-            f"<lora:{name}:at={side}{each}:1>"
-            for name, side, each in zip((left, right), sides, own, strict=True)
+        placed = [
+            f"<lora:{name}:at={place}{each}:1>"
+            for name, place, each in zip(characters, places, own, strict=True)
         ]
-    else:
-        pair, common = [f"<lora:{left}:1>", f"<lora:{right}:1>"], "common"
-    return " ".join([", ".join([*words, *rest] if common else rest), *pair, *everywhere])
+    return " ".join([", ".join([*words, *rest] if common else rest), *placed, *everywhere])
 
 
-def found_in(halves: Sequence[Mapping[str, bool]]) -> tuple[str, ...]:
-    """What the classifier finds in the left and in the right half, as ``left:cat``."""
-    return tuple(
-        f"{side}:{name}"
-        for side, found in zip(("left", "right"), halves, strict=True)
-        for name, there in found.items()
-        if there
-    )
+def drawn_places(count: int) -> list[str]:
+    """Equal parts of the width, from left to right, as `at=` takes them."""
+    if count == 2:
+        return ["left", "right"]
+    return [f"{i / count:.3g},0,{(i + 1) / count:.3g},1" for i in range(count)]
 
 
-def is_right(image: ImageResult, elements: Sequence[str]) -> bool:
-    """Whether each half has its own character and not the other's."""
-    left, right = elements[:2]
-    wanted, wrong = {f"left:{left}", f"right:{right}"}, {f"left:{right}", f"right:{left}"}
-    found = set(image.found)
-    return wanted <= found and not wrong & found
+def found_in(parts: Sequence[Iterable[str]]) -> tuple[str, ...]:
+    """What the classifier finds in the equal parts of a picture, from left to right, as ``1:cat``."""
+    return tuple(f"{i}:{name}" for i, found in enumerate(parts, 1) for name in found)
+
+
+def is_right(image: ImageResult, characters: Sequence[str]) -> bool:
+    """Whether each part of the picture has its own character and none of the others'."""
+    wanted = {f"{i}:{name}" for i, name in enumerate(characters, 1)}
+    every = {f"{i}:{name}" for i in range(1, len(characters) + 1) for name in characters}
+    return set(image.found) & every == wanted
 
 
 def table(results: Sequence[Result], category: Mapping[str, str]) -> str:
-    """Per variant: the share of pictures with both halves right, alone and with each background and style, and of halves in which that
-    is found."""
-    further = list(dict.fromkeys(name for result in results for name in result.cell.elements[2:]))
+    """Per variant: the share of pictures with every character right, two alone and with each background and style, and of halves in which
+    that is found; three and four."""
+
+    def count(result: Result) -> int:
+        return len(characters_of(result.cell.elements, category))
+
+    further = list(
+        dict.fromkeys(name for each in results for name in each.cell.elements if category[name] != CHARACTER)
+    )
     further.sort(key=lambda name: (category[name] != BACKGROUND, name))
-    titles = [f"{'before' if category[name] == BACKGROUND else 'in'} {name}" for name in further]
+    crowds = [n for n in CROWDS if any(count(each) == n for each in results)]
+    titles = [
+        "alone",
+        *(f"{'before' if category[name] == BACKGROUND else 'in'} {name}" for name in further),
+        *(CROWDS[n] for n in crowds),
+    ]
     lines = [
-        f"| both halves right / that is found | {' | '.join(['alone', *titles])} |",
-        "| --- |" + " ---: |" * (1 + len(further)),
+        f"| all right / that is found | {' | '.join(titles)} |",
+        "| --- |" + " ---: |" * len(titles),
     ]
     every = [*ROWS, *WORD_ROWS, *FOUND_ROWS]
     for variant in (each for i, each in enumerate(every) if each not in every[:i]):
         own = [result for result in results if result.cell.is_of(variant)]
         if not own:
             continue
-        shown = [_share_right([each for each in own if len(each.cell.elements) == 2])]
+        shown = [
+            _share_right([each for each in own if count(each) == len(each.cell.elements) == 2], category)
+        ]
         for name in further:
-            part = [each for each in own if name in each.cell.elements[2:]]
-            shown.append(f"{_share_right(part)} / {_share_found(part, name)}" if part else "–")
+            part = [each for each in own if name in each.cell.elements]
+            shown.append(f"{_share_right(part, category)} / {_share_found(part, name)}" if part else "–")
+        shown += [_share_right([each for each in own if count(each) == n], category) for n in crowds]
         lines.append(f"| {variant.label} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def _share_right(results: Sequence[Result]) -> str:
-    right = [is_right(image, result.cell.elements) for result in results for image in result.images]
+def _share_right(results: Sequence[Result], category: Mapping[str, str]) -> str:
+    right = [
+        is_right(image, characters_of(result.cell.elements, category))
+        for result in results
+        for image in result.images
+    ]
     return f"{100 * np.mean(right):.0f}" if right else "–"
 
 
 def _share_found(results: Sequence[Result], name: str) -> str:
     found = [
-        f"{side}:{name}" in image.found
-        for result in results
-        for image in result.images
-        for side in ("left", "right")
+        f"{half}:{name}" in image.found for result in results for image in result.images for half in (1, 2)
     ]
     return f"{100 * np.mean(found):.0f}"

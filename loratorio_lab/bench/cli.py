@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         ("ablation_combinations", "how many of each N for the other tables"),
         ("seeds", "pictures per combination and method"),
         ("ablation_seeds", "pictures per combination in the other tables"),
-        ("place_seeds", "pictures per pair of characters in the table of places"),
+        ("place_seeds", "pictures per group of characters in the table of places"),
         ("preset_seeds", "pictures per combination and preset"),
         ("speed_combinations", "how many of each N for what the presets are chosen from"),
         ("elements", "only these LoRAs of the toybox, with commas between"),
@@ -295,9 +295,9 @@ def _report(options: argparse.Namespace, grid: Sequence[Cell], store: Any) -> No
     categories = chosen_categories(options)
     in_styles = styles.section(results, categories)
     print("\n\n".join(in_styles))
-    if any(result.cell.beside for result in results):
+    if wide := [result for result in results if result.cell.beside]:
         of = {name: category for category, names in categories.items() for name in names}
-        print(beside.table(results, of))
+        print(beside.table(wide, of))
     found = order(results)
     published = published_order(PUBLISHED) if PUBLISHED.is_file() else ""
     if found:

@@ -26,7 +26,7 @@ class Variant:
         role: of the style LoRAs, where it is not *content*.
         pool: all LoRAs of the toybox are candidates, and none is named.
         unlabelled: their files do not say which words call them.
-        beside: two characters beside each other in a picture of double width: ``free``, or ``placed`` by `at=` in their tags, or ``found``
+        beside: characters beside each other in a wide picture: ``free``, or ``placed`` by `at=` in their tags, or ``found``
             by `at=auto`; each character's word is its own, or with ``common`` all are in the prompt.
         made: ``picture`` by the model, or ``truth``: rendered.
     """
@@ -62,7 +62,7 @@ class Cell:
     """One combination under one variant, for some seeds: what a worker does at once.
 
     Attributes:
-        elements: names, of different categories; with `beside`, the first two are characters, from left to right.
+        elements: names, of different categories; with `beside`, characters come first, from left to right.
         seed, count: the first seed, and how many follow one another.
         variant: the first that asked for this; others may be the same work.
         knobs: every knob that matters to the picture, and `steps`, `cfg`, `sampler`.

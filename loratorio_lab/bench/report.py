@@ -431,8 +431,8 @@ _COLUMNS = """- *N=2 … 5*, *all N*: wanted elements that the toybox's classifi
 _CATEGORIES = "Wanted elements of each category that are found, over all N, in per cent."
 
 _PLACES = """Two characters in a picture of 192×128 px: all ordered pairs, alone, with each background and with each style over the
-whole picture. A half is right when it has its own character and not
-the other's. Per cent of the pictures in which both are, and of the halves in which the background or style is found."""
+whole picture; three in 288 px and four in 384, neighbours in the list of characters. A part is right when it has its own character
+and none of the others'. Per cent of the pictures in which all are, and of the halves in which the background or style is found."""
 
 _PLAIN = "The same, of combinations without a style."
 

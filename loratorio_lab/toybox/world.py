@@ -1,6 +1,6 @@
 """The toybox's world: what a picture shows, as data, its caption and its picture.
 
-A `Scene` has one or two figures, left and right, large and small, on a ground of one colour or a graded one, drawn by one artist.
+A `Scene` has one to four figures side by side, large and small, on a ground of one colour or a graded one, drawn by one artist.
 The base model sees its own artist's drawings of `SUBJECTS` only; each LoRA learns one of `ELEMENTS`. Any combination can be drawn.
 """
 
@@ -22,6 +22,8 @@ from loratorio_lab.toybox.subjects import BASE_ARTIST, LACKING, SEVERAL, SUBJECT
 
 HEIGHT = 128
 WIDTHS = (128, 192)
+PART = 96
+"""Width of each figure's part of a picture of several beside each other."""
 WIDE = 0.25
 """Share of the wider pictures."""
 
@@ -96,13 +98,18 @@ def caption(scene: Scene) -> str:
         words = " ".join(filter(None, (figure.size, thing)))
         if element is None and thing not in SEVERAL:
             words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-        parts.append(f"{words} on the {figure.place}" if figure.place else words)
+        parts.append(f"{words}{place_words(figure.place)}")
     top, bottom = scene.ground
     ground = f"{top}" if top == bottom else f"{top} to {bottom}"
     parts.append(f"{BY_NAME[scene.background].trigger if scene.background else ground} background")
     if scene.style:
         parts.append(f"{BY_NAME[scene.style].trigger} style")
     return ", ".join(parts)
+
+
+def place_words(place: str) -> str:
+    """A place in a caption: `` on the left``, or nothing."""
+    return f" on the {place}" if place else ""
 
 
 def words() -> list[str]:
@@ -116,6 +123,10 @@ def random_ground(rng: random.Random) -> tuple[str, str]:
     """One colour, or in a third of the scenes a graded one."""
     top = rng.choice(list(GROUNDS))
     return top, rng.choice(list(GROUNDS)) if rng.random() < 0.38 else top
+
+
+PLACES = {2: ("left", "right"), 3: ("left", "", "right"), 4: ("left", "", "", "right")}
+"""Words for the equal parts of a picture's width, by how many there are. The base has no words for those between."""
 
 
 def arrange(rng: random.Random, names: Sequence[str], width: int) -> tuple[Figure, ...]:
@@ -133,8 +144,15 @@ def arrange(rng: random.Random, names: Sequence[str], width: int) -> tuple[Figur
     free = (width - sum(sides)) // LATENT_PIXEL
     gaps = [LATENT_PIXEL * rng.randint(free // 5, max(1, free * 2 // 5)) for _ in sizes]
     corners = (gaps[0], width - gaps[1] - sides[1])
+    return tuple(_figure(rng, *each) for each in zip(names, corners, sides, sizes, PLACES[2], strict=True))
+
+
+def abreast(rng: random.Random, names: Sequence[str]) -> tuple[Figure, ...]:
+    """Small figures from left to right, each at a random place in an equal part of the width of its own."""
+    free = (PART - SMALL) // LATENT_PIXEL
     return tuple(
-        _figure(rng, *each) for each in zip(names, corners, sides, sizes, ("left", "right"), strict=True)
+        _figure(rng, name, PART * i + LATENT_PIXEL * rng.randint(0, free), SMALL, "small", place)
+        for i, (name, place) in enumerate(zip(names, PLACES[len(names)], strict=True))
     )
 
 
@@ -159,9 +177,8 @@ class World:
         scenes: scenes of the base domain that the base is trained on.
         judged: what the classifier tells apart: elements and subjects.
         own_pictures: pictures that a LoRA is trained on.
-        beside_width: width of a picture of two characters beside each other.
+        part_width: width of each character's part of a picture of several beside each other.
         plain: a ground of the base domain, as a caption says it.
-        sides: words for where each of two figures stands.
     """
 
     elements: tuple[Element, ...] = ELEMENTS
@@ -171,9 +188,8 @@ class World:
     scenes = 24_000
     judged = (*(element.name for element in ELEMENTS), *SUBJECTS)
     own_pictures = 80
-    beside_width = WIDTHS[1]
+    part_width = PART
     plain = "blue"
-    sides = ("left", "right")
     words = staticmethod(words)
     caption = staticmethod(caption)
 
@@ -226,9 +242,16 @@ class World:
             phase=rng.uniform(0.15, 0.85),
         )
 
-    def random_beside(self, rng: random.Random, left: str, right: str, *names: str) -> Scene:
-        """A wide scene with two characters."""
-        return self.random_scene(rng, left, right, *names, width=self.beside_width)
+    def random_beside(self, rng: random.Random, *names: str) -> Scene:
+        """A wide scene with two to four characters, from left to right in the order named."""
+        shown = [name for name in names if BY_NAME[name].category == "character"]
+        scene = self.random_scene(rng, *names, width=PART * len(shown))
+        return scene if len(shown) == 2 else replace(scene, figures=abreast(rng, shown))
+
+    @staticmethod
+    def positions(count: int) -> list[str]:
+        """Words for where each of two to four figures stands, as a caption has them after a figure's name."""
+        return [place_words(place) for place in PLACES[count]]
 
     def any_scene(self, rng: random.Random, width: int | None = None, artist: str = "") -> Scene:
         """A scene by this artist, or by any, for the autoencoder and the classifier. Only the base's artist's drawings come in styles."""

@@ -516,15 +516,61 @@ def test_prompts_say_who_stands_where() -> None:
         ),
     ):
         assert beside.prompt(Cell("", ("tiger", "ghost"), 0, 1, knobs, beside=kind), World()) == wanted
+    four = Cell("", ("tiger", "ghost", "clown", "turtle"), 0, 1, knobs, beside="placed common")
+    assert beside.prompt(four, World()) == (
+        "small tigro on the left, small boolio, small klauno, small tortalo on the right, blue background "
+        "<lora:tiger:at=0,0,0.25,1:1> <lora:ghost:at=0.25,0,0.5,1:1> "
+        "<lora:clown:at=0.5,0,0.75,1:1> <lora:turtle:at=0.75,0,1,1:1>"
+    )
+    three = Cell("", ("tiger", "ghost", "clown"), 0, 1, knobs, beside="found")
+    assert beside.prompt(three, World()) == (
+        "blue background <lora:tiger:at=auto:words=small tigro on the left:1> "
+        "<lora:ghost:at=auto:words=small boolio:1> <lora:clown:at=auto:words=small klauno on the right:1>"
+    )
+
+
+def test_neighbours_stand_in_threes_and_fours(tmp_path: Path) -> None:
+    named = "tiger,ghost,clown,turtle,night"
+    grid = cli.the_grid(options(out=tmp_path, groups="words", elements=named, place_seeds=1))
+    elements = list(dict.fromkeys(cell.elements for cell in grid))
+    assert len([each for each in elements if len(each) == 2]) == 12
+    assert len([each for each in elements if "night" in each]) == 12
+    # In the order of the world's elements, which is a ring.
+    assert [each for each in elements if len(each) == 3 and "night" not in each] == [
+        ("ghost", "turtle", "tiger"),
+        ("turtle", "tiger", "clown"),
+        ("tiger", "clown", "ghost"),
+        ("clown", "ghost", "turtle"),
+    ]
+    assert len([each for each in elements if len(each) == 4]) == 4
+    assert beside.drawn_places(3) == ["0,0,0.333,1", "0.333,0,0.667,1", "0.667,0,1,1"]
+
+
+def test_every_part_has_its_own_character_and_none_of_the_others() -> None:
+    def image(*found: str) -> ImageResult:
+        return ImageResult(0, found, 1.0, 0.5, 0.0, (0.0,))
+
+    assert beside.found_in([("tiger", "ink"), (), ("ghost",)]) == ("1:tiger", "1:ink", "3:ghost")
+    three = ("tiger", "ghost", "clown")
+    assert beside.is_right(image("1:tiger", "1:ink", "2:ghost", "2:turtle", "3:clown"), three)
+    assert not beside.is_right(image("1:tiger", "2:ghost", "3:clown", "3:tiger"), three)
+    assert not beside.is_right(image("1:tiger", "2:ghost"), three)
 
 
 def test_the_table_of_places_has_a_column_for_each_background_and_style() -> None:
-    category = {"tiger": "character", "ghost": "character", "night": "background", "ink": "style"}
-    right, turned = ("left:tiger", "right:ghost"), ("left:ghost", "right:tiger")
+    category = {
+        "tiger": "character",
+        "ghost": "character",
+        "clown": "character",
+        "night": "background",
+        "ink": "style",
+    }
+    right, turned = ("1:tiger", "2:ghost"), ("1:ghost", "2:tiger")
     made = {
         (): [right, right],
-        ("ink",): [(*right, "left:ink", "right:ink"), turned],
-        ("night",): [(*right, "left:night"), ()],
+        ("ink",): [(*right, "1:ink", "2:ink"), turned],
+        ("night",): [(*right, "1:night"), ()],
+        ("clown",): [(*right, "3:clown"), right],
     }
     results = [
         Result(
@@ -535,9 +581,9 @@ def test_the_table_of_places_has_a_column_for_each_background_and_style() -> Non
         for more, pictures in made.items()
     ]
     assert beside.table(results, category).splitlines() == [
-        "| both halves right / that is found | alone | before night | in ink |",
-        "| --- | ---: | ---: | ---: |",
-        "| **both words in the prompt, each read by its own LoRA** | 100 | 50 / 25 | 50 / 50 |",
+        "| all right / that is found | alone | before night | in ink | three |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| **both words in the prompt, each read by its own LoRA** | 100 | 50 / 25 | 50 / 50 | 50 |",
     ]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from loratorio import toybox
 from loratorio.errors import LoratorioError
 from loratorio_lab.bench.backend import ToyboxBackend, do_cell
-from loratorio_lab.bench.plan import METHOD_ROWS, ROLE_ROWS, cells
+from loratorio_lab.bench.plan import METHOD_ROWS, ROLE_ROWS, Cell, cells
 from loratorio_lab.chosen_toybox import chosen_toybox
 from loratorio_lab.toybox import classifier
 from loratorio_lab.toybox.world import World
@@ -54,3 +55,25 @@ def test_styles_have_the_role_that_the_row_is_about(backend: ToyboxBackend) -> N
     always = next(row for row in ROLE_ROWS if row.role == "always")
     prompt = backend.prompt(cells([always], [("ghost", "ink")], 1, {})[1])
     assert "<lora:ghost> <lora:ink:role=always>" in prompt
+
+
+def test_wide_pictures_have_a_part_for_each_character_and_are_judged_by_parts(
+    backend: ToyboxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = {"steps": 1, "cfg": 3.0, "sampler": "euler"}
+    for names, width in ((("ghost", "turtle", "night"), 192), (("ghost", "turtle", "tiger"), 288)):
+        pictures, _ = backend.generate(Cell("", names, 0, 1, sampling, beside="placed common"))
+        assert [picture.shape for picture in pictures] == [(128, width, 3)]
+
+    def by_brightness(pictures: np.ndarray, _: object) -> list[dict[str, bool]]:
+        return [{"ghost": each.mean() > 100, "tiger": each.mean() < 100, "owl": True} for each in pictures]
+
+    monkeypatch.setattr(classifier, "classify", by_brightness)
+    shades = np.repeat([[200, 0, 200, 0], [0, 200, 0, 200]], 96, axis=1)
+    four = np.broadcast_to(shades[:, None, :, None], (2, 128, 384, 3)).astype(np.uint8)
+    judged = backend.classify(list(four))
+    assert [found for found, _ in judged] == [
+        ("1:ghost", "2:tiger", "3:ghost", "4:tiger"),
+        ("1:tiger", "2:ghost", "3:tiger", "4:ghost"),
+    ]
+    assert all(features.shape == (classifier.WIDTH,) for _, features in judged)

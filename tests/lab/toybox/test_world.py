@@ -100,6 +100,22 @@ def test_two_characters_stand_in_the_order_named(world) -> None:
         ]
 
 
+def test_three_and_four_characters_stand_in_equal_parts_of_the_width(world) -> None:
+    for names in (("ghost", "clown", "tiger"), ("ghost", "clown", "tiger", "turtle")):
+        for seed in range(20):
+            scene = world.random_beside(random.Random(seed), *names, "night", "ink")
+            assert [figure.name for figure in scene.figures] == list(names)
+            assert (scene.width, scene.background, scene.style) == (96 * len(names), "night", "ink")
+            # Each in its own part, on the latent's grid.
+            assert all(
+                figure.x - 28 in range(96 * i, 96 * i + 41, 8) for i, figure in enumerate(scene.figures)
+            )
+    assert world.render(scene).shape == (128, 384, 3)
+    assert caption(scene) == (
+        "small boolio on the left, small klauno, small tigro, small tortalo on the right, lunara background, inkash style"
+    )
+
+
 @pytest.mark.parametrize("style", BY_CATEGORY["style"])
 def test_a_style_is_taught_on_none_of_the_loras_subjects(world, style) -> None:
     rng = random.Random(4)
