@@ -3,8 +3,8 @@
 LORATORIO_WEBUI_URL     its address, e.g. http://127.0.0.1:7860 (started with --api)
 LORATORIO_WEBUI_LORAS   at least three LoRAs for its checkpoint, comma separated; else the first three it lists
 LORATORIO_WEBUI_WORDS   the words that call them, comma separated, where they do little without
-LORATORIO_WEBUI_CFG     5 by default; the toybox's LoRAs want 2
-LORATORIO_WEBUI_SIZE    side of the pictures in pixels; 64 by default, which is the toybox's
+LORATORIO_WEBUI_CFG     5 by default; the toybox's LoRAs want 3
+LORATORIO_WEBUI_SIZE    side of the pictures in pixels; 64 by default; the toybox is made for 128
 LORATORIO_WEBUI_EXTRA   other checkpoints and their LoRAs: "inpainting=NAME, refiner=NAME, v2=NAME:LORA+LORA, xl=NAME:LORA+LORA,
                         gguf=NAME, other=NAME" (other: one that the LoRAs do not fit)
 """
