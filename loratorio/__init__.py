@@ -3,4 +3,4 @@
 Importing this package imports nothing else, so that a WebUI's start-up pays nothing for it.
 """
 
-__version__ = "0.5.1"
+__version__ = "0.5.2"
