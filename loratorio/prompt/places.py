@@ -69,7 +69,7 @@ _SIDES = {
     "left": (0.0, None), "right": (1.0, None), "top": (None, 0.0), "upper": (None, 0.0), "bottom": (None, 1.0), "lower": (None, 1.0),
     "middle": (0.5, 0.5), "centre": (0.5, 0.5), "center": (0.5, 0.5), "far left": (-0.5, None), "far right": (1.5, None),
 }  # fmt: skip
-"""Points that words name, in parts of the picture; outside of it, so that one on the left stands between."""
+"""Points that words name, in parts of the picture. *Far left* is outside of it: what is on the left stands between."""
 _SIDE = re.compile(rf"(?<!\w)({'|'.join(_SIDES)})(?!\w)", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,.;\n|]|(?<!\w)(?:and|BREAK)(?!\w)", re.IGNORECASE)
 

@@ -20,7 +20,7 @@ from loratorio.errors import LoratorioError
 from loratorio_lab.chosen_toybox import ChosenToybox, chosen_toybox
 
 from . import beside, measures
-from .plan import CHARACTER, Cell
+from .plan import Cell
 from .store import ImageResult, Result
 
 Pixels = NDArray[np.uint8]
@@ -114,9 +114,6 @@ class ToyboxBackend:
         style = self._of[name].category == "style"
         return f":role={cell.role}" if style and cell.role else ""
 
-    def _characters(self, cell: Cell) -> int:
-        return sum(self._of[name].category == CHARACTER for name in cell.elements)
-
     def generate(self, cell: Cell) -> tuple[list[Pixels], int]:
         if cell.made == "truth":
             rng = random.Random(f"truth {'+'.join(cell.elements)} {cell.seed}")
@@ -139,7 +136,7 @@ class ToyboxBackend:
             settings=settings,
             seed=cell.seed,
             batch=cell.count,
-            width=self._world.part_width * self._characters(cell) if cell.beside else self._size,
+            width=beside.width(cell, self._world) if cell.beside else self._size,
             height=self._size,
             **sampling,
         )

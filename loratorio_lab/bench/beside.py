@@ -111,10 +111,19 @@ def characters_of(elements: Sequence[str], category: Mapping[str, str]) -> tuple
     return tuple(name for name in elements if category[name] == CHARACTER)
 
 
+def width(cell: Cell, world: World) -> int:
+    """Of the cell's pictures, in pixels: an equal part for each character."""
+    return world.part_width * len(characters_of(cell.elements, _categories(world)))
+
+
+def _categories(world: World) -> dict[str, str]:
+    return {element.name: element.category for element in world.elements}
+
+
 def prompt(cell: Cell, world: World) -> str:
     """The words of the elements, and the tags. Only characters have places."""
     of = {element.name: element for element in world.elements}
-    category = {name: element.category for name, element in of.items()}
+    category = _categories(world)
     characters = characters_of(cell.elements, category)
     more = [name for name in cell.elements if name not in characters]
     background = next((of[name].trigger for name in more if category[name] == BACKGROUND), world.plain)

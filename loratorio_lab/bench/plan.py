@@ -84,6 +84,9 @@ class Cell:
         """Equal for equal work only: the name of the result's file."""
         work = {name: value for name, value in asdict(self).items() if name != "variant"}
         work = {name: value for name, value in work.items() if name not in ("beside", "unlabelled") or value}
+        if self.beside:
+            # What was judged by left and right half, until 0.5.1, is not taken for judged by numbered parts.
+            work["parts"] = "numbered"
         content = json.dumps(work, sort_keys=True)
         made = self.knobs.get("method", self.made)
         return f"{made}.{'+'.join(self.elements)}.{hashlib.sha256(content.encode()).hexdigest()[:12]}"

@@ -21,9 +21,9 @@ from loratorio_lab.toybox.art import ARTISTS, INK, OUTLINED, PAPER, STYLES, Art,
 from loratorio_lab.toybox.subjects import BASE_ARTIST, LACKING, SEVERAL, SUBJECTS, icon
 
 HEIGHT = 128
-WIDTHS = (128, 192)
 PART = 96
 """Width of each figure's part of a picture of several beside each other."""
+WIDTHS = (128, 2 * PART)
 WIDE = 0.25
 """Share of the wider pictures."""
 
