@@ -33,7 +33,9 @@ class Backend(Protocol):
         """A cell's pictures, (H, W, 3) each, one per seed, and how many model rows were run for them."""
         ...
 
-    def classify(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
+    def classify(
+        self, pictures: Sequence[Pixels], cell: Cell | None = None
+    ) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
         """Per picture the elements that are found in it, and the features (D,)."""
         ...
 
@@ -64,7 +66,7 @@ def do_cell(backend: Backend, cell: Cell) -> Result:
             tuple(round(float(value), 5) for value in features),
         )
         for i, (picture, (found, features)) in enumerate(
-            zip(pictures, backend.classify(pictures), strict=True)
+            zip(pictures, backend.classify(pictures, cell), strict=True)
         )
     )
     return Result(cell, images, seconds, rows)
@@ -157,10 +159,12 @@ class ToyboxBackend:
             self._known[key] = load_lora(file, name, *given)
         return self._known[key]
 
-    def classify(self, pictures: Sequence[Pixels]) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
+    def classify(
+        self, pictures: Sequence[Pixels], cell: Cell | None = None
+    ) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
         array = np.stack(list(pictures))
-        if array.shape[2] > self._size:
-            split = np.split(array, array.shape[2] // self._world.part_width, axis=2)
+        if cell is not None and cell.beside:
+            split = np.split(array, beside.parts(cell, self._world), axis=2)
             judged = zip(*(self.classify(list(part)) for part in split), strict=True)
             return [
                 (beside.found_in([names for names, _ in parts]), np.mean([own for _, own in parts], axis=0))

@@ -112,8 +112,13 @@ def characters_of(elements: Sequence[str], category: Mapping[str, str]) -> tuple
 
 
 def width(cell: Cell, world: World) -> int:
-    """Of the cell's pictures, in pixels: an equal part for each character."""
-    return world.part_width * len(characters_of(cell.elements, _categories(world)))
+    """Of the cell's pictures, in pixels."""
+    return world.width_beside(parts(cell, world))
+
+
+def parts(cell: Cell, world: World) -> int:
+    """How many equal parts of the width the cell's pictures have: one for each character."""
+    return len(characters_of(cell.elements, _categories(world)))
 
 
 def _categories(world: World) -> dict[str, str]:
@@ -156,9 +161,9 @@ def drawn_places(count: int) -> list[str]:
     return [f"{i / count:.3g},0,{(i + 1) / count:.3g},1" for i in range(count)]
 
 
-def found_in(parts: Sequence[Iterable[str]]) -> tuple[str, ...]:
+def found_in(found: Sequence[Iterable[str]]) -> tuple[str, ...]:
     """What the classifier finds in the equal parts of a picture, from left to right, as ``1:cat``."""
-    return tuple(f"{i}:{name}" for i, found in enumerate(parts, 1) for name in found)
+    return tuple(f"{i}:{name}" for i, names in enumerate(found, 1) for name in names)
 
 
 def is_right(image: ImageResult, characters: Sequence[str]) -> bool:

@@ -85,8 +85,8 @@ class Cell:
         work = {name: value for name, value in asdict(self).items() if name != "variant"}
         work = {name: value for name, value in work.items() if name not in ("beside", "unlabelled") or value}
         if self.beside:
-            # What was judged by left and right half, until 0.5.1, is not taken for judged by numbered parts.
-            work["parts"] = "numbered"
+            # Other results: until 0.5.1 judged by left and right half, in 0.5.2 three and four in parts of 96 px.
+            work["parts"] = "numbered, three in 64 px each"
         content = json.dumps(work, sort_keys=True)
         made = self.knobs.get("method", self.made)
         return f"{made}.{'+'.join(self.elements)}.{hashlib.sha256(content.encode()).hexdigest()[:12]}"

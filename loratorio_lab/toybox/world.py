@@ -21,9 +21,9 @@ from loratorio_lab.toybox.art import ARTISTS, INK, OUTLINED, PAPER, STYLES, Art,
 from loratorio_lab.toybox.subjects import BASE_ARTIST, LACKING, SEVERAL, SUBJECTS, icon
 
 HEIGHT = 128
-PART = 96
-"""Width of each figure's part of a picture of several beside each other."""
-WIDTHS = (128, 2 * PART)
+PARTS = {2: 96, 3: 64, 4: 64}
+"""Width of each figure's part of a picture, by how many stand beside each other: what the base draws best. It learned 192 px at most."""
+WIDTHS = (128, 192)
 WIDE = 0.25
 """Share of the wider pictures."""
 
@@ -149,9 +149,10 @@ def arrange(rng: random.Random, names: Sequence[str], width: int) -> tuple[Figur
 
 def abreast(rng: random.Random, names: Sequence[str]) -> tuple[Figure, ...]:
     """Small figures from left to right, each at a random place in an equal part of the width of its own."""
-    free = (PART - SMALL) // LATENT_PIXEL
+    part = PARTS[len(names)]
+    free = (part - SMALL) // LATENT_PIXEL
     return tuple(
-        _figure(rng, name, PART * i + LATENT_PIXEL * rng.randint(0, free), SMALL, "small", place)
+        _figure(rng, name, part * i + LATENT_PIXEL * rng.randint(0, free), SMALL, "small", place)
         for i, (name, place) in enumerate(zip(names, PLACES[len(names)], strict=True))
     )
 
@@ -177,7 +178,6 @@ class World:
         scenes: scenes of the base domain that the base is trained on.
         judged: what the classifier tells apart: elements and subjects.
         own_pictures: pictures that a LoRA is trained on.
-        part_width: width of each character's part of a picture of several beside each other.
         plain: a ground of the base domain, as a caption says it.
     """
 
@@ -188,7 +188,6 @@ class World:
     scenes = 24_000
     judged = (*(element.name for element in ELEMENTS), *SUBJECTS)
     own_pictures = 80
-    part_width = PART
     plain = "blue"
     words = staticmethod(words)
     caption = staticmethod(caption)
@@ -245,8 +244,13 @@ class World:
     def random_beside(self, rng: random.Random, *names: str) -> Scene:
         """A wide scene with two to four characters, from left to right in the order named."""
         shown = [name for name in names if BY_NAME[name].category == "character"]
-        scene = self.random_scene(rng, *names, width=PART * len(shown))
+        scene = self.random_scene(rng, *names, width=self.width_beside(len(shown)))
         return scene if len(shown) == 2 else replace(scene, figures=abreast(rng, shown))
+
+    @staticmethod
+    def width_beside(count: int) -> int:
+        """Width of a picture with two to four figures beside each other, in pixels."""
+        return count * PARTS[count]
 
     @staticmethod
     def positions(count: int) -> list[str]:

@@ -35,7 +35,7 @@ class FakeBackend:
         return [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(cell.count)], 40 * cell.count
 
     def classify(
-        self, pictures: Sequence[NDArray[np.uint8]]
+        self, pictures: Sequence[NDArray[np.uint8]], cell: Cell | None = None
     ) -> list[tuple[tuple[str, ...], NDArray[np.float32]]]:
         assert self._cell is not None
         good = self._cell.made == "truth" or self._cell.knobs.get("method") == "loratorio"

@@ -61,7 +61,7 @@ def test_wide_pictures_have_a_part_for_each_character_and_are_judged_by_parts(
     backend: ToyboxBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampling = {"steps": 1, "cfg": 3.0, "sampler": "euler"}
-    for names, width in ((("ghost", "turtle", "night"), 192), (("ghost", "turtle", "tiger"), 288)):
+    for names, width in ((("ghost", "turtle", "night"), 192), (("ghost", "turtle", "tiger"), 192)):
         pictures, _ = backend.generate(Cell("", names, 0, 1, sampling, beside="placed common"))
         assert [picture.shape for picture in pictures] == [(128, width, 3)]
 
@@ -69,9 +69,10 @@ def test_wide_pictures_have_a_part_for_each_character_and_are_judged_by_parts(
         return [{"ghost": each.mean() > 100, "tiger": each.mean() < 100, "owl": True} for each in pictures]
 
     monkeypatch.setattr(classifier, "classify", by_brightness)
-    shades = np.repeat([[200, 0, 200, 0], [0, 200, 0, 200]], 96, axis=1)
-    four = np.broadcast_to(shades[:, None, :, None], (2, 128, 384, 3)).astype(np.uint8)
-    judged = backend.classify(list(four))
+    shades = np.repeat([[200, 0, 200, 0], [0, 200, 0, 200]], 64, axis=1)
+    four = np.broadcast_to(shades[:, None, :, None], (2, 128, 256, 3)).astype(np.uint8)
+    names = ("ghost", "turtle", "tiger", "octopus")
+    judged = backend.classify(list(four), Cell("", names, 0, 2, sampling, beside="placed common"))
     assert [found for found, _ in judged] == [
         ("1:ghost", "2:tiger", "3:ghost", "4:tiger"),
         ("1:tiger", "2:ghost", "3:tiger", "4:ghost"),

@@ -105,12 +105,12 @@ def test_three_and_four_characters_stand_in_equal_parts_of_the_width(world) -> N
         for seed in range(20):
             scene = world.random_beside(random.Random(seed), *names, "night", "ink")
             assert [figure.name for figure in scene.figures] == list(names)
-            assert (scene.width, scene.background, scene.style) == (96 * len(names), "night", "ink")
+            assert (scene.width, scene.background, scene.style) == (64 * len(names), "night", "ink")
             # Each in its own part, on the latent's grid.
             assert all(
-                figure.x - 28 in range(96 * i, 96 * i + 41, 8) for i, figure in enumerate(scene.figures)
+                figure.x - 28 in range(64 * i, 64 * i + 9, 8) for i, figure in enumerate(scene.figures)
             )
-    assert world.render(scene).shape == (128, 384, 3)
+    assert world.render(scene).shape == (128, 256, 3)
     assert caption(scene) == (
         "small boolio on the left, small klauno, small tigro, small tortalo on the right, lunara background, inkash style"
     )
