@@ -3,4 +3,4 @@
 Importing this package imports nothing else, so that a WebUI's start-up pays nothing for it.
 """
 
-__version__ = "0.5.2"
+__version__ = "0.5.3"

@@ -19,13 +19,13 @@ EVENNESS = 0.9
 """A style's coefficient of variation of D is at most this part of that of a LoRA which diverges in the same places. Found by measurement
 (docs/lab/METHODS.md), as are the others."""
 
-UNEVEN = 1.4
+UNEVEN = 1.25
 """No style has a larger one."""
 
 EVEN = 0.7
 """A LoRA with a smaller one is a style wherever the others diverge."""
 
-UNIFORM = 0.55
+UNIFORM = 0.5
 """A LoRA is a style if at least this part of its change is the same everywhere."""
 
 

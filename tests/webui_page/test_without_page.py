@@ -145,6 +145,7 @@ DEFAULTS = {
     "0.5.0": OF_0_4,
     "0.5.1": OF_0_4,
     "0.5.2": OF_0_4,
+    "0.5.3": OF_0_4,
 }
 """By version. Where one changes, the version must, and the knob's `former` must say what it was."""
 
