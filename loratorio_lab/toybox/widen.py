@@ -306,6 +306,11 @@ class Wide:
         return found
 
 
+def with_its_name(metadata: Mapping[str, str], element: toybox.Element) -> dict[str, str]:
+    """A LoRA file's metadata with the element's name as its trigger word, as it is read here."""
+    return {key: value.replace(element.trigger, element.name) for key, value in metadata.items()}
+
+
 def write(out: Path, wide: Wide) -> Iterator[Path]:
     """Write the checkpoint and the LoRAs into `out`, and print each file's name."""
     out.mkdir(parents=True, exist_ok=True)
@@ -314,7 +319,7 @@ def write(out: Path, wide: Wide) -> Iterator[Path]:
     yield file
     for element in toybox.ELEMENTS:
         with safe_open(toybox.lora_file(element), "pt") as opened:
-            metadata = dict(opened.metadata() or {})
+            metadata = with_its_name(opened.metadata() or {}, element)
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118, no dictionary
         file = out / f"toy-{element.name}.safetensors"
         save_file(wide.lora(weights), file, metadata=metadata)

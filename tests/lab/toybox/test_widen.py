@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ pytest.importorskip("diffusers")
 
 from loratorio import toybox
 from loratorio.errors import LoratorioError
+from loratorio.prompt.trigger_words import words_of
 from loratorio_lab.toybox import widen
 from loratorio_lab.toybox.pipeline import load_pipeline
 from loratorio_lab.toybox.world import words
@@ -118,6 +120,17 @@ def test_a_lora_changes_the_wide_weights_as_it_changes_the_small_ones(wide: wide
         assert (after - expected).norm() < 2e-3 * expected.norm()
         checked += 1
     assert checked == len(old) // 3
+
+
+@pytest.mark.parametrize("element", toybox.ELEMENTS, ids=lambda element: element.name)
+def test_a_loras_name_is_its_trigger_word(element: toybox.Element) -> None:
+    with safe_open(toybox.lora_file(element), "pt") as opened:
+        metadata = opened.metadata()
+    assert words_of(metadata) == [element.trigger]
+    made = widen.with_its_name(metadata, element)
+    assert words_of(made) == [element.name]
+    assert made.keys() == metadata.keys()
+    assert element.trigger not in str(made)
 
 
 def test_a_folder_that_is_no_tokenizer_is_a_sentence(tmp_path: Path) -> None:
