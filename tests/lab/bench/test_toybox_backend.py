@@ -61,7 +61,11 @@ def test_wide_pictures_have_a_part_for_each_character_and_are_judged_by_parts(
     backend: ToyboxBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampling = {"steps": 1, "cfg": 3.0, "sampler": "euler"}
-    for names, width in ((("ghost", "turtle", "night"), 192), (("ghost", "turtle", "tiger"), 192)):
+    for names, width in (
+        (("ghost", "turtle", "night"), 192),
+        (("ghost", "turtle", "tiger"), 192),
+        (("ghost", "turtle", "tiger", "octopus"), 256),
+    ):
         pictures, _ = backend.generate(Cell("", names, 0, 1, sampling, beside="placed common"))
         assert [picture.shape for picture in pictures] == [(128, width, 3)]
 
